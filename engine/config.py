@@ -1,0 +1,54 @@
+"""What one engine process is told when it starts. No torch: the command line and the supervisor build it too."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Stage = Literal["all", "plan", "render"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+EXIT_CONFIGURATION = 2
+"""Exit code of an engine that cannot start with these settings; restarting it unchanged will not help."""
+
+
+def default_cache_dir() -> Path:
+    """For checkpoints that Glimmer makes itself: `$XDG_CACHE_HOME/glimmer`, by default `~/.cache/glimmer`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glimmer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Settings of one engine process. A field left at None is chosen by the engine from the checkpoint and the device.
+
+    Args:
+        redis_url: where the jobs are, for example `redis://host:6379/0` or `unix:///path/redis.sock`.
+        engine_id: name of this incarnation, and of its consumer in the queue; never used twice.
+        model: a checkpoint folder or a hub id; None takes the default checkpoint.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto` (bfloat16 on CUDA, float32 on CPU), `float32` or `bfloat16`.
+        stage: `all`, or one stage alone where planners and renderers are separate processes.
+        lease_s: seconds a claimed job stays ours without a renewal; a dead engine's jobs wait this long.
+        max_images: images in flight at most.
+        max_prompt_tokens: a longer prompt is refused.
+        kv_tokens: tokens the planner's KV cache holds.
+        render_token_budget: packed tokens of one renderer tick at most.
+        cache_dir: where checkpoints that Glimmer makes itself are kept.
+        grace_s: seconds that running jobs may take to finish after SIGTERM; then they are handed back.
+        log_level: events below it are not logged.
+    """
+
+    redis_url: str
+    engine_id: str
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    stage: Stage = "all"
+    lease_s: float = 10.0
+    max_images: int | None = None
+    max_prompt_tokens: int = 2048
+    kv_tokens: int | None = None
+    render_token_budget: int | None = None
+    cache_dir: Path = field(default_factory=default_cache_dir)
+    grace_s: float = 30.0
+    log_level: LogLevel = "info"

@@ -1,0 +1,302 @@
+"""The engine: plan first, render second, many images at once.
+
+`Engine.step` is all of it: take requests in, advance every plan by a token, advance some images by a denoising step,
+hand out what is done. One thread calls `step`; any thread may `submit` and `cancel`. It needs neither Redis nor HTTP:
+
+    engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
+    [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.errors import RequestError
+from engine.jobs.job import JobSpec, Plan, TokenGrid
+from engine.limits import EngineLimits
+from engine.metrics import EngineMetrics
+from engine.planner import scheduler as planning
+from engine.planner.runner import PlannerRunner
+from engine.planner.scheduler import PlannerScheduler
+from engine.renderer.runner import RendererRunner, Rendering
+from engine.renderer.scheduler import RenderScheduler
+from engine.request import Event, Failed, Finished, Image, Planned, Progress, Rendered, Request
+from models.errors import PromptError
+from models.glm_image.model import GlmImage
+from models.glm_image.paged_attention import PagedKV
+
+PROGRESS_SECONDS = 0.2  # between two reports
+
+
+class Item(Protocol):
+    @property
+    def request(self) -> Request: ...
+
+
+T = TypeVar("T", bound=Item)
+
+
+class Engine:
+    """Continuous batching of plans over a paged cache, step-level batching of renderings."""
+
+    def __init__(self, model: GlmImage, limits: EngineLimits | None = None, metrics: EngineMetrics | None = None):
+        self.model = model
+        self.limits = limits = limits or EngineLimits.choose(model)
+        self.metrics = metrics or EngineMetrics()
+        self.planner = PlannerScheduler(limits.blocks, limits.block_size, limits.slots, limits.max_prompt_tokens)
+        self.planner_runner = PlannerRunner(
+            model.planner,
+            PagedKV(model.planner.config, limits.blocks, limits.block_size, model.dtype, model.device),
+            model.sampling,
+            slots=limits.slots,
+            max_plan_tokens=limits.max_plan_tokens,
+            max_positions=limits.max_positions,
+        )
+        self.renderer: RenderScheduler[Rendering] = RenderScheduler(limits.render_token_budget)
+        self.renderer_runner = RendererRunner(model)
+        self._inbox: deque[Request] = deque()  # submitted by any thread
+        self._cancelled: deque[str] = deque()  # cancelled by any thread
+        self._waiting: deque[Request] = deque()  # prepared; admitted in this order, as soon as they fit
+        self._images_left: dict[Request, int] = {}  # of every request that has not ended
+        self._events: list[Event] = []
+        self._tick_seconds = 0.0  # of the last renderer tick
+        self._reported_at = 0.0
+        self.metrics.kv_blocks.set(limits.blocks)
+
+    def submit(self, request: Request) -> None:
+        """Take a request in at the next step. It ends with one `Finished` or `Failed`, unless it is cancelled."""
+        self._inbox.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request at the next step, wherever it is; an unknown id is ignored."""
+        self._cancelled.append(request_id)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._inbox and not self._images_left
+
+    def step(self) -> list[Event]:
+        """One turn of the engine; returns what happened in it."""
+        self._receive()
+        self._admit()
+        self._plan()
+        self._render()
+        self._report()
+        events, self._events = self._events, []
+        return events
+
+    def generate(self, specs: Sequence[JobSpec]) -> list[list[Tensor]]:
+        """Run requests to the end. Returns pixels [height, width, 3], uint8, for every image of every spec.
+
+        Raises:
+            RequestError: one of them cannot be served.
+        """
+        pixels = [[torch.empty(0)] * spec.n for spec in specs]
+        for number, spec in enumerate(specs):
+            self.submit(Request(id=str(number), spec=spec))
+        while not self.is_idle:
+            for event in self.step():
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Rendered):
+                    pixels[int(event.image.request.id)][event.image.index] = event.pixels
+        return pixels
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if memory leaked, or if an idle engine still holds anything."""
+        self.planner.check_integrity()
+        assert not self.is_idle or (self.planner.is_idle and not len(self.renderer) and not self._waiting)
+
+    # --- the parts of a step ------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        while self._inbox:
+            request = self._inbox.popleft()
+            self._images_left[request] = request.spec.n
+            self._guarded([_Arrival(request)], self._prepare)
+        while self._cancelled:
+            request_id = self._cancelled.popleft()
+            for request in [r for r in self._images_left if r.id == request_id]:
+                self._forget(request)
+
+    def _admit(self) -> None:
+        """In order of arrival: a large request is never passed over for ever by small ones."""
+        while self._waiting and self.planner.fits(self._waiting[0]):
+            request = self._waiting.popleft()
+            for image in request.images:
+                image.admitted_at = time.monotonic()
+            self._guarded([image for image in request.images if image.plan], self._start_rendering)
+            if request in self._images_left and not request.is_planned:
+                self.planner.add(request)
+
+    def _plan(self) -> None:
+        """As many planner steps as fit into the time of a renderer tick, so that neither stage starves the other."""
+        until = time.monotonic() + self._tick_seconds
+        while not self.planner.is_idle:
+            self._planner_step()
+            if not len(self.renderer) or time.monotonic() >= until:
+                break
+
+    def _planner_step(self) -> None:
+        started = time.monotonic()
+        step = self.planner.schedule()
+        for group in self._guarded(step.prefill, self.planner_runner.prefill):
+            self.planner.prefilled(group)
+            self.metrics.prompt_tokens.inc(len(group.request.prompt_ids))
+        for sequence in self._guarded(step.decode, self.planner_runner.decode):
+            sequence.written += 1
+        for sequence in self.planner.complete():
+            self._finish_plan(sequence)
+        self.metrics.planner_batch.observe(len(step.decode))
+        self.metrics.planner_tokens.inc(len(step.decode) + sum(len(group.sequences) for group in step.prefill))
+        self.metrics.planner_step.observe(time.monotonic() - started)
+
+    def _render(self) -> None:
+        picked = self.renderer.pick()
+        if not picked:
+            return
+        started = time.monotonic()
+        tokens, rows = sum(r.tokens for r in picked), sum(len(r.rows) for r in picked)
+        advanced = self._guarded(picked, self.renderer_runner.advance)
+        self._synchronise()
+        self._tick_seconds = time.monotonic() - started
+        self.renderer.observe(tokens, self._tick_seconds)
+        self.metrics.renderer_step.observe(self._tick_seconds)
+        self.metrics.renderer_rows.observe(rows)
+        self.metrics.renderer_tokens.inc(tokens)
+        self.metrics.renderer_padding.inc(self.renderer_runner.padding(tokens))
+        self._guarded_each([r for r in advanced if not r.steps_left], self._finish_image)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if now - self._reported_at >= PROGRESS_SECONDS:
+            self._reported_at = now
+            self._events += [self._progress(request) for request in self._images_left]
+
+    # --- what they are made of ----------------------------------------------------------------------------------------
+
+    def _prepare(self, arrivals: "list[_Arrival]") -> None:
+        """Tokenize, take over the plans that are known, refuse what could never be served."""
+        for request in (arrival.request for arrival in arrivals):
+            geometry = request.spec.geometry
+            try:
+                request.prompt_ids = self.model.prompts.encode(
+                    request.spec.prompt, geometry.canvas_height, geometry.canvas_width
+                )
+            except PromptError as error:
+                raise RequestError(str(error), param="prompt") from None
+            for image in request.images:
+                given = request.plans.get(image.index)
+                image.plan = Plan.from_dict(request.spec.plan) if request.spec.plan else given
+                self._check_plan(image)
+            self.planner.check(request)
+            self._waiting.append(request)
+
+    def _check_plan(self, image: Image) -> None:
+        plan, grid, codes = image.plan, image.request.spec.geometry.plan, self.model.planner.config.codebook_size
+        if plan is None:
+            return
+        if (plan.rows, plan.cols, len(plan.tokens)) != (grid.rows, grid.cols, grid.tokens):
+            raise RequestError(f"a plan of this size has {grid.rows} rows and {grid.cols} columns", param="plan")
+        if not all(0 <= token < codes for token in plan.tokens):
+            raise RequestError(f"the tokens of a plan are 0 to {codes - 1}", param="plan")
+
+    def _finish_plan(self, sequence: planning.Sequence) -> None:
+        image, geometry = sequence.image, sequence.request.spec.geometry
+        tokens = self.planner_runner.read(sequence)
+        self.planner.finish(sequence)
+        preview, plan = geometry.preview, geometry.plan
+        written_first = TokenGrid(preview.rows, preview.cols, tokens[: preview.tokens])
+        image.plan = Plan(plan.rows, plan.cols, tokens[preview.tokens :], written_first)
+        image.planned_at = time.monotonic()
+        self.metrics.planning.observe(image.planned_at - image.admitted_at)
+        self._events.append(Planned(image.request, image.index, image.plan))
+        self._guarded([image], self._start_rendering)
+
+    def _start_rendering(self, images: list[Image]) -> None:
+        """All or none: the renderings are made before any of them is added."""
+        for rendering in [self.renderer_runner.prepare(image) for image in images]:
+            rendering.image.planned_at = time.monotonic()
+            self.renderer.add(rendering)
+
+    def _finish_image(self, rendering: Rendering) -> None:
+        image, started = rendering.image, time.monotonic()
+        pixels = self.renderer_runner.decode(rendering)
+        self.renderer.remove(rendering)
+        image.rendered_at, decoding = started, time.monotonic() - started
+        self.metrics.rendering.observe(started - image.planned_at)
+        self.metrics.decoding.observe(decoding)
+        self.metrics.images.inc()
+        self.metrics.pixels.inc(image.request.spec.width * image.request.spec.height)
+        self._events.append(Rendered(image, pixels, decoding))
+        self._images_left[image.request] -= 1
+        if not self._images_left[image.request]:
+            del self._images_left[image.request]
+            self._events.append(Finished(image.request))
+
+    def _progress(self, request: Request) -> Progress:
+        spec = request.spec
+        if not request.is_planned:
+            total = spec.geometry.plan_tokens
+            done = sum(total for image in request.images if image.plan)
+            done += sum(s.written for s in self.planner.sequences if s.request is request)
+            return Progress(request, "planning", done, total * spec.n)
+        steps_left = sum(r.steps_left for r in self.renderer if r.request is request)
+        return Progress(
+            request, "rendering", spec.num_inference_steps * spec.n - steps_left, spec.num_inference_steps * spec.n
+        )
+
+    def _guarded(self, items: list[T], work: Callable[[list[T]], object]) -> list[T]:
+        """Do `work` on all items at once; if it raises, on each alone, and end the requests of those that fail alone.
+
+        This is the one boundary between requests: `work` leaves the items as they were when it raises. A lost device
+        is not a request's fault; that error goes up and ends the process.
+
+        Returns:
+            The items whose work is done.
+        """
+        if not items:
+            return []
+        try:
+            work(items)
+            return items
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if len(items) == 1:
+                self._forget(items[0].request)
+                self._events.append(Failed(items[0].request, error))
+                return []
+        return self._guarded_each(items, lambda item: work([item]))
+
+    def _guarded_each(self, items: Iterable[T], work: Callable[[T], object]) -> list[T]:
+        """`work` on each item alone; a request that has failed is not tried again."""
+        done: list[T] = []
+        for item in items:
+            if item.request in self._images_left:
+                done += self._guarded([item], lambda one: work(one[0]))
+        return done
+
+    def _forget(self, request: Request) -> None:
+        """Give back everything a request holds."""
+        del self._images_left[request]
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self.planner.abort(request)
+        for rendering in [r for r in self.renderer if r.request is request]:
+            self.renderer.remove(rendering)
+
+    def _synchronise(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+class _Arrival:
+    """A request before it has images."""
+
+    def __init__(self, request: Request):
+        self.request = request

@@ -1,0 +1,35 @@
+"""What can go wrong, as seen by the person who sent the request. No torch.
+
+GlimmerError
+├── RequestError        this request cannot be served as it is; retrying it unchanged will not help
+├── QueueFull           the queue is at its cap; try again later
+└── QueueUnavailable    Redis is away or refuses writes; try again later
+
+(A checkpoint that cannot be loaded is a `models.errors.CheckpointError`.)
+"""
+
+
+class GlimmerError(Exception):
+    """Base of every error Glimmer raises on purpose."""
+
+
+class RequestError(GlimmerError):
+    """A request that cannot be served as it is.
+
+    Args:
+        message: written for the sender; names what would be accepted.
+        param: the request field at fault, if one is.
+        code: the error code of the HTTP contract, for example `invalid_value`.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value"):
+        super().__init__(message)
+        self.message, self.param, self.code = message, param, code
+
+
+class QueueFull(GlimmerError):
+    """The queue holds as many waiting jobs as it may."""
+
+
+class QueueUnavailable(GlimmerError):
+    """Redis cannot be reached or does not accept writes."""

@@ -1,0 +1,78 @@
+"""Sizes and grids: what an image of a given size costs and how it is laid out. Integers only, no torch.
+
+pixels      the size asked for, any 64..2048
+canvas      the size rendered: rounded up to the 32-pixel grid; the image is its centre
+plan        one planner token per 32 x 32 pixels of the canvas, after a preview of about 256 tokens
+patches     one renderer token per 16 x 16 pixels
+"""
+
+import math
+from dataclasses import dataclass
+
+CELL = 32  # pixels a side of one plan token
+PATCH = 16  # pixels a side of one renderer token
+LATENT = 8  # pixels a side of one latent
+PREVIEW_SIDE = 16  # tokens a side of the preview of a square image
+
+MIN_SIDE, MAX_SIDE, MAX_ASPECT = 64, 2048, 4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows and columns of a token grid, in raster order."""
+
+    rows: int
+    cols: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything that follows from the size asked for.
+
+    Args:
+        width, height: the picture the client gets, in pixels.
+    """
+
+    width: int
+    height: int
+
+    @property
+    def canvas_width(self) -> int:
+        return math.ceil(self.width / CELL) * CELL
+
+    @property
+    def canvas_height(self) -> int:
+        return math.ceil(self.height / CELL) * CELL
+
+    @property
+    def plan(self) -> Grid:
+        return Grid(self.canvas_height // CELL, self.canvas_width // CELL)
+
+    @property
+    def preview(self) -> Grid:
+        """The preview's grid; the formula is the published processor's (`GlmImageProcessor._get_target_shape`)."""
+        ratio = self.plan.rows / self.plan.cols
+        return Grid(int(math.sqrt(ratio) * PREVIEW_SIDE), int(math.sqrt(1 / ratio) * PREVIEW_SIDE))
+
+    @property
+    def patches(self) -> Grid:
+        return Grid(self.canvas_height // PATCH, self.canvas_width // PATCH)
+
+    @property
+    def latents(self) -> Grid:
+        return Grid(self.canvas_height // LATENT, self.canvas_width // LATENT)
+
+    @property
+    def plan_tokens(self) -> int:
+        """Tokens the planner writes for one image: the preview, then the plan."""
+        return self.preview.tokens + self.plan.tokens
+
+    @property
+    def crop_box(self) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the picture on the canvas."""
+        left, top = (self.canvas_width - self.width) // 2, (self.canvas_height - self.height) // 2
+        return left, top, left + self.width, top + self.height

@@ -1,0 +1,1 @@
+"""The second stage: denoises the latents of many images, step by step."""

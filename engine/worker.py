@@ -1,0 +1,407 @@
+"""An engine process: takes jobs from the queue, runs them on the engine, commits what comes out.
+
+The engine has a thread of its own and does nothing else. Everything that waits is here, on an event loop: claiming,
+renewing leases, encoding, committing, heartbeats. Every job has one task (`_conduct`) that sees it to its end, so that
+a failure is that job's alone.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+
+from engine.config import EXIT_CONFIGURATION, EngineSettings
+from engine.encoding import encode
+from engine.engine import Engine
+from engine.errors import QueueUnavailable, RequestError
+from engine.jobs.connection import connect
+from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobError, JobResult, JobState
+from engine.jobs.queue import JobQueue
+from engine.limits import EngineLimits
+from engine.logs import configure, event, where
+from engine.request import Event, Failed, Finished, Image, Planned, Progress, Rendered, Request
+from models.errors import CheckpointError
+from models.glm_image.model import GlmImage
+from models.glm_image.random_checkpoint import cached_random_checkpoint
+
+HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
+LOOK_FOR_WORK_S = 0.5  # should a wake-up have been lost
+REDIS_RETRY_S = 0.3
+STUCK_AFTER_S = 60.0  # a step that takes longer than this is taken for a hang
+
+logger = logging.getLogger("glimmer.engine")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The job was cancelled, expired, or taken over."""
+
+
+@dataclass(eq=False)
+class RunningJob:
+    claim: Claim
+    request: Request
+    started: float = field(default_factory=time.monotonic)
+    events: asyncio.Queue[Event | Lost] = field(default_factory=asyncio.Queue)
+    results: dict[int, asyncio.Task[ImageResult]] = field(default_factory=dict)
+    decoding_s: float = 0.0
+
+
+class Worker:
+    """Between the queue and the engine, until SIGTERM.
+
+    Args:
+        engine: driven by this worker's thread alone.
+        info: what the heartbeats say; `info.id` is the consumer's name in the queue.
+    """
+
+    def __init__(self, engine: Engine, queue: JobQueue, info: EngineInfo, settings: EngineSettings):
+        self._engine, self._queue, self._info, self._settings = engine, queue, info, settings
+        self._jobs: dict[str, RunningJob] = {}  # by the request's id, which is new with every claim
+        self._conductors: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()  # room was made, or the drain began
+        self._draining = asyncio.Event()
+        self._stop_thread = threading.Event()
+        self._work = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._stepped_at = time.monotonic()
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT, then drain.
+
+        Raises:
+            Exception: what broke the engine's thread; the process cannot go on.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._drain)
+        thread = asyncio.ensure_future(asyncio.to_thread(self._drive))
+        loops = [asyncio.ensure_future(loop()) for loop in (self._renew, self._watch_ends, self._heartbeat)]
+        claiming = asyncio.ensure_future(self._claim())
+        try:
+            await asyncio.wait({thread, claiming, *loops}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (thread, *loops):
+                if task.done():
+                    task.result()
+            await self._finish_jobs(thread)
+        finally:
+            self._stop_thread.set()
+            self._work.set()
+            for task in (claiming, *loops, *self._conductors):
+                task.cancel()
+            await asyncio.gather(claiming, *loops, *self._conductors, return_exceptions=True)
+            with suppress(QueueUnavailable):
+                await self._queue.retire(self._info.id)
+                await self._queue.surrender(self._info.id)  # only after a crash is there anything left to surrender
+        await thread
+
+    # --- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        while not self._stop_thread.is_set():
+            self._stepped_at = time.monotonic()
+            if self._engine.is_idle:
+                self._work.wait(HEARTBEAT_S)
+                self._work.clear()
+            if events := self._engine.step():
+                self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for happened in events:
+            request = happened.image.request if isinstance(happened, Rendered) else happened.request
+            if request.id in self._jobs:
+                self._jobs[request.id].events.put_nowait(happened)
+
+    # --- loops --------------------------------------------------------------------------------------------------------
+
+    async def _claim(self) -> None:
+        """Take what the engine can admit, and nothing else: what waits here could be running elsewhere."""
+        while not self._draining.is_set():
+            self._changed.clear()
+            claim = await self._next_claim()
+            if claim is not None:
+                self._start(claim)
+                continue
+            waits: set[asyncio.Task] = {
+                asyncio.create_task(self._queue.wait_for_work(LOOK_FOR_WORK_S)),
+                asyncio.create_task(self._changed.wait()),
+            }
+            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in pending:
+                task.cancel()
+
+    async def _next_claim(self) -> Claim | None:
+        budget = self._budget()
+        if budget.images <= 0 or any(job.claim.exclusive for job in self._jobs.values()):
+            return None
+        try:
+            return await self._queue.claim(self._info.id, budget)
+        except QueueUnavailable as error:
+            event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
+            await asyncio.sleep(REDIS_RETRY_S)
+            return None
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_s / 4)
+            if self._is_stuck:
+                continue  # the leases run out, and the jobs go to an engine that moves
+            with suppress(QueueUnavailable):
+                for claim in await self._queue.renew(self._info.id, [job.claim for job in self._jobs.values()]):
+                    self._lose(_request_id(claim))
+
+    async def _watch_ends(self) -> None:
+        async for job_id in self._queue.ended():
+            for job in [job for job in self._jobs.values() if job.claim.job_id == job_id]:
+                self._lose(job.request.id)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            state = "stuck" if self._is_stuck else "draining" if self._draining.is_set() else "ready"
+            images = sum(job.claim.spec.n for job in self._jobs.values())
+            info = replace(self._info, state=state, images_running=images)
+            with suppress(QueueUnavailable):
+                await self._queue.heartbeat(info, self._engine.metrics.exposition(), HEARTBEAT_TTL_S)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    # --- one job ------------------------------------------------------------------------------------------------------
+
+    def _start(self, claim: Claim) -> None:
+        now = time.time()
+        deadline = time.monotonic() + claim.deadline / 1000 - now
+        request = Request(_request_id(claim), claim.spec, deadline, plans=dict(claim.plans))
+        self._engine.metrics.queued.observe(max(0.0, now - claim.submitted_at / 1000))
+        event(
+            logger, "job_claimed", job=claim.job_id, run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans)
+        )
+        job = self._jobs[request.id] = RunningJob(claim, request)
+        conductor = asyncio.ensure_future(self._conduct(job))
+        self._conductors.add(conductor)
+        conductor.add_done_callback(self._conductors.discard)
+        self._engine.submit(request)
+        self._work.set()
+
+    async def _conduct(self, job: RunningJob) -> None:
+        """See a job to its end."""
+        try:
+            state = await self._follow(job)
+        except Exception as error:
+            event(logger, "job_broke", logging.ERROR, job=job.claim.job_id, error=repr(error), where=where(error))
+            state = await self._fail(job, error)
+        finally:
+            self._engine.cancel(job.request.id)
+            del self._jobs[job.request.id]
+            self._changed.set()
+        if state is not None:
+            self._engine.metrics.jobs.labels(state.value).inc()
+        seconds = time.monotonic() - job.started
+        event(logger, "job_ended", job=job.claim.job_id, state=state.value if state else "lost", seconds=seconds)
+
+    async def _follow(self, job: RunningJob) -> JobState | None:
+        """Act on what the engine tells of the job. Returns the state it ended in; None if it was lost."""
+        while True:
+            match await job.events.get():
+                case Planned(index=index, plan=plan):
+                    await self._insist(lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p))
+                case Rendered(image=image, pixels=pixels, decoding_seconds=seconds):
+                    job.decoding_s += seconds
+                    job.results[image.index] = asyncio.ensure_future(_encode(image, pixels))
+                case Progress(phase=phase, step=step, steps=steps):
+                    with suppress(QueueUnavailable):
+                        await self._queue.progress(job.claim, {"phase": phase, "step": step, "steps": steps})
+                case Finished():
+                    return await self._commit(job)
+                case Failed(error=error):
+                    return await self._fail(job, error)
+                case Lost():
+                    return None
+
+    async def _commit(self, job: RunningJob) -> JobState | None:
+        images = [await job.results[index] for index in range(job.claim.spec.n)]
+        spec, request = job.claim.spec, job.request
+        planned = max(image.planned_at for image in request.images)
+        rendered = max(image.rendered_at for image in request.images)
+        result = JobResult(
+            images,
+            prompt_tokens=len(request.prompt_ids),
+            plan_tokens=spec.plan_tokens,
+            timings={
+                "planning": planned - min(image.admitted_at for image in request.images),
+                "rendering": rendered - planned,
+                "decoding": job.decoding_s,
+            },
+        )
+        written = await self._insist(lambda: self._queue.commit(job.claim, result))
+        return JobState.SUCCEEDED if written else None
+
+    async def _fail(self, job: RunningJob, error: Exception) -> JobState | None:
+        if isinstance(error, RequestError):
+            told = JobError(error.message, "invalid_request_error", error.code, error.param)
+        else:
+            event(
+                logger,
+                "job_failed",
+                logging.ERROR,
+                job=job.claim.job_id,
+                error=type(error).__name__,
+                where=where(error),
+            )
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            told = JobError(
+                "The device has not enough memory for this request."
+                if memory
+                else "The engine failed on this request.",
+                code="out_of_memory" if memory else "engine_error",
+            )
+        written = await self._insist(lambda: self._queue.fail(job.claim, told))
+        return JobState.FAILED if written else None
+
+    async def _insist(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Write to the queue, however long Redis is away: the work is done, and its epoch says if it still counts."""
+        while True:
+            try:
+                return await write()
+            except QueueUnavailable as error:
+                event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
+                await asyncio.sleep(REDIS_RETRY_S)
+
+    # --- small things -------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_stuck(self) -> bool:
+        return time.monotonic() - self._stepped_at > STUCK_AFTER_S
+
+    def _budget(self) -> Budget:
+        limits = self._engine.limits
+        jobs = self._jobs.values()
+        planning = [job.claim.spec for job in jobs if not job.request.is_planned]
+        return Budget(
+            images=limits.max_images - sum(job.claim.spec.n for job in jobs),
+            kv_tokens=limits.kv_tokens - sum(spec.plan_tokens + spec.prompt_tokens_bound for spec in planning),
+            idle=not jobs,
+        )
+
+    def _lose(self, request_id: str) -> None:
+        if request_id in self._jobs:
+            self._jobs[request_id].events.put_nowait(Lost())
+
+    def _drain(self) -> None:
+        event(logger, "draining", jobs=len(self._jobs))
+        self._draining.set()
+        self._changed.set()
+
+    async def _finish_jobs(self, thread: asyncio.Future[None]) -> None:
+        """Give the running jobs the grace period, then hand back those that are left."""
+        ends = asyncio.ensure_future(asyncio.wait(self._conductors)) if self._conductors else None
+        if ends is not None:
+            await asyncio.wait({ends, thread}, timeout=self._settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for job in list(self._jobs.values()):
+            with suppress(QueueUnavailable):
+                await self._queue.release(self._info.id, job.claim)
+                event(logger, "job_handed_back", job=job.claim.job_id)
+            self._lose(job.request.id)
+
+
+async def _encode(image: Image, pixels: torch.Tensor) -> ImageResult:
+    spec = image.request.spec
+    data = await asyncio.to_thread(encode, pixels, spec.output_format, spec.output_compression)
+    return ImageResult(data, image.seed, image.plan.to_dict() if spec.return_plan and image.plan else None)
+
+
+def _request_id(claim: Claim) -> str:
+    return f"{claim.job_id}/{claim.epoch}"
+
+
+def main(settings: EngineSettings) -> int:
+    """Run one engine process. Returns its exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
+    configure(settings.log_level)
+    try:
+        asyncio.run(_serve(settings))
+    except (CheckpointError, ConfigurationError) as error:
+        print(f"glimmer engine: {error}", file=sys.stderr)
+        return EXIT_CONFIGURATION
+    except Exception as error:
+        event(logger, "engine_broke", logging.CRITICAL, error=repr(error), where=where(error))
+        return 1
+    return 0
+
+
+class ConfigurationError(Exception):
+    """Settings this machine cannot serve; the message says which."""
+
+
+async def _serve(settings: EngineSettings) -> None:
+    redis = connect(settings.redis_url)
+    queue = JobQueue(redis, lease_ms=round(settings.lease_s * 1000))
+    starting = EngineInfo(settings.engine_id, os.getpid(), "all", "starting", "", "", 0, settings.max_prompt_tokens)
+    try:
+        loading = asyncio.ensure_future(asyncio.to_thread(_load, settings))
+        while not loading.done():
+            with suppress(QueueUnavailable):
+                await queue.heartbeat(starting, "", HEARTBEAT_TTL_S)
+            await asyncio.wait({loading}, timeout=HEARTBEAT_S)
+        engine = loading.result()
+        side = engine.model.autoencoder.default_side
+        info = replace(
+            starting,
+            state="ready",
+            model=engine.model.name,
+            default_size=f"{side}x{side}",
+            codebook_size=engine.model.planner.config.codebook_size,
+        )
+        event(
+            logger,
+            "engine_ready",
+            engine=info.id,
+            model=info.model,
+            device=engine.model.device,
+            dtype=engine.model.dtype,
+        )
+        await Worker(engine, queue, info, settings).run()
+    finally:
+        await queue.close()
+        await redis.aclose()
+
+
+def _load(settings: EngineSettings) -> Engine:
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    model = GlmImage.load(settings.model or str(cached_random_checkpoint(settings.cache_dir)), device, dtype)
+    limits = EngineLimits.choose(
+        model,
+        max_images=settings.max_images,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        kv_tokens=settings.kv_tokens,
+        render_token_budget=settings.render_token_budget,
+    )
+    return Engine(model, limits)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigurationError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {name!r}: torch sees no CUDA device on this machine")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    except KeyError:
+        raise ConfigurationError(f"dtype {name!r}: expected auto, float32 or bfloat16") from None

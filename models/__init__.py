@@ -1,0 +1,1 @@
+"""Networks and checkpoints. Nothing here knows of requests, queues or HTTP."""

@@ -1,0 +1,136 @@
+"""Reading weights: safetensors only (never pickle), single files or shards, straight to their place and type."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+from models.errors import CheckpointError
+from models.glm_image.config import read_json
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+NAMED_AT_MOST = 5  # keys of a kind that an error lists
+
+
+def find_checkpoint(model: str) -> Path:
+    """The folder of a checkpoint: `model` itself if it is a folder, otherwise the hub's snapshot of that id.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be fetched.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise CheckpointError(f"{model!r} is neither a folder nor a hub id such as 'zai-org/GLM-Image'") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"no folder {model!r} here, and the hub did not give it: {error}") from error
+
+
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rename: Callable[[str], str | None] = lambda key: key,
+) -> None:
+    """Fill `module`, built on the meta device, with the weights in `folder`.
+
+    Args:
+        rename: maps a key of the files to a key of the module; None leaves the tensor out.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshapen keys, or unreadable files; all are named.
+    """
+    wanted = dict(module.state_dict(keep_vars=True))
+    loaded: dict[str, torch.Tensor] = {}
+    unexpected, misshapen = [], []
+    for key, read in _tensors(folder, str(device)):
+        name = rename(key)
+        if name is None:
+            continue
+        if name not in wanted:
+            unexpected.append(key)
+            continue
+        tensor = read()
+        if tensor.shape != wanted[name].shape:
+            misshapen.append(f"{key} is {list(tensor.shape)}, expected {list(wanted[name].shape)}")
+            continue
+        loaded[name] = tensor.to(device=device, dtype=dtype)
+    _fill_ties(wanted, loaded)
+    problems = {"missing": sorted(set(wanted) - set(loaded)), "unexpected": unexpected, "misshapen": misshapen}
+    if any(problems.values()):
+        raise CheckpointError(f"the weights in {folder} do not fit {type(module).__name__}: {_list(problems)}")
+    module.load_state_dict(loaded, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def randomise(module: nn.Module, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    """Fill `module`, built on the meta device, with random weights made on `device`: matrices keep the size of what
+    goes through them, vectors are near one (norms) or near zero (biases)."""
+    module.to_empty(device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            spread = 0.5 if "embed" in name else parameter[0].numel() ** -0.5
+            parameter.data.normal_(0, spread, generator=generator)
+        else:
+            centre = 1.0 if name.endswith("weight") else 0.0
+            parameter.data.normal_(centre, 0.02, generator=generator)
+    module.requires_grad_(False).eval()
+
+
+def _tensors(folder: Path, device: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Every key in the folder's safetensors files, with a function that reads its tensor."""
+    files = _files(folder)
+    with tqdm(
+        total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc=folder.name, disable=None
+    ) as bar:
+        for file in files:
+            try:
+                with safe_open(file, framework="pt", device=device) as tensors:  # type: ignore[no-untyped-call]
+                    keys = list(tensors.keys())
+                    for key in keys:
+                        yield key, lambda key=key: tensors.get_tensor(key)
+                        bar.update(file.stat().st_size // len(keys))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        files = [folder / name for name in sorted(set(read_json(indices[0])["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"no *.safetensors in {folder}; other formats (pickle) are never read")
+    absent = [str(f) for f in files if not f.is_file()]
+    if absent:
+        raise CheckpointError(f"shards are missing: {', '.join(absent[:NAMED_AT_MOST])}")
+    return files
+
+
+def _fill_ties(wanted: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
+    """Keys that name one and the same parameter are written once in the files."""
+    by_parameter = {id(wanted[name]): tensor for name, tensor in loaded.items()}
+    for name, parameter in wanted.items():
+        if name not in loaded and id(parameter) in by_parameter:
+            loaded[name] = by_parameter[id(parameter)]
+
+
+def _list(problems: dict[str, list[str]]) -> str:
+    parts = []
+    for kind, names in problems.items():
+        if names:
+            more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
+            parts.append(f"{len(names)} {kind} ({', '.join(names[:NAMED_AT_MOST])}{more})")
+    return "; ".join(parts)

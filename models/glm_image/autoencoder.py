@@ -1,0 +1,28 @@
+"""Latents to pixels, with diffusers' `AutoencoderKL`."""
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+class Autoencoder:
+    """The decoder's side of the VAE, one image at a time: an image's pixels depend on its own latents alone."""
+
+    def __init__(self, vae: AutoencoderKL):
+        self.vae = vae
+        channels = vae.config.latent_channels  # type: ignore[attr-defined]
+        mean, std = vae.config.latents_mean, vae.config.latents_std  # type: ignore[attr-defined]
+        self._mean = torch.tensor(mean or [0.0] * channels, dtype=vae.dtype, device=vae.device).view(-1, 1, 1)
+        self._std = torch.tensor(std or [1.0] * channels, dtype=vae.dtype, device=vae.device).view(-1, 1, 1)
+
+    @property
+    def default_side(self) -> int:
+        """The side in pixels of the square images the checkpoint is made for."""
+        return int(self.vae.config.sample_size)  # type: ignore[attr-defined]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [channels, H/8, W/8] -> pixels [H, W, 3], uint8, on the CPU."""
+        scaled = latents.to(self.vae.dtype) * self._std + self._mean
+        image = self.vae.decode(scaled[None], return_dict=False)[0][0].float()  # type: ignore[index]
+        return (image * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()

@@ -1,0 +1,156 @@
+"""The sizes of every part, as the checkpoint's JSON files write them. The defaults are the published model's."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """The autoregressive transformer (`vision_language_encoder/config.json`, `text_config`)."""
+
+    vocab_size: int = 168064
+    vision_vocab_size: int = 16512
+    hidden_size: int = 4096
+    intermediate_size: int = 13696
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    attention_bias: bool = True
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 0.5
+    mrope_section: tuple[int, int, int] = (8, 12, 12)
+    max_position_embeddings: int = 131072
+    codebook_size: int = 16384
+    image_start_token_id: int = 16384
+    image_end_token_id: int = 16385
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of every head rotates; the rest carries no position."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Memory of one token's keys and values in all layers, for elements of `itemsize` bytes."""
+        return 2 * itemsize * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "PlannerConfig":
+        text, rope = config["text_config"], config["text_config"]["rope_parameters"]
+        if rope.get("rope_type", "default") != "default":
+            raise CheckpointError(f"rope_type {rope['rope_type']!r} of the planner is not supported; 'default' is")
+        if text.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"hidden_act {text['hidden_act']!r} of the planner is not supported; 'silu' is")
+        heads = text["num_attention_heads"]
+        return cls(
+            **_known(cls, text)
+            | {
+                "num_key_value_heads": text.get("num_key_value_heads") or heads,
+                "head_dim": text.get("head_dim") or text["hidden_size"] // heads,
+                "rope_theta": rope["rope_theta"],
+                "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+                "mrope_section": tuple(rope.get("mrope_section", (8, 12, 12))),
+                "codebook_size": config["vq_config"]["num_embeddings"],
+                "image_start_token_id": config["image_start_token_id"],
+                "image_end_token_id": config["image_end_token_id"],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class RendererConfig:
+    """The diffusion transformer (`transformer/config.json`)."""
+
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int = 16
+    num_layers: int = 30
+    attention_head_dim: int = 128
+    num_attention_heads: int = 32
+    text_embed_dim: int = 1472
+    time_embed_dim: int = 512
+    condition_dim: int = 256
+    prior_vq_quantizer_codebook_size: int = 16384
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one latent patch, which is one renderer token."""
+        return self.in_channels * self.patch_size**2
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "RendererConfig":
+        made = cls(**_known(cls, config))
+        if made.in_channels != made.out_channels:
+            raise CheckpointError(
+                f"the renderer maps {made.in_channels} channels to {made.out_channels}; equal expected"
+            )
+        return made
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How the planner samples where a request does not say (`generation_config.json`).
+
+    `top_k` is None unless the file writes one: transformers' silent default of 50 is not the checkpoint's wish.
+    """
+
+    temperature: float = 0.9
+    top_p: float = 0.75
+    top_k: int | None = None
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "SamplingDefaults":
+        sampled = config.get("do_sample", False)
+        return cls(
+            temperature=float(config.get("temperature") or 1.0) if sampled else 0.0,
+            top_p=float(config.get("top_p") or 1.0),
+            top_k=config.get("top_k") or None,
+        )
+
+
+# What the table of published sizes does not list follows ByT5-small's encoder and CogView4's autoencoder, whose
+# dimensions (1472 wide; 16 latent channels, f8) the renderer's configuration names.
+PUBLISHED_GLYPH_ENCODER: dict[str, Any] = {
+    "vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+PUBLISHED_AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": [128, 512, 1024, 1024], "layers_per_block": 3, "latent_channels": 16, "norm_num_groups": 32,
+    "sample_size": 1024, "mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False,
+    "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "scaling_factor": 1.0,
+}  # fmt: skip
+PUBLISHED_SCHEDULER: dict[str, Any] = {
+    "use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256,
+    "time_shift_type": "linear",
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: not a GLM-Image checkpoint in the diffusers layout") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return data
+
+
+def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}

@@ -1,0 +1,167 @@
+"""The planner: a decoder-only transformer that writes an image as codebook indices.
+
+    T   tokens of all sequences of a batch, packed       H, G   query heads, key/value heads
+    D   head dimension                                   R      rotary dimension, R <= D
+    C   hidden size                                      V      outputs: image codes, then a few control tokens
+
+Written after transformers' `models/glm_image` (`GlmImageTextModel`), whose weights it takes unchanged. It differs in
+shape only: rows of many sequences are packed, and how a row sees the past is left to an `Attention` that is handed in.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.glm_image.config import PlannerConfig
+from models.row_blocks import Linear, elementwise
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R] of every row's position
+
+
+class Attention(Protocol):
+    """How the rows of a batch attend; it also keeps their keys and values for later steps."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, H, D], k and v [T, G, D] of layer number `layer` -> attended values [T, H, D]."""
+        ...
+
+
+class PlannerAttention(nn.Module):
+    def __init__(self, config: PlannerConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_dim, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
+        self.o_proj = Linear(q_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attention, block: int | None
+    ) -> Tensor:
+        q = rotate(self.q_proj(x, block).unflatten(-1, (-1, self.head_dim)), rotary)
+        k = rotate(self.k_proj(x, block).unflatten(-1, (-1, self.head_dim)), rotary)
+        v = self.v_proj(x, block).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(attend(layer, q, k, v).flatten(1), block)
+
+
+class PlannerMLP(nn.Module):
+    def __init__(self, config: PlannerConfig):
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, block: int | None) -> Tensor:
+        gate, up = self.gate_up_proj(x, block).chunk(2, dim=-1)
+        return self.down_proj(elementwise(F.silu, gate.contiguous()) * up, block)
+
+
+class PlannerLayer(nn.Module):
+    """Both halves are normalised before and after: x + norm(attention(norm(x))), then the same around the MLP."""
+
+    def __init__(self, config: PlannerConfig):
+        super().__init__()
+        self.self_attn = PlannerAttention(config)
+        self.mlp = PlannerMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_self_attn_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_mlp_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attention, block: int | None
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rotary, layer, attend, block)
+        x = x + self.post_self_attn_layernorm(attended)
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x), block))
+
+
+class Planner(nn.Module):
+    """Tokens in, scores of the next image code out."""
+
+    def __init__(self, config: PlannerConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PlannerLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vision_vocab_size, bias=False)
+
+    def forward(
+        self, tokens: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention, block: int | None = None
+    ) -> Tensor:
+        """One forward pass over packed rows.
+
+        Args:
+            tokens: [T] token ids.
+            rotary: cosines and sines [T, R], from `RotaryTable.at`.
+            attend: attention over each row's own sequence.
+            block: rows per matrix product, see `models.row_blocks`; T is a multiple of it.
+
+        Returns:
+            [T, C] final hidden states; `logits` turns the rows that need it into scores.
+        """
+        x = self.embed_tokens(tokens)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rotary, number, attend, block)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor, block: int | None = None) -> Tensor:
+        """[rows, C] hidden states -> [rows, codebook_size] float32 scores. Control tokens are cut off: a plan's length
+        is known, so no token but an image code may ever be written."""
+        return self.lm_head(hidden, block)[:, : self.config.codebook_size].float()
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of every position, looked up by (temporal, row, column) positions (M-RoPE).
+
+    A head's rotary frequencies are dealt out in three runs (`mrope_section`): the first turns with the temporal
+    position, the second with the row, the third with the column.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    axis: Tensor
+
+    def __init__(self, config: PlannerConfig, positions: int, device: torch.device):
+        super().__init__()
+        half = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device)
+        frequency = 1.0 / config.rope_theta ** (half / config.rotary_dim)
+        angle = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        runs = [m % 3 for m in range(len(config.mrope_section))]
+        axis = torch.tensor(
+            [a for a, n in zip(runs, config.mrope_section, strict=True) for _ in range(n)], device=device
+        )
+        self.register_buffer("axis", axis, persistent=False)  # [R/2]: which of the three positions turns a frequency
+
+    def at(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """positions [T, 3] -> cosines and sines [T, R] in `dtype`."""
+        index = positions[:, self.axis]  # [T, R/2]
+        cos, sin = self.cos.gather(0, index), self.sin.gather(0, index)
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first R of the D dimensions of x [T, heads, D]; halves are paired (i with i + R/2)."""
+    cos, sin = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)
+    turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    return torch.cat([turning * cos + torch.cat([-second, first], -1) * sin, still], dim=-1)
+
+
+def plan_positions(start: int, grids: list[tuple[int, int]]) -> Tensor:
+    """Positions [tokens, 3] (temporal, row, column) of grids written one after the other behind `start` tokens.
+
+    Within a grid the temporal position stands still; the next grid starts behind the longer side of the last
+    (`GlmImageModel.get_rope_index`).
+    """
+    parts = []
+    for rows, cols in grids:
+        row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+        parts.append(torch.stack([torch.zeros(rows * cols).long(), row.flatten(), col.flatten()], dim=1) + start)
+        start += max(rows, cols)
+    return torch.cat(parts)

@@ -1,0 +1,136 @@
+"""A small checkpoint with random weights, in the published layout, made by the reference packages.
+
+It stands in where no trained checkpoint is at hand: it draws noise, but every part of a request is real.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    ByT5Tokenizer,
+    GenerationConfig,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    GlmImageProcessor,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
+
+from models.glm_image.config import PUBLISHED_SCHEDULER
+
+CODES = 512
+CONTROL_OUTPUTS = 16  # planner outputs past the codes: start, end, and unused ones
+SIDE = 256  # pixels a side of the default image
+PLANNER = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 8192,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2],
+    },
+}  # fmt: skip
+VISION = {"depth": 2, "hidden_size": 32, "num_heads": 2, "image_size": 256, "patch_size": 16, "intermediate_size": 64}
+VQ = {"embed_dim": 16, "num_embeddings": CODES, "latent_channels": 32}
+GLYPHS = {
+    "vocab_size": 384, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+RENDERER = {
+    "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 4, "attention_head_dim": 32,
+    "num_attention_heads": 4, "time_embed_dim": 64, "condition_dim": 16,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [16, 16, 32, 32], "latent_channels": 8, "norm_num_groups": 8, "sample_size": SIDE,
+    "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8, "use_quant_conv": False, "use_post_quant_conv": False,
+    "mid_block_add_attention": False,
+}  # fmt: skip
+
+IMAGE_START, IMAGE_END = "<|dit_token_start|>", "<|dit_token_end|>"
+CONTROL_TOKENS = [IMAGE_START, IMAGE_END, "<|endoftext|>", "<sop>", "<eop>", "<|user|>", "<|image|>"]
+CHAT_TEMPLATE = """\
+{%- for message in messages %}<|user|>
+{% for part in message['content'] %}
+{%- if part['type'] == 'image' %}<|dit_token_start|><|image|><|dit_token_end|>{% else %}{{ part['text'] }}{% endif %}
+{%- endfor %}{% endfor %}"""
+
+
+def byte_level_processor(codes: int) -> GlmImageProcessor:
+    """A processor whose tokenizer has one token an image code, one a byte, and the control tokens."""
+    vocabulary = [f"<|dit_token_{i}|>" for i in range(codes)] + [IMAGE_START, IMAGE_END]
+    vocabulary += [f"<|dit_unused_{i}|>" for i in range(2, CONTROL_OUTPUTS)]
+    vocabulary += sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL_TOKENS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=IMAGE_START,
+        eos_token=IMAGE_END,
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"},
+    )
+    pixels = {"shortest_edge": 64 * 64, "longest_edge": 2048 * 2048}
+    images = GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1, size=pixels)
+    return GlmImageProcessor(image_processor=images, tokenizer=fast, chat_template=CHAT_TEMPLATE)
+
+
+def cached_random_checkpoint(cache: Path) -> Path:
+    """The folder of the small random checkpoint, made on first use. Several processes may ask at once."""
+    folder = cache / "random-glm-image-1"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=cache))
+        write_random_checkpoint(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
+    return folder
+
+
+def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
+    """Write the small random checkpoint into `folder`; the same seed writes the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _pipeline().save_pretrained(folder)
+
+
+def _pipeline() -> GlmImagePipeline:
+    processor = byte_level_processor(CODES)
+    tokenizer = processor.tokenizer
+    text = PLANNER | {
+        "vocab_size": len(tokenizer), "vision_vocab_size": CODES + CONTROL_OUTPUTS, "eos_token_id": CODES + 1,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    config = GlmImageConfig(
+        text_config=text,
+        vision_config=dict(VISION),
+        vq_config=dict(VQ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+        image_start_token_id=CODES,
+        image_end_token_id=CODES + 1,
+    )
+    planner = GlmImageForConditionalGeneration(config)
+    planner.lm_head.weight.data.mul_(8)  # so that sampling is not uniform
+    planner.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.9, top_p=0.75, eos_token_id=CODES + 1, pad_token_id=tokenizer.pad_token_id
+    )
+    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **VAE)  # type: ignore[arg-type]
+    return GlmImagePipeline(
+        tokenizer=ByT5Tokenizer(),
+        processor=processor,
+        text_encoder=T5EncoderModel(T5Config(**GLYPHS)),
+        vision_language_encoder=planner,
+        vae=vae,
+        transformer=GlmImageTransformer2DModel(
+            text_embed_dim=GLYPHS["d_model"], prior_vq_quantizer_codebook_size=CODES, **RENDERER
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**PUBLISHED_SCHEDULER),
+    )

@@ -1,0 +1,265 @@
+"""The renderer: a diffusion transformer that turns a plan into the latents of an image.
+
+    T   tokens of a packed batch      n   images in it          dim   heads * head_dim
+    E   width of the time embedding   D   head dimension        P     values of a patch: channels * 2 * 2
+
+A *row* is one sequence the transformer attends over: an image's glyph tokens, then its patches. With guidance an image
+has two rows, one conditional and one not. Rows of any length, timestep and size are packed into one [T, dim] tensor;
+only attention and the adaptive layer norms need to know which token belongs to whom.
+
+Written after diffusers' `GlmImageTransformer2DModel`, whose weights it takes unchanged.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.glm_image.config import RendererConfig
+from models.row_blocks import Linear, elementwise
+
+MODULATION_ROWS = 16  # images per block of the modulations' matrix products
+ROPE_THETA = 10000.0
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": partial(F.gelu, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which token of a packed batch is whose. Built once for a set of images, used for all layers and many steps.
+
+    Args:
+        lengths: tokens of every row, in order; their sum is at most T, what is left is padding.
+        modulation: [T] index into the modulations: 2 * image for a patch, 2 * image + 1 for a glyph token.
+        cos, sin: [T, D] rotary tables; glyph tokens and padding do not turn (cos 1, sin 0).
+    """
+
+    lengths: Sequence[int]
+    modulation: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class GatedLinear(nn.Module):
+    """A linear layer with the activation's name in its path (`net.0.proj`), as diffusers' feed-forward has it."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.proj = Linear(dim_in, dim_out)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around one of `ACTIVATIONS`."""
+
+    def __init__(self, dim_in: int, inner: int, dim_out: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.net = nn.ModuleList([GatedLinear(dim_in, inner), nn.Identity(), Linear(inner, dim_out)])
+
+    def forward(self, x: Tensor, block: int | None = None) -> Tensor:
+        x = self.net[0].proj(x, block)  # type: ignore[union-attr]
+        return self.net[2](elementwise(ACTIVATIONS[self.activation], x), block)
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, linear (diffusers' `TimestepEmbedding` and `PixArtAlphaTextProjection`)."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.linear_1 = Linear(dim_in, dim_out)
+        self.linear_2 = Linear(dim_out, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TimeAndSizeEmbedding(nn.Module):
+    """The timestep, the size of the canvas and the crop's corner, as one vector."""
+
+    def __init__(self, config: RendererConfig):
+        super().__init__()
+        self.time_dim, self.condition_dim = config.time_embed_dim, config.condition_dim
+        self.timestep_embedder = Embedder(config.time_embed_dim, config.time_embed_dim)
+        self.condition_embedder = Embedder(4 * config.condition_dim, config.time_embed_dim)
+
+    def forward(self, timesteps: Tensor, height: int, width: int) -> Tensor:
+        """timesteps [steps] (the scheduler's, minus one) of one image of height x width pixels -> [steps, E]."""
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        size = torch.tensor([0.0, 0.0, height, width], device=timesteps.device)
+        condition = sinusoids(size, self.condition_dim).reshape(1, -1).to(dtype)
+        time = self.timestep_embedder(sinusoids(timesteps, self.time_dim).to(dtype))
+        return F.silu(time + self.condition_embedder(condition))
+
+
+class RendererAttention(nn.Module):
+    def __init__(self, config: RendererConfig):
+        super().__init__()
+        self.head_dim = config.attention_head_dim
+        self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
+
+    def forward(self, x: Tensor, layout: RowLayout, block: int | None) -> Tensor:
+        q, k, v = (
+            project(x, block).unflatten(-1, (-1, self.head_dim)) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        q, k = (rotate(F.layer_norm(h, (self.head_dim,), eps=1e-5), layout) for h in (q, k))
+        out = torch.zeros_like(x)
+        start = 0
+        for length in layout.lengths:
+            row = slice(start, start + length)
+            heads_first = [h[row].transpose(0, 1)[None] for h in (q, k, v)]  # [1, heads, tokens, D]
+            attended = F.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
+            out[row] = attended[0].transpose(0, 1).flatten(1)
+            start += length
+        return self.to_out[0](out, block)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of both halves of a layer, for patches and for glyph tokens: 12 vectors an image."""
+
+    def __init__(self, config: RendererConfig):
+        super().__init__()
+        self.linear = Linear(config.time_embed_dim, 12 * config.dim)
+
+    def forward(self, temb: Tensor, block: int | None) -> Tensor:
+        """temb [n, E] -> [6, 2n, dim]: the six vectors, for patches (even) and glyph tokens (odd) of every image."""
+        parts = self.linear(temb, block).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
+        return parts.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+class RendererLayer(nn.Module):
+    def __init__(self, config: RendererConfig):
+        super().__init__()
+        self.norm1 = Modulation(config)
+        self.attn1 = RendererAttention(config)
+        self.ff = FeedForward(config.dim, 4 * config.dim, config.dim, "gelu-tanh")
+
+    def forward(self, x: Tensor, temb: Tensor, layout: RowLayout, block: int | None, temb_block: int | None) -> Tensor:
+        vectors = self.norm1(temb, temb_block)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (v.index_select(0, layout.modulation) for v in vectors)
+        x = x + self.attn1(normalised(x) * (1 + scale1) + shift1, layout, block) * gate1
+        return x + self.ff(normalised(x) * (1 + scale2) + shift2, block) * gate2
+
+
+class OutputNorm(nn.Module):
+    """The last adaptive layer norm; unlike the others its scale comes first."""
+
+    def __init__(self, config: RendererConfig):
+        super().__init__()
+        self.linear = Linear(config.time_embed_dim, 2 * config.dim)
+
+    def forward(self, x: Tensor, temb: Tensor, image: Tensor, temb_block: int | None) -> Tensor:
+        scale, shift = (v.index_select(0, image) for v in self.linear(temb, temb_block).chunk(2, dim=-1))
+        return normalised(x) * (1 + scale) + shift
+
+
+class PatchProjector(nn.Module):
+    def __init__(self, config: RendererConfig):
+        super().__init__()
+        self.proj = Linear(config.patch_dim, config.dim)
+
+
+class Renderer(nn.Module):
+    """Velocity of every patch of a packed batch of rows."""
+
+    def __init__(self, config: RendererConfig):
+        super().__init__()
+        self.config = config
+        self.image_projector = PatchProjector(config)
+        self.glyph_projector = FeedForward(config.text_embed_dim, config.dim, config.dim, "gelu")
+        self.prior_token_embedding = nn.Embedding(config.prior_vq_quantizer_codebook_size, config.dim)
+        self.prior_projector = FeedForward(config.dim, config.dim, config.dim, "silu")
+        self.time_condition_embed = TimeAndSizeEmbedding(config)
+        self.transformer_blocks = nn.ModuleList(RendererLayer(config) for _ in range(config.num_layers))
+        self.norm_out = OutputNorm(config)
+        self.proj_out = Linear(config.dim, config.patch_dim)
+
+    # What depends on the image alone, computed once for all its steps.
+
+    def glyphs(self, embeddings: Tensor) -> Tensor:
+        """Glyph embeddings [g, text_embed_dim] -> glyph tokens [g, dim]."""
+        return self.glyph_projector(embeddings)
+
+    def plan(self, codes: Tensor) -> Tensor:
+        """A plan [rows, cols] of codebook indices -> [4 * rows * cols, dim], one vector a patch (2x nearest)."""
+        vectors = self.prior_projector(self.prior_token_embedding(codes.flatten()))
+        grid = vectors.unflatten(0, codes.shape)
+        return grid.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
+
+    def no_plan(self) -> Tensor:
+        """[1, dim], what the unconditional row gets instead of a plan: the embedding is zeroed BEFORE the projector."""
+        return self.prior_projector(torch.zeros_like(self.prior_token_embedding.weight[:1]))
+
+    def time_embeddings(self, timesteps: Tensor, height: int, width: int) -> Tensor:
+        """[steps, E] for one image; `timesteps` [steps] as the scheduler gives them."""
+        return self.time_condition_embed(timesteps - 1, height, width)
+
+    # One step of many images.
+
+    def patches(self, latents: Tensor, block: int | None = None) -> Tensor:
+        """Latent patches [tokens, P] -> [tokens, dim], before the plan is added."""
+        return self.image_projector.proj(latents, block)
+
+    def forward(
+        self, x: Tensor, temb: Tensor, layout: RowLayout, block: int | None = None, temb_block: int | None = None
+    ) -> Tensor:
+        """One forward pass.
+
+        Args:
+            x: [T, dim] glyph tokens and patches (plan added) of all rows.
+            temb: [n, E] time embedding of every image, padded to a multiple of `temb_block`.
+            layout: which token is whose.
+            block, temb_block: rows per matrix product, see `models.row_blocks`.
+
+        Returns:
+            [T, P] predicted velocity; meaningless on glyph tokens and padding.
+        """
+        for layer in self.transformer_blocks:
+            x = layer(x, temb, layout, block, temb_block)
+        return self.proj_out(self.norm_out(x, temb, layout.modulation // 2, temb_block), block)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Layer norm without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+
+def rotate(x: Tensor, layout: RowLayout) -> Tensor:
+    """Rotary embedding of x [T, heads, D] in float32; halves are paired (i with i + D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * layout.cos[:, None] + turned.float() * layout.sin[:, None]).to(x.dtype)
+
+
+def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
+    """[rows * cols, D] angles of a grid of patches: a quarter of the head turns with the row, a quarter with the
+    column, and the second half repeats the first."""
+    half = head_dim // 2
+    frequency = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
+    by_row = torch.outer(torch.arange(rows).float(), frequency)[:, None].expand(rows, cols, -1)
+    by_col = torch.outer(torch.arange(cols).float(), frequency)[None].expand(rows, cols, -1)
+    angles = torch.cat([by_row, by_col], dim=-1)
+    return torch.cat([angles, angles], dim=-1).flatten(0, 1)
+
+
+def sinusoids(x: Tensor, dim: int) -> Tensor:
+    """[k] numbers -> [k, dim] cosines, then sines, of the number at `dim / 2` frequencies, in float32."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=x.device) / (dim // 2))
+    angle = x.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def patchify(latents: Tensor, patch: int = 2) -> Tensor:
+    """[C, h, w] latents -> [tokens, P]."""
+    channels, height, width = latents.shape
+    grid = latents.reshape(channels, height // patch, patch, width // patch, patch)
+    return grid.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+
+
+def unpatchify(tokens: Tensor, rows: int, cols: int, patch: int = 2) -> Tensor:
+    """[tokens, P] -> [C, h, w] latents; the inverse of `patchify`."""
+    grid = tokens.reshape(rows, cols, -1, patch, patch)
+    return grid.permute(2, 0, 3, 1, 4).reshape(-1, rows * patch, cols * patch)

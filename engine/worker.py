@@ -71,7 +71,7 @@ class Worker:
         self._conductors: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # room was made, or the drain began
         self._draining = asyncio.Event()
-        self._stop_thread = threading.Event()
+        self._stopping = threading.Event()
         self._work = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._stepped_at = time.monotonic()
@@ -94,7 +94,7 @@ class Worker:
                     task.result()
             await self._finish_jobs(thread)
         finally:
-            self._stop_thread.set()
+            self._stopping.set()
             self._work.set()
             for task in (claiming, *loops, *self._conductors):
                 task.cancel()
@@ -107,7 +107,7 @@ class Worker:
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
     def _drive(self) -> None:
-        while not self._stop_thread.is_set():
+        while not self._stopping.is_set():
             self._stepped_at = time.monotonic()
             if self._engine.is_idle:
                 self._work.wait(HEARTBEAT_S)
@@ -150,8 +150,10 @@ class Worker:
             await asyncio.sleep(REDIS_RETRY_S)
             return None
 
+    # Loops look at `_stopping` themselves, because a cancellation can get lost inside a call to Redis.
+
     async def _renew(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             await asyncio.sleep(self._settings.lease_s / 4)
             if self._is_stuck:
                 continue  # the leases run out, and the jobs go to an engine that moves
@@ -165,7 +167,7 @@ class Worker:
                 self._lose(job.request.id)
 
     async def _heartbeat(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             state = "stuck" if self._is_stuck else "draining" if self._draining.is_set() else "ready"
             images = sum(job.claim.spec.n for job in self._jobs.values())
             info = replace(self._info, state=state, images_running=images)
@@ -272,6 +274,8 @@ class Worker:
                 return await write()
             except QueueUnavailable as error:
                 event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
+                if self._stopping.is_set():
+                    raise
                 await asyncio.sleep(REDIS_RETRY_S)
 
     # --- small things -------------------------------------------------------------------------------------------------

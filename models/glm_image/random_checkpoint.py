@@ -5,7 +5,9 @@ It stands in where no trained checkpoint is at hand: it draws noise, but every p
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
@@ -24,10 +26,12 @@ from transformers.models.glm_image.image_processing_pil_glm_image import GlmImag
 
 from models.glm_image.config import PUBLISHED_SCHEDULER
 
+Sizes = Mapping[str, Any]
+
 CODES = 512
 CONTROL_OUTPUTS = 16  # planner outputs past the codes: start, end, and unused ones
 SIDE = 256  # pixels a side of the default image
-PLANNER = {
+PLANNER: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 8192,
     "rope_parameters": {
@@ -40,7 +44,7 @@ GLYPHS = {
     "vocab_size": 384, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-RENDERER = {
+RENDERER: dict[str, Any] = {
     "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 4, "attention_head_dim": 32,
     "num_attention_heads": 4, "time_embed_dim": 64, "condition_dim": 16,
 }  # fmt: skip
@@ -95,17 +99,23 @@ def cached_random_checkpoint(cache: Path) -> Path:
     return folder
 
 
-def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
-    """Write the small random checkpoint into `folder`; the same seed writes the same weights."""
+def write_random_checkpoint(
+    folder: Path, seed: int = 0, *, planner: Sizes | None = None, renderer: Sizes | None = None
+) -> None:
+    """Write a small random checkpoint into `folder`; the same seed writes the same weights.
+
+    Args:
+        planner, renderer: sizes that differ from `PLANNER` and `RENDERER`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        _pipeline().save_pretrained(folder)
+        _pipeline(PLANNER | dict(planner or {}), RENDERER | dict(renderer or {})).save_pretrained(folder)
 
 
-def _pipeline() -> GlmImagePipeline:
+def _pipeline(planner_sizes: dict[str, Any], renderer_sizes: dict[str, Any]) -> GlmImagePipeline:
     processor = byte_level_processor(CODES)
     tokenizer = processor.tokenizer
-    text = PLANNER | {
+    text = planner_sizes | {
         "vocab_size": len(tokenizer), "vision_vocab_size": CODES + CONTROL_OUTPUTS, "eos_token_id": CODES + 1,
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
@@ -130,7 +140,7 @@ def _pipeline() -> GlmImagePipeline:
         vision_language_encoder=planner,
         vae=vae,
         transformer=GlmImageTransformer2DModel(
-            text_embed_dim=GLYPHS["d_model"], prior_vq_quantizer_codebook_size=CODES, **RENDERER
+            text_embed_dim=GLYPHS["d_model"], prior_vq_quantizer_codebook_size=CODES, **renderer_sizes
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(**PUBLISHED_SCHEDULER),
     )

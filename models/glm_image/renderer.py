@@ -125,9 +125,12 @@ class Modulation(nn.Module):
         self.linear = Linear(config.time_embed_dim, 12 * config.dim)
 
     def forward(self, temb: Tensor, block: int | None) -> Tensor:
-        """temb [n, E] -> [6, 2n, dim]: the six vectors, for patches (even) and glyph tokens (odd) of every image."""
+        """temb [n, E] -> [6, 2n, dim]: the six vectors, for patches (even) and glyph tokens (odd) of every image. The
+        scales come with their one added."""
         parts = self.linear(temb, block).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
-        return parts.transpose(0, 1).flatten(1, 2).contiguous()
+        vectors = parts.transpose(0, 1).flatten(1, 2).contiguous()
+        vectors[[1, 4]] += 1
+        return vectors
 
 
 class RendererLayer(nn.Module):
@@ -140,8 +143,8 @@ class RendererLayer(nn.Module):
     def forward(self, x: Tensor, temb: Tensor, layout: RowLayout, block: int | None, temb_block: int | None) -> Tensor:
         vectors = self.norm1(temb, temb_block)
         shift1, scale1, gate1, shift2, scale2, gate2 = (v.index_select(0, layout.modulation) for v in vectors)
-        x = x + self.attn1(normalised(x) * (1 + scale1) + shift1, layout, block) * gate1
-        return x + self.ff(normalised(x) * (1 + scale2) + shift2, block) * gate2
+        x = self.attn1(normalised(x).mul_(scale1).add_(shift1), layout, block).mul_(gate1).add_(x)
+        return self.ff(normalised(x).mul_(scale2).add_(shift2), block).mul_(gate2).add_(x)
 
 
 class OutputNorm(nn.Module):
@@ -229,9 +232,12 @@ def normalised(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, layout: RowLayout) -> Tensor:
     """Rotary embedding of x [T, heads, D] in float32; halves are paired (i with i + D/2)."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * layout.cos[:, None] + turned.float() * layout.sin[:, None]).to(x.dtype)
+    half = x.shape[-1] // 2
+    cos, sin = layout.cos[:, None], layout.sin[:, None]
+    turned = x.float() * cos
+    turned[..., :half] -= x[..., half:] * sin[..., :half]
+    turned[..., half:] += x[..., :half] * sin[..., half:]
+    return turned.to(x.dtype)
 
 
 def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:

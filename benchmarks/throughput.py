@@ -1,0 +1,126 @@
+"""Throughput and latency of the engine against the reference pipeline, in one run on one machine.
+
+    python -m benchmarks.throughput                 the small checkpoint, on this machine's CPU or GPU
+    python -m benchmarks.throughput --size full     the published size with random weights, on a CUDA GPU
+
+The small run gives the same requests, in the same order, to diffusers' `GlmImagePipeline` one by one, to the same
+pipeline in batches of equal size and steps (it can batch no others), and to the engine with 1, 4 and 16 in flight. All
+run with the same number of threads in float32. The reference is kept from writing control tokens (which make it fail).
+"""
+
+import argparse
+import itertools
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from diffusers import GlmImagePipeline
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmarks.full_size import run_full_size
+from benchmarks.measure import Measurement, drive
+from engine.config import default_cache_dir
+from engine.engine import Engine
+from engine.jobs.job import JobSpec
+from models.glm_image.model import GlmImage
+from models.glm_image.random_checkpoint import cached_random_checkpoint
+
+SIZES = ((256, 256), (384, 256), (512, 512))
+STEPS = (8, 12, 20)
+PROMPTS = ('a poster with top headline "SUMMER SALE" and a red circle', "a plain poster", 'bottom footer "OPEN 9 TO 5"')
+CONCURRENCY = (1, 4, 16)
+
+
+def requests(count: int) -> list[JobSpec]:
+    """Sizes and steps in all combinations, in an order that mixes them."""
+    mixed = list(itertools.product(SIZES, STEPS))
+    return [
+        JobSpec(
+            PROMPTS[i % len(PROMPTS)],
+            *mixed[i * 4 % len(mixed)][0],
+            seed=i,
+            num_inference_steps=mixed[i * 4 % len(mixed)][1],
+        )
+        for i in range(count)
+    ]
+
+
+def load_reference(folder: Path, device: torch.device) -> GlmImagePipeline:
+    pipeline = GlmImagePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    planner = pipeline.vision_language_encoder
+    codes, outputs = planner.config.vq_config.num_embeddings, planner.config.text_config.vision_vocab_size
+    planner.generation_config.suppress_tokens = list(range(codes, outputs))
+    return pipeline
+
+
+def run_reference(pipeline: GlmImagePipeline, specs: list[JobSpec], batched: bool) -> Measurement:
+    groups: dict[tuple[int, int, int, int], list[JobSpec]] = defaultdict(list)
+    for number, spec in enumerate(specs):
+        own = -1 if batched else number
+        groups[spec.width, spec.height, spec.num_inference_steps, own].append(spec)
+    latencies: list[float] = []
+    started = time.perf_counter()
+    for (width, height, steps, _), group in tqdm(groups.items(), desc="reference", disable=None):
+        began = started if batched else time.perf_counter()
+        pipeline(
+            prompt=[spec.prompt for spec in group],
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=group[0].guidance_scale,
+        )
+        latencies += [time.perf_counter() - began] * len(group)
+    label = "diffusers, equal requests batched" if batched else "diffusers, one by one"
+    return Measurement(label, time.perf_counter() - started, latencies)
+
+
+def print_table(rows: list[Measurement]) -> None:
+    base = rows[0]
+    table = Table(title=f"{len(base.latencies)} requests, {torch.get_num_threads()} threads")
+    for heading in ("", "images/s", "ratio", "p50 s", "p95 s", "planner ms/token", "renderer µs/token"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in rows:
+        table.add_row(
+            row.label,
+            f"{row.images_per_second:.3f}",
+            f"{row.images_per_second / base.images_per_second:.2f}",
+            f"{row.p50:.2f}",
+            f"{row.p95:.2f}",
+            f"{row.planner_ms_per_token:.3f}" if row.planner_ms_per_token else "",
+            f"{row.renderer_us_per_token:.1f}" if row.renderer_us_per_token else "",
+        )
+    Console(width=120).print(table)
+
+
+def run_small(model: str | None, count: int, device: torch.device) -> None:
+    folder = Path(model) if model else cached_random_checkpoint(default_cache_dir())
+    specs = requests(count)
+    engine = Engine(GlmImage.load(str(folder), device, torch.float32))
+    reference = load_reference(folder, device)
+    for warm_up in (specs[:1], specs[:2]):
+        run_reference(reference, warm_up, batched=False)
+        drive(engine, warm_up, 2)
+    rows = [run_reference(reference, specs, batched=False), run_reference(reference, specs, batched=True)]
+    rows += [drive(engine, specs, concurrency) for concurrency in CONCURRENCY]
+    print_table(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--model", help="a checkpoint folder for the small run; default: the small random checkpoint")
+    parser.add_argument("--requests", type=int, default=36)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    if arguments.size == "full":
+        run_full_size(torch.device(arguments.device))
+    else:
+        run_small(arguments.model, arguments.requests, torch.device(arguments.device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What travels through Redis: the job, its record, its result. Plain frozen dataclasses, no torch, JSON in and out."""
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from engine.geometry import Geometry
+
+Priority = Literal["interactive", "batch"]
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+class JobState(enum.StrEnum):
+    """The life of a job: queued -> running -> one of the terminal states, exactly once."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in TERMINAL_STATES
+
+
+TERMINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+
+
+class _Record:
+    """JSON-ready dict in and out, for flat dataclasses. Unknown keys are dropped, so that a newer API or engine can
+    add fields while an older one is still running."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls(**{k: v for k, v in data.items() if k in names})
+
+
+@dataclass(frozen=True)
+class TokenGrid(_Record):
+    """Codebook indices of a grid, in raster order: `len(tokens) == rows * cols`."""
+
+    rows: int
+    cols: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner wrote for one image: the plan, and the preview it wrote first (None if it was given)."""
+
+    rows: int
+    cols: int
+    tokens: list[int]
+    preview: TokenGrid | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        plan: dict[str, Any] = {"rows": self.rows, "cols": self.cols, "tokens": self.tokens}
+        if self.preview is not None:
+            plan["preview"] = self.preview.to_dict()
+        return plan
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Plan":
+        preview = data.get("preview")
+        return cls(data["rows"], data["cols"], data["tokens"], TokenGrid.from_dict(preview) if preview else None)
+
+
+@dataclass(frozen=True)
+class JobSpec(_Record):
+    """One accepted request: `n` images of one prompt. Image i uses `seed + i`.
+
+    Args:
+        width, height: the picture's size in pixels, as asked for.
+        num_inference_steps: denoising steps, 1..200.
+        guidance_scale: 0..20; at 1 or below no unconditional row is computed.
+        temperature, top_p: planner sampling; None takes the checkpoint's. Temperature 0 is greedy.
+        plan: a plan of the same size to render instead of planning (`Plan.to_dict`).
+        output_compression: 0..100, the quality of jpeg and webp; png is lossless and has none.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    n: int = 1
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.5
+    negative_prompt: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    plan: dict[str, Any] | None = None
+    return_plan: bool = False
+    output_format: OutputFormat = "png"
+    output_compression: int = 100
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.width, self.height)
+
+    @property
+    def plan_tokens(self) -> int:
+        """Planner tokens of all images of the job; 0 when the plan is given."""
+        return 0 if self.plan else self.n * self.geometry.plan_tokens
+
+    @property
+    def prompt_tokens_bound(self) -> int:
+        """An upper bound of the prompt's tokens that needs no tokenizer: a token is at least one byte. Capped, so that
+        a prompt which is refused for its length does not have to wait for an empty engine first."""
+        return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64
+
+
+@dataclass(frozen=True)
+class JobError(_Record):
+    """Why a job failed, in the terms of the HTTP contract.
+
+    `type` is `invalid_request_error` (the sender can mend it, HTTP 400) or `server_error` (HTTP 500).
+    """
+
+    message: str
+    type: str = "server_error"
+    code: str | None = None
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One encoded picture (`data`), the seed it was made from, and its plan when it was asked for."""
+
+    data: bytes
+    seed: int
+    plan: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a succeeded job leaves behind, images in order."""
+
+    images: list[ImageResult]
+    prompt_tokens: int
+    plan_tokens: int
+    timings: dict[str, float] = field(default_factory=dict)  # seconds: queued, planning, rendering, decoding
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job as Redis knows it now. Times are milliseconds of Redis' clock since the epoch.
+
+    `progress` is a small dict an engine writes, for example {"phase": "rendering", "step": 3, "steps": 20}.
+    """
+
+    id: str
+    state: JobState
+    spec: JobSpec
+    priority: Priority
+    submitted_at: int
+    deadline: int
+    runs: int = 0
+    progress: dict[str, Any] = field(default_factory=dict)
+    error: JobError | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to run a job, valid while the lease is renewed and the record's epoch is still `epoch`.
+
+    `plans` holds the checkpointed plans of an earlier run, by image index. `exclusive` jobs brought an engine down
+    before: they run alone, so that nobody is harmed if they do it again.
+    """
+
+    job_id: str
+    epoch: int
+    spec: JobSpec
+    submitted_at: int
+    deadline: int
+    runs: int
+    plans: dict[int, Plan]
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an engine can admit right now. An idle engine takes any job: only it can say what is wrong with it."""
+
+    images: int
+    kv_tokens: int
+    idle: bool
+
+
+@dataclass(frozen=True)
+class EngineInfo(_Record):
+    """What an engine says of itself with every heartbeat."""
+
+    id: str
+    pid: int
+    stage: str  # all | plan | render
+    state: str  # starting | ready | draining | stuck
+    model: str
+    default_size: str  # "WxH", for size=auto
+    codebook_size: int
+    max_prompt_tokens: int
+    images_running: int = 0
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """Jobs nobody runs yet, and jobs under a lease."""
+
+    waiting: int
+    running: int

@@ -1,0 +1,263 @@
+"""The `glimmer` command. Every flag can also be given as the environment variable that `--help` shows beside it."""
+
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from engine import logs
+from engine.config import EXIT_CONFIGURATION, EngineSettings, LogLevel, Stage, default_cache_dir
+from engine.errors import QueueUnavailable
+from engine.jobs.job import Priority
+from server import client
+from server.schemas import Quality
+from server.settings import ServerSettings
+
+app = typer.Typer(
+    help="Glimmer serves GLM-Image behind an OpenAI-style images API. Start with: glimmer serve",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they print local variables, prompts among them
+    rich_markup_mode=None,
+)
+
+_FIELDS = ServerSettings.model_fields
+
+
+def _setting(name: str) -> Any:
+    """An option that stands for a field of `ServerSettings`: its help and its variable."""
+    return typer.Option(
+        f"--{name.replace('_', '-')}",
+        envvar=f"GLIMMER_{name.upper()}",
+        help=_FIELDS[name].description,
+    )
+
+
+def default_data_dir() -> Path:
+    """Where `glimmer serve` keeps its queue: `$XDG_DATA_HOME/glimmer`, by default `~/.local/share/glimmer`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "glimmer"
+
+
+Host = Annotated[str, _setting("host")]
+Port = Annotated[int, _setting("port")]
+RedisUrl = Annotated[str | None, _setting("redis_url")]
+ApiKey = Annotated[str | None, _setting("api_key")]
+ServedModelName = Annotated[str, _setting("served_model_name")]
+MaxQueue = Annotated[int, _setting("max_queue")]
+GraceS = Annotated[float, _setting("grace_s")]
+Level = Annotated[LogLevel, _setting("log_level")]
+Model = Annotated[
+    str | None,
+    typer.Option(envvar="GLIMMER_MODEL", help="Checkpoint folder or hub id; without it the default checkpoint."),
+]
+Device = Annotated[str, typer.Option(envvar="GLIMMER_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(envvar="GLIMMER_DTYPE", help="auto, float32 or bfloat16.")]
+
+
+def _server_settings(context: typer.Context) -> ServerSettings:
+    """The settings that a command's flags stand for; what has no flag comes from the environment."""
+    try:
+        return ServerSettings(**{name: value for name, value in context.params.items() if name in _FIELDS})
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = str(detail["loc"][0]) if detail["loc"] else "settings"
+        _stop(f"GLIMMER_{name.upper()}: {detail['msg']}")
+
+
+def _stop(message: str) -> NoReturn:
+    """Ends the command because of how it was called."""
+    typer.echo(f"glimmer: {message}", err=True)
+    raise typer.Exit(EXIT_CONFIGURATION)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    model: Model = None,
+    host: Host = _FIELDS["host"].default,
+    port: Port = _FIELDS["port"].default,
+    device: Device = EngineSettings.device,
+    dtype: Dtype = EngineSettings.dtype,
+    engines: Annotated[
+        int, typer.Option(envvar="GLIMMER_ENGINES", min=1, help="Engine processes; with several GPUs one for each.")
+    ] = 1,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="GLIMMER_DATA_DIR", help="Where the queue is kept.", show_default="~/.local/share/glimmer"),
+    ] = None,
+    max_queue: MaxQueue = _FIELDS["max_queue"].default,
+    api_key: ApiKey = None,
+    served_model_name: ServedModelName = _FIELDS["served_model_name"].default,
+    redis_url: RedisUrl = None,
+    grace_s: GraceS = _FIELDS["grace_s"].default,
+    log_level: Level = _FIELDS["log_level"].default,
+) -> None:
+    """Everything on one machine: the API, the engines and a Redis. Ctrl+C finishes what runs, then stops."""
+    from server.launch import EnginePlan, run_all
+    from server.serving import StartError
+
+    settings = _server_settings(context)
+    logs.configure(log_level)
+    environment = {"GLIMMER_DEVICE": device, "GLIMMER_DTYPE": dtype, "GLIMMER_LOG_LEVEL": log_level}
+    environment["GLIMMER_GRACE_S"] = str(grace_s)
+    if model is not None:
+        environment["GLIMMER_MODEL"] = model
+    plan = EnginePlan(engines, data_dir or default_data_dir(), device, environment)
+    try:
+        code = run_all(settings, plan)
+    except (StartError, QueueUnavailable) as error:
+        _stop(str(error))
+    raise typer.Exit(code)
+
+
+@app.command()
+def api(
+    context: typer.Context,
+    redis_url: RedisUrl = None,
+    host: Host = _FIELDS["host"].default,
+    port: Port = _FIELDS["port"].default,
+    max_queue: MaxQueue = _FIELDS["max_queue"].default,
+    api_key: ApiKey = None,
+    served_model_name: ServedModelName = _FIELDS["served_model_name"].default,
+    grace_s: GraceS = _FIELDS["grace_s"].default,
+    log_level: Level = _FIELDS["log_level"].default,
+) -> None:
+    """The HTTP API alone; engines reach it through the same Redis."""
+    from server.launch import run_api
+    from server.serving import StartError
+
+    settings = _server_settings(context)
+    if settings.redis_url is None:
+        _stop("glimmer api needs a Redis: set --redis-url or GLIMMER_REDIS_URL")
+    logs.configure(log_level)
+    try:
+        run_api(settings)
+    except StartError as error:
+        _stop(str(error))
+
+
+@app.command()
+def engine(
+    redis_url: Annotated[
+        str, typer.Option(envvar="GLIMMER_REDIS_URL", help="Where the jobs are: redis://host:6379/0 or unix:///path.")
+    ],
+    model: Model = None,
+    device: Device = EngineSettings.device,
+    dtype: Dtype = EngineSettings.dtype,
+    stage: Annotated[Stage, typer.Option(envvar="GLIMMER_STAGE", help="Which part of the work to do.")] = "all",
+    engine_id: Annotated[
+        str | None,
+        typer.Option(envvar="GLIMMER_ENGINE_ID", help="A name never used before; made up when left out."),
+    ] = None,
+    lease_s: Annotated[
+        float, typer.Option(envvar="GLIMMER_LEASE_S", min=1, help="Seconds until a dead engine's jobs are free.")
+    ] = EngineSettings.lease_s,
+    max_images: Annotated[
+        int | None, typer.Option(envvar="GLIMMER_MAX_IMAGES", min=1, help="Images in flight at most.")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(envvar="GLIMMER_MAX_PROMPT_TOKENS", min=1, help="Longer prompts are refused.")
+    ] = EngineSettings.max_prompt_tokens,
+    kv_tokens: Annotated[
+        int | None, typer.Option(envvar="GLIMMER_KV_TOKENS", min=1, help="Tokens the planner's KV cache holds.")
+    ] = None,
+    render_token_budget: Annotated[
+        int | None,
+        typer.Option(envvar="GLIMMER_RENDER_TOKEN_BUDGET", min=1, help="Tokens of one renderer tick at most."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="GLIMMER_CACHE_DIR", help="For checkpoints Glimmer makes itself.", show_default="~/.cache/glimmer"
+        ),
+    ] = None,
+    grace_s: Annotated[
+        float, typer.Option(envvar="GLIMMER_GRACE_S", min=0, help="Seconds running jobs get after SIGTERM.")
+    ] = EngineSettings.grace_s,
+    log_level: Level = EngineSettings.log_level,
+) -> None:
+    """One engine process alone: takes jobs from Redis, plans and renders. Needs `pip install glimmer[engine]`."""
+    logs.configure(log_level)
+    settings = EngineSettings(
+        redis_url=redis_url,
+        engine_id=engine_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+        model=model,
+        device=device,
+        dtype=dtype,
+        stage=stage,
+        lease_s=lease_s,
+        max_images=max_images,
+        max_prompt_tokens=max_prompt_tokens,
+        kv_tokens=kv_tokens,
+        render_token_budget=render_token_budget,
+        cache_dir=cache_dir or default_cache_dir(),
+        grace_s=grace_s,
+        log_level=log_level,
+    )
+    try:
+        from engine.worker import main as run_engine
+    except ModuleNotFoundError as error:
+        _stop(f"{error.name} is not installed; an engine needs `pip install glimmer[engine]`")
+    raise typer.Exit(run_engine(settings))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows; quoted words are written into it.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write; .png, .jpg or .webp. With --n, name-1.png and on.")
+    ] = Path("out.png"),
+    url: Annotated[str, typer.Option(envvar="GLIMMER_URL", help="The server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="GLIMMER_API_KEY", help="The server's key, if it has one.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="One of the server's model names.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="How many pictures, 1..10.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, each 64..2048.")] = None,
+    quality: Annotated[Quality | None, typer.Option(help="A name for a number of steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps, 1..200; wins over --quality.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same picture.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How closely to follow the prompt, 0..20.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Planner sampling, 0..2; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Planner sampling, above 0, at most 1.")] = None,
+    priority: Annotated[Priority | None, typer.Option(help="Batch work waits for interactive work.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds the server may take.")] = None,
+) -> None:
+    """Asks a running server for pictures and writes them to files."""
+    fields = {
+        "prompt": prompt,
+        "model": model,
+        "n": n,
+        "size": size,
+        "quality": quality,
+        "num_inference_steps": steps,
+        "seed": seed,
+        "guidance_scale": guidance,
+        "negative_prompt": negative_prompt,
+        "temperature": temperature,
+        "top_p": top_p,
+        "priority": priority,
+        "timeout": timeout,
+    }
+    try:
+        body: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+        body["output_format"] = client.format_of(output)
+        client.generate(url, api_key, body, output, Console())
+    except client.GenerateError as error:
+        typer.echo(f"glimmer: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the `glimmer` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""`make demo`: a server, one picture through HTTP, and a clean end, whatever happens in between.
+
+The server is `glimmer serve` as anybody would run it, but on a free port and with its queue in a temporary folder, so
+that it gets in the way of no other.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+PROMPT = 'A poster for a summer night market, paper lanterns over a canal, with the title "GLIMMER"'
+PICTURE = Path("out/demo.png")
+LOG = Path("out/demo.log")
+READY = re.compile(r"^Glimmer is ready at (http://\S+)", re.MULTILINE)
+START_TIMEOUT_S, STOP_TIMEOUT_S = 300.0, 45.0
+GLIMMER = (sys.executable, "-m", "server.cli")
+
+
+@contextmanager
+def running_server(data_dir: Path) -> Iterator[str]:
+    """The URL of a server that takes requests; the server is stopped at the end.
+
+    Raises:
+        SystemExit: it did not start; the message ends with what it logged.
+    """
+    command = [*GLIMMER, "serve", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(data_dir)]
+    environment = {name: value for name, value in os.environ.items() if name != "GLIMMER_REDIS_URL"}
+    with LOG.open("wb") as log:
+        # A session of its own: Ctrl+C reaches this process alone, which then stops the server.
+        server = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield _url_when_ready(server)
+    finally:
+        _stop(server)
+
+
+def _url_when_ready(server: subprocess.Popen[bytes]) -> str:
+    give_up_at = time.monotonic() + START_TIMEOUT_S
+    while server.poll() is None and time.monotonic() < give_up_at:
+        if ready := READY.search(LOG.read_text(errors="replace")):
+            return ready[1]
+        time.sleep(0.1)
+    why = f"ended with code {server.returncode}" if server.returncode is not None else "took too long"
+    sys.exit(f"The server did not start: it {why}. The end of {LOG}:\n{LOG.read_text(errors='replace')[-2000:]}")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        server.kill()  # its engines and its Redis end with it
+        server.wait()
+
+
+def main() -> None:
+    """Makes the picture and says where it is; exits with another code than 0 if there is none."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit)
+    PICTURE.parent.mkdir(exist_ok=True)
+    print("Starting a server on this machine; the first start makes a small checkpoint", flush=True)
+    with tempfile.TemporaryDirectory(prefix="glimmer-demo-") as data_dir, running_server(Path(data_dir)) as url:
+        print(f"Asking {url} for: {PROMPT}", flush=True)
+        code = subprocess.run([*GLIMMER, "generate", PROMPT, "--output", str(PICTURE), "--url", url]).returncode
+        if code != 0:
+            sys.exit(f"No picture was made; the server's log is {LOG}.")
+    print(f"""
+The picture is {PICTURE}. The default checkpoint has random weights: every part of the server is real, the picture
+is noise. Next:
+  make serve ARGS='--model zai-org/GLM-Image'          serves the published model; that takes a large GPU
+  .venv/bin/glimmer generate "a red fox" -o fox.png    asks a running server for a picture""")
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    """Ends the demo from a signal handler through the `finally` that stops the server, and without a traceback."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""From a checked request to a job, and from a job's result to the answer. No I/O."""
+
+import base64
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
+from engine.jobs.job import EngineInfo, JobResult, JobSpec
+from server.errors import ApiError, invalid
+from server.schemas import GenerationRequest, PlanBody, TokenGridBody
+from server.settings import ServerSettings
+
+STEPS_BY_QUALITY = {"low": 12, "medium": 25, "high": 50, "xhigh": 75, "max": 100}
+"""Denoising steps of each quality. The published model is meant to run 50; beyond that little changes."""
+
+_SAME_AS = {"auto": "high", "standard": "medium", "hd": "high"}
+"""Qualities that are another name for one of the above; the answer carries the latter."""
+
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request all of whose fields are in range; `size` is None where the engine's default is wanted."""
+
+    request: GenerationRequest
+    size: tuple[int, int] | None
+    timeout_s: float
+
+    @property
+    def quality(self) -> str:
+        """The quality as the answer names it."""
+        return _SAME_AS.get(self.request.quality, self.request.quality)
+
+
+def check(request: GenerationRequest, settings: ServerSettings) -> Order:
+    """Everything that can be checked without knowing the engine.
+
+    Raises:
+        ApiError: 400 or 404, naming the field and what it would accept.
+    """
+    _check_model(request.model, settings.model_names)
+    _refuse_unsupported(request)
+    if request.timeout is not None and request.timeout > settings.max_timeout:
+        raise invalid("timeout", f"Invalid value for timeout: at most {settings.max_timeout:g} seconds.")
+    return Order(request, _size(request, settings.max_pixels), request.timeout or settings.default_timeout)
+
+
+def to_spec(order: Order, engine: EngineInfo) -> JobSpec:
+    """The job for an engine like `engine`; draws the seed where none was given.
+
+    Raises:
+        ApiError: 400 when a plan does not fit the size or the engine's codebook.
+    """
+    request = order.request
+    width, height = order.size or _default_size(engine)
+    if request.plan is not None:
+        _check_plan(request.plan, Geometry(width, height), engine.codebook_size)
+    return JobSpec(
+        prompt=request.prompt,
+        width=width,
+        height=height,
+        seed=request.seed if request.seed is not None else secrets.randbelow(2**32),
+        n=request.n,
+        num_inference_steps=request.num_inference_steps or STEPS_BY_QUALITY[order.quality],
+        guidance_scale=request.guidance_scale,
+        negative_prompt=request.negative_prompt,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        plan=request.plan.model_dump(exclude_none=True) if request.plan else None,
+        return_plan=request.return_plan,
+        output_format=request.output_format,
+        output_compression=request.output_compression,
+    )
+
+
+def render_answer(result: JobResult, spec: JobSpec, quality: str) -> bytes:
+    """The JSON answer. Takes about a millisecond per megabyte of image."""
+    answer = {
+        "created": int(time.time()),
+        "background": "opaque",
+        "output_format": spec.output_format,
+        "quality": quality,
+        "size": f"{spec.width}x{spec.height}",
+        "data": [_image(image.data, image.seed, image.plan) for image in result.images],
+        "usage": _usage(result),
+    }
+    return orjson.dumps(answer)
+
+
+def _image(data: bytes, seed: int, plan: dict[str, Any] | None) -> dict[str, Any]:
+    image: dict[str, Any] = {"b64_json": base64.b64encode(data).decode(), "seed": seed}
+    return image if plan is None else {**image, "plan": plan}
+
+
+def _usage(result: JobResult) -> dict[str, Any]:
+    return {
+        "total_tokens": result.prompt_tokens + result.plan_tokens,
+        "input_tokens": result.prompt_tokens,
+        "output_tokens": result.plan_tokens,
+        "input_tokens_details": {"text_tokens": result.prompt_tokens, "image_tokens": 0},
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": result.plan_tokens},
+    }
+
+
+def _check_model(model: str | None, served: list[str]) -> None:
+    if model is not None and model not in served:
+        raise model_not_found(served)
+
+
+def model_not_found(served: list[str]) -> ApiError:
+    """404 that lists the models there are."""
+    return ApiError(
+        404,
+        f"That model is not served here. Served: {', '.join(served)}.",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def _refuse_unsupported(request: GenerationRequest) -> None:
+    """OpenAI's fields that this server knows and cannot honour; dropping them silently would be a wrong answer."""
+    if request.stream:
+        raise invalid("stream", "stream=true is not supported yet; send false and get the finished pictures.")
+    if request.partial_images:
+        raise invalid("partial_images", "partial_images above 0 needs streaming, which is not supported yet.")
+    if request.response_format == "url":
+        raise invalid("response_format", 'response_format "url" is not supported yet; use "b64_json".')
+    if request.background == "transparent":
+        raise invalid("background", 'background "transparent" is not supported: the model has no alpha channel.')
+
+
+def _size(request: GenerationRequest, max_pixels: int) -> tuple[int, int] | None:
+    """Width and height asked for, by `size` or by `width` and `height`; None for the engine's default."""
+    size = None if request.size == "auto" else _parse_size(request.size)
+    given = (request.width, request.height)
+    if size is None and None in given:
+        if given != (None, None):
+            raise invalid("width" if given[0] else "height", "width and height go together; or use size.")
+        return None
+    chosen = size or (request.width or 0, request.height or 0)
+    for name, side, wanted in zip(("width", "height"), chosen, given, strict=True):
+        if wanted not in (None, side):
+            raise invalid(name, f"{name} is {wanted} but size says {side}; leave {name} out or make them agree.")
+    _check_size(*chosen, max_pixels)
+    return chosen
+
+
+def _parse_size(size: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise invalid("size", 'Invalid value for size: it takes "auto" or "WIDTHxHEIGHT", for example "1024x768".')
+    return int(match[1]), int(match[2])
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if not (min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE):
+        raise invalid("size", f"Invalid value for size: each side must be {MIN_SIDE}..{MAX_SIDE} pixels.")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise invalid("size", f"Invalid value for size: one side may be at most {MAX_ASPECT} times the other.")
+    if width * height > max_pixels:
+        raise invalid("size", f"Invalid value for size: this server makes pictures of at most {max_pixels} pixels.")
+
+
+def _default_size(engine: EngineInfo) -> tuple[int, int]:
+    width, height = engine.default_size.split("x")
+    return int(width), int(height)
+
+
+def _check_plan(plan: PlanBody, geometry: Geometry, codebook_size: int) -> None:
+    _check_grid("plan", plan, geometry.plan, geometry, codebook_size)
+    if plan.preview is not None:
+        _check_grid("plan.preview", plan.preview, geometry.preview, geometry, codebook_size)
+
+
+def _check_grid(name: str, given: TokenGridBody, grid: Grid, geometry: Geometry, codebook_size: int) -> None:
+    if (given.rows, given.cols) != (grid.rows, grid.cols):
+        size = f"{geometry.width}x{geometry.height}"
+        raise invalid(name, f"{name} for {size} has {grid.rows} rows and {grid.cols} cols.")
+    if len(given.tokens) != grid.tokens:
+        raise invalid(f"{name}.tokens", f"{name}.tokens must have rows * cols = {grid.tokens} entries.")
+    if max(given.tokens) >= codebook_size:
+        raise invalid(f"{name}.tokens", f"{name}.tokens must be 0..{codebook_size - 1}.")

@@ -1,0 +1,142 @@
+"""What `glimmer serve` and `glimmer api` do once their flags are read: start the parts, and stop them in order."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.config import EXIT_CONFIGURATION
+from engine.errors import QueueUnavailable
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.queue import JobQueue
+from engine.logs import event
+from server.admission import ready_engines
+from server.app import create_app, open_queue
+from server.serving import DrainingServer, listen, url_of
+from server.settings import ServerSettings
+from server.supervisor import EngineMisconfigured, Supervisor, engine_environments
+
+ENGINE_COMMAND = (sys.executable, "-m", "server.cli", "engine")
+
+REDIS_LOOK_S = 0.5
+
+logger = logging.getLogger("glimmer.serve")
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """The engines that `serve` starts.
+
+    Args:
+        count: how many processes.
+        data_dir: where a Redis of our own keeps its data.
+        device: `auto`, `cpu` or `cuda`, as the engines read it.
+        environment: `GLIMMER_*` variables for the engines, over those of this process.
+        command: starts one engine.
+    """
+
+    count: int
+    data_dir: Path
+    device: str = "auto"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ENGINE_COMMAND
+
+
+def run_api(settings: ServerSettings) -> None:
+    """The API alone, until a signal.
+
+    Raises:
+        StartError: the address cannot be listened on.
+    """
+    listener = listen(settings.host, settings.port)
+    print(f"Glimmer's API listens on {url_of(listener)}", flush=True)
+    server = DrainingServer(create_app(settings), settings.grace_s)
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+def run_all(settings: ServerSettings, engines: EnginePlan) -> int:
+    """API, engines and, where none is given, Redis, until a signal; returns the exit code.
+
+    Raises:
+        StartError: the address cannot be listened on.
+        QueueUnavailable: a Redis of our own cannot be started.
+    """
+    listener = listen(settings.host, settings.port)
+    if settings.redis_url is not None:
+        return asyncio.run(_serve(settings, engines, settings.redis_url, listener))
+    with EmbeddedRedis(engines.data_dir) as redis:
+        event(logger, "redis_started", data_dir=engines.data_dir, pid=redis.pid)
+        return asyncio.run(_serve_with(redis, settings, engines, listener))
+
+
+async def _serve_with(
+    redis: EmbeddedRedis, settings: ServerSettings, engines: EnginePlan, listener: socket.socket
+) -> int:
+    watching = asyncio.create_task(_keep_alive(redis))
+    try:
+        return await _serve(settings, engines, redis.url, listener)
+    finally:
+        watching.cancel()
+
+
+async def _keep_alive(redis: EmbeddedRedis) -> None:
+    """Starts our Redis again whenever it has died; its data is on the disk, and every client reconnects by itself."""
+    while True:
+        await asyncio.sleep(REDIS_LOOK_S)
+        if not redis.alive:
+            event(logger, "redis_died", logging.ERROR)
+            with contextlib.suppress(QueueUnavailable):  # tried again at the next look
+                redis.restart()  # not in a thread: the server would end with it
+                event(logger, "redis_started", pid=redis.pid)
+
+
+async def _serve(settings: ServerSettings, engines: EnginePlan, redis_url: str, listener: socket.socket) -> int:
+    base = {**os.environ, **engines.environment, "GLIMMER_REDIS_URL": redis_url}
+    base.pop("GLIMMER_API_KEY", None)  # the engines have no use for it
+    async with open_queue(redis_url) as queue:
+        supervisor = Supervisor(
+            engines.command,
+            engine_environments(base, engines.count, engines.device),
+            queue,
+            grace_s=settings.grace_s,
+        )
+        server = DrainingServer(create_app(settings, queue), settings.grace_s)
+        keeping = asyncio.create_task(supervisor.run())
+        announcing = asyncio.create_task(_announce(queue, url_of(listener)))
+        try:
+            return await _until_end(server, keeping, listener)
+        finally:
+            announcing.cancel()
+            await supervisor.stop()
+            keeping.cancel()
+
+
+async def _until_end(server: DrainingServer, keeping: "asyncio.Task[None]", listener: socket.socket) -> int:
+    """Serves until a signal has drained the server, or until no engine can ever start."""
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await asyncio.wait({serving, keeping}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()
+        return 0
+    server.should_exit = True
+    await serving
+    error = keeping.exception()
+    if isinstance(error, EngineMisconfigured):
+        event(logger, "stopped", logging.ERROR, reason=error)
+        return EXIT_CONFIGURATION
+    raise error or AssertionError("the supervisor ended by itself")
+
+
+async def _announce(queue: JobQueue, url: str) -> None:
+    """Says once, on stdout, that requests will be served now."""
+    while True:
+        with contextlib.suppress(QueueUnavailable):
+            if ready := ready_engines(await queue.engines()):
+                print(f"Glimmer is ready at {url} (model {ready[0].model}; API reference at {url}/docs)", flush=True)
+                return
+        await asyncio.sleep(0.2)

@@ -1,0 +1,94 @@
+"""The API's metrics, and one exposition for them and the engines': families of one name under one HELP and TYPE.
+
+Labels are bounded: routes by template, methods from a list, never a path, a key or a job.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.jobs.job import QueueStats
+from engine.logs import event
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_LATENCY_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+logger = logging.getLogger("glimmer.metrics")
+
+
+class Metrics:
+    """What this API process counts, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "glimmer_http_requests", "Requests answered.", ("route", "method", "status"), registry=self.registry
+        )
+        self._seconds = Histogram(
+            "glimmer_http_request_seconds",
+            "Time from a request's headers to the end of its answer.",
+            ("route", "method"),
+            buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("glimmer_http_requests_in_flight", "Requests being answered.", registry=self.registry)
+        self.jobs = Counter(
+            "glimmer_api_jobs", "Jobs this API process saw end, by end state.", ("state",), registry=self.registry
+        )
+        self._queue = Gauge("glimmer_queue_jobs", "Jobs in the queue.", ("state",), registry=self.registry)
+        self._redis_up = Gauge("glimmer_redis_up", "1 when Redis answered this scrape.", registry=self.registry)
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        method = method if method in _METHODS else "other"
+        self._requests.labels(route, method, status).inc()
+        self._seconds.labels(route, method).observe(seconds)
+
+    def queue(self, stats: QueueStats | None) -> None:
+        """The queue's depth now; None when Redis did not say, and then no depth is shown rather than an old one."""
+        self._redis_up.set(stats is not None)
+        self._queue.clear()
+        if stats is not None:
+            self._queue.labels("waiting").set(stats.waiting)
+            self._queue.labels("running").set(stats.running)
+
+
+class _Families:
+    """Finished families as a collector, which is what prometheus_client writes out."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def exposition(own: CollectorRegistry, engines: dict[str, str]) -> bytes:
+    """One valid Prometheus text: `own`, and each engine's text with an `engine` label on every sample."""
+    families: dict[str, Metric] = {}
+    for family in own.collect():
+        _add(families, family, {})
+    for engine_id, text in engines.items():
+        try:
+            parsed = list(text_string_to_metric_families(text))
+        except ValueError as error:
+            event(logger, "engine_metrics_unreadable", logging.WARNING, engine=engine_id, error=error)
+            continue
+        for family in parsed:
+            _add(families, family, {"engine": engine_id})
+    return generate_latest(_Families(families.values()))
+
+
+def _add(families: dict[str, Metric], family: Metric, labels: dict[str, str]) -> None:
+    """Joins `family` to the one of its name. One of another type, from an engine of another version, is left out: two
+    types under one name would make the whole text invalid. So would the `_created` gauges, whose names collide."""
+    if family.name.endswith("_created"):
+        return
+    target = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+    if target.type != family.type:
+        return
+    for sample in family.samples:
+        if not sample.name.endswith("_created"):
+            target.add_sample(sample.name, {**sample.labels, **labels}, sample.value)

@@ -1,0 +1,94 @@
+"""Around every request: an id, the time it took, one log line, the metrics, and no exception that gets out.
+
+Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
+"""
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.logs import event, where
+from server.errors import internal_error
+from server.metrics import Metrics
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET_ROUTES = frozenset({"/live", "/health", "/metrics"})  # probes come every few seconds and say nothing new
+
+logger = logging.getLogger("glimmer.http")
+
+
+@dataclass
+class _Exchange:
+    """One request as it goes by. `status` is 0 until the answer starts."""
+
+    request_id: str
+    started: float = field(default_factory=time.perf_counter)
+    status: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class RequestObserver:
+    """Gives each request its id (`request.state.request_id`) and reports it when it is over."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(_request_id(Headers(scope=scope)))
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        with self._metrics.in_flight.track_inprogress():
+            try:
+                await self._serve(scope, receive, send, exchange)
+            finally:
+                self._report(scope, exchange)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, exchange: _Exchange) -> None:
+        async def send_stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = exchange.request_id
+                headers["openai-processing-ms"] = str(round(exchange.seconds * 1000))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_stamped)
+        except Exception as error:
+            kind, frames = type(error).__name__, where(error)
+            event(logger, "unhandled", logging.ERROR, id=exchange.request_id, error=kind, where=frames)
+            if exchange.status:
+                raise  # too late for an answer; the server closes the connection
+            await internal_error().response()(scope, receive, send_stamped)
+
+    def _report(self, scope: Scope, exchange: _Exchange) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._metrics.request(route, scope["method"], exchange.status, exchange.seconds)
+        event(
+            logger,
+            "request",
+            logging.DEBUG if route in _QUIET_ROUTES else logging.INFO,
+            id=exchange.request_id,
+            method=scope["method"],
+            route=route,
+            status=exchange.status,
+            ms=exchange.seconds * 1000,
+            job=scope["state"].get("job_id"),
+        )
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's id where it is fit for a header and a log line, otherwise a new one."""
+    sent = headers.get("x-request-id", "")
+    return sent if _SANE_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"

@@ -1,0 +1,30 @@
+"""GET /v1/models: the names this server answers to."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from server.auth import require_key
+from server.generation import model_not_found
+from server.schemas import ErrorBody
+from server.services import Services, services
+
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "glimmer"}
+
+
+@router.get("", responses={401: {"model": ErrorBody}})
+async def list_models(app: Annotated[Services, Depends(services)]) -> dict[str, Any]:
+    """Lists the served names, the default first."""
+    return {"object": "list", "data": [_model(name, app.started_at) for name in app.settings.model_names]}
+
+
+@router.get("/{model:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
+async def retrieve_model(model: str, app: Annotated[Services, Depends(services)]) -> dict[str, Any]:
+    """Describes one served name; a name may hold slashes."""
+    if model not in app.settings.model_names:
+        raise model_not_found(app.settings.model_names)
+    return _model(model, app.started_at)

@@ -1,0 +1,54 @@
+"""An engine process without a model, started by the supervisor in tests: `fake_engine.py MODE --engine-id ID`.
+
+Modes: `serve` is a stub engine until SIGTERM, `stubborn` ignores SIGTERM, `die` ends at once, `misconfigured` says so.
+Every start adds a line to the file named by FAKE_ENGINE_LOG: engine id, pid, and what it was given.
+"""
+
+import asyncio
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from engine.jobs.connection import connect
+from engine.jobs.queue import JobQueue
+from tests.server.stub_engine import StubEngine
+
+
+async def serve(engine_id: str) -> None:
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    redis = connect(os.environ["GLIMMER_REDIS_URL"])
+    queue = JobQueue(redis)
+    stub = StubEngine(queue, step_s=float(os.environ.get("FAKE_ENGINE_STEP_S", "0")))
+    stub.info = dataclasses.replace(stub.info, id=engine_id)
+    async with stub:
+        await stopped.wait()
+    await queue.retire(engine_id)
+    await queue.close()
+    await redis.aclose()
+
+
+def main() -> int:
+    mode, engine_id = sys.argv[1], sys.argv[sys.argv.index("--engine-id") + 1]
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    given = [os.environ.get(name, "-") for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLIMMER_API_KEY")]
+    with Path(os.environ["FAKE_ENGINE_LOG"]).open("a") as log:
+        print(engine_id, os.getpid(), *given, file=log)
+    if mode == "misconfigured":
+        print("no checkpoint there", file=sys.stderr)
+        return 2
+    if mode == "serve":
+        asyncio.run(serve(engine_id))
+    if mode == "stubborn":
+        time.sleep(60)
+    return 1 if mode == "die" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

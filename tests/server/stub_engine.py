@@ -1,0 +1,109 @@
+"""An engine without a model. It claims and commits through the real queue; its pictures follow from prompt and seed."""
+
+import asyncio
+import hashlib
+import io
+import os
+from contextlib import suppress
+from typing import Self
+
+from PIL import Image
+
+from engine.errors import QueueUnavailable
+from engine.geometry import Grid
+from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobError, JobResult, JobSpec, Plan, TokenGrid
+from engine.jobs.queue import JobQueue
+
+CODEBOOK_SIZE = 128
+DEFAULT_SIZE = "96x64"
+HEARTBEAT_TTL_S = 2.0
+
+
+def picture(spec: JobSpec, seed: int) -> bytes:
+    """The stub's picture of a prompt: one colour, so that a test can tell whose it is."""
+    red, green, blue = hashlib.sha256(f"{spec.prompt}|{seed}".encode()).digest()[:3]
+    buffer = io.BytesIO()
+    Image.new("RGB", (spec.width, spec.height), (red, green, blue)).save(buffer, spec.output_format)
+    return buffer.getvalue()
+
+
+def _tokens(grid: Grid, seed: int) -> list[int]:
+    return [(seed + index) % CODEBOOK_SIZE for index in range(grid.tokens)]
+
+
+def plan_for(spec: JobSpec, seed: int) -> Plan:
+    """The stub's plan: counts up from the seed."""
+    plan, preview = spec.geometry.plan, spec.geometry.preview
+    return Plan(
+        plan.rows,
+        plan.cols,
+        _tokens(plan, seed),
+        TokenGrid(preview.rows, preview.cols, _tokens(preview, seed)),
+    )
+
+
+class StubEngine:
+    """Works on up to `slots` jobs at once, `step_s` seconds a denoising step.
+
+    `failures` maps a prompt to the error that its jobs fail with; `specs` collects what was claimed.
+    """
+
+    def __init__(self, queue: JobQueue, *, step_s: float = 0.0, slots: int = 8, metrics: str = ""):
+        self.info = EngineInfo("stub-engine", os.getpid(), "all", "ready", "stub", DEFAULT_SIZE, CODEBOOK_SIZE, 2048)
+        self.failures: dict[str, JobError] = {}
+        self.specs: list[JobSpec] = []
+        self._queue, self._step_s, self._slots, self._metrics = queue, step_s, slots, metrics
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        await self._queue.heartbeat(self.info, self._metrics, HEARTBEAT_TTL_S)
+        self._loops = [asyncio.create_task(loop()) for loop in (self._beat, self._claim, self._drop_ended)]
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        pending: set[asyncio.Task[None]] = {*self._loops, *self._running.values()}
+        while pending:  # again, because Python 3.11's `wait_for`, which the Redis client uses, can lose a cancellation
+            for task in pending:
+                task.cancel()
+            _ended, pending = await asyncio.wait(pending, timeout=0.05)
+
+    async def _beat(self) -> None:
+        while True:
+            with suppress(QueueUnavailable):
+                await self._queue.heartbeat(self.info, self._metrics, HEARTBEAT_TTL_S)
+            await asyncio.sleep(HEARTBEAT_TTL_S / 4)
+
+    async def _claim(self) -> None:
+        while True:
+            free = self._slots - len(self._running)
+            try:
+                claim = await self._queue.claim(self.info.id, Budget(free, 10**9, not self._running)) if free else None
+            except QueueUnavailable:
+                claim = None
+            if claim is None:
+                await self._queue.wait_for_work(0.02)
+                continue
+            self.specs.append(claim.spec)
+            task = asyncio.create_task(self._run(claim))
+            self._running[claim.job_id] = task
+            task.add_done_callback(lambda _, job_id=claim.job_id: self._running.pop(job_id, None))
+
+    async def _drop_ended(self) -> None:
+        async for job_id in self._queue.ended():
+            if job_id in self._running:
+                self._running[job_id].cancel()
+
+    async def _run(self, claim: Claim) -> None:
+        spec = claim.spec
+        await asyncio.sleep(self._step_s * spec.num_inference_steps)
+        if spec.prompt in self.failures:
+            await self._queue.fail(claim, self.failures[spec.prompt])
+            return
+        images = [self._image(spec, spec.seed + index) for index in range(spec.n)]
+        await self._queue.commit(claim, JobResult(images, len(spec.prompt.split()), spec.plan_tokens))
+
+    @staticmethod
+    def _image(spec: JobSpec, seed: int) -> ImageResult:
+        plan = spec.plan or plan_for(spec, seed).to_dict()
+        return ImageResult(picture(spec, seed), seed, plan if spec.return_plan else None)

@@ -1,0 +1,223 @@
+"""Who gets in: the cap, missing engines, a Redis that is away, and the drain."""
+
+import asyncio
+import dataclasses
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.errors import QueueUnavailable
+from engine.jobs.connection import connect
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.job import JobSpec
+from engine.jobs.queue import JobQueue
+from server import admission
+from server.admission import Pace
+from server.app import create_app
+from server.settings import ServerSettings
+from tests.server.conftest import MakeClient
+from tests.server.stub_engine import StubEngine
+from tests.server.test_errors import error_of
+
+URL = "/v1/images/generations"
+
+
+async def until(condition, seconds: float = 5.0) -> None:
+    """Waits for a condition to hold, and fails when it does not come to hold in time."""
+    async with asyncio.timeout(seconds):
+        while True:
+            held = condition()
+            if await held if asyncio.iscoroutine(held) else held:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_over_the_cap_is_429_with_retry_after(make_client: MakeClient, queue: JobQueue) -> None:
+    async with StubEngine(queue, step_s=10, slots=1), make_client(max_queue=2) as client:
+        accepted = []
+        for _ in range(3):  # one runs, two wait
+            accepted.append(asyncio.create_task(client.post(URL, json={"prompt": "x", "timeout": 1})))
+            await until(lambda: _jobs(queue, len(accepted)))
+            await asyncio.sleep(0.05)
+        await until(lambda: _stats_are(queue, 2, 1))
+        started = time.monotonic()
+        refused = await client.post(URL, json={"prompt": "x"})
+        assert time.monotonic() - started < 0.5
+        assert refused.status_code == 429
+        assert error_of(refused)["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert {answer.status_code for answer in await asyncio.gather(*accepted)} == {504}
+
+
+async def _jobs(queue: JobQueue, count: int) -> bool:
+    stats = await queue.stats()
+    return stats.waiting + stats.running == count
+
+
+async def _stats_are(queue: JobQueue, waiting: int, running: int) -> bool:
+    stats = await queue.stats()
+    return (stats.waiting, stats.running) == (waiting, running)
+
+
+async def test_the_cap_holds_for_a_burst(make_client: MakeClient, queue: JobQueue) -> None:
+    async with make_client(max_queue=5) as client:
+        # The engine says it is ready and takes nothing, so that the queue only fills.
+        info = StubEngine(queue).info
+        await queue.heartbeat(info, "", 10)
+        posts = [client.post(URL, json={"prompt": "x", "timeout": 0.5}) for _ in range(40)]
+        statuses = [answer.status_code for answer in await asyncio.gather(*posts)]
+    assert (statuses.count(504), statuses.count(429)) == (5, 35)
+
+
+@pytest.mark.parametrize("state", [None, "starting", "draining", "stuck"])
+async def test_without_a_ready_engine_it_is_503(client: httpx.AsyncClient, queue: JobQueue, state: str | None) -> None:
+    if state is not None:
+        await queue.heartbeat(dataclasses.replace(StubEngine(queue).info, state=state), "", 10)
+    response = await client.post(URL, json={"prompt": "x"})
+    assert (response.status_code, error_of(response)["type"]) == (503, "server_error")
+    assert int(response.headers["retry-after"]) > 0
+    assert await _stats_are_zero(queue)
+
+
+async def _stats_are_zero(queue: JobQueue) -> bool:
+    return await _stats_are(queue, 0, 0)
+
+
+async def test_a_planner_and_a_renderer_make_a_whole(client: httpx.AsyncClient, queue: JobQueue) -> None:
+    info = StubEngine(queue).info
+    await queue.heartbeat(dataclasses.replace(info, id="p", stage="plan"), "", 10)
+    assert (await client.get("/health")).status_code == 503
+    await queue.heartbeat(dataclasses.replace(info, id="r", stage="render"), "", 10)
+    assert (await client.get("/health")).status_code == 200
+
+
+@asynccontextmanager
+async def client_of_own_redis(folder: Path) -> AsyncIterator[tuple[EmbeddedRedis, httpx.AsyncClient]]:
+    with EmbeddedRedis(folder) as server:
+        redis = connect(server.url)
+        queue = JobQueue(redis)
+        app = create_app(ServerSettings(), queue)
+        transport = httpx.ASGITransport(app)
+        async with (
+            StubEngine(queue),
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://t") as client,
+        ):
+            yield server, client
+        await queue.close()
+        await redis.aclose()
+
+
+async def test_redis_stopped_is_503_soon_and_heals(tmp_path: Path) -> None:
+    async with client_of_own_redis(tmp_path) as (server, client):
+        assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
+        server._process.kill()
+        server._process.wait()
+        started = time.monotonic()
+        for path in ("/health", "/metrics"):
+            expected = 200 if path == "/metrics" else 503
+            assert (await client.get(path)).status_code == expected
+        response = await client.post(URL, json={"prompt": "x"})
+        assert (response.status_code, error_of(response)["type"]) == (503, "server_error")
+        assert int(response.headers["retry-after"]) > 0
+        assert time.monotonic() - started < 5
+        assert (await client.get("/live")).status_code == 200
+        server.restart()
+        await until(lambda: _is_ok(client))
+        assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
+
+
+async def _is_ok(client: httpx.AsyncClient) -> bool:
+    return (await client.get("/health")).status_code == 200
+
+
+async def test_a_redis_that_does_not_answer_is_503_soon(
+    client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.1)
+    monkeypatch.setattr(queue, "submit", lambda *_, **__: asyncio.sleep(60))
+    monkeypatch.setattr(queue, "stats", lambda: asyncio.sleep(60))
+    assert (await client.post(URL, json={"prompt": "x"})).status_code == 503
+    health = await client.get("/health")
+    assert (health.status_code, health.json()["queue"]) == (503, None)
+    assert "glimmer_redis_up 0.0" in (await client.get("/metrics")).text
+
+
+async def test_draining_refuses_new_work_and_finishes_the_old(queue: JobQueue) -> None:
+    app = create_app(ServerSettings(), queue)
+    transport = httpx.ASGITransport(app)
+    async with (
+        StubEngine(queue, step_s=0.3),
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://t") as client,
+    ):
+        running = asyncio.create_task(client.post(URL, json={"prompt": "x", "num_inference_steps": 1}))
+        await until(lambda: app.state.gate.inside == 1)
+        app.state.gate.close()
+        refused = await client.post(URL, json={"prompt": "x"})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        health = await client.get("/health")
+        assert (health.status_code, health.json()["reason"]) == (503, "This server is shutting down.")
+        assert (await running).status_code == 200
+        assert app.state.gate.inside == 0
+
+
+async def test_engines_are_asked_for_once_a_second(
+    client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    engines = queue.engines
+
+    async def counted():
+        nonlocal asked
+        asked += 1
+        return await engines()
+
+    monkeypatch.setattr(queue, "engines", counted)
+    await asyncio.gather(*(client.post(URL, json={"prompt": "x"}) for _ in range(10)))
+    assert asked == 1
+
+
+class TestPace:
+    def test_unknown_pace_gives_a_whole_number_of_seconds_within_bounds(self) -> None:
+        assert Pace().retry_after_s(1) == 1
+        assert Pace().retry_after_s(10**9) == admission.MAX_RETRY_S
+
+    def test_an_idle_hour_does_not_slow_the_estimate(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: clock)
+        pace = Pace()
+        pace.ended(4.0)
+        clock = 3600.0
+        pace.ended(4.0)
+        assert pace.retry_after_s(100) == math.ceil(4.0 * 10)
+
+    def test_parallel_jobs_end_more_often_than_they_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: clock)
+        pace = Pace()
+        for _ in range(200):
+            clock += 0.5
+            pace.ended(8.0)
+        assert 5 <= pace.retry_after_s(100) <= 6
+
+
+async def test_a_job_id_is_never_used_twice(queue: JobQueue) -> None:
+    spec = JobSpec("x", 64, 64, 1)
+    gate = admission.Admission(queue, 10)
+    ids = {await gate.submit(spec, 1.0, "batch") for _ in range(5)}
+    assert len(ids) == 5
+
+
+async def test_queue_unavailable_is_not_mistaken_for_a_timeout() -> None:
+    async def away() -> None:
+        raise QueueUnavailable("gone")
+
+    with pytest.raises(QueueUnavailable, match="gone"):
+        await admission.in_time(away())

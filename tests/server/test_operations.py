@@ -1,0 +1,174 @@
+"""/health, /live, /metrics, the logs, and what importing the API brings in."""
+
+import logging
+import subprocess
+import sys
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine import logs
+from engine.jobs.queue import JobQueue
+from server.metrics import exposition
+from server.middleware import _request_id
+from tests.server.conftest import MakeClient
+from tests.server.stub_engine import StubEngine
+
+URL = "/v1/images/generations"
+
+
+async def test_health_with_an_engine(client: httpx.AsyncClient, stub: StubEngine) -> None:
+    response = await client.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {
+        "status": "ok",
+        "engines": [{"id": stub.info.id, "pid": stub.info.pid, "stage": "all", "state": "ready"}],
+        "queue": {"waiting": 0, "running": 0},
+    }
+
+
+async def test_health_without_an_engine(client: httpx.AsyncClient) -> None:
+    response = await client.get("/health")
+    assert response.status_code == 503
+    assert response.json() == {
+        "status": "unavailable",
+        "reason": "No engine is running.",
+        "engines": [],
+        "queue": {"waiting": 0, "running": 0},
+    }
+    assert (await client.get("/live")).json() == {"status": "ok"}
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """All samples of an exposition, after checking that no family and no sample comes twice."""
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families)
+    found = [(sample.name, frozenset(sample.labels.items()), sample.value) for f in families for sample in f.samples]
+    assert len({sample[:2] for sample in found}) == len(found)
+    return {(name, labels): value for name, labels, value in found}
+
+
+def engine_text(steps: float) -> str:
+    registry = CollectorRegistry()
+    Counter("glimmer_steps", "Steps.", ("kind",), registry=registry).labels("render").inc(steps)
+    Histogram("glimmer_step_seconds", "Time.", registry=registry).observe(0.1)
+    return generate_latest(registry).decode()
+
+
+async def test_metrics_are_one_valid_exposition(make_client: MakeClient, queue: JobQueue) -> None:
+    async with StubEngine(queue, metrics=engine_text(7)), make_client() as client:
+        await client.post(URL, json={"prompt": "x"})
+        await client.post(URL, json={"prompt": ""})
+        await client.get("/v1/models/a/b/c")
+        await client.get("/nothing/here")
+        await client.request("BREW", "/live")
+        response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    found = samples(response.text)
+
+    def value(name: str, **labels: str) -> float:
+        return found[name, frozenset(labels.items())]
+
+    assert value("glimmer_http_requests_total", route=URL, method="POST", status="200") == 1
+    assert value("glimmer_http_requests_total", route=URL, method="POST", status="400") == 1
+    assert value("glimmer_http_requests_total", route="/v1/models/{model:path}", method="GET", status="404") == 1
+    assert value("glimmer_http_requests_total", route="unmatched", method="GET", status="404") == 1
+    assert value("glimmer_http_requests_total", route="/live", method="other", status="405") == 1
+    assert value("glimmer_http_request_seconds_count", route=URL, method="POST") == 2
+    assert value("glimmer_api_jobs_total", state="succeeded") == 1
+    assert value("glimmer_queue_jobs", state="waiting") == 0
+    assert value("glimmer_redis_up") == 1
+    assert value("glimmer_http_requests_in_flight") == 1  # this scrape
+    assert value("glimmer_steps_total", kind="render", engine="stub-engine") == 7
+    assert value("glimmer_step_seconds_count", engine="stub-engine") == 1
+
+
+def test_engines_share_families_and_a_broken_one_harms_nobody() -> None:
+    own = CollectorRegistry()
+    Counter("glimmer_steps", "Steps.", ("kind",), registry=own).labels("api").inc()
+    other_type = CollectorRegistry()
+    Gauge("glimmer_step_seconds", "Once a gauge.", registry=other_type).set(1)
+    texts = {
+        "a": engine_text(1),
+        "b": engine_text(2),
+        "old": generate_latest(other_type).decode(),
+        "broken": "glimmer_steps_total{ 1 2 3",
+    }
+    text = exposition(own, texts).decode()
+    found = samples(text)
+    assert text.count("# TYPE glimmer_steps_total counter") == 1
+    assert found["glimmer_steps_total", frozenset({("kind", "api")})] == 1
+    for engine, steps in (("a", 1), ("b", 2)):
+        assert found["glimmer_steps_total", frozenset({("kind", "render"), ("engine", engine)})] == steps
+    assert not any(("engine", "old") in labels for _, labels in found)
+
+
+async def test_no_prompt_and_no_image_in_the_logs(
+    client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "tell-no-one"
+    fields = {"prompt": secret, "negative_prompt": secret, "user": secret, "safety_identifier": secret}
+    answer = await client.post(URL, json=fields, headers={"x-request-id": "request-7"})
+    await client.post(URL, json={**fields, "n": secret})
+    await client.post(URL, json={secret: secret})
+    await client.get(f"/{secret}")
+    queue.submit = _broken  # type: ignore[method-assign]
+    assert (await client.post(URL, json=fields)).status_code == 500
+    lines = [f"{record.getMessage()} {record.exc_text}" for record in caplog.records]
+    glimmer = [record.getMessage() for record in caplog.records if record.name.startswith("glimmer")]
+    assert not any(secret in line for line in lines if not line.startswith("HTTP Request:"))  # httpx logs the URL
+    assert not any(answer.json()["data"][0]["b64_json"][:40] in line for line in lines)
+    assert any(line.startswith("request id=request-7 method=POST route=/v1/images/gen") for line in glimmer)
+    assert any(line.startswith("unhandled") and "error=RuntimeError" in line for line in glimmer)
+
+
+async def _broken(spec: object, **_: object) -> None:
+    raise RuntimeError(f"cannot submit {spec}")
+
+
+class TestLogLines:
+    def test_one_line_per_event(self) -> None:
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            record = logging.LogRecord("x", logging.INFO, "", 0, "event %s", ("a\nb",), sys.exc_info())
+        line = logs.LineFormatter().format(record)
+        assert "\n" not in line
+        assert "event a b" in line
+        assert "ValueError" in line
+
+    def test_values_are_quoted_where_a_reader_would_split_them(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        logs.event(logging.getLogger("t"), "went", id="a-1", reason='no "way" out', left_out=None, ms=1.25, empty="")
+        assert caplog.records[-1].getMessage() == 'went id=a-1 reason="no \\"way\\" out" ms=1.2 empty=""'
+
+
+def test_request_ids_that_could_break_a_log_are_replaced() -> None:
+    for sent in ("", "a b", "x" * 129, "a\nb", "é"):
+        assert _request_id({"x-request-id": sent}).startswith("req_")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("module", ["server.app", "server.cli", "server.launch", "engine.jobs.queue", "engine.config"])
+def test_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_openapi_describes_the_request(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    operation = document["paths"][URL]["post"]
+    reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    assert reference == "#/components/schemas/GenerationRequest"
+    assert "422" not in operation["responses"]
+    assert {"200", "400", "401", "404", "413", "429", "500", "503", "504"} <= set(operation["responses"])
+    schemas = document["components"]["schemas"]
+    assert "PlanBody" in schemas
+    assert schemas["GenerationRequest"]["properties"]["n"]["anyOf"][0] == {
+        "maximum": 10,
+        "minimum": 1,
+        "type": "integer",
+    }
+    assert (await client.get("/docs")).status_code == 200

@@ -1,0 +1,149 @@
+"""`glimmer serve` as a process: it survives a dead engine and a dead Redis, and leaves nobody behind."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from server.serving import listen, url_of
+from tests.server.test_admission import until
+from tests.server.test_supervisor import FAKE_ENGINE, Starts, alive
+
+URL = "/v1/images/generations"
+SERVE = """
+import sys
+from pathlib import Path
+from engine import logs
+from server.launch import EnginePlan, run_all
+from server.settings import ServerSettings
+logs.configure("info")
+data_dir, *command = sys.argv[1:]
+sys.exit(run_all(ServerSettings(port=0, grace_s=5, api_key="k"), EnginePlan(1, Path(data_dir), command=command)))
+"""
+
+
+class Serving:
+    """A running `serve`. `url` is known once it is ready."""
+
+    def __init__(self, process: Process, starts: Starts):
+        self.process, self.starts = process, starts
+        self.url = ""
+
+    async def ready(self) -> None:
+        assert self.process.stdout is not None
+        line = (await asyncio.wait_for(self.process.stdout.readline(), 20)).decode()
+        match = re.match(r"Glimmer is ready at (http://\S+) \(model stub", line)
+        assert match, line
+        self.url = match[1]
+
+    async def end(self, seconds: float = 10.0) -> tuple[int, str]:
+        """The exit code and what was written to stderr."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(seconds):
+            log = (await self.process.stderr.read()).decode()
+            return await self.process.wait(), log
+
+    def children(self) -> list[int]:
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
+
+
+@asynccontextmanager
+async def serving(tmp_path: Path, mode: str, step_s: float = 0.0) -> AsyncIterator[Serving]:
+    starts = Starts(tmp_path / "starts")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SERVE, str(tmp_path / "data"), sys.executable, FAKE_ENGINE, mode),
+        env={**starts.environment, "FAKE_ENGINE_STEP_S": str(step_s)},
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    try:
+        yield Serving(process, starts)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+def client(serve: Serving) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=serve.url, headers={"authorization": "Bearer k"}, timeout=20)
+
+
+async def test_sigterm_finishes_what_runs_and_leaves_nobody(tmp_path: Path) -> None:
+    async with serving(tmp_path, "serve", step_s=0.5) as serve:
+        await serve.ready()
+        children = serve.children()
+        async with client(serve) as http:
+            body = {"prompt": "tell-no-one", "num_inference_steps": 1}
+            running = asyncio.create_task(http.post(URL, json=body))
+            await until(lambda: _running(http, 1))
+            serve.process.terminate()
+            assert (await running).status_code == 200
+        code, log = await serve.end()
+        assert code == 0
+        assert len(children) == 2  # the engine and Redis
+        assert not any(alive(pid) for pid in children)
+        assert "tell-no-one" not in log
+        assert "route=/v1/images/generations status=200" in log
+        assert serve.starts.lines()[0][-1] == "-"  # the engine was not told the key
+
+
+async def _running(http: httpx.AsyncClient, count: int) -> bool:
+    return (await http.get("/health")).json()["queue"]["running"] == count
+
+
+async def test_a_killed_engine_and_a_killed_redis_come_back(tmp_path: Path) -> None:
+    async with serving(tmp_path, "serve") as serve:
+        await serve.ready()
+        engine_pid = serve.starts.pids()[0]
+        redis_pid = next(pid for pid in serve.children() if pid != engine_pid)
+        async with client(serve) as http:
+            os.kill(engine_pid, signal.SIGKILL)
+            await until(lambda: len(serve.starts.lines()) == 2)
+            assert (await http.post(URL, json={"prompt": "x"})).status_code == 200
+            os.kill(redis_pid, signal.SIGKILL)
+            await until(lambda: not alive(redis_pid))
+            await until(lambda: _healthy(http), seconds=10)
+            assert (await http.post(URL, json={"prompt": "x"})).status_code == 200
+
+
+async def _healthy(http: httpx.AsyncClient) -> bool:
+    return (await http.get("/health")).status_code == 200
+
+
+async def test_a_killed_serve_leaves_nobody(tmp_path: Path) -> None:
+    async with serving(tmp_path, "serve") as serve:
+        await serve.ready()
+        children = serve.children()
+        serve.process.kill()
+        await until(lambda: not any(alive(pid) for pid in children), seconds=5)
+
+
+async def test_a_misconfigured_engine_ends_serve_with_its_message(tmp_path: Path) -> None:
+    async with serving(tmp_path, "misconfigured") as serve:
+        code, log = await serve.end()
+    assert code == 2
+    assert "no checkpoint there" in log
+    assert len(serve.starts.lines()) == 1
+
+
+async def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = url_of(taken).rsplit(":", 1)[1]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "server.cli", "serve", "--port", port, "--data-dir", str(tmp_path / "data")),
+            stderr=PIPE,
+        )
+        _, log = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 2
+    assert log.decode().startswith(f"glimmer: cannot listen on 127.0.0.1:{port}")
+    assert b"Traceback" not in log
+    assert not (tmp_path / "data").exists()

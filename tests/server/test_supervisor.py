@@ -1,0 +1,140 @@
+"""Engines that die, are misconfigured, do not want to stop or would be orphaned."""
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.jobs.job import Budget, JobSpec
+from engine.jobs.queue import JobQueue
+from server.supervisor import Backoff, EngineMisconfigured, Supervisor, engine_environments
+from tests.server.test_admission import until
+
+FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
+
+
+class Starts:
+    """What the fake engines wrote when they started."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.environment = {**os.environ, "FAKE_ENGINE_LOG": str(path)}
+
+    def lines(self) -> list[list[str]]:
+        return [line.split() for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def pids(self) -> list[int]:
+        return [int(line[1]) for line in self.lines()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def starts(tmp_path: Path) -> Starts:
+    return Starts(tmp_path / "starts")
+
+
+def make(queue: JobQueue, starts: Starts, mode: str, *, grace_s: float = 5.0, count: int = 1) -> Supervisor:
+    return Supervisor(
+        [sys.executable, FAKE_ENGINE, mode],
+        [starts.environment] * count,
+        queue,
+        grace_s=grace_s,
+        backoff=Backoff(first=0.05, most=0.2),
+    )
+
+
+def test_backoff_doubles_up_to_a_limit_and_starts_over() -> None:
+    backoff = Backoff(first=1, most=5, steady=60)
+    pauses = [0.0]
+    for _ in range(5):
+        pauses.append(backoff.after(pauses[-1], lived=0.1))
+    assert pauses[1:] == [1, 2, 4, 5, 5]
+    assert backoff.after(5, lived=61) == 1
+
+
+async def test_a_dying_engine_is_started_again_under_a_new_name(queue: JobQueue, starts: Starts) -> None:
+    supervisor = make(queue, starts, "die")
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) >= 3)
+    running.cancel()
+    await supervisor.stop()
+    await asyncio.wait([running])
+    assert len({line[0] for line in starts.lines()}) == len(starts.lines())
+
+
+async def test_a_dead_engine_s_jobs_are_free_at_once(queue: JobQueue, starts: Starts) -> None:
+    supervisor = make(queue, starts, "stubborn")
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) == 1)
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
+    budget = Budget(9, 10**6, True)
+    engine_id, pid = starts.lines()[0][:2]
+    assert await queue.claim(engine_id, budget) is not None
+    os.kill(int(pid), 9)
+    await until(lambda: len(starts.lines()) == 2, seconds=3)  # well before the lease of 10 s runs out
+    claim = await queue.claim("another", budget)
+    assert claim is not None
+    assert claim.runs == 2
+    running.cancel()
+    supervisor._grace_s = 0.1
+    await supervisor.stop()
+    await asyncio.wait([running])
+
+
+async def test_a_misconfigured_engine_is_not_started_again(
+    queue: JobQueue, starts: Starts, capfd: pytest.CaptureFixture[str]
+) -> None:
+    supervisor = make(queue, starts, "misconfigured", count=2)
+    with pytest.raises(EngineMisconfigured):
+        await asyncio.wait_for(supervisor.run(), 5)
+    await supervisor.stop()
+    assert len(starts.lines()) <= 2
+    assert "no checkpoint there" in capfd.readouterr().err
+
+
+async def test_stop_kills_what_outlives_the_grace_period(queue: JobQueue, starts: Starts) -> None:
+    supervisor = make(queue, starts, "stubborn", grace_s=0.3, count=2)
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) == 2)
+    started = time.monotonic()
+    await supervisor.stop()
+    assert 0.3 <= time.monotonic() - started < 2
+    await asyncio.wait_for(running, 2)
+    assert not any(alive(pid) for pid in starts.pids())
+
+
+async def test_stop_before_the_end_of_a_pause(queue: JobQueue, starts: Starts) -> None:
+    supervisor = Supervisor(
+        [sys.executable, FAKE_ENGINE, "die"], [starts.environment], queue, grace_s=5, backoff=Backoff(first=60)
+    )
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: supervisor._processes and supervisor._processes[0].returncode is not None)
+    await asyncio.wait_for(supervisor.stop(), 1)
+    running.cancel()
+    await asyncio.wait([running])
+    assert len(starts.lines()) == 1
+
+
+class TestEnvironments:
+    def test_one_engine_is_left_alone(self) -> None:
+        assert engine_environments({"A": "1"}, 1, "auto") == [{"A": "1"}]
+
+    def test_threads_are_divided(self) -> None:
+        cores = len(os.sched_getaffinity(0))
+        assert [e["OMP_NUM_THREADS"] for e in engine_environments({}, 2, "cpu")] == [str(max(1, cores // 2))] * 2
+        assert engine_environments({"OMP_NUM_THREADS": "7"}, 2, "cpu")[1]["OMP_NUM_THREADS"] == "7"
+
+    def test_gpus_are_dealt_out(self) -> None:
+        dealt = engine_environments({"CUDA_VISIBLE_DEVICES": "4,6"}, 3, "cuda")
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in dealt] == ["4", "6", "4"]
+        assert "CUDA_VISIBLE_DEVICES" not in engine_environments({}, 2, "cpu")[0]

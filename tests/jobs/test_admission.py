@@ -1,0 +1,115 @@
+"""Who gets into the queue, and who is drawn from it next."""
+
+import asyncio
+
+import pytest
+import redis.asyncio
+
+from engine.errors import QueueFull
+from engine.jobs.job import Budget, QueueStats
+from engine.jobs.queue import JobQueue
+from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, spec, submit
+
+
+async def test_the_cap_is_exact(queue: JobQueue):
+    """It counts waiting jobs of both priorities; claimed, cancelled and expired ones free their place at once."""
+    first = await submit(queue, max_queue=3)
+    second = await submit(queue, max_queue=3, priority="batch", timeout_s=0.02)
+    await submit(queue, max_queue=3)
+    with pytest.raises(QueueFull):
+        await submit(queue, job_id="refused", max_queue=3)
+    assert await queue.get("refused") is None
+
+    await queue.cancel(first)
+    await submit(queue, max_queue=3)
+    with pytest.raises(QueueFull):
+        await submit(queue, max_queue=3)
+
+    await asyncio.sleep(0.03)
+    await queue.expire(second)
+    await submit(queue, max_queue=3)
+    with pytest.raises(QueueFull):
+        await submit(queue, max_queue=3)
+
+    await claim(queue)
+    await submit(queue, max_queue=3)
+    with pytest.raises(QueueFull):
+        await submit(queue, max_queue=3)
+    assert await queue.stats() == QueueStats(waiting=3, running=1)
+
+
+async def test_the_cap_holds_when_all_come_at_once(queue: JobQueue):
+    answers = await asyncio.gather(*(submit(queue, max_queue=7) for _ in range(50)), return_exceptions=True)
+    assert sum(isinstance(answer, QueueFull) for answer in answers) == 43
+    assert (await queue.stats()).waiting == 7
+
+
+async def test_a_job_is_taken_only_where_it_fits(queue: JobQueue):
+    job_id = await submit(queue, n=2)
+    kv_tokens = spec(n=2).plan_tokens + spec(n=2).prompt_tokens_bound
+    assert await queue.claim("engine-1", Budget(images=1, kv_tokens=kv_tokens, idle=False)) is None
+    assert await queue.claim("engine-1", Budget(images=2, kv_tokens=kv_tokens - 1, idle=False)) is None
+    assert (await queue.stats()).waiting == 1
+    granted = await claim(queue, budget=Budget(images=2, kv_tokens=kv_tokens, idle=False))
+    assert granted.job_id == job_id
+
+
+async def test_an_idle_engine_takes_any_job(queue: JobQueue):
+    job_id = await submit(queue, n=10, width=2048, height=2048)
+    assert (await claim(queue, budget=IDLE)).job_id == job_id
+
+
+@pytest.mark.parametrize("small_priority", ["interactive", "batch"])
+async def test_a_large_job_is_not_passed_over(queue: JobQueue, small_priority):
+    large = await submit(queue, n=10)
+    small = await submit(queue, n=1, priority=small_priority)
+    narrow = Budget(images=4, kv_tokens=10**9, idle=False)
+    assert await queue.claim("engine-1", narrow) is None
+    assert (await claim(queue, "engine-2", ROOMY)).job_id == large
+    assert (await claim(queue, "engine-1", narrow)).job_id == small
+
+
+async def test_interactive_goes_first_and_batch_does_not_starve(queue: JobQueue):
+    for _ in range(20):
+        await submit(queue, priority="batch", seed=1)
+    for _ in range(20):
+        await submit(queue, priority="interactive", seed=0)
+    drawn = [(await claim(queue)).spec.seed for _ in range(40)]
+    assert drawn[:24] == [0, 0, 0, 1] * 6
+    assert sum(drawn[:27]) == 7, "once the interactive jobs are out, batch jobs get every turn"
+    assert drawn[27:] == [1] * 13
+
+
+async def test_a_large_batch_job_gets_its_turn_under_interactive_load(queue: JobQueue):
+    large = await submit(queue, n=4, priority="batch")
+    busy, running = Budget(images=3, kv_tokens=10**9, idle=False), []
+    for _ in range(10):
+        await submit(queue)
+        granted = await queue.claim("engine-1", busy)
+        if granted is None:
+            break
+        running.append(granted)
+    assert len(running) == 3, "at its turn the batch job holds the door until the engine has room"
+    for granted in running:
+        await queue.commit(granted, RESULT)
+    assert (await claim(queue, "engine-1", IDLE)).job_id == large
+
+
+async def test_cancelled_jobs_do_not_hide_the_next_one(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    for _ in range(200):
+        await queue.cancel(await submit(queue))
+    job_id = await submit(queue)
+    granted = await claim(queue)
+    assert granted.job_id == job_id
+    assert await redis_client.xlen("glimmer:queue:interactive") == 1
+
+
+async def test_an_entry_of_an_earlier_job_of_that_id_is_dead(redis_client: redis.asyncio.Redis):
+    queue = JobQueue(redis_client, result_ttl_s=1)
+    await submit(queue, job_id="a")
+    await queue.cancel("a")
+    await redis_client.delete("glimmer:job:a")  # as when its time is up before an engine draws the entry
+    await submit(queue, job_id="a")
+    assert (await claim(queue)).job_id == "a"
+    assert await queue.claim("engine-2", IDLE) is None
+    assert await redis_client.xlen("glimmer:queue:interactive") == 1

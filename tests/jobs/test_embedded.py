@@ -1,0 +1,107 @@
+"""The server of one's own: it starts, keeps its data, is alone in its folder, and ends with its parent."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import redis
+
+from engine.errors import QueueUnavailable
+from engine.jobs import embedded
+from engine.jobs.embedded import EmbeddedRedis, find_redis_server
+from tests.jobs.helpers import kill
+
+
+def client(server: EmbeddedRedis) -> redis.Redis:
+    return redis.Redis.from_url(server.url)
+
+
+def test_data_survives_a_stop_and_a_kill(tmp_path: Path):
+    with EmbeddedRedis(tmp_path) as server, client(server) as connection:
+        connection.set("a", b"\0\xff")
+    assert not server.alive
+    with EmbeddedRedis(tmp_path) as server, client(server) as connection:
+        assert connection.get("a") == b"\0\xff"
+        connection.set("b", 1)
+        kill(server)
+        server.restart()
+        assert (connection.get("a"), connection.get("b")) == (b"\0\xff", b"1")
+
+
+def test_it_listens_on_a_private_socket_only(tmp_path: Path):
+    with EmbeddedRedis(tmp_path) as server, client(server) as connection:
+        assert connection.config_get("port") == {"port": "0"}
+        assert (tmp_path / "redis.sock").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_second_one_in_the_same_folder_is_refused(tmp_path: Path):
+    with EmbeddedRedis(tmp_path) as server:
+        with pytest.raises(QueueUnavailable, match="in use"):
+            EmbeddedRedis(tmp_path)
+        with client(server) as connection:
+            assert connection.ping()
+    EmbeddedRedis(tmp_path).stop()
+
+
+@pytest.mark.parametrize("name", ["d" * 120, "with space, % and ü"])
+def test_any_folder_will_do(tmp_path: Path, name: str):
+    with EmbeddedRedis(tmp_path / name) as server, client(server) as connection:
+        connection.set("a", 1)
+        socket = Path(str(connection.config_get("unixsocket")["unixsocket"]))
+    assert (tmp_path / name / "redis.lock").exists()
+    assert not socket.exists()
+    assert socket.parent == tmp_path / name or not socket.parent.exists()
+
+
+def test_stopping_twice_is_fine(tmp_path: Path):
+    server = EmbeddedRedis(tmp_path)
+    server.stop()
+    server.stop()
+    assert not server.alive
+
+
+def test_it_ends_when_its_parent_is_killed(tmp_path: Path):
+    program = f"""
+import pathlib, time
+from engine.jobs.embedded import EmbeddedRedis
+server = EmbeddedRedis(pathlib.Path({str(tmp_path)!r}))
+print(server.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, 0)
+        parent.kill()
+    EmbeddedRedis(tmp_path).stop()  # waits for the orphan to let go of the folder
+    assert _gone(pid)
+
+
+def _gone(pid: int) -> bool:
+    """Ended, reaped or not: where nobody adopts orphans they stay zombies."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def test_without_a_binary_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(QueueUnavailable, match=r"glimmer\[embedded\].*GLIMMER_REDIS_URL"):
+        find_redis_server()
+    (tmp_path / "redis-server").write_text("#!/bin/sh\n")
+    (tmp_path / "redis-server").chmod(0o755)
+    assert find_redis_server() == tmp_path / "redis-server"
+
+
+def test_a_server_that_does_not_start_says_why_and_leaves_the_folder_free(tmp_path: Path):
+    (tmp_path / "appendonly.aof").mkdir()
+    (tmp_path / "appendonlydir").write_text("not a folder")
+    with pytest.raises(QueueUnavailable, match="did not start"):
+        EmbeddedRedis(tmp_path)
+    (tmp_path / "appendonly.aof").rmdir()
+    (tmp_path / "appendonlydir").unlink()
+    EmbeddedRedis(tmp_path).stop()

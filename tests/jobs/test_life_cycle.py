@@ -1,0 +1,210 @@
+"""What a job goes through when nothing breaks, and what it leaves behind."""
+
+import asyncio
+
+import pytest
+import redis.asyncio
+
+from engine.jobs.job import (
+    EngineInfo,
+    ImageResult,
+    JobError,
+    JobRecord,
+    JobResult,
+    JobState,
+    Plan,
+    QueueStats,
+    TokenGrid,
+)
+from engine.jobs.queue import JobQueue
+from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, spec, submit
+
+
+async def test_a_job_is_submitted_claimed_and_committed(queue: JobQueue):
+    await queue.submit(spec(n=2), job_id="a", timeout_s=60, priority="batch", max_queue=1)
+    queued = await queue.get("a")
+    assert queued is not None
+    assert queued == JobRecord(
+        "a", JobState.QUEUED, spec(n=2), "batch", queued.submitted_at, queued.submitted_at + 60_000
+    )
+    assert await queue.stats() == QueueStats(waiting=1, running=0)
+
+    granted = await claim(queue)
+    assert (granted.job_id, granted.epoch, granted.runs, granted.spec) == ("a", 1, 1, spec(n=2))
+    assert (granted.submitted_at, granted.deadline) == (queued.submitted_at, queued.deadline)
+    assert (granted.plans, granted.exclusive) == ({}, False)
+    assert await queue.stats() == QueueStats(waiting=0, running=1)
+    assert await queue.claim("engine-2", ROOMY) is None
+
+    assert await queue.progress(granted, {"phase": "planning", "step": 1})
+    running = await queue.get("a")
+    assert running is not None
+    assert (running.state, running.runs, running.progress) == ("running", 1, {"phase": "planning", "step": 1})
+    assert await queue.result("a") is None
+
+    assert await queue.commit(granted, RESULT)
+    done = await queue.get("a")
+    assert done is not None
+    assert (done.state, done.error) == (JobState.SUCCEEDED, None)
+    assert await queue.result("a") == RESULT
+    assert await queue.stats() == QueueStats(waiting=0, running=0)
+
+
+async def test_a_failed_job_keeps_its_error_and_has_no_result(queue: JobQueue):
+    job_id = await submit(queue)
+    error = JobError("too long", type="invalid_request_error", code="invalid_value", param="prompt")
+    assert await queue.fail(await claim(queue), error)
+    record = await queue.get(job_id)
+    assert record is not None
+    assert (record.state, record.error) == (JobState.FAILED, error)
+    assert await queue.result(job_id) is None
+
+
+async def test_an_unknown_job_is_nobodys(queue: JobQueue):
+    assert await queue.get("nobody") is None
+    assert await queue.result("nobody") is None
+    assert not await queue.cancel("nobody")
+    assert not await queue.expire("nobody")
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_repeated_submit_changes_nothing(queue: JobQueue, ended: bool):
+    await submit(queue, job_id="a", max_queue=1)
+    if ended:
+        await queue.commit(await claim(queue), RESULT)
+    before = await queue.get("a"), await queue.stats()
+    await submit(queue, job_id="a", max_queue=1, seed=99)
+    assert (await queue.get("a"), await queue.stats()) == before
+
+
+async def test_jobs_come_in_the_order_they_were_submitted(queue: JobQueue):
+    submitted = [await submit(queue) for _ in range(5)]
+    assert [(await claim(queue)).job_id for _ in range(5)] == submitted
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
+async def test_cancel_ends_a_job_once(queue: JobQueue, state: JobState):
+    job_id = await submit(queue)
+    granted = await claim(queue) if state == JobState.RUNNING else None
+    assert await queue.cancel(job_id)
+    assert not await queue.cancel(job_id)
+    record = await queue.get(job_id)
+    assert record is not None
+    assert record.state == JobState.CANCELLED
+    assert await queue.stats() == QueueStats(0, 0)
+    assert await queue.claim("engine-2", IDLE) is None
+    if granted:
+        assert await queue.renew("engine-1", [granted]) == [granted]
+        assert not await queue.commit(granted, RESULT)
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
+async def test_expire_ends_a_job_from_its_deadline_on(queue: JobQueue, state: JobState):
+    job_id = await submit(queue, timeout_s=0.05)
+    if state == JobState.RUNNING:
+        await claim(queue)
+    assert not await queue.expire(job_id)
+    await asyncio.sleep(0.06)
+    assert await queue.expire(job_id)
+    assert not await queue.expire(job_id)
+    record = await queue.get(job_id)
+    assert record is not None
+    assert record.state == JobState.EXPIRED
+    assert await queue.stats() == QueueStats(0, 0)
+
+
+async def test_jobs_past_their_deadline_are_expired_where_they_are_met(queue: JobQueue):
+    """Nobody may be waiting for an asynchronous job, so the engine's own calls end it."""
+    renewed, drawn = await submit(queue, timeout_s=0.05), await submit(queue, timeout_s=0.05)
+    in_time = await submit(queue)
+    granted = await claim(queue)
+    assert granted.job_id == renewed
+    await asyncio.sleep(0.06)
+    assert await queue.renew("engine-1", [granted]) == [granted]
+    assert (await claim(queue)).job_id == in_time
+    for job_id in (renewed, drawn):
+        record = await queue.get(job_id)
+        assert record is not None
+        assert record.state == JobState.EXPIRED
+
+
+async def test_results_are_exact_to_the_byte(queue: JobQueue):
+    plan = Plan(2, 2, [1, 2, 3, 4], TokenGrid(1, 1, [5])).to_dict()
+    pictures = [bytes(range(256)) * 4096, b"", b"\r\n\0$-1\r\n"]
+    result = JobResult(
+        [ImageResult(data, seed, plan) for seed, data in enumerate(pictures)], 12, 34, {"queued": 0.25, "planning": 1.5}
+    )
+    job_id = await submit(queue, n=3)
+    assert await queue.commit(await claim(queue), result)
+    assert await queue.result(job_id) == result
+
+
+async def test_the_whole_spec_survives(queue: JobQueue):
+    rich = spec(
+        prompt='Ein Schild: "Öffnungszeiten" 🕰\n', seed=2**63 - 1, temperature=0.0, top_p=0.5, plan={"tokens": [1]}
+    )
+    await queue.submit(rich, job_id="ü:1", timeout_s=9, priority="interactive", max_queue=1)
+    assert (await claim(queue)).spec == rich
+
+
+async def test_checkpointed_plans_come_back_with_the_next_claim(queue: JobQueue):
+    first, second = Plan(2, 1, [1, 2], TokenGrid(1, 1, [3])), Plan(1, 1, [4])
+    job_id = await submit(queue, n=3)
+    granted = await claim(queue)
+    assert await queue.checkpoint_plan(granted, 0, first)
+    assert await queue.checkpoint_plan(granted, 2, second)
+    assert await queue.surrender("engine-1") == 1
+    again = await claim(queue, "engine-2")
+    assert (again.job_id, again.plans) == (job_id, {0: first, 2: second})
+
+
+async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis):
+    """Whatever way they end. What remains is a fixed set that does not grow with the number of jobs."""
+    queue = JobQueue(redis_client, lease_ms=1, result_ttl_s=1)
+    for end in ("commit", "fail", "cancel", "cancel queued", "expire", "poison"):
+        job_id = await submit(queue, timeout_s=0.02 if end == "expire" else 60)
+        if end == "cancel queued":
+            assert await queue.cancel(job_id)
+            continue
+        granted = await claim(queue)
+        await queue.checkpoint_plan(granted, 0, Plan(1, 1, [1]))
+        await queue.progress(granted, {"step": 1})
+        if end == "commit":
+            assert await queue.commit(granted, RESULT)
+        elif end == "fail":
+            assert await queue.fail(granted, JobError("no"))
+        elif end == "cancel":
+            assert await queue.cancel(job_id)
+        else:
+            await asyncio.sleep(0.03)  # past the deadline, and long past the lease
+            for _ in range(3):
+                await queue.claim("engine-1", IDLE)
+                await asyncio.sleep(0.005)
+        record = await queue.get(job_id)
+        assert record is not None
+        assert record.state.is_terminal
+    assert await queue.claim("engine-1", IDLE) is None
+    assert await _stream_lengths(redis_client) == (0, 0)
+    await asyncio.sleep(1.05)
+    left = {key.decode() async for key in redis_client.scan_iter()}
+    assert left == {"glimmer:queue:interactive", "glimmer:queue:batch", "glimmer:counters"}
+
+
+async def test_engines_are_listed_while_their_heart_beats(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    first, second = (
+        EngineInfo(name, 1, "all", "ready", "nano", "512x512", 16384, 1024, images_running=3) for name in ("e1", "e2")
+    )
+    await queue.heartbeat(second, "glimmer_x 2\n", ttl_s=60)
+    await queue.heartbeat(first, "glimmer_x 1\n", ttl_s=0.05)
+    assert await queue.engines() == [first, second]
+    assert await queue.engine_metrics() == {"e1": "glimmer_x 1\n", "e2": "glimmer_x 2\n"}
+    await asyncio.sleep(0.06)
+    assert await queue.engines() == [second]
+    assert await redis_client.smembers("glimmer:engines") == {b"e2"}
+    await queue.retire("e2")
+    assert await queue.engines() == []
+    assert [key async for key in redis_client.scan_iter()] == []
+
+
+async def _stream_lengths(client: redis.asyncio.Redis) -> tuple[int, int]:
+    return await client.xlen("glimmer:queue:interactive"), await client.xlen("glimmer:queue:batch")

@@ -1,0 +1,47 @@
+"""What tests share: a real Redis, one server for the session, emptied after each test; a small random checkpoint."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+
+from engine.jobs.connection import connect
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.queue import JobQueue
+from models.glm_image.model import GlmImage
+from tests.checkpoints import load, write_variant
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+async def redis_client(redis_server: EmbeddedRedis) -> AsyncIterator[redis.asyncio.Redis]:
+    client = connect(redis_server.url)
+    yield client
+    await client.flushdb()
+    await client.aclose()
+
+
+@pytest.fixture
+async def queue(redis_client: redis.asyncio.Redis) -> AsyncIterator[JobQueue]:
+    queue = JobQueue(redis_client)
+    yield queue
+    await queue.close()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint in the published layout."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_variant(folder, "plain")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> GlmImage:
+    return load(checkpoint)

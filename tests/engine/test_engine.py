@@ -1,0 +1,254 @@
+"""The engine from Python: what a request gets depends on nobody else, and whatever happens, nothing leaks."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.encoding import encode
+from engine.engine import Engine
+from engine.errors import RequestError
+from engine.geometry import Geometry
+from engine.jobs.job import JobSpec, Plan
+from engine.request import Event, Failed, Finished, Planned, Progress, Rendered, Request
+from models.glm_image.model import GlmImage
+from tests.checkpoints import small_engine
+
+PROMPTS = ['a poster "HELLO"', "red 'A' and \"BB\" " * 9, "plain", 'footer "\u00e9t\u00e9" \u300c\u6771\u4eac\u300d']
+
+
+def mixed_specs(count: int) -> list[JobSpec]:
+    pick = random.Random(7)
+    return [
+        JobSpec(
+            pick.choice(PROMPTS),
+            width=pick.choice([64, 96, 100, 160]),
+            height=pick.choice([64, 90, 128]),
+            seed=pick.randrange(2**32),
+            n=pick.choice([1, 1, 1, 2]),
+            num_inference_steps=pick.choice([2, 3, 6]),
+            guidance_scale=pick.choice([1.0, 1.5, 4.0]),
+            temperature=pick.choice([None, 0.0, 1.3]),
+            top_p=pick.choice([None, 1.0]),
+            negative_prompt=pick.choice(["", "no 'words'"]),
+        )
+        for _ in range(count)
+    ]
+
+
+def pngs(engine: Engine, specs: list[JobSpec]) -> list[list[bytes]]:
+    return [[encode(image, "png", 100) for image in images] for images in engine.generate(specs)]
+
+
+def run(engine: Engine, requests: list[Request]) -> list[Event]:
+    for request in requests:
+        engine.submit(request)
+    events = []
+    while not engine.is_idle:
+        events += engine.step()
+    engine.check_integrity()
+    return events
+
+
+def pixels_of(events: list[Event]) -> dict[str, torch.Tensor]:
+    return {event.image.request.id: event.pixels for event in events if isinstance(event, Rendered)}
+
+
+SPECS = mixed_specs(24)
+
+
+@pytest.fixture(scope="module")
+def alone(model: GlmImage) -> list[list[bytes]]:
+    """Every request on its own."""
+    engine = small_engine(model)
+    return [pngs(engine, [spec])[0] for spec in SPECS]
+
+
+def test_all_at_once_gives_the_same_bytes(model: GlmImage, alone: list[list[bytes]]) -> None:
+    engine = small_engine(model)
+    assert pngs(engine, SPECS) == alone
+    engine.check_integrity()
+
+
+def test_random_arrival_gives_the_same_bytes(model: GlmImage, alone: list[list[bytes]]) -> None:
+    """In another order, joining at any step, with ticks of another size and another cache."""
+    pick = random.Random(11)
+    engine = small_engine(model, render_token_budget=700, kv_tokens=4000, max_images=10)
+    waiting = list(enumerate(SPECS))
+    pick.shuffle(waiting)
+    got: dict[int, dict[int, bytes]] = {}
+    while waiting or not engine.is_idle:
+        while waiting and pick.random() < 0.03:
+            number, spec = waiting.pop()
+            engine.submit(Request(str(number), spec))
+        for event in engine.step():
+            assert not isinstance(event, Failed)
+            if isinstance(event, Rendered):
+                png = encode(event.pixels, "png", 100)
+                got.setdefault(int(event.image.request.id), {})[event.image.index] = png
+    assert [[got[i][k] for k in range(spec.n)] for i, spec in enumerate(SPECS)] == alone
+
+
+def test_bfloat16_gives_the_same_bytes_in_any_batch(checkpoint) -> None:
+    engine = small_engine(GlmImage.load(str(checkpoint), torch.device("cpu"), torch.bfloat16))
+    specs = SPECS[:8]
+    assert pngs(engine, specs) == [pngs(engine, [spec])[0] for spec in specs]
+
+
+def test_images_of_a_request_are_those_of_its_seeds(model: GlmImage) -> None:
+    """They share the prompt's cache; a prompt that ends within a block is copied for each."""
+    engine = small_engine(model)
+    for prompt in ("x", "a prompt of another length", PROMPTS[1]):
+        spec = JobSpec(prompt, 64, 64, seed=5, n=3, num_inference_steps=2)
+        [together] = pngs(engine, [spec])
+        assert together == [pngs(engine, [replace(spec, seed=seed, n=1)])[0][0] for seed in (5, 6, 7)]
+        assert len(set(together)) == 3
+
+
+def test_a_given_plan_is_rendered_without_planning(model: GlmImage) -> None:
+    engine = small_engine(model)
+    spec = JobSpec(PROMPTS[0], 96, 64, seed=9, num_inference_steps=3)
+    events = run(engine, [Request("first", spec)])
+    [plan] = [event.plan for event in events if isinstance(event, Planned)]
+    tokens = engine.metrics.planner_tokens._value.get()
+    again = run(
+        engine, [Request("plan", replace(spec, plan=plan.to_dict())), Request("resumed", spec, plans={0: plan})]
+    )
+    assert engine.metrics.planner_tokens._value.get() == tokens
+    assert not any(isinstance(event, Planned) for event in again)
+    pixels = pixels_of(events + again)
+    assert torch.equal(pixels["plan"], pixels["first"])
+    assert torch.equal(pixels["resumed"], pixels["first"])
+
+
+def test_plans_hold_only_image_codes_and_fill_their_grids(model: GlmImage) -> None:
+    engine = small_engine(model)
+    hot = JobSpec("hot", 160, 96, seed=1, num_inference_steps=1, temperature=2.0, top_p=1.0)
+    plans = [event.plan for event in run(engine, [Request("a", hot)]) if isinstance(event, Planned)]
+    [plan] = plans
+    assert (plan.rows, plan.cols, len(plan.tokens)) == (3, 5, 15)
+    assert plan.preview is not None
+    assert len(plan.preview.tokens) == plan.preview.rows * plan.preview.cols == Geometry(160, 96).preview.tokens
+    assert max(plan.tokens + plan.preview.tokens) < model.planner.config.codebook_size
+
+
+def test_odd_sizes_are_cut_from_the_middle_of_the_canvas(model: GlmImage) -> None:
+    spec = JobSpec(PROMPTS[0], 96, 64, seed=3, num_inference_steps=2)
+    engine = small_engine(model)
+    [[whole]], [[cut]] = engine.generate([spec]), engine.generate([replace(spec, width=91, height=64)])
+    assert cut.shape == (64, 91, 3)
+    assert torch.equal(cut, whole[:, 2:93])
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"prompt": "x" * 3000}, "prompt", "at most 2048"),
+        ({"prompt": "a <|image|> b"}, "prompt", "control tokens"),
+        ({"prompt": "'" + "\u6771" * 5000 + "'"}, "prompt", ""),
+        ({"plan": {"rows": 1, "cols": 2, "tokens": [0, 0]}}, "plan", "2 rows and 2 columns"),
+        ({"plan": {"rows": 2, "cols": 2, "tokens": [0, 0, 0, 512]}}, "plan", "0 to 511"),
+        ({"n": 9}, "n", "planner memory"),
+    ],
+)
+def test_what_cannot_be_served_fails_alone_and_says_why(
+    model: GlmImage, change: dict, param: str, message: str
+) -> None:
+    engine = small_engine(model, kv_tokens=2600)
+    good = JobSpec("good", 64, 64, seed=1, num_inference_steps=2)
+    events = run(engine, [Request("good", good), Request("bad", replace(good, **change)), Request("good2", good)])
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert failed.request.id == "bad"
+    assert isinstance(failed.error, RequestError)
+    assert failed.error.param == param
+    assert message in failed.error.message
+    assert {event.request.id for event in events if isinstance(event, Finished)} == {"good", "good2"}
+
+
+@pytest.mark.parametrize("place", ["encode", "prefill", "decode", "prepare", "advance", "vae"])
+def test_a_failure_anywhere_ends_one_request_and_leaves_the_others_bytes(
+    model: GlmImage, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The victim makes every batch it is in fail; each is then tried alone."""
+    specs = [JobSpec(f"{i} 'w'", 64, 64, seed=i, num_inference_steps=3) for i in range(4)]
+    engine = small_engine(model)
+    expected = pngs(engine, specs)
+    victim = specs[2].prompt
+    target, name, prompts_of = {
+        "encode": (model.prompts, "encode", lambda prompt, *_: [prompt]),
+        "prefill": (engine.planner_runner, "prefill", lambda groups: [g.request.spec.prompt for g in groups]),
+        "decode": (engine.planner_runner, "decode", lambda items: [s.request.spec.prompt for s in items]),
+        "prepare": (engine.renderer_runner, "prepare", lambda image: [image.request.spec.prompt]),
+        "advance": (engine.renderer_runner, "advance", lambda items: [r.request.spec.prompt for r in items]),
+        "vae": (engine.renderer_runner, "decode", lambda rendering: [rendering.request.spec.prompt]),
+    }[place]
+    real = getattr(target, name)
+
+    def fails_for_the_victim(*args):
+        if victim in prompts_of(*args):
+            raise torch.OutOfMemoryError("planted")
+        return real(*args)
+
+    monkeypatch.setattr(target, name, fails_for_the_victim)
+    events = run(engine, [Request(str(i), spec) for i, spec in enumerate(specs)])
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert failed.request.id == "2"
+    assert isinstance(failed.error, torch.OutOfMemoryError)
+    pixels = pixels_of(events)
+    assert {number: encode(image, "png", 100) for number, image in pixels.items()} == {
+        str(i): expected[i][0] for i in (0, 1, 3)
+    }
+
+
+def test_a_lost_device_is_nobody_s_fault(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine(model)
+
+    def lost(items: list) -> None:
+        raise torch.AcceleratorError("device lost")
+
+    monkeypatch.setattr(engine.planner_runner, "prefill", lost)
+    engine.submit(Request("a", SPECS[0]))
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 150, 261, 262, 263])
+def test_a_cancelled_request_gives_everything_back_within_a_step(model: GlmImage, steps: int) -> None:
+    engine = small_engine(model)
+    spec = JobSpec(PROMPTS[1], 64, 64, seed=0, n=2, num_inference_steps=40)
+    engine.submit(Request("gone", spec))
+    for _ in range(steps):
+        engine.step()
+    engine.cancel("gone")
+    engine.cancel("never existed")
+    assert not any(isinstance(event, Finished | Failed) for event in engine.step())
+    assert engine.is_idle
+    engine.check_integrity()
+
+
+def test_progress_grows_and_ends_complete(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.engine.PROGRESS_SECONDS", 0.0)
+    events = run(small_engine(model), [Request("a", JobSpec("x", 64, 64, seed=0, n=2, num_inference_steps=4))])
+    seen = [(e.phase, e.step, e.steps) for e in events if isinstance(e, Progress)]
+    planning = [step for phase, step, _ in seen if phase == "planning"]
+    rendering = [step for phase, step, _ in seen if phase == "rendering"]
+    assert planning == sorted(planning)
+    assert rendering == sorted(rendering)
+    assert {steps for phase, _, steps in seen if phase == "planning"} == {2 * Geometry(64, 64).plan_tokens}
+    assert {steps for phase, _, steps in seen if phase == "rendering"} == {8}
+
+
+def test_what_does_not_fit_now_waits_its_turn(model: GlmImage) -> None:
+    """Room for one plan at a time: all are served, in order."""
+    engine = small_engine(model, kv_tokens=400)
+    specs = [JobSpec(f"{i}", 64, 64, seed=i, num_inference_steps=1) for i in range(4)]
+    events = run(engine, [Request(str(i), spec) for i, spec in enumerate(specs)])
+    assert [event.request.id for event in events if isinstance(event, Planned)] == ["0", "1", "2", "3"]
+    assert [event.request.id for event in events if isinstance(event, Finished)] == ["0", "1", "2", "3"]
+
+
+def test_given_plan_with_wrong_count_is_refused_before_it_is_rendered(model: GlmImage) -> None:
+    plan = Plan(2, 2, [0, 0, 0])
+    events = run(small_engine(model), [Request("a", JobSpec("x", 64, 64, seed=0), plans={0: plan})])
+    assert [type(event) for event in events if not isinstance(event, Progress)] == [Failed]

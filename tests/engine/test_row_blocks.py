@@ -1,0 +1,51 @@
+"""The arithmetic the byte-equality of images stands on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.row_blocks import GRAIN, Linear, elementwise, padded
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [64, 96, 256, 1024])
+def test_a_row_of_a_product_knows_neither_its_place_nor_its_neighbours(
+    threads: int, dtype: torch.dtype, features: int
+) -> None:
+    layer = Linear(features, 192).to(dtype)
+    with torch.inference_mode():
+        rows = torch.randn(300, features, dtype=dtype)
+        alone = torch.cat([layer(F.pad(row[None], (0, 0, 0, 127)), 128)[:1] for row in rows[:20]])
+        together = layer(F.pad(rows, (0, 0, 0, padded(300, 128) - 300)), 128)
+        shuffled = torch.randperm(384)
+        moved = layer(F.pad(rows, (0, 0, 0, 84))[shuffled], 128)
+    assert torch.equal(alone, together[:20])
+    assert torch.equal(moved, together[shuffled])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [F.silu, F.gelu, torch.cos])
+def test_elementwise_is_the_same_wherever_a_row_lies(threads: int, dtype: torch.dtype, function) -> None:
+    row = torch.randn(16, 1000, dtype=dtype)
+    alone = elementwise(function, row)
+    for before in (16, 48, 80):
+        packed = torch.randn(before + 16 + 32, 1000, dtype=dtype)
+        packed[before : before + 16] = row
+        assert packed.numel() > GRAIN
+        assert torch.equal(elementwise(function, packed)[before : before + 16], alone)
+
+
+def test_blocks_are_whole() -> None:
+    assert (padded(1, 128), padded(128, 128), padded(129, 128), padded(5, None)) == (128, 128, 256, 5)
+    with pytest.raises(AssertionError, match="not a multiple"):
+        Linear(4, 4)(torch.zeros(130, 4), 128)

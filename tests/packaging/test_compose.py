@@ -1,0 +1,160 @@
+"""The compose files: the official schema, and that they agree with the project they run."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+from redis.backoff import ConstantBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from engine.jobs.embedded import find_redis_server
+from server.serving import LAST_BYTES_S
+from server.settings import ServerSettings
+from tests.packaging.files import COMPOSE_FILES, ROOT, compose, dockerfile, image_environment, last, variables_of
+
+OURS = ("api", "engine")
+BIN = Path(sys.executable).parent
+
+
+def validate(path: Path) -> subprocess.CompletedProcess[str]:
+    """Against the Compose Specification's schema, of which check-jsonschema has a copy."""
+    command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", path]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def services() -> dict[str, dict[str, Any]]:
+    return compose()["services"]
+
+
+def seconds(duration: str) -> float:
+    match = re.fullmatch(r"(\d+)s", duration)
+    assert match, duration
+    return float(match[1])
+
+
+def with_defaults(text: str) -> str:
+    """What compose makes of `${NAME:-default}` where no variable is set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(text))
+
+
+def environment(service: str) -> dict[str, str]:
+    """What the process in the container sees of the image's and the service's variables."""
+    given = services()[service]["environment"]
+    return image_environment(service) | {name: with_defaults(value) for name, value in given.items()}
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_compose_files_follow_the_specification(name: str) -> None:
+    checked = validate(ROOT / name)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_schema_would_find_something(tmp_path: Path) -> None:
+    wrong = tmp_path / "compose.yml"
+    wrong.write_text((ROOT / "docker-compose.yml").read_text().replace("stop_grace_period", "grace_period"))
+    assert validate(wrong).returncode != 0
+
+
+def test_every_service_has_a_health_check() -> None:
+    """A service of ours may leave the command to its image."""
+    for name, service in services().items():
+        assert service["healthcheck"]["interval"], name
+        if "test" not in service["healthcheck"]:
+            assert last(dockerfile()[service["build"]["target"]].steps, "HEALTHCHECK"), name
+
+
+def test_our_services_are_built_from_targets_that_exist() -> None:
+    for name in OURS:
+        assert services()[name]["build"]["target"] == name
+        assert name in dockerfile()
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_images_are_pinned(name: str) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for service, definition in compose(name)["services"].items():
+        tag = definition["image"].partition(":")[2]
+        assert tag.startswith(version) if service in OURS else re.match(r"\d+\.\d+", tag), definition["image"]
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_variables_are_real_settings(name: str) -> None:
+    for service, definition in compose(name)["services"].items():
+        ours = {variable for variable in definition.get("environment", {}) if variable.startswith("GLIMMER_")}
+        assert ours <= (variables_of(service) if service in OURS else set()), service
+    asked = set(re.findall(r"\$\{(\w+)", (ROOT / name).read_text()))
+    assert asked <= variables_of("api") | variables_of("engine") | {"HF_TOKEN"}
+
+
+def test_the_api_accepts_its_variables_and_listens_where_the_port_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("GLIMMER_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment("api").items():
+        monkeypatch.setenv(name, value)
+    settings = ServerSettings()  # pyright: ignore[reportCallIssue]
+    (published,) = services()["api"]["ports"]
+    address, host_port, container_port = with_defaults(published).rsplit(":", 2)
+    assert (settings.host, settings.port) == ("0.0.0.0", int(container_port))
+    assert (address, host_port) == ("127.0.0.1", str(ServerSettings.model_fields["port"].default))
+    assert settings.api_key is None
+    assert f"EXPOSE {container_port}" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_both_sides_use_the_one_redis_and_wait_for_it(name: str) -> None:
+    url = urlsplit(environment(name)["GLIMMER_REDIS_URL"])
+    assert (url.scheme, url.hostname, url.port) == ("redis", "redis", 6379)
+    assert services()[name]["depends_on"]["redis"]["condition"] == "service_healthy"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_containers_get_longer_to_stop_than_the_drain_takes(name: str) -> None:
+    grace = float(environment(name)["GLIMMER_GRACE_S"])
+    assert seconds(services()[name]["stop_grace_period"]) >= grace + LAST_BYTES_S
+
+
+@pytest.mark.parametrize("name", ["redis", *OURS])
+def test_services_come_back(name: str) -> None:
+    assert services()[name]["restart"] == "unless-stopped"
+
+
+def test_checkpoints_are_kept_where_the_engine_puts_them() -> None:
+    volume, mounted = services()["engine"]["volumes"][0].split(":")
+    assert volume in compose()["volumes"]
+    for name in ("GLIMMER_CACHE_DIR", "HF_HOME"):
+        assert Path(environment("engine")[name]).is_relative_to(mounted)
+
+
+def test_a_real_redis_accepts_the_command_and_keeps_jobs(tmp_path: Path) -> None:
+    program, *flags = services()["redis"]["command"]
+    assert program == "redis-server"
+    local = ["--port", "0", "--unixsocket", "redis.sock", "--logfile", "redis.log"]
+    with subprocess.Popen([find_redis_server(), *flags, *local], cwd=tmp_path) as server:
+        try:
+            wanted = {
+                "appendonly": "yes",
+                "appendfsync": "everysec",
+                "save": "",
+                "maxmemory-policy": "noeviction",
+            }
+            assert {name: config(tmp_path / "redis.sock", name) for name in wanted} == wanted
+            assert int(config(tmp_path / "redis.sock", "maxmemory") or 0) >= 2**30
+        finally:
+            server.terminate()
+
+
+def config(path: Path, name: str) -> str | None:
+    """What the server on a unix socket says to CONFIG GET, once it listens."""
+    retry = Retry(ConstantBackoff(0.05), 200, supported_errors=(RedisError, OSError))
+    with redis.Redis(unix_socket_path=str(path), decode_responses=True, retry=retry) as client:
+        answer = client.config_get(name)
+        assert isinstance(answer, dict)
+        return answer[name]

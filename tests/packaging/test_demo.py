@@ -1,0 +1,99 @@
+"""`make demo` ends its server whatever happens. A stand-in for `glimmer` plays the server and the client."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.jobs.job import EngineInfo
+from server import demo
+from server.launch import _announce
+from tests.packaging.files import ROOT
+
+# `serve` says that it is ready and waits for SIGTERM; `generate` ends, or waits, as FAKE says.
+FAKE_GLIMMER = """
+import os, signal, sys, time
+from pathlib import Path
+
+if sys.argv[1] == "serve":
+    assert "GLIMMER_REDIS_URL" not in os.environ
+    if os.environ["FAKE"] == "broken":
+        sys.exit("no such checkpoint")
+    def stop(number, frame):
+        Path("stopped").touch()
+        sys.exit()
+    signal.signal(signal.SIGTERM, stop)
+    print("Glimmer is ready at http://127.0.0.1:1 (model x)", flush=True)
+    time.sleep(60)
+elif os.environ["FAKE"] == "waits":
+    Path("asked").touch()
+    time.sleep(60)
+elif os.environ["FAKE"] == "fails":
+    sys.exit(1)
+"""
+
+RUN_DEMO = "import sys; from server import demo; demo.GLIMMER = (sys.executable, 'fake.py'); demo.main()"
+
+
+def start(folder: Path, behaviour: str) -> subprocess.Popen[str]:
+    (folder / "fake.py").write_text(FAKE_GLIMMER)
+    environment = {**os.environ, "FAKE": behaviour, "PYTHONPATH": str(ROOT), "GLIMMER_REDIS_URL": "redis://nowhere"}
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN_DEMO],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    printed, _ = process.communicate(timeout=60)
+    return process.returncode, printed
+
+
+def test_a_demo_that_works_says_where_the_picture_is(tmp_path: Path) -> None:
+    code, printed = end(start(tmp_path, "works"))
+    assert (code, "The picture is out/demo.png" in printed) == (0, True), printed
+    assert (tmp_path / "stopped").exists()
+
+
+def test_a_demo_without_a_picture_fails_and_stops_its_server(tmp_path: Path) -> None:
+    code, printed = end(start(tmp_path, "fails"))
+    assert (code, "out/demo.log" in printed) == (1, True), printed
+    assert (tmp_path / "stopped").exists()
+
+
+def test_a_server_that_does_not_start_is_quoted(tmp_path: Path) -> None:
+    code, printed = end(start(tmp_path, "broken"))
+    assert (code, "no such checkpoint" in printed) == (1, True), printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_stops_its_server(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, "waits")
+    give_up_at = time.monotonic() + 60
+    while not (tmp_path / "asked").exists() and time.monotonic() < give_up_at:
+        time.sleep(0.02)
+    process.send_signal(number)
+    code, _ = end(process)
+    assert code != 0
+    assert (tmp_path / "stopped").exists()
+
+
+async def test_the_demo_understands_what_the_server_says(capsys: pytest.CaptureFixture[str]) -> None:
+    class OneEngine:
+        async def engines(self) -> list[EngineInfo]:
+            return [EngineInfo("engine-0", 1, "all", "ready", "model", "256x256", 512, 2048)]
+
+    queue: Any = OneEngine()
+    await _announce(queue, "http://127.0.0.1:4711")
+    found = demo.READY.search(capsys.readouterr().out)
+    assert found
+    assert found[1] == "http://127.0.0.1:4711"

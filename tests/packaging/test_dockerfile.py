@@ -1,0 +1,123 @@
+"""The Dockerfile: a linter, and what it promises about its two images."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.files import ROOT, dockerfile, image_environment, image_steps, last, variables_of
+
+TARGETS = ("api", "engine")
+BIN = Path(sys.executable).parent
+
+
+def installs(target: str) -> list[str]:
+    """What pip is asked for in the stage whose environment the target copies."""
+    copied = next(rest for name, rest in dockerfile()[target].steps if name == "COPY" and "/opt/venv" in rest)
+    source = re.match(r"--from=(\S+)", copied)
+    assert source, copied
+    words = [shlex.split(rest) for name, rest in image_steps(source[1]) if name == "RUN" and "install" in rest]
+    return [word for command in words for word in command[command.index("install") + 1 :] if word[0] != "-"]
+
+
+def test_hadolint_finds_nothing() -> None:
+    found = subprocess.run([BIN / "hadolint", "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_linter_would_find_something(tmp_path: Path) -> None:
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM python:latest\nRUN pip install torch\nENTRYPOINT glimmer\n")
+    assert subprocess.run([BIN / "hadolint", bad], capture_output=True).returncode != 0
+
+
+def test_the_api_image_has_no_engine_extra_and_the_engine_image_no_development_tools() -> None:
+    assert set(installs("api")) == {"."}
+    assert set(installs("engine")) == {".", "./[engine]"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_images_run_as_a_numbered_user_that_is_not_root(target: str) -> None:
+    user = last(image_steps(target), "USER")
+    assert user is not None
+    assert all(part.isdecimal() and int(part) > 0 for part in user.split(":")), user
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_images_start_glimmer_without_a_shell(target: str) -> None:
+    steps = image_steps(target)
+    assert json.loads(last(steps, "ENTRYPOINT") or "") == ["glimmer"]
+    assert json.loads(last(steps, "CMD") or "") == [target]
+    assert image_environment(target)["PYTHONUNBUFFERED"] == "1"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_environment_of_an_image_names_real_settings(target: str) -> None:
+    ours = {name for name in image_environment(target) if name.startswith("GLIMMER_")}
+    assert ours <= variables_of(target)
+
+
+def test_bases_are_pinned_to_a_minor_version_that_the_project_supports() -> None:
+    supported = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    bases = {stage.base for stage in dockerfile().values()} - set(dockerfile())
+    for base in bases:
+        version = re.fullmatch(r"python:3\.(\d+)-slim-\w+", base)
+        assert version, base
+        assert supported == ">=3.11,<3.13"
+        assert int(version[1]) in (11, 12)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_copied_is_there_and_reaches_the_builder(target: str) -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    stages = ("build", f"build-{target}", target)
+    copies = [shlex.split(rest) for name in stages for step, rest in dockerfile()[name].steps if step == "COPY"]
+    sources = {word for words in copies if not words[0].startswith("--from=") for word in words[:-1]}
+    assert sources >= {"pyproject.toml", "server", "engine"}
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert source.split("/")[0] in allowed, source
+
+
+def health_command(target: str) -> list[str]:
+    check = last(dockerfile()[target].steps, "HEALTHCHECK")
+    assert check is not None
+    return json.loads(check[check.index("CMD") + len("CMD") :])
+
+
+def test_the_apis_health_check_asks_a_server(tmp_path: Path) -> None:
+    """Run against a server that has /live, one that has not, and none."""
+    code = health_command("api")[-1]
+    (tmp_path / "live").write_text("{}")
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        port = re.search(r"port (\d+)", server.stdout.readline())
+        assert port
+        assert check(code, port[1]) == 0
+        (tmp_path / "live").unlink()
+        assert check(code, port[1]) != 0
+    finally:
+        server.terminate()
+        server.communicate()
+    assert check(code, port[1]) != 0
+
+
+def check(code: str, port: str) -> int:
+    environment = {"GLIMMER_PORT": port, "HTTP_PROXY": "http://127.0.0.1:9"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode
+
+
+def test_the_engines_health_check_is_the_script_that_is_copied() -> None:
+    program = health_command("engine")[-1]
+    assert ("COPY", f"deploy/engine_health.py {program}") in dockerfile()["engine"].steps

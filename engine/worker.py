@@ -75,6 +75,7 @@ class Worker:
         self._work = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._stepped_at = time.monotonic()
+        self._renewed_at = time.monotonic()
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT, then drain.
@@ -83,13 +84,13 @@ class Worker:
             Exception: what broke the engine's thread; the process cannot go on.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._drain)
+            self._loop.add_signal_handler(number, self.drain)
         thread = asyncio.ensure_future(asyncio.to_thread(self._drive))
         loops = [asyncio.ensure_future(loop()) for loop in (self._renew, self._watch_ends, self._heartbeat)]
         claiming = asyncio.ensure_future(self._claim())
         try:
             await asyncio.wait({thread, claiming, *loops}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (thread, *loops):
+            for task in (thread, claiming, *loops):
                 if task.done():
                     task.result()
             await self._finish_jobs(thread)
@@ -144,6 +145,8 @@ class Worker:
         if budget.images <= 0 or any(job.claim.exclusive for job in self._jobs.values()):
             return None
         try:
+            if time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
+                await self._renew_leases()  # Redis was away: our own lapsed leases would be handed to us as new jobs
             return await self._queue.claim(self._info.id, budget)
         except QueueUnavailable as error:
             event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
@@ -158,8 +161,12 @@ class Worker:
             if self._is_stuck:
                 continue  # the leases run out, and the jobs go to an engine that moves
             with suppress(QueueUnavailable):
-                for claim in await self._queue.renew(self._info.id, [job.claim for job in self._jobs.values()]):
-                    self._lose(_request_id(claim))
+                await self._renew_leases()
+
+    async def _renew_leases(self) -> None:
+        for claim in await self._queue.renew(self._info.id, [job.claim for job in self._jobs.values()]):
+            self._lose(_request_id(claim))
+        self._renewed_at = time.monotonic()
 
     async def _watch_ends(self) -> None:
         async for job_id in self._queue.ended():
@@ -298,7 +305,8 @@ class Worker:
         if request_id in self._jobs:
             self._jobs[request_id].events.put_nowait(Lost())
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Take no more jobs; `run` returns when those that run have ended, or at the end of the grace period."""
         event(logger, "draining", jobs=len(self._jobs))
         self._draining.set()
         self._changed.set()

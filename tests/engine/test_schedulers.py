@@ -146,7 +146,7 @@ def test_prefill_stays_within_its_budget_but_always_moves() -> None:
     assert sizes == [[400], [100, 40], [20]]
 
 
-# --- renderer -------------------------------------------------------------------------------------------------------------
+# --- renderer
 
 
 @dataclass(eq=False)

@@ -1,0 +1,283 @@
+"""The worker between a real queue and a real engine."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineSettings
+from engine.encoding import encode
+from engine.engine import Engine
+from engine.jobs.job import Budget, EngineInfo, JobRecord, JobSpec, JobState, Plan
+from engine.jobs.queue import JobQueue
+from engine.request import Planned, Request
+from engine.worker import Worker
+from models.glm_image.model import GlmImage
+from tests.checkpoints import small_engine
+
+SPEC = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
+
+
+@asynccontextmanager
+async def working(queue: JobQueue, engine: Engine, tmp_path: Path, **settings: float) -> AsyncIterator[Worker]:
+    """A worker that is drained at the end."""
+    config = EngineSettings(redis_url="", engine_id=f"engine-{time.monotonic_ns()}", cache_dir=tmp_path, **settings)  # type: ignore[arg-type]
+    info = EngineInfo(config.engine_id, 1, "all", "ready", "m", "64x64", 512, 2048)
+    worker = Worker(engine, queue, info, config)
+    running = asyncio.ensure_future(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.drain()
+        await running
+        engine.step()  # what was cancelled at the very end
+        assert engine.is_idle
+        engine.check_integrity()
+
+
+async def submit(queue: JobQueue, spec: JobSpec, job_id: str, timeout_s: float = 60) -> None:
+    await queue.submit(spec, job_id=job_id, timeout_s=timeout_s, priority="interactive", max_queue=100)
+
+
+async def until_running(queue: JobQueue, job_id: str) -> JobRecord:
+    async with asyncio.timeout(20):
+        while True:
+            record = await queue.get(job_id)
+            if record is not None and record.progress:
+                return record
+            await asyncio.sleep(0.02)
+
+
+async def test_jobs_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    engine = small_engine(model)
+    specs = [
+        replace(SPEC, n=2, return_plan=True),
+        replace(SPEC, seed=9, output_format="jpeg", output_compression=70),
+        replace(SPEC, seed=8, output_format="webp"),
+    ]
+    expected = engine.generate(specs)
+    async with working(queue, engine, tmp_path):
+        for number, spec in enumerate(specs):
+            await submit(queue, spec, f"j{number}")
+        for number, spec in enumerate(specs):
+            assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
+            result = await queue.result(f"j{number}")
+            assert result is not None
+            for index, image in enumerate(result.images):
+                assert image.data == encode(expected[number][index], spec.output_format, spec.output_compression)
+                assert image.seed == spec.seed + index
+                assert (image.plan is not None) == spec.return_plan
+            assert result.plan_tokens == spec.plan_tokens
+            assert result.prompt_tokens == len(model.prompts.encode(spec.prompt, 64, 64))
+            assert set(result.timings) == {"planning", "rendering", "decoding"}
+            assert all(seconds >= 0 for seconds in result.timings.values())
+    assert engine.metrics.jobs.labels("succeeded")._value.get() == 3
+
+
+async def test_a_bad_request_fails_and_its_neighbour_does_not(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    async with working(queue, small_engine(model), tmp_path):
+        await submit(queue, replace(SPEC, prompt="a <|image|>"), "bad")
+        await submit(queue, SPEC, "good")
+        bad = await queue.wait("bad")
+        assert bad.state is JobState.FAILED
+        assert bad.error is not None
+        assert (bad.error.type, bad.error.param) == ("invalid_request_error", "prompt")
+        assert (await queue.wait("good")).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("planted", "code"), [(torch.OutOfMemoryError("planted"), "out_of_memory"), (ValueError("secret"), "engine_error")]
+)
+async def test_a_failure_is_told_without_its_inside(
+    queue: JobQueue, model: GlmImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: Exception, code: str
+) -> None:
+    engine = small_engine(model)
+
+    def broken(image):
+        raise planted
+
+    monkeypatch.setattr(engine.renderer_runner, "prepare", broken)
+    async with working(queue, engine, tmp_path):
+        await submit(queue, SPEC, "j")
+        record = await queue.wait("j")
+    assert record.error is not None
+    assert (record.error.type, record.error.code) == ("server_error", code)
+    assert str(planted) not in record.error.message
+
+
+async def test_a_broken_encoder_fails_the_job_alone(
+    queue: JobQueue, model: GlmImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pixels, output_format, quality):
+        if output_format == "webp":
+            raise OSError("planted")
+        return b"png"
+
+    monkeypatch.setattr("engine.worker.encode", broken)
+    async with working(queue, small_engine(model), tmp_path):
+        await submit(queue, replace(SPEC, output_format="webp"), "bad")
+        await submit(queue, SPEC, "good")
+        assert (await queue.wait("bad")).state is JobState.FAILED
+        assert (await queue.wait("good")).state is JobState.SUCCEEDED
+
+
+async def test_a_cancelled_job_frees_the_engine_at_once(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    engine = small_engine(model)
+    async with working(queue, engine, tmp_path):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=4), "long")
+        await until_running(queue, "long")
+        assert await queue.cancel("long")
+        await until(lambda: engine.is_idle, seconds=3)  # a step of this engine is far below a second
+        assert engine.planner.allocator.used == 0
+
+
+async def test_a_job_past_its_deadline_is_dropped(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    engine = small_engine(model)
+    async with working(queue, engine, tmp_path):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512, n=4), "late", timeout_s=1.0)
+        assert (await queue.wait("late")).state is JobState.EXPIRED
+        await until(lambda: engine.is_idle, seconds=3)
+
+
+async def test_plans_are_kept_and_a_later_run_starts_from_them(
+    queue: JobQueue, model: GlmImage, tmp_path: Path
+) -> None:
+    """A first engine plans and is lost; the second renders the same bytes without planning."""
+    engine = small_engine(model)
+    [[expected]] = engine.generate([replace(SPEC, num_inference_steps=30)])
+    await submit(queue, replace(SPEC, num_inference_steps=30), "j")
+    claim = await queue.claim("first", Budget(8, 100_000, True))
+    assert claim is not None
+    assert not claim.plans
+    [plan] = _plans(engine, claim.spec)
+    assert await queue.checkpoint_plan(claim, 0, plan)
+    await queue.surrender("first")
+    written = engine.metrics.planner_tokens._value.get()
+    async with working(queue, engine, tmp_path):
+        assert (await queue.wait("j")).state is JobState.SUCCEEDED
+        result = await queue.result("j")
+    assert result is not None
+    assert result.images[0].data == encode(expected, "png", 100)
+    assert engine.metrics.planner_tokens._value.get() == written
+
+
+async def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Returns when the condition holds; fails after so many seconds."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 (what it looks at lives on another thread)
+            await asyncio.sleep(0.01)
+
+
+def _plans(engine: Engine, spec: JobSpec) -> list[Plan]:
+    engine.submit(Request("plan-only", spec))
+    plans: list[Plan] = []
+    while not plans:
+        plans = [event.plan for event in engine.step() if isinstance(event, Planned)]
+    engine.cancel("plan-only")
+    engine.step()
+    return plans
+
+
+async def test_a_worker_checkpoints_plans(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    async with working(queue, small_engine(model), tmp_path, grace_s=0.0):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256), "j")
+        async with asyncio.timeout(30):
+            while (await until_running(queue, "j")).progress["phase"] != "rendering":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    claim = await queue.claim("second", Budget(8, 100_000, True))
+    assert claim is not None
+    assert list(claim.plans) == [0]
+
+
+async def test_a_drain_finishes_what_runs_and_takes_nothing_new(
+    queue: JobQueue, model: GlmImage, tmp_path: Path
+) -> None:
+    async with working(queue, small_engine(model), tmp_path) as worker:
+        await submit(queue, replace(SPEC, num_inference_steps=20), "running")
+        await until_running(queue, "running")
+        worker.drain()
+        await submit(queue, SPEC, "later")
+        assert (await queue.wait("running")).state is JobState.SUCCEEDED
+    later = await queue.get("later")
+    assert later is not None
+    assert (later.state, later.runs) == (JobState.QUEUED, 0)
+    assert await queue.engines() == []
+
+
+async def test_what_outlasts_the_grace_period_is_handed_back_unblamed(
+    queue: JobQueue, model: GlmImage, tmp_path: Path
+) -> None:
+    async with working(queue, small_engine(model), tmp_path, grace_s=0.1):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
+        await until_running(queue, "long")
+    record = await queue.get("long")
+    assert record is not None
+    assert (record.state, record.runs) == (JobState.QUEUED, 0)
+
+
+async def test_heartbeats_say_what_the_engine_does(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    async with working(queue, small_engine(model), tmp_path):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=3), "j")
+        async with asyncio.timeout(10):
+            while True:
+                engines = await queue.engines()
+                if engines and engines[0].images_running == 3:
+                    break
+                await asyncio.sleep(0.1)
+        assert engines[0].state == "ready"
+        [metrics] = (await queue.engine_metrics()).values()
+        assert "glimmer_kv_blocks " in metrics
+        await queue.cancel("j")
+
+
+async def test_a_lost_device_ends_the_worker_and_its_jobs_go_back(
+    queue: JobQueue, model: GlmImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = small_engine(model)
+
+    def lost(items: list) -> None:
+        raise torch.AcceleratorError("device lost")
+
+    monkeypatch.setattr(engine.renderer_runner, "advance", lost)
+    config = EngineSettings(redis_url="", engine_id="doomed", cache_dir=tmp_path)
+    worker = Worker(engine, queue, EngineInfo("doomed", 1, "all", "ready", "m", "64x64", 512, 2048), config)
+    await submit(queue, SPEC, "j")
+    with pytest.raises(torch.AcceleratorError):
+        await worker.run()
+    record = await queue.get("j")
+    assert record is not None
+    assert (record.state, record.runs) == (JobState.QUEUED, 1)  # the run counts: the job may be to blame
+
+
+async def test_more_jobs_than_room_are_left_for_others(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    engine = small_engine(model, max_images=2)
+    async with working(queue, engine, tmp_path):
+        for number in range(5):
+            await submit(queue, replace(SPEC, num_inference_steps=60, width=128, height=128), f"j{number}")
+        await until_running(queue, "j1")
+        assert (await queue.stats()).running <= 2
+        for number in range(5):
+            assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
+
+
+async def test_a_job_taken_from_us_is_dropped(queue: JobQueue, redis_client, model: GlmImage, tmp_path: Path) -> None:
+    """Another engine takes the job over; ours notices and neither finishes nor commits it."""
+    engine = small_engine(model)
+    async with working(queue, engine, tmp_path, lease_s=1.0):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256), "j")
+        await until_running(queue, "j")
+        thief = JobQueue(redis_client, lease_ms=0)
+        claim = await thief.claim("thief", Budget(8, 100_000, True))
+        assert claim is not None
+        await until(lambda: engine.is_idle, seconds=5)
+        record = await queue.get("j")
+        assert record is not None
+        assert record.state is JobState.RUNNING
+        assert await queue.release("thief", claim)
+        await queue.cancel("j")
+        await thief.close()

@@ -62,6 +62,18 @@ def drive(engine: Engine, specs: Sequence[JobSpec], concurrency: int) -> Measure
     )
 
 
+def merge(rounds: list[Measurement]) -> Measurement:
+    """Several runs of the same list as one: times add up, figures per token are averaged."""
+    return Measurement(
+        rounds[0].label,
+        sum(r.seconds for r in rounds),
+        [latency for r in rounds for latency in r.latencies],
+        statistics.mean(r.planner_ms_per_token for r in rounds),
+        statistics.mean(r.planner_ms_per_step for r in rounds),
+        statistics.mean(r.renderer_us_per_token for r in rounds),
+    )
+
+
 def _ratio(engine: Engine, above: str, below: str) -> float:
     value = engine.metrics.registry.get_sample_value
     return (value(above) or 0.0) / (value(below) or 1.0)

@@ -6,12 +6,16 @@
 The small run gives the same requests, in the same order, to diffusers' `GlmImagePipeline` one by one, to the same
 pipeline in batches of equal size and steps (it can batch no others), and to the engine with 1, 4 and 16 in flight. All
 run with the same number of threads in float32. The reference is kept from writing control tokens (which make it fail).
+The five take turns, round by round, so that a machine whose speed drifts is unfair to none; ratios are those of the
+rounds' sums.
 """
 
 import argparse
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.full_size import run_full_size
-from benchmarks.measure import Measurement, drive
+from benchmarks.measure import Measurement, drive, merge
 from engine.config import default_cache_dir
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
@@ -64,7 +68,7 @@ def run_reference(pipeline: GlmImagePipeline, specs: list[JobSpec], batched: boo
         groups[spec.width, spec.height, spec.num_inference_steps, own].append(spec)
     latencies: list[float] = []
     started = time.perf_counter()
-    for (width, height, steps, _), group in tqdm(groups.items(), desc="reference", disable=None):
+    for (width, height, steps, _), group in groups.items():
         began = started if batched else time.perf_counter()
         pipeline(
             prompt=[spec.prompt for spec in group],
@@ -96,7 +100,7 @@ def print_table(rows: list[Measurement]) -> None:
     Console(width=120).print(table)
 
 
-def run_small(model: str | None, count: int, device: torch.device) -> None:
+def run_small(model: str | None, count: int, rounds: int, device: torch.device) -> None:
     folder = Path(model) if model else cached_random_checkpoint(default_cache_dir())
     specs = requests(count)
     engine = Engine(GlmImage.load(str(folder), device, torch.float32))
@@ -104,22 +108,27 @@ def run_small(model: str | None, count: int, device: torch.device) -> None:
     for warm_up in (specs[:1], specs[:2]):
         run_reference(reference, warm_up, batched=False)
         drive(engine, warm_up, 2)
-    rows = [run_reference(reference, specs, batched=False), run_reference(reference, specs, batched=True)]
-    rows += [drive(engine, specs, concurrency) for concurrency in CONCURRENCY]
-    print_table(rows)
+    contestants: list[Callable[[], Measurement]] = [
+        partial(run_reference, reference, specs, batched=False),
+        partial(run_reference, reference, specs, batched=True),
+        *(partial(drive, engine, specs, concurrency) for concurrency in CONCURRENCY),
+    ]
+    turns = [[contestant() for contestant in contestants] for _ in tqdm(range(rounds), desc="rounds", disable=None)]
+    print_table([merge(list(rows)) for rows in zip(*turns, strict=True)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--model", help="a checkpoint folder for the small run; default: the small random checkpoint")
-    parser.add_argument("--requests", type=int, default=36)
+    parser.add_argument("--requests", type=int, default=36, help="requests of a round")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.size == "full":
         run_full_size(torch.device(arguments.device))
     else:
-        run_small(arguments.model, arguments.requests, torch.device(arguments.device))
+        run_small(arguments.model, arguments.requests, arguments.rounds, torch.device(arguments.device))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Stage = Literal["all", "plan", "render"]
+Stage = Literal["all"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 EXIT_CONFIGURATION = 2
 """Exit code of an engine that cannot start with these settings; restarting it unchanged will not help."""
+
+HAND_BACK_S = 5.0
+"""Seconds that whoever stops an engine must wait beyond its grace period before killing it: only when that is over does
+the engine start to hand back the jobs that are left, and each takes a call to a Redis that may be slow."""
 
 
 def default_cache_dir() -> Path:
@@ -27,7 +31,7 @@ class EngineSettings:
         model: a checkpoint folder or a hub id; None takes the default checkpoint.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (bfloat16 on CUDA, float32 on CPU), `float32` or `bfloat16`.
-        stage: `all`, or one stage alone where planners and renderers are separate processes.
+        stage: `all`: this process plans and renders. Planners and renderers apart do not exist yet.
         lease_s: seconds a claimed job stays ours without a renewal; a dead engine's jobs wait this long.
         max_images: images in flight at most.
         max_prompt_tokens: a longer prompt is refused.

@@ -134,11 +134,16 @@ class Engine:
                 self.planner.add(request)
 
     def _plan(self) -> None:
-        """As many planner steps as fit into the time of a renderer tick, so that neither stage starves the other."""
+        """One planner step, and while the renderer has less than a tick's work, as many as a tick takes.
+
+        A planner that runs ahead of the renderer only makes its own batches small: a step costs almost the same for
+        one sequence as for sixteen. So it writes just fast enough to keep the renderer fed.
+        """
         until = time.monotonic() + self._tick_seconds
         while not self.planner.is_idle:
             self._planner_step()
-            if not len(self.renderer) or time.monotonic() >= until:
+            hungry = 0 < self.renderer.tokens < self.limits.render_token_budget
+            if not hungry or time.monotonic() >= until:
                 break
 
     def _planner_step(self) -> None:

@@ -12,6 +12,7 @@ from engine.errors import QueueFull, QueueUnavailable
 from engine.jobs.job import EngineInfo, JobSpec, Priority
 from engine.jobs.queue import JobQueue
 from server.errors import DRAINING_RETRY_S, ENGINE_RETRY_S, ApiError, unavailable
+from server.withdrawals import Withdrawals
 
 ENGINES_FRESH_S = 1.0  # how long the list of live engines may be reused
 MIN_RETRY_S, MAX_RETRY_S = 1, 60
@@ -61,20 +62,22 @@ class Gate:
 
 
 def ready_engines(engines: list[EngineInfo]) -> list[EngineInfo]:
-    """The engines that take work now, or none unless together they cover both stages."""
-    ready = [engine for engine in engines if engine.state == "ready"]
-    stages = {engine.stage for engine in ready}
-    return ready if "all" in stages or {"plan", "render"} <= stages else []
+    """The engines that take work now."""
+    return [engine for engine in engines if engine.state == "ready"]
 
 
 class EngineDirectory:
-    """The live engines, asked for at most once a second however many requests come in."""
+    """The live engines, asked for at most once a second however many requests come in.
+
+    Requests that come while Redis is being asked share its answer, and a failure too: one after the other they would
+    each wait for a Redis that hangs.
+    """
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
-        self._lock = asyncio.Lock()
         self._engines: list[EngineInfo] = []
         self._read_at = -math.inf
+        self._asking: asyncio.Task[None] | None = None
 
     async def live(self) -> list[EngineInfo]:
         """Engines with a fresh heartbeat, in any state.
@@ -82,11 +85,16 @@ class EngineDirectory:
         Raises:
             QueueUnavailable: Redis is away.
         """
-        async with self._lock:
-            if time.monotonic() - self._read_at > ENGINES_FRESH_S:
-                self._engines = await in_time(self._queue.engines())
-                self._read_at = time.monotonic()
-            return self._engines
+        if time.monotonic() - self._read_at > ENGINES_FRESH_S:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
+                self._asking.add_done_callback(_retrieve)
+            await asyncio.shield(self._asking)  # a caller that is cancelled must not take the others along
+        return self._engines
+
+    async def _ask(self) -> None:
+        self._engines = await in_time(self._queue.engines())
+        self._read_at = time.monotonic()
 
     async def one_ready(self) -> EngineInfo:
         """An engine to fit a job to; all of a deployment serve one model.
@@ -99,6 +107,12 @@ class EngineDirectory:
         if not ready:
             raise unavailable(why_not_ready(live), ENGINE_RETRY_S)
         return ready[0]
+
+
+def _retrieve(task: "asyncio.Task[None]") -> None:
+    """Keeps asyncio from complaining of a failure that all who waited for it have left behind."""
+    if not task.cancelled():
+        task.exception()
 
 
 def why_not_ready(engines: list[EngineInfo]) -> str:
@@ -136,13 +150,16 @@ class Pace:
 class Admission:
     """Puts jobs into the queue while it has room."""
 
-    def __init__(self, queue: JobQueue, max_queue: int) -> None:
+    def __init__(self, queue: JobQueue, max_queue: int, withdrawals: Withdrawals) -> None:
         self._queue = queue
         self._max_queue = max_queue
+        self._withdrawals = withdrawals
         self.pace = Pace()
 
     async def submit(self, spec: JobSpec, timeout_s: float, priority: Priority) -> str:
         """Reserves a place and queues the job in one atomic step; returns the job's id.
+
+        Without an answer the job may be queued all the same. Nobody would wait for it, so it is withdrawn then.
 
         Raises:
             ApiError: 429 when the queue is at its cap.
@@ -164,4 +181,7 @@ class Admission:
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(retry)},
             ) from None
+        except (QueueUnavailable, asyncio.CancelledError):
+            self._withdrawals.start(job_id)
+            raise
         return job_id

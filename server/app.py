@@ -16,6 +16,7 @@ from server.routes import health, images, models
 from server.schemas import GenerationRequest
 from server.services import Services
 from server.settings import ServerSettings
+from server.withdrawals import Withdrawals
 
 
 def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastAPI:
@@ -34,15 +35,18 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as jobs:
+            withdrawals = Withdrawals(jobs, metrics)
             app.state.services = Services(
                 settings=settings,
                 queue=jobs,
                 engines=EngineDirectory(jobs),
-                admission=Admission(jobs, settings.max_queue),
+                admission=Admission(jobs, settings.max_queue, withdrawals),
+                withdrawals=withdrawals,
                 gate=gate,
                 metrics=metrics,
             )
             yield
+            await withdrawals.close()
 
     app = FastAPI(
         title="Glimmer", description="GLM-Image behind an OpenAI-style images API.", lifespan=lifespan, redoc_url=None
@@ -52,7 +56,7 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
     install_handlers(app)
     for module in (images, models, health):
         app.include_router(module.router)
-    app.openapi = lambda: _openapi(app)  # the hook FastAPI documents for this
+    app.openapi = lambda: _openapi(app, open_to_all=settings.api_key is None)  # the hook FastAPI documents for this
     return app
 
 
@@ -68,8 +72,9 @@ async def open_queue(redis_url: str) -> AsyncIterator[JobQueue]:
         await client.aclose()
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the body that `server.schemas` checks and without the 422 that never happens."""
+def _openapi(app: FastAPI, *, open_to_all: bool) -> dict[str, Any]:
+    """FastAPI's document, with the body that `server.schemas` checks, without the 422 that never happens, and without a
+    key where none is asked for."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     document = FastAPI.openapi(app)
@@ -81,4 +86,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            if open_to_all:
+                operation.pop("security", None)
     return document

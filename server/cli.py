@@ -3,6 +3,7 @@
 import os
 import secrets
 import socket
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -149,7 +150,7 @@ def engine(
     model: Model = None,
     device: Device = EngineSettings.device,
     dtype: Dtype = EngineSettings.dtype,
-    stage: Annotated[Stage, typer.Option(envvar="GLIMMER_STAGE", help="Which part of the work to do.")] = "all",
+    stage: Annotated[Stage, typer.Option(envvar="GLIMMER_STAGE", help="all: it plans and renders.")] = "all",
     engine_id: Annotated[
         str | None,
         typer.Option(envvar="GLIMMER_ENGINE_ID", help="A name never used before; made up when left out."),
@@ -183,6 +184,8 @@ def engine(
 ) -> None:
     """One engine process alone: takes jobs from Redis, plans and renders. Needs `pip install glimmer[engine]`."""
     logs.configure(log_level)
+    if not sys.stderr.isatty():
+        _no_progress_bars()
     settings = EngineSettings(
         redis_url=redis_url,
         engine_id=engine_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
@@ -204,6 +207,13 @@ def engine(
     except ModuleNotFoundError as error:
         _stop(f"{error.name} is not installed; an engine needs `pip install glimmer[engine]`")
     raise typer.Exit(run_engine(settings))
+
+
+def _no_progress_bars() -> None:
+    """Keeps the libraries' progress bars out of a log of one line per event. They read this when they are imported; a
+    variable that is set already is the user's choice."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command()

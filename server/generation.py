@@ -12,7 +12,7 @@ import orjson
 from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
 from engine.jobs.job import EngineInfo, JobResult, JobSpec
 from server.errors import ApiError, invalid
-from server.schemas import GenerationRequest, PlanBody, TokenGridBody
+from server.schemas import MAX_SEED, GenerationRequest, PlanBody, TokenGridBody
 from server.settings import ServerSettings
 
 STEPS_BY_QUALITY = {"low": 12, "medium": 25, "high": 50, "xhigh": 75, "max": 100}
@@ -48,6 +48,8 @@ def check(request: GenerationRequest, settings: ServerSettings) -> Order:
     _refuse_unsupported(request)
     if request.timeout is not None and request.timeout > settings.max_timeout:
         raise invalid("timeout", f"Invalid value for timeout: at most {settings.max_timeout:g} seconds.")
+    if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
+        raise invalid("seed", f"Invalid value for seed: image i uses seed + i, which is at most {MAX_SEED}.")
     return Order(request, _size(request, settings.max_pixels), request.timeout or settings.default_timeout)
 
 

@@ -85,51 +85,62 @@ async def _serve_with(
 
 
 async def _keep_alive(redis: EmbeddedRedis) -> None:
-    """Starts our Redis again whenever it has died; its data is on the disk, and every client reconnects by itself."""
+    """Starts our Redis again whenever it has died; its data is on the disk, and every client reconnects by itself.
+
+    It may take its time to load that data: nothing else has to wait for it, and `/health` says how it is.
+    """
+    loading = False
     while True:
         await asyncio.sleep(REDIS_LOOK_S)
         if not redis.alive:
             event(logger, "redis_died", logging.ERROR)
-            with contextlib.suppress(QueueUnavailable):  # tried again at the next look
-                redis.restart()  # not in a thread: the server would end with it
-                event(logger, "redis_started", pid=redis.pid)
+            try:
+                redis.restart()  # in this thread, the main one: the server ends with the thread that starts it
+                loading = True
+            except OSError as error:
+                event(logger, "redis_not_started", logging.ERROR, reason=error)
+        elif loading and await asyncio.to_thread(redis.answers):
+            loading = False
+            event(logger, "redis_started", pid=redis.pid)
 
 
 async def _serve(settings: ServerSettings, engines: EnginePlan, redis_url: str, listener: socket.socket) -> int:
     base = {**os.environ, **engines.environment, "GLIMMER_REDIS_URL": redis_url}
     base.pop("GLIMMER_API_KEY", None)  # the engines have no use for it
+    environments = engine_environments(base, engines.count, engines.device)
     async with open_queue(redis_url) as queue:
-        supervisor = Supervisor(
-            engines.command,
-            engine_environments(base, engines.count, engines.device),
-            queue,
-            grace_s=settings.grace_s,
-        )
+        supervisor = Supervisor(engines.command, environments, queue)
         server = DrainingServer(create_app(settings, queue), settings.grace_s)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
         keeping = asyncio.create_task(supervisor.run())
         announcing = asyncio.create_task(_announce(queue, url_of(listener)))
+        drained = asyncio.create_task(server.drained.wait())
         try:
-            return await _until_end(server, keeping, listener)
+            await asyncio.wait({serving, keeping, drained}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             announcing.cancel()
-            await supervisor.stop()
-            keeping.cancel()
+            drained.cancel()
+            server.should_exit = True
+            # The engines work on while requests are finished, and have what is left of the grace period for the jobs
+            # of other servers. So all of it takes one grace period, and some seconds for the last bytes.
+            await asyncio.wait({serving, keeping, asyncio.create_task(supervisor.stop(server.grace_left_s))})
+        return _exit_code(serving, keeping)
 
 
-async def _until_end(server: DrainingServer, keeping: "asyncio.Task[None]", listener: socket.socket) -> int:
-    """Serves until a signal has drained the server, or until no engine can ever start."""
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    await asyncio.wait({serving, keeping}, return_when=asyncio.FIRST_COMPLETED)
-    if serving.done():
-        serving.result()
-        return 0
-    server.should_exit = True
-    await serving
+def _exit_code(serving: "asyncio.Task[None]", keeping: "asyncio.Task[None]") -> int:
+    """Of a server that was stopped, or of one that no engine can ever start for.
+
+    Raises:
+        Exception: what ended it otherwise.
+    """
+    serving.result()
     error = keeping.exception()
     if isinstance(error, EngineMisconfigured):
         event(logger, "stopped", logging.ERROR, reason=error)
         return EXIT_CONFIGURATION
-    raise error or AssertionError("the supervisor ended by itself")
+    if error is not None:
+        raise error
+    return 0
 
 
 async def _announce(queue: JobQueue, url: str) -> None:

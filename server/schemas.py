@@ -9,6 +9,8 @@ from pydantic_core import ErrorDetails
 from engine.jobs.job import OutputFormat, Priority
 from server.errors import ApiError, invalid
 
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 
@@ -66,7 +68,7 @@ class GenerationRequest(_Body):
     stream: bool = Field(False, description="false; streaming is not supported yet")
     partial_images: int = Field(0, ge=0, le=3, description="0; streaming is not supported yet")
 
-    seed: int | None = Field(None, ge=0, le=2**53 - 1, description="0..2**53-1; image i uses seed + i")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="0..2**53-1; image i uses seed + i")
     num_inference_steps: int | None = Field(None, ge=1, le=200, description="1..200 steps; wins over quality")
     guidance_scale: float = Field(1.5, ge=0, le=20, description="0..20; 1 or less turns guidance off")
     negative_prompt: str = Field("", max_length=32_000, description="a text of at most 32000 characters")
@@ -118,6 +120,31 @@ class ImagesBody(BaseModel):
     size: str
     data: list[ImageBody]
     usage: UsageBody
+
+
+class EngineBody(BaseModel):
+    """One engine, as its last heartbeat has it."""
+
+    id: str
+    pid: int
+    stage: str
+    state: str = Field(description="starting, ready, draining or stuck")
+
+
+class QueueBody(BaseModel):
+    """Jobs that no engine has taken yet, and jobs that one has."""
+
+    waiting: int
+    running: int
+
+
+class HealthBody(BaseModel):
+    """Whether a request sent now would be served."""
+
+    status: Literal["ok", "unavailable"]
+    reason: str | None = Field(None, description="present when the status is not ok")
+    engines: list[EngineBody]
+    queue: QueueBody | None = Field(description="null when Redis does not answer")
 
 
 class ErrorDetail(BaseModel):

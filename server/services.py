@@ -9,6 +9,7 @@ from engine.jobs.queue import JobQueue
 from server.admission import Admission, EngineDirectory, Gate
 from server.metrics import Metrics
 from server.settings import ServerSettings
+from server.withdrawals import Withdrawals
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Services:
     queue: JobQueue
     engines: EngineDirectory
     admission: Admission
+    withdrawals: Withdrawals
     gate: Gate
     metrics: Metrics
     started_at: int = field(default_factory=lambda: int(time.time()))

@@ -1,5 +1,6 @@
 """Running the app under uvicorn, with a drain: the port stays open and says 503 while what runs is finished."""
 
+import asyncio
 import math
 import os
 import socket
@@ -39,7 +40,11 @@ def url_of(listener: socket.socket) -> str:
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server whose first SIGTERM or SIGINT closes the gate, and whose second one ends it at once."""
+    """A uvicorn server whose first SIGTERM or SIGINT closes the gate, and whose second one ends it at once.
+
+    `drained` is set when the requests that were let in are done or the grace period is over; what is left to do then is
+    to send the last bytes.
+    """
 
     def __init__(self, app: FastAPI, grace_s: float) -> None:
         super().__init__(
@@ -54,6 +59,14 @@ class DrainingServer(uvicorn.Server):
         self._gate: Gate = app.state.gate
         self._grace_s = grace_s
         self._drain_ends = math.inf
+        self.drained = asyncio.Event()
+
+    @property
+    def grace_left_s(self) -> float:
+        """What is left of the grace period, in seconds: all of it before the drain, nothing after a second signal."""
+        if self.force_exit:
+            return 0.0
+        return max(0.0, min(self._grace_s, self._drain_ends - time.monotonic()))
 
     def drain(self) -> None:
         """Lets no further request in, and exits when those inside are done or the grace period is over."""
@@ -72,3 +85,8 @@ class DrainingServer(uvicorn.Server):
         if self._gate.closed and (self._gate.inside == 0 or time.monotonic() > self._drain_ends):
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn between its last tick and the end of `serve`."""
+        self.drained.set()
+        await super().shutdown(sockets)

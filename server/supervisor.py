@@ -10,30 +10,18 @@ import os
 import re
 import secrets
 import signal
-import sys
 from asyncio.subprocess import Process
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import EXIT_CONFIGURATION
+from engine.child import tied_to_us
+from engine.config import EXIT_CONFIGURATION, HAND_BACK_S
 from engine.errors import QueueUnavailable
 from engine.jobs.queue import JobQueue
 from engine.logs import event
-
-# An engine must not outlive us, however we end: it would hold a GPU for jobs that nobody hands out. On Linux the kernel
-# sees to it (1 is PR_SET_PDEATHSIG, and the request survives exec). A small Python asks for it and becomes the engine,
-# because a `preexec_fn` is unsafe in a process with threads.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-parent, argv = int(sys.argv[1]), sys.argv[2:]
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit("the parent died first")
-os.execv(argv[0], argv)
-"""
+from server.admission import in_time
 
 logger = logging.getLogger("glimmer.supervisor")
 
@@ -63,7 +51,6 @@ class Supervisor:
     Args:
         command: starts one engine, the program by its full path; `--engine-id ID` is appended, new for every start.
         environments: the environment variables of each engine.
-        grace_s: seconds between SIGTERM and SIGKILL at the end.
     """
 
     def __init__(
@@ -72,16 +59,15 @@ class Supervisor:
         environments: Sequence[Mapping[str, str]],
         queue: JobQueue,
         *,
-        grace_s: float,
         backoff: Backoff = Backoff(),
     ) -> None:
         self._command = list(command)
         self._environments = environments
         self._queue = queue
-        self._grace_s = grace_s
         self._backoff = backoff
         self._processes: dict[int, Process] = {}
-        self._stopping = False
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stopping = asyncio.Event()
 
     async def run(self) -> None:
         """Keeps all engines running until it is cancelled or `stop` was called.
@@ -89,68 +75,75 @@ class Supervisor:
         Raises:
             EngineMisconfigured: an engine ended with `EXIT_CONFIGURATION`.
         """
-        keepers = [asyncio.ensure_future(self._keep(slot)) for slot in range(len(self._environments))]
+        self._keepers = [asyncio.create_task(self._keep(slot)) for slot in range(len(self._environments))]
         try:
-            await asyncio.gather(*keepers)
+            await asyncio.gather(*self._keepers)
         finally:
-            for keeper in keepers:
+            for keeper in self._keepers:
                 keeper.cancel()
 
-    async def stop(self) -> None:
-        """Asks every engine to drain and, once the grace period is over, kills what is left."""
-        self._stopping = True
+    async def stop(self, grace_s: float) -> None:
+        """Asks every engine to drain, kills what is left after `grace_s` seconds and the time that handing back takes,
+        and returns when their jobs are free."""
+        self._stopping.set()
+        self._signal(signal.SIGTERM)
+        if not await self._all_ended(grace_s + HAND_BACK_S):
+            count = sum(process.returncode is None for process in self._processes.values())
+            event(logger, "engines_killed", logging.WARNING, count=count, grace_s=grace_s)
+            self._signal(signal.SIGKILL)
+            await self._all_ended(None)
+
+    def _signal(self, number: signal.Signals) -> None:
         for process in self._processes.values():
             with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
+
+    async def _all_ended(self, timeout_s: float | None) -> bool:
+        """Whether, in that time, all engines ended and their keepers gave their jobs to others."""
         ends = [asyncio.ensure_future(process.wait()) for process in self._processes.values()]
-        if not ends:
-            return
-        _, late = await asyncio.wait(ends, timeout=self._grace_s)
-        if late:
-            event(logger, "engines_killed", logging.WARNING, count=len(late), grace_s=self._grace_s)
-            for process in self._processes.values():
-                with suppress(ProcessLookupError):
-                    process.kill()
-            await asyncio.wait(late)
+        if not (ends := [*ends, *self._keepers]):
+            return True
+        _, left = await asyncio.wait(ends, timeout=timeout_s)
+        return not left
 
     async def _keep(self, slot: int) -> None:
         """Starts the engine of one slot, again and again."""
         clock = asyncio.get_running_loop().time
         pause = 0.0
-        while not self._stopping:
+        while not self._stopping.is_set():
             engine_id = f"engine-{slot}-{secrets.token_hex(4)}"
             started = clock()
             code = await self._run_once(slot, engine_id)
             await self._clear_up(engine_id)
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             if code == EXIT_CONFIGURATION:
                 raise EngineMisconfigured(f"engine {slot} cannot start with these settings; its message is above")
             pause = self._backoff.after(pause, clock() - started)
             event(logger, "engine_died", logging.ERROR, engine=engine_id, exit_code=code, restart_in_s=pause)
-            await asyncio.sleep(pause)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
 
     async def _run_once(self, slot: int, engine_id: str) -> int:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _LAUNCHER, str(os.getpid())),
-            *self._command,
-            "--engine-id",
-            engine_id,
+            # However we end, an engine must not live on: it would hold a GPU for jobs that nobody hands out.
+            *tied_to_us([*self._command, "--engine-id", engine_id], signal.SIGKILL),
             env=dict(self._environments[slot]),
             # A session of its own: Ctrl+C in a terminal goes to us, and we let the engines finish their work.
             start_new_session=True,
         )
         self._processes[slot] = process
         event(logger, "engine_started", engine=engine_id, pid=process.pid)
-        if self._stopping:  # `stop` did not see it
+        if self._stopping.is_set():  # `stop` did not see it
             process.send_signal(signal.SIGTERM)
         return await process.wait()
 
     async def _clear_up(self, engine_id: str) -> None:
         """Gives a dead engine's jobs to the others now. Without Redis their leases run out by themselves."""
         with suppress(QueueUnavailable):
-            jobs = await self._queue.surrender(engine_id)
-            await self._queue.retire(engine_id)
+            jobs = await in_time(self._queue.surrender(engine_id))
+            await in_time(self._queue.retire(engine_id))
             if jobs:
                 event(logger, "jobs_surrendered", logging.WARNING, engine=engine_id, jobs=jobs)
 

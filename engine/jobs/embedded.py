@@ -4,8 +4,8 @@ import fcntl
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,25 +18,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from engine.child import tied_to_us
 from engine.errors import QueueUnavailable
 
 # sun_path holds 108 bytes with its final zero on Linux, 104 on BSD and macOS.
 _LONGEST_SOCKET_PATH = 103
 _START_TIMEOUT_S, _STOP_TIMEOUT_S, _LOCK_TIMEOUT_S = 60.0, 10.0, 1.0
-
-# The server must not outlive its parent, not even one that was killed: it would keep the data folder and serve a queue
-# nobody reads. Only the kernel sees every death, so on Linux the child asks it for SIGTERM (1 is PR_SET_PDEATHSIG); the
-# request survives exec. It is made in a small Python that becomes the server, not in a `preexec_fn`, which is unsafe
-# in a parent with threads. Elsewhere a killed parent leaves the server behind, and the next start says so.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-parent, argv = int(sys.argv[1]), sys.argv[2:]
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit("the parent died first")
-os.execv(argv[0], argv)
-"""
+_PING_TIMEOUT_S = 1.0
 
 
 def find_redis_server() -> Path:
@@ -62,8 +50,9 @@ class EmbeddedRedis:
     """A running `redis-server` with its data in `data_dir`; started by the constructor, ready when it returns.
 
     Every acknowledged write is in the append-only file at once and on the disk within a second: what was accepted
-    survives a crash of the server, and a restart. On Linux the server ends with the thread that made this object, so
-    make it in the main thread. Ctrl-C does not reach it, so that engines can hand their jobs back first.
+    survives a crash of the server, and a restart. On Linux the server ends with the thread that started it, so make
+    this object, and call `restart`, in the main thread. (A server that outlived us would keep the data
+    folder and serve a queue nobody reads.) Ctrl-C does not reach it, so that engines can hand their jobs back first.
 
     Raises:
         QueueUnavailable: no binary, the folder is in use by another instance, or the server did not start; the
@@ -80,6 +69,7 @@ class EmbeddedRedis:
             self._socket_dir = Path(tempfile.mkdtemp(prefix="glimmer-"))
         try:
             self._process = self._start()
+            self._wait_until_ready()
         except BaseException:
             self._clean_up()
             raise
@@ -98,8 +88,22 @@ class EmbeddedRedis:
         """Whether the server process runs."""
         return self._process.poll() is None
 
+    def answers(self) -> bool:
+        """Whether the server takes commands now, which it does not before it has loaded the append-only file. Takes up
+        to a second to find out."""
+        retry = Retry(NoBackoff(), 0)
+        with redis.Redis(unix_socket_path=str(self._socket), retry=retry, socket_timeout=_PING_TIMEOUT_S) as client:
+            try:
+                return bool(client.ping())
+            except RedisError:
+                return False
+
     def restart(self) -> None:
-        """Starts the server again after it died, with the data it left."""
+        """Starts the server again after it died, with the data it left, and does not wait until it `answers`.
+
+        Raises:
+            OSError: no process could be made.
+        """
         assert not self.alive, "restart() is for a server that died"
         self._process = self._start()
 
@@ -137,8 +141,8 @@ class EmbeddedRedis:
             "appendfsync": "everysec",
         }
         server = [str(self._binary), *(word for name, value in settings.items() for word in (f"--{name}", value))]
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *server],
+        return subprocess.Popen(
+            tied_to_us(server, signal.SIGTERM),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -146,22 +150,19 @@ class EmbeddedRedis:
             # The server inherits the lock, so that the folder is taken until the server itself is gone.
             pass_fds=(self._lock.fileno(),),
         )
-        try:
-            self._wait_until_ready(process)
-        except BaseException:
-            _end(process)
-            raise
-        return process
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait_until_ready(self) -> None:
+        """Returns when the server takes commands; ends it and raises if it dies or takes too long."""
         give_up_at = time.monotonic() + _START_TIMEOUT_S
-        with redis.Redis(unix_socket_path=str(self._socket), retry=Retry(NoBackoff(), 0)) as client:
-            while time.monotonic() < give_up_at and process.poll() is None:
-                try:
-                    client.ping()  # refused while the append-only file is being loaded
+        try:
+            while time.monotonic() < give_up_at and self.alive:
+                if self.answers():
                     return
-                except RedisError:
-                    time.sleep(0.01)
+                time.sleep(0.01)
+        except BaseException:
+            _end(self._process)
+            raise
+        _end(self._process)
         tail = self._log.read_text(errors="replace")[-1000:] if self._log.exists() else "it wrote no log"
         raise QueueUnavailable(f"{self._binary} did not start in {self._data_dir}:\n{tail}")
 

@@ -199,7 +199,7 @@ class EngineInfo(_Record):
 
     id: str
     pid: int
-    stage: str  # all | plan | render
+    stage: str  # all: it plans and renders
     state: str  # starting | ready | draining | stuck
     model: str
     default_size: str  # "WxH", for size=auto

@@ -37,6 +37,8 @@ from engine.jobs.job import (
 
 _LOOK_EVERY_S = 1.0  # how often `wait` looks by itself, should an event have been lost
 _PATIENCE_S = 30.0  # how long past the deadline `wait` hopes for Redis to come back
+_TRY_EVERY_S = 0.5  # how often `result` tries to reach a Redis that is away
+_DELIVERED_TTL_S = 5.0  # leaves time to ask for a result once more, should its answer have been lost on the way
 
 
 class JobQueue:
@@ -112,11 +114,35 @@ class JobQueue:
             values = await self._redis.hmget(self._key("job", job_id), list(RECORD_FIELDS))
         return decode_record(job_id, values)
 
-    async def result(self, job_id: str) -> JobResult | None:
-        """What a succeeded job left; None for any other, and `result_ttl_s` after the end."""
-        with redis_errors():
-            stored = await self._redis.hgetall(self._key("result", job_id))
-        return decode_result(stored)
+    async def withdraw(self, job_id: str) -> bool:
+        """Takes back a job whose result nobody wants. True if this call ended it.
+
+        Unlike `cancel` it is also for a submit whose answer never came: should that still be under way, it will not
+        take effect. And the result of a job that has succeeded is deleted.
+        """
+        return bool(await self._run(scripts.WITHDRAW, job_id))
+
+    async def result(self, job_id: str, *, patience_s: float = 0.0) -> JobResult | None:
+        """What a succeeded job left; None for any other, once it was withdrawn, and `result_ttl_s` after the end.
+
+        Args:
+            patience_s: for so long, in seconds, it rides out a Redis that is away.
+        """
+        give_up_at = time.monotonic() + patience_s
+        while True:
+            try:
+                with redis_errors():
+                    return decode_result(await self._redis.hgetall(self._key("result", job_id)))
+            except QueueUnavailable:
+                if time.monotonic() >= give_up_at:
+                    raise
+            await asyncio.sleep(_TRY_EVERY_S)
+
+    async def delivered(self, job_id: str) -> None:
+        """Says that the result of an ended job has been handed over: its record and its result, which may be megabytes,
+        live for some seconds more instead of `result_ttl_s`."""
+        left_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
+        await self._run(scripts.DELIVERED, job_id, left_ms)
 
     async def wait(self, job_id: str) -> JobRecord:
         """Returns the record of a job when it has ended; expires the job when its deadline passes first.

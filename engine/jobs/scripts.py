@@ -6,6 +6,7 @@ queue:{priority}  stream, one entry per job, read by the consumer group `engines
 job:{id}          hash, the record: the truth about the job, streams and events only lead to it
 plans:{id}        hash, checkpointed plans by image index, while the job lives
 result:{id}       hash, `meta` and the encoded pictures `image:{i}`
+withdrawn:{id}    marks a job that was withdrawn before its submit got here
 waiting           sorted set of queued jobs by submit sequence: its size is what the cap is held against
 running           set of running jobs
 counters          hash, `submitted` (source of the sequence) and `granted` (claims, for the turn of the batch queue)
@@ -34,6 +35,7 @@ local WAITING, RUNNING, COUNTERS = PREFIX .. ':waiting', PREFIX .. ':running', P
 local function job_key(id) return PREFIX .. ':job:' .. id end
 local function plans_key(id) return PREFIX .. ':plans:' .. id end
 local function result_key(id) return PREFIX .. ':result:' .. id end
+local function withdrawn_key(id) return PREFIX .. ':withdrawn:' .. id end
 local function queue_key(priority) return PREFIX .. ':queue:' .. priority end
 
 local function now_ms()
@@ -97,13 +99,13 @@ local function hand_back(id, queue, entry)
 end
 """
 
-# -> 'accepted' | 'known' | 'full'
+# -> 'accepted' | 'known' (or withdrawn) | 'full'
 SUBMIT = (
     _PRELUDE
     + """
 local id, priority, spec, images, kv_tokens, timeout_ms, max_queue = unpack(ARGV, 3)
 local job = job_key(id)
-if redis.call('EXISTS', job) == 1 then return 'known' end
+if redis.call('EXISTS', job, withdrawn_key(id)) > 0 then return 'known' end
 if redis.call('ZCARD', WAITING) >= tonumber(max_queue) then return 'full' end
 local now = now_ms()
 local sequence = redis.call('HINCRBY', COUNTERS, 'submitted', 1)
@@ -125,6 +127,36 @@ local current, deadline = unpack(redis.call('HMGET', job_key(id), 'state', 'dead
 if not is_live(current) then return 0 end
 if state == 'expired' and now_ms() < tonumber(deadline) then return 0 end
 finish(id, state)
+return 1
+"""
+)
+
+# A submit that its sender gave up may still be on its way to us, so an unknown job is marked. -> 1 as for END
+WITHDRAW = (
+    _PRELUDE
+    + """
+local id = ARGV[3]
+local state = redis.call('HGET', job_key(id), 'state')
+if not state then
+  redis.call('SET', withdrawn_key(id), 1, 'PX', RESULT_TTL_MS)
+  return 0
+end
+redis.call('DEL', result_key(id))
+if not is_live(state) then return 0 end
+finish(id, 'cancelled')
+return 1
+"""
+)
+
+# -> 1 if the job has ended and goes in `left_ms`
+DELIVERED = (
+    _PRELUDE
+    + """
+local id, left_ms = unpack(ARGV, 3)
+local state = redis.call('HGET', job_key(id), 'state')
+if not state or is_live(state) then return 0 end
+redis.call('PEXPIRE', job_key(id), left_ms)
+redis.call('PEXPIRE', result_key(id), left_ms)
 return 1
 """
 )

@@ -59,6 +59,11 @@ class RenderScheduler(Generic[W]):
     def __iter__(self) -> Iterator[W]:
         return (entry.work for entry in self._entries)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step of every image."""
+        return sum(entry.work.tokens for entry in self._entries)
+
     def add(self, work: W) -> None:
         self._entries.append(_Entry(work))
 

@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, QueueStats
 from server.admission import in_time, ready_engines, why_not_ready
 from server.metrics import exposition
+from server.schemas import HealthBody
 from server.services import Services, services
 
 router = APIRouter(tags=["operations"])
@@ -23,23 +25,30 @@ async def live() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/health")
+@router.get(
+    "/health", responses={200: {"model": HealthBody}, 503: {"model": HealthBody, "description": "See `reason`."}}
+)
 async def health(app: Annotated[Services, Depends(services)]) -> Response:
-    """200 when a request sent now would be served, otherwise 503 with the `reason`.
-
-    A full queue is no reason: it is answered with 429, and taking a full replica out of a load balancer would only
-    push its clients to the others.
-    """
+    """200 when a request sent now would be served, otherwise 503 with the `reason`."""
     try:
         engines, stats = await in_time(asyncio.gather(app.queue.engines(), app.queue.stats()))
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
+    return _health(_why_not(app, engines, stats), engines, stats)
+
+
+def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats) -> str | None:
+    """Why a request sent now would not be served; None if it would."""
     if app.gate.closed:
-        return _health("This server is shutting down.", engines, stats)
-    return _health(None if ready_engines(engines) else why_not_ready(engines), engines, stats)
+        return "This server is shutting down."
+    if not ready_engines(engines):
+        return why_not_ready(engines)
+    if stats.waiting >= app.settings.max_queue:
+        return "The queue is full."
+    return None
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(app: Annotated[Services, Depends(services)]) -> Response:
     """Prometheus text: this process, the queue, and every live engine under its `engine` label."""
     try:

@@ -7,11 +7,13 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobRecord, JobResult, JobSpec, JobState
 from engine.logs import event
+from server.admission import in_time
 from server.auth import require_key
 from server.body import read_json_object
 from server.errors import ApiError, internal_error
@@ -20,6 +22,7 @@ from server.schemas import ErrorBody, ImagesBody, parse_generation
 from server.services import Services, services
 
 LARGE_ANSWER_BYTES = 256 * 1024  # from here on, encoding would hold up the event loop noticeably
+RESULT_PATIENCE_S = 30.0  # the pictures are made; a restart of Redis takes some seconds
 
 logger = logging.getLogger("glimmer.images")
 router = APIRouter(prefix="/v1/images", tags=["images"], dependencies=[Depends(require_key)])
@@ -53,7 +56,7 @@ async def generate(request: Request, app: Annotated[Services, Depends(services)]
         job_id = await app.admission.submit(spec, order.timeout_s, body.priority)
         request.state.job_id = job_id
         result = await _run(request, app, job_id, spec)
-        return await _answer(result, spec, order.quality)
+        return await _answer(app, job_id, result, spec, order.quality)
 
 
 async def _run(request: Request, app: Services, job_id: str, spec: JobSpec) -> JobResult:
@@ -61,7 +64,7 @@ async def _run(request: Request, app: Services, job_id: str, spec: JobSpec) -> J
 
     Raises:
         ApiError: it ended without a result.
-        ClientDisconnect: the client left, and the job was cancelled.
+        ClientDisconnect: the client left, and the job is being withdrawn.
     """
     event(
         logger,
@@ -73,46 +76,46 @@ async def _run(request: Request, app: Services, job_id: str, spec: JobSpec) -> J
         steps=spec.num_inference_steps,
     )
     started = time.monotonic()
-    record = await _wait_with_client(request, app, job_id)
+    record, result = await _with_client(request, app, job_id)
     app.admission.pace.ended(time.monotonic() - started)
     app.metrics.jobs.labels(record.state).inc()
     if record.state is not JobState.SUCCEEDED:
         raise _failure(record)
-    result = await app.queue.result(job_id)
     if result is None:
         event(logger, "result_missing", logging.ERROR, id=request.state.request_id, job=job_id)
         raise internal_error()
     return result
 
 
-async def _wait_with_client(request: Request, app: Services, job_id: str) -> JobRecord:
-    """The job's last record. Nobody waits for a job whose client left, so it is cancelled then, and also when this
-    request itself is cut short."""
-    waiting = asyncio.ensure_future(app.queue.wait(job_id))
+async def _with_client(request: Request, app: Services, job_id: str) -> tuple[JobRecord, JobResult | None]:
+    """How the job ended. Nobody waits for a job whose client left, so it is withdrawn then, and also when this request
+    itself is cut short."""
+    ending = asyncio.ensure_future(_end_of(app, job_id))
     leaving = asyncio.ensure_future(_client_gone(request))
     try:
-        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            return waiting.result()
+        await asyncio.wait({ending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
+            return ending.result()
         raise ClientDisconnect
     finally:
-        finished = waiting.done() and not waiting.cancelled() and waiting.exception() is None
-        waiting.cancel()
+        finished = ending.done() and not ending.cancelled() and ending.exception() is None
+        ending.cancel()
         leaving.cancel()
         if not finished:
-            await asyncio.shield(_abandon(app, job_id))
+            app.withdrawals.start(job_id)
+
+
+async def _end_of(app: Services, job_id: str) -> tuple[JobRecord, JobResult | None]:
+    """The job's last record, and what it left. Rides out a restart of Redis, whenever it comes."""
+    record = await app.queue.wait(job_id)
+    succeeded = record.state is JobState.SUCCEEDED
+    return record, await app.queue.result(job_id, patience_s=RESULT_PATIENCE_S) if succeeded else None
 
 
 async def _client_gone(request: Request) -> None:
     """Returns when the client has closed its connection; the body has been read, so nothing else can come."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _abandon(app: Services, job_id: str) -> None:
-    with contextlib.suppress(QueueUnavailable):  # then the job's deadline ends it
-        if await app.queue.cancel(job_id):
-            app.metrics.jobs.labels(JobState.CANCELLED).inc()
 
 
 def _failure(record: JobRecord) -> ApiError:
@@ -135,9 +138,15 @@ def _failure(record: JobRecord) -> ApiError:
     return ApiError(status, error.message, type=error.type, code=error.code, param=error.param)
 
 
-async def _answer(result: JobResult, spec: JobSpec, quality: str) -> Response:
+async def _answer(app: Services, job_id: str, result: JobResult, spec: JobSpec, quality: str) -> Response:
     if sum(len(image.data) for image in result.images) > LARGE_ANSWER_BYTES:
         content = await asyncio.to_thread(render_answer, result, spec, quality)
     else:
         content = render_answer(result, spec, quality)
-    return Response(content, media_type="application/json")
+    return Response(content, media_type="application/json", background=BackgroundTask(_let_go, app, job_id))
+
+
+async def _let_go(app: Services, job_id: str) -> None:
+    """Frees the memory that a result takes up in Redis, once it has been sent."""
+    with contextlib.suppress(QueueUnavailable):  # then it goes with `result_ttl_s`
+        await in_time(app.queue.delivered(job_id))

@@ -43,6 +43,15 @@ async def claim(queue: JobQueue, consumer: str = "engine-1", budget: Budget = RO
     return claim
 
 
+def restart(server: EmbeddedRedis) -> None:
+    """Starts a dead server again and returns when it takes commands."""
+    server.restart()
+    give_up_at = time.monotonic() + 10
+    while not server.answers():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
 def kill(server: EmbeddedRedis) -> None:
     """Ends the server without warning."""
     os.kill(server.pid, signal.SIGKILL)

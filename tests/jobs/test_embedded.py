@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import redis
 from engine.errors import QueueUnavailable
 from engine.jobs import embedded
 from engine.jobs.embedded import EmbeddedRedis, find_redis_server
-from tests.jobs.helpers import kill
+from tests.jobs.helpers import kill, restart
 
 
 def client(server: EmbeddedRedis) -> redis.Redis:
@@ -26,8 +27,22 @@ def test_data_survives_a_stop_and_a_kill(tmp_path: Path):
         assert connection.get("a") == b"\0\xff"
         connection.set("b", 1)
         kill(server)
-        server.restart()
+        restart(server)
         assert (connection.get("a"), connection.get("b")) == (b"\0\xff", b"1")
+
+
+def test_a_restart_does_not_wait_for_the_server(tmp_path: Path):
+    with EmbeddedRedis(tmp_path) as server:
+        kill(server)
+        assert not server.answers()
+        server._binary = slow = tmp_path / "slow"
+        slow.write_text("#!/bin/sh\nexec sleep 60\n")
+        slow.chmod(0o755)
+        started = time.monotonic()
+        server.restart()
+        assert time.monotonic() - started < 1
+        assert server.alive
+        assert not server.answers()
 
 
 def test_it_listens_on_a_private_socket_only(tmp_path: Path):

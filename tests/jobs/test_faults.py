@@ -13,7 +13,7 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo, JobError, JobState, Plan, QueueStats
 from engine.jobs.queue import JobQueue
-from tests.jobs.helpers import IDLE, RESULT, claim, kill, submit
+from tests.jobs.helpers import IDLE, RESULT, claim, kill, restart, submit
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ async def test_nothing_acknowledged_is_lost_when_redis_is_killed(server: Embedde
     with pytest.raises(QueueUnavailable):
         await submit(queue, job_id="refused")
     await asyncio.sleep(0.5)
-    server.restart()
+    restart(server)
 
     assert await queue.stats() == QueueStats(waiting=1, running=1)
     assert await queue.get("refused") is None
@@ -229,3 +229,22 @@ async def test_a_programming_error_is_not_called_unavailable(queue: JobQueue, cl
     await client.set("glimmer:waiting", "not a sorted set")
     with pytest.raises(ResponseError, match="WRONGTYPE"):
         await submit(queue)
+
+
+async def test_a_result_can_be_waited_for_while_redis_restarts(server: EmbeddedRedis, queue: JobQueue):
+    job_id = await submit(queue)
+    await queue.commit(await claim(queue), RESULT)
+    kill(server)
+    with pytest.raises(QueueUnavailable):
+        await queue.result(job_id)
+    patient = asyncio.create_task(queue.result(job_id, patience_s=10))
+    await asyncio.sleep(1)
+    assert not patient.done()
+    restart(server)
+    assert await asyncio.wait_for(patient, 5) == RESULT
+
+
+async def test_patience_has_an_end(server: EmbeddedRedis, queue: JobQueue):
+    kill(server)
+    with pytest.raises(QueueUnavailable):
+        await asyncio.wait_for(queue.result("a", patience_s=0.5), 5)

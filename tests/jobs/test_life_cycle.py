@@ -99,6 +99,57 @@ async def test_cancel_ends_a_job_once(queue: JobQueue, state: JobState):
 
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
+async def test_a_withdrawn_job_is_cancelled(queue: JobQueue, state: JobState):
+    job_id = await submit(queue)
+    granted = await claim(queue) if state == JobState.RUNNING else None
+    assert await queue.withdraw(job_id)
+    assert not await queue.withdraw(job_id)
+    record = await queue.get(job_id)
+    assert record is not None
+    assert record.state == JobState.CANCELLED
+    assert await queue.claim("engine-2", IDLE) is None
+    assert granted is None or not await queue.commit(granted, RESULT)
+
+
+async def test_a_submit_that_arrives_after_its_withdrawal_takes_no_effect(queue: JobQueue):
+    assert not await queue.withdraw("late")
+    await submit(queue, job_id="late")
+    assert await queue.get("late") is None
+    assert await queue.stats() == QueueStats(0, 0)
+    assert await queue.claim("engine-1", IDLE) is None
+
+
+async def test_a_withdrawn_job_leaves_no_result(queue: JobQueue):
+    job_id = await submit(queue)
+    await queue.commit(await claim(queue), RESULT)
+    assert not await queue.withdraw(job_id)
+    assert await queue.result(job_id) is None
+    record = await queue.get(job_id)
+    assert record is not None
+    assert record.state == JobState.SUCCEEDED
+
+
+async def test_a_delivered_result_lives_for_some_seconds_only(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    job_id = await submit(queue)
+    granted = await claim(queue)
+    await queue.delivered(job_id)  # not yet: the record of a job that runs must not go
+    assert await redis_client.pttl(f"glimmer:job:{job_id}") == -1
+    await queue.commit(granted, RESULT)
+    await queue.delivered(job_id)
+    assert await queue.result(job_id) == RESULT
+    for key in ("job", "result"):
+        assert 1000 < await redis_client.pttl(f"glimmer:{key}:{job_id}") <= 5000
+
+
+async def test_delivery_does_not_lengthen_a_life(redis_client: redis.asyncio.Redis):
+    queue = JobQueue(redis_client, result_ttl_s=1)
+    job_id = await submit(queue)
+    await queue.commit(await claim(queue), RESULT)
+    await queue.delivered(job_id)
+    assert await redis_client.pttl(f"glimmer:result:{job_id}") <= 1000
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
 async def test_expire_ends_a_job_from_its_deadline_on(queue: JobQueue, state: JobState):
     job_id = await submit(queue, timeout_s=0.05)
     if state == JobState.RUNNING:
@@ -161,7 +212,10 @@ async def test_checkpointed_plans_come_back_with_the_next_claim(queue: JobQueue)
 async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis):
     """Whatever way they end. What remains is a fixed set that does not grow with the number of jobs."""
     queue = JobQueue(redis_client, lease_ms=1, result_ttl_s=1)
-    for end in ("commit", "fail", "cancel", "cancel queued", "expire", "poison"):
+    for end in ("commit", "fail", "cancel", "cancel queued", "withdraw", "withdraw unknown", "expire", "poison"):
+        if end == "withdraw unknown":
+            assert not await queue.withdraw("unknown")
+            continue
         job_id = await submit(queue, timeout_s=0.02 if end == "expire" else 60)
         if end == "cancel queued":
             assert await queue.cancel(job_id)
@@ -175,6 +229,8 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
             assert await queue.fail(granted, JobError("no"))
         elif end == "cancel":
             assert await queue.cancel(job_id)
+        elif end == "withdraw":
+            assert await queue.withdraw(job_id)
         else:
             await asyncio.sleep(0.03)  # past the deadline, and long past the lease
             for _ in range(3):

@@ -15,6 +15,7 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from engine.config import HAND_BACK_S
 from engine.jobs.embedded import find_redis_server
 from server.serving import LAST_BYTES_S
 from server.settings import ServerSettings
@@ -115,10 +116,10 @@ def test_both_sides_use_the_one_redis_and_wait_for_it(name: str) -> None:
     assert services()[name]["depends_on"]["redis"]["condition"] == "service_healthy"
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_containers_get_longer_to_stop_than_the_drain_takes(name: str) -> None:
+@pytest.mark.parametrize(("name", "rest_s"), [("api", LAST_BYTES_S), ("engine", HAND_BACK_S)])
+def test_containers_get_longer_to_stop_than_the_drain_takes(name: str, rest_s: float) -> None:
     grace = float(environment(name)["GLIMMER_GRACE_S"])
-    assert seconds(services()[name]["stop_grace_period"]) >= grace + LAST_BYTES_S
+    assert seconds(services()[name]["stop_grace_period"]) >= grace + rest_s
 
 
 @pytest.mark.parametrize("name", ["redis", *OURS])

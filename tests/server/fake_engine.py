@@ -1,6 +1,7 @@
 """An engine process without a model, started by the supervisor in tests: `fake_engine.py MODE --engine-id ID`.
 
-Modes: `serve` is a stub engine until SIGTERM, `stubborn` ignores SIGTERM, `die` ends at once, `misconfigured` says so.
+Modes: `serve` is a stub engine until SIGTERM, `busy` one that works on after it, `stubborn` ignores SIGTERM and does
+nothing, `die` ends at once, `misconfigured` says so.
 Every start adds a line to the file named by FAKE_ENGINE_LOG: engine id, pid, and what it was given.
 """
 
@@ -19,9 +20,9 @@ from engine.jobs.queue import JobQueue
 from tests.server.stub_engine import StubEngine
 
 
-async def serve(engine_id: str) -> None:
+async def serve(engine_id: str, ends: bool) -> None:
     stopped = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set if ends else lambda: None)
     redis = connect(os.environ["GLIMMER_REDIS_URL"])
     queue = JobQueue(redis)
     stub = StubEngine(queue, step_s=float(os.environ.get("FAKE_ENGINE_STEP_S", "0")))
@@ -43,8 +44,8 @@ def main() -> int:
     if mode == "misconfigured":
         print("no checkpoint there", file=sys.stderr)
         return 2
-    if mode == "serve":
-        asyncio.run(serve(engine_id))
+    if mode in ("serve", "busy"):
+        asyncio.run(serve(engine_id, ends=mode == "serve"))
     if mode == "stubborn":
         time.sleep(60)
     return 1 if mode == "die" else 0

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,12 +15,14 @@ import pytest
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import JobSpec
+from engine.jobs.job import EngineInfo, JobRecord, JobSpec
 from engine.jobs.queue import JobQueue
-from server import admission
+from server import admission, withdrawals
 from server.admission import Pace
 from server.app import create_app
+from server.metrics import Metrics
 from server.settings import ServerSettings
+from tests.jobs.helpers import kill
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 from tests.server.test_errors import error_of
@@ -88,16 +91,8 @@ async def _stats_are_zero(queue: JobQueue) -> bool:
     return await _stats_are(queue, 0, 0)
 
 
-async def test_a_planner_and_a_renderer_make_a_whole(client: httpx.AsyncClient, queue: JobQueue) -> None:
-    info = StubEngine(queue).info
-    await queue.heartbeat(dataclasses.replace(info, id="p", stage="plan"), "", 10)
-    assert (await client.get("/health")).status_code == 503
-    await queue.heartbeat(dataclasses.replace(info, id="r", stage="render"), "", 10)
-    assert (await client.get("/health")).status_code == 200
-
-
 @asynccontextmanager
-async def client_of_own_redis(folder: Path) -> AsyncIterator[tuple[EmbeddedRedis, httpx.AsyncClient]]:
+async def client_of_own_redis(folder: Path) -> AsyncIterator[tuple[EmbeddedRedis, JobQueue, httpx.AsyncClient]]:
     with EmbeddedRedis(folder) as server:
         redis = connect(server.url)
         queue = JobQueue(redis)
@@ -108,16 +103,15 @@ async def client_of_own_redis(folder: Path) -> AsyncIterator[tuple[EmbeddedRedis
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://t") as client,
         ):
-            yield server, client
+            yield server, queue, client
         await queue.close()
         await redis.aclose()
 
 
 async def test_redis_stopped_is_503_soon_and_heals(tmp_path: Path) -> None:
-    async with client_of_own_redis(tmp_path) as (server, client):
+    async with client_of_own_redis(tmp_path) as (server, _, client):
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
-        server._process.kill()
-        server._process.wait()
+        kill(server)
         started = time.monotonic()
         for path in ("/health", "/metrics"):
             expected = 200 if path == "/metrics" else 503
@@ -130,6 +124,103 @@ async def test_redis_stopped_is_503_soon_and_heals(tmp_path: Path) -> None:
         server.restart()
         await until(lambda: _is_ok(client))
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
+
+
+async def test_redis_that_dies_when_a_job_is_done_costs_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client_of_own_redis(tmp_path) as (server, queue, client):
+        wait = queue.wait
+
+        async def wait_then_die(job_id: str) -> JobRecord:
+            record = await wait(job_id)
+            kill(server)
+            return record
+
+        monkeypatch.setattr(queue, "wait", wait_then_die)
+        posted = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
+        await until(lambda: not server.alive)
+        await asyncio.sleep(0.5)
+        server.restart()
+        assert (await posted).status_code == 200
+
+
+async def test_a_redis_that_hangs_is_waited_for_once_however_many_ask(
+    client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def hangs() -> list[EngineInfo]:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(60)
+        return []
+
+    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "engines", hangs)
+        started = time.monotonic()
+        posts = [asyncio.create_task(client.post(URL, json={"prompt": "x"})) for _ in range(100)]
+        await until(lambda: asked)
+        posts.pop(0).cancel()  # the one whose request had Redis asked may leave
+        assert {answer.status_code for answer in await asyncio.gather(*posts)} == {503}
+        assert time.monotonic() - started < 1.5
+        assert asked == 1
+    assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
+
+
+async def test_a_job_that_was_queued_without_an_answer_is_withdrawn(
+    client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, withdraw, attempts = queue.submit, queue.withdraw, 0
+
+    async def no_answer(*args: Any, **kwargs: Any) -> None:
+        await submit(*args, **kwargs)
+        await asyncio.sleep(60)
+
+    async def away_at_first(job_id: str) -> bool:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            assert await _stats_are(queue, 1, 0)
+            raise QueueUnavailable("away")
+        return await withdraw(job_id)
+
+    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.2)
+    monkeypatch.setattr(withdrawals, "TRY_EVERY_S", 0.05)
+    monkeypatch.setattr(queue, "submit", no_answer)
+    monkeypatch.setattr(queue, "withdraw", away_at_first)
+    await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
+    assert (await client.post(URL, json={"prompt": "x"})).status_code == 503
+    await until(lambda: _stats_are_zero(queue))
+    assert attempts == 2
+    assert 'glimmer_api_jobs_total{state="cancelled"} 1.0' in (await client.get("/metrics")).text
+
+
+async def test_a_submit_that_is_cut_short_is_withdrawn(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = queue.submit
+
+    async def no_answer(*args: Any, **kwargs: Any) -> None:
+        await submit(*args, **kwargs)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(queue, "submit", no_answer)
+    withdrawing = withdrawals.Withdrawals(queue, Metrics())
+    door = admission.Admission(queue, 10, withdrawing)
+    submitting = asyncio.create_task(door.submit(JobSpec("x", 64, 64, 1), 60.0, "batch"))
+    await until(lambda: _stats_are(queue, 1, 0))
+    submitting.cancel()
+    await asyncio.wait([submitting])
+    await withdrawing.close()  # waits for it, as the end of the server does
+    assert await _stats_are_zero(queue)
+
+
+async def test_withdrawals_do_not_hold_up_the_end(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(withdrawals, "LAST_CALLS_S", 0.1)
+    monkeypatch.setattr(queue, "withdraw", lambda _: asyncio.sleep(60))
+    withdrawing = withdrawals.Withdrawals(queue, Metrics())
+    withdrawing.start("a")
+    await asyncio.wait_for(withdrawing.close(), 1)
 
 
 async def _is_ok(client: httpx.AsyncClient) -> bool:
@@ -210,8 +301,8 @@ class TestPace:
 
 async def test_a_job_id_is_never_used_twice(queue: JobQueue) -> None:
     spec = JobSpec("x", 64, 64, 1)
-    gate = admission.Admission(queue, 10)
-    ids = {await gate.submit(spec, 1.0, "batch") for _ in range(5)}
+    door = admission.Admission(queue, 10, withdrawals.Withdrawals(queue, Metrics()))
+    ids = {await door.submit(spec, 1.0, "batch") for _ in range(5)}
     assert len(ids) == 5
 
 

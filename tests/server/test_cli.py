@@ -2,8 +2,12 @@
 
 import asyncio
 import io
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -88,6 +92,86 @@ async def test_refusals(live_server: LiveServer, stub: StubEngine, tmp_path: Pat
     assert nobody.exit_code == 1
     assert "is `glimmer serve` running?" in nobody.output
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "body", ["<html>", "[]", '{"data": [{}]}', '{"data": [{"b64_json": "x", "seed": 1}], "size": ""}']
+)
+async def test_an_answer_from_something_else(body: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")  # the end of what was sent
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body.encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        answered = await generate("a fox", "-o", str(output), "--url", f"http://127.0.0.1:{port}")
+    assert answered.exit_code == 1
+    assert "answered with something else than pictures" in answered.output
+    assert not output.exists()
+
+
+async def test_a_file_that_cannot_be_written(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder.png", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    taken = await generate("a fox", "-o", str(folder), "--url", live_server.url)
+    assert taken.exit_code == 1
+    assert f"cannot write {folder} (Is a directory)" in taken.output
+    asked = len(stub.specs)
+    nowhere = await generate("a fox", "-o", str(file / "out.png"), "--url", live_server.url)
+    assert nowhere.exit_code == 1
+    assert f"cannot write {file} (" in nowhere.output
+    assert len(stub.specs) == asked  # it is said before the picture is made
+
+
+async def test_a_proxy_is_not_asked_for_a_server_on_this_machine(
+    live_server: LiveServer, stub: StubEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    answer = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", live_server.url)
+    assert answer.exit_code == 0, answer.output
+
+
+@pytest.mark.parametrize("url", ["http://:8000", "ftp://127.0.0.1", "nonsense", "http://[::1"])
+async def test_urls_that_are_none(url: str, tmp_path: Path) -> None:
+    answer = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", url)
+    assert answer.exit_code == 1
+    assert f"cannot reach {url}" in answer.output
+
+
+async def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
+    answer = await generate("a \udcff fox", "-o", str(tmp_path / "out.png"))
+    assert answer.exit_code == 1
+    assert "not valid text" in answer.output
+
+
+def test_stages_that_do_not_exist_are_refused() -> None:
+    for stage in ("plan", "render"):
+        assert glimmer("engine", "--redis-url", "unix:///nowhere", "--stage", stage).exit_code == 2
+
+
+def test_no_progress_bars_in_the_engine_s_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables are set before anything that draws bars is imported."""
+    seen: dict[str, str | None] = {}
+
+    class Worker(ModuleType):
+        @property
+        def main(self) -> Callable[[EngineSettings], int]:
+            seen.update({name: os.environ.get(name) for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")})
+            return lambda settings: 0
+
+    monkeypatch.setitem(sys.modules, "engine.worker", Worker("engine.worker"))
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # somebody's choice, and it stays
+    answer = glimmer("engine", "--redis-url", "unix:///nowhere")
+    monkeypatch.delenv("TQDM_DISABLE")
+    assert answer.exit_code == 0, answer.output
+    assert seen == {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
 
 
 def test_formats_follow_the_file_name() -> None:

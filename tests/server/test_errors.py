@@ -60,6 +60,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"seed": -1}, "seed", "invalid_value"),
         ({"seed": 2**53}, "seed", "invalid_value"),
         ({"seed": 10**30}, "seed", "invalid_value"),
+        ({"seed": 2**53 - 1, "n": 2}, "seed", "invalid_value"),
         ({"num_inference_steps": 0}, "num_inference_steps", "invalid_value"),
         ({"num_inference_steps": 201}, "num_inference_steps", "invalid_value"),
         ({"guidance_scale": 20.1}, "guidance_scale", "invalid_value"),
@@ -123,6 +124,26 @@ async def test_bad_bodies(client: httpx.AsyncClient, stub: StubEngine, content: 
     response = await client.post(URL, content=content, headers={"content-type": content_type})
     assert response.status_code == 400
     assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("half", [rb"\ud800", rb"a\udc00b", rb"\ud800\ud800", b"\xed\xa0\x80"])
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "model"])
+async def test_half_a_surrogate_pair_is_no_text(client: httpx.AsyncClient, field: str, half: bytes) -> None:
+    content = b'{"seed": 1, "prompt": "x", "%s": "%s"}' % (field.encode(), half)
+    response = await client.post(URL, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == field
+
+
+@pytest.mark.parametrize("content", [rb'{"\ud800": 1}', rb'["\ud800"]', rb'{"prompt": "\ud800", "n": '])
+async def test_half_a_surrogate_pair_elsewhere(client: httpx.AsyncClient, content: bytes) -> None:
+    response = await client.post(URL, content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, error_of(response)["param"]) == (400, None)
+
+
+async def test_the_last_seed(client: httpx.AsyncClient, stub: StubEngine) -> None:
+    response = await client.post(URL, json={"prompt": "x", "seed": 2**53 - 2, "n": 2})
+    assert [image["seed"] for image in response.json()["data"]] == [2**53 - 2, 2**53 - 1]
 
 
 async def test_body_size_is_bounded_while_reading(make_client: MakeClient, stub: StubEngine) -> None:

@@ -8,8 +8,9 @@ import signal
 import httpx
 import openai
 import pytest
+import redis.asyncio
 
-from engine.jobs.job import JobError
+from engine.jobs.job import JobError, JobRecord
 from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
 from tests.server.conftest import LiveServer
@@ -34,6 +35,45 @@ async def test_a_client_that_leaves_takes_its_job_along(live_server: LiveServer,
         metrics = (await client.get("/metrics")).text
     assert 'glimmer_api_jobs_total{state="cancelled"} 3.0' in metrics
     assert 'route="/v1/images/generations",status="499"} 3.0' in metrics
+
+
+async def test_a_delivered_picture_does_not_stay_in_redis(
+    live_server: LiveServer, stub: StubEngine, redis_client: redis.asyncio.Redis
+) -> None:
+    async with httpx.AsyncClient(base_url=live_server.url) as client:
+        assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
+    (key,) = await redis_client.keys("glimmer:result:*")
+
+    async def goes_soon() -> bool:
+        return await redis_client.pttl(key) <= 5000
+
+    await until(goes_soon)
+
+
+async def test_a_picture_whose_client_left_does_not_stay_in_redis(
+    live_server: LiveServer, queue: JobQueue, redis_client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job ends before its client's leaving is seen."""
+
+    wait = queue.wait
+
+    async def slow(job_id: str) -> JobRecord:
+        await asyncio.sleep(60)
+        return await wait(job_id)
+
+    async def results() -> int:
+        return len(await redis_client.keys("glimmer:result:*"))
+
+    async def no_results() -> bool:
+        return await results() == 0
+
+    monkeypatch.setattr(queue, "wait", slow)
+    async with StubEngine(queue), httpx.AsyncClient(base_url=live_server.url) as client:
+        posted = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
+        await until(results)
+        posted.cancel()
+        await asyncio.wait([posted])
+        await until(no_results)
 
 
 async def _stats_are(queue: JobQueue, waiting: int, running: int) -> bool:

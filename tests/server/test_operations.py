@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import httpx
+import jsonschema
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import logs
+from engine.jobs.job import JobSpec
 from engine.jobs.queue import JobQueue
 from server.metrics import exposition
 from server.middleware import _request_id
@@ -39,6 +41,18 @@ async def test_health_without_an_engine(client: httpx.AsyncClient) -> None:
         "queue": {"waiting": 0, "running": 0},
     }
     assert (await client.get("/live")).json() == {"status": "ok"}
+
+
+async def test_health_with_a_full_queue(make_client: MakeClient, queue: JobQueue) -> None:
+    await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
+    async with make_client(max_queue=1) as client:
+        assert (await client.get("/health")).status_code == 200
+        await queue.submit(JobSpec("x", 64, 64, 1), job_id="a", timeout_s=9, priority="batch", max_queue=1)
+        full = await client.get("/health")
+        assert (full.status_code, full.json()["reason"]) == (503, "The queue is full.")
+        assert full.json()["queue"] == {"waiting": 1, "running": 0}
+        await queue.cancel("a")
+        assert (await client.get("/health")).status_code == 200
 
 
 def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -172,3 +186,23 @@ async def test_openapi_describes_the_request(client: httpx.AsyncClient) -> None:
         "type": "integer",
     }
     assert (await client.get("/docs")).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_openapi_asks_for_a_key_where_the_server_does(make_client: MakeClient, key: str | None) -> None:
+    async with make_client(api_key=key) as client:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+    asking = {
+        path for path, operations in paths.items() for operation in operations.values() if "security" in operation
+    }
+    assert asking == ({URL, "/v1/models", "/v1/models/{model}"} if key else set())
+
+
+async def test_openapi_describes_what_probes_get(client: httpx.AsyncClient, stub: StubEngine) -> None:
+    document = (await client.get("/openapi.json")).json()
+    health = document["paths"]["/health"]["get"]["responses"]
+    for status in ("200", "503"):
+        assert health[status]["content"]["application/json"]["schema"]["$ref"] == "#/components/schemas/HealthBody"
+    schema = {"$ref": "#/components/schemas/HealthBody", "components": document["components"]}
+    jsonschema.validate((await client.get("/health")).json(), schema)
+    assert set(document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}

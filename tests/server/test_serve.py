@@ -5,14 +5,24 @@ import os
 import re
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.job import QueueStats
+from engine.jobs.queue import JobQueue
+from server import launch, supervisor
+from server import serving as serving_module
+from server.launch import EnginePlan
 from server.serving import listen, url_of
+from server.settings import ServerSettings
+from tests.jobs.helpers import kill
 from tests.server.test_admission import until
 from tests.server.test_supervisor import FAKE_ENGINE, Starts, alive
 
@@ -94,6 +104,55 @@ async def test_sigterm_finishes_what_runs_and_leaves_nobody(tmp_path: Path) -> N
         assert "tell-no-one" not in log
         assert "route=/v1/images/generations status=200" in log
         assert serve.starts.lines()[0][-1] == "-"  # the engine was not told the key
+
+
+async def test_the_end_takes_one_grace_period_in_all(
+    tmp_path: Path, redis_server: EmbeddedRedis, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though neither a request nor the engine comes to an end by itself."""
+    monkeypatch.setattr(supervisor, "HAND_BACK_S", 1.0)
+    monkeypatch.setattr(serving_module, "LAST_BYTES_S", 1)
+    starts = Starts(tmp_path / "starts")
+    environment = {"FAKE_ENGINE_LOG": str(starts.path), "FAKE_ENGINE_STEP_S": "60"}
+    plan = EnginePlan(1, tmp_path, environment=environment, command=[sys.executable, FAKE_ENGINE, "busy"])
+    listener = listen("127.0.0.1", 0)
+    serve = asyncio.create_task(launch._serve(ServerSettings(grace_s=1.5), plan, redis_server.url, listener))
+    async with httpx.AsyncClient(base_url=url_of(listener), timeout=20) as http:
+        await until(lambda: _healthy(http), seconds=20)
+        posted = asyncio.create_task(http.post(URL, json={"prompt": "x"}))
+        await until(lambda: _running(http, 1))
+        os.kill(os.getpid(), signal.SIGTERM)
+        started = time.monotonic()
+        assert await asyncio.wait_for(serve, 10) == 0
+        assert 2.4 < time.monotonic() - started < 4.0
+        await asyncio.wait([posted])
+    assert not any(alive(pid) for pid in starts.pids())
+    assert await queue.stats() == QueueStats(0, 0)  # the job whose client was cut off was withdrawn
+
+
+async def test_a_redis_that_takes_its_time_to_come_back_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "REDIS_LOOK_S", 0.05)
+    loading = tmp_path / "loading"
+    loading.write_text("#!/bin/sh\nexec sleep 60\n")
+    loading.chmod(0o755)
+    with EmbeddedRedis(tmp_path / "data") as redis:
+        binary, redis._binary = redis._binary, loading
+        kill(redis)
+        keeping = asyncio.create_task(launch._keep_alive(redis))
+        await until(lambda: redis.alive)
+        longest, last = 0.0, time.monotonic()
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        assert longest < 0.3
+        assert redis.alive
+        redis._binary = binary
+        kill(redis)
+        await until(redis.answers)
+        keeping.cancel()
+        await asyncio.wait([keeping])
 
 
 async def _running(http: httpx.AsyncClient, count: int) -> bool:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.jobs.job import Budget, JobSpec
+from engine.jobs.job import JobSpec
 from engine.jobs.queue import JobQueue
+from server import supervisor as supervisor_module
 from server.supervisor import Backoff, EngineMisconfigured, Supervisor, engine_environments
+from tests.jobs.helpers import IDLE
 from tests.server.test_admission import until
 
 FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
@@ -43,12 +45,11 @@ def starts(tmp_path: Path) -> Starts:
     return Starts(tmp_path / "starts")
 
 
-def make(queue: JobQueue, starts: Starts, mode: str, *, grace_s: float = 5.0, count: int = 1) -> Supervisor:
+def make(queue: JobQueue, starts: Starts, mode: str, *, count: int = 1) -> Supervisor:
     return Supervisor(
         [sys.executable, FAKE_ENGINE, mode],
         [starts.environment] * count,
         queue,
-        grace_s=grace_s,
         backoff=Backoff(first=0.05, most=0.2),
     )
 
@@ -67,28 +68,28 @@ async def test_a_dying_engine_is_started_again_under_a_new_name(queue: JobQueue,
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) >= 3)
     running.cancel()
-    await supervisor.stop()
+    await supervisor.stop(5)
     await asyncio.wait([running])
     assert len({line[0] for line in starts.lines()}) == len(starts.lines())
 
 
-async def test_a_dead_engine_s_jobs_are_free_at_once(queue: JobQueue, starts: Starts) -> None:
+async def test_a_dead_engine_s_jobs_are_free_at_once(
+    queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     supervisor = make(queue, starts, "stubborn")
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) == 1)
     await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
-    budget = Budget(9, 10**6, True)
     engine_id, pid = starts.lines()[0][:2]
-    assert await queue.claim(engine_id, budget) is not None
+    assert await queue.claim(engine_id, IDLE) is not None
     os.kill(int(pid), 9)
     await until(lambda: len(starts.lines()) == 2, seconds=3)  # well before the lease of 10 s runs out
-    claim = await queue.claim("another", budget)
+    claim = await queue.claim("another", IDLE)
     assert claim is not None
     assert claim.runs == 2
-    running.cancel()
-    supervisor._grace_s = 0.1
-    await supervisor.stop()
-    await asyncio.wait([running])
+    monkeypatch.setattr(supervisor_module, "HAND_BACK_S", 0.1)
+    await supervisor.stop(0)
+    await asyncio.wait_for(running, 1)
 
 
 async def test_a_misconfigured_engine_is_not_started_again(
@@ -97,31 +98,37 @@ async def test_a_misconfigured_engine_is_not_started_again(
     supervisor = make(queue, starts, "misconfigured", count=2)
     with pytest.raises(EngineMisconfigured):
         await asyncio.wait_for(supervisor.run(), 5)
-    await supervisor.stop()
+    await supervisor.stop(5)
     assert len(starts.lines()) <= 2
     assert "no checkpoint there" in capfd.readouterr().err
 
 
-async def test_stop_kills_what_outlives_the_grace_period(queue: JobQueue, starts: Starts) -> None:
-    supervisor = make(queue, starts, "stubborn", grace_s=0.3, count=2)
+async def test_stop_kills_what_outlives_the_grace_period_and_frees_its_jobs(
+    queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "HAND_BACK_S", 0.5)
+    supervisor = make(queue, starts, "stubborn", count=2)
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) == 2)
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
+    assert await queue.claim(starts.lines()[0][0], IDLE) is not None
     started = time.monotonic()
-    await supervisor.stop()
-    assert 0.3 <= time.monotonic() - started < 2
-    await asyncio.wait_for(running, 2)
+    await supervisor.stop(0.3)
+    # Engines get longer than the grace period itself: only at its end do they hand back what is not done.
+    assert 0.8 <= time.monotonic() - started < 2
     assert not any(alive(pid) for pid in starts.pids())
+    assert await queue.claim("another", IDLE) is not None
+    await asyncio.wait_for(running, 1)
 
 
 async def test_stop_before_the_end_of_a_pause(queue: JobQueue, starts: Starts) -> None:
     supervisor = Supervisor(
-        [sys.executable, FAKE_ENGINE, "die"], [starts.environment], queue, grace_s=5, backoff=Backoff(first=60)
+        [sys.executable, FAKE_ENGINE, "die"], [starts.environment], queue, backoff=Backoff(first=60)
     )
     running = asyncio.create_task(supervisor.run())
     await until(lambda: supervisor._processes and supervisor._processes[0].returncode is not None)
-    await asyncio.wait_for(supervisor.stop(), 1)
-    running.cancel()
-    await asyncio.wait([running])
+    await asyncio.wait_for(supervisor.stop(5), 1)
+    await asyncio.wait_for(running, 1)
     assert len(starts.lines()) == 1
 
 

@@ -1,0 +1,45 @@
+"""Takes back, in the background, jobs that nobody waits for: an engine's time is too dear to finish them."""
+
+import asyncio
+import time
+from contextlib import suppress
+
+from engine.errors import QueueUnavailable
+from engine.jobs.job import JobState
+from engine.jobs.queue import JobQueue
+from server.metrics import Metrics
+
+PATIENCE_S = 30.0  # how long a Redis that is away is hoped for; after that the job's deadline ends it
+TRY_EVERY_S = 0.5
+LAST_CALLS_S = 2.0  # what the shutdown of the server leaves for those under way
+
+
+class Withdrawals:
+    """The withdrawals of one API process."""
+
+    def __init__(self, queue: JobQueue, metrics: Metrics) -> None:
+        self._queue, self._metrics = queue, metrics
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def start(self, job_id: str) -> None:
+        """Has the job withdrawn as soon as Redis allows, whether its submit has arrived there or not; never raises."""
+        task = asyncio.create_task(self._withdraw(job_id))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def close(self) -> None:
+        """Gives those under way a last chance; needs the queue."""
+        if not self._under_way:
+            return
+        _, late = await asyncio.wait(self._under_way, timeout=LAST_CALLS_S)
+        for task in late:
+            task.cancel()
+
+    async def _withdraw(self, job_id: str) -> None:
+        give_up_at = time.monotonic() + PATIENCE_S
+        while time.monotonic() < give_up_at:
+            with suppress(QueueUnavailable):
+                if await self._queue.withdraw(job_id):
+                    self._metrics.jobs.labels(JobState.CANCELLED).inc()
+                return
+            await asyncio.sleep(TRY_EVERY_S)

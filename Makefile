@@ -48,7 +48,7 @@ test: check ## All checks and all tests; what continuous integration runs
 	$(BIN)/pytest $(ARGS)
 
 bench: $(STAMP) ## Measure throughput and latency against the reference pipeline
-	@$(BIN)/python benchmarks/throughput.py $(ARGS)
+	@$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 format: $(STAMP) ## Format the code and apply the lint fixes that are safe
 	$(BIN)/ruff check --fix-only

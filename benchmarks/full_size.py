@@ -36,7 +36,7 @@ def run_full_size(device: torch.device) -> None:
         SystemExit: no CUDA device, or the slice does not agree.
     """
     if device.type != "cuda":
-        raise SystemExit("--size full needs a CUDA GPU with about 60 GB of memory")
+        raise SystemExit("--size full needs a CUDA GPU; the weights alone take 33 GB")
     console = Console(width=120)
     console.print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
     check_slices(device, console)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import GlmImagePipeline
 from rich.console import Console
 from rich.table import Table
@@ -53,6 +54,7 @@ def requests(count: int) -> list[JobSpec]:
 
 
 def load_reference(folder: Path, device: torch.device) -> GlmImagePipeline:
+    transformers.logging.set_verbosity_error()
     pipeline = GlmImagePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     planner = pipeline.vision_language_encoder

@@ -76,7 +76,7 @@ def load_weights(
 def randomise(module: nn.Module, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
     """Fill `module`, built on the meta device, with random weights made on `device`: matrices keep the size of what
     goes through them, vectors are near one (norms) or near zero (biases)."""
-    module.to_empty(device=device).to(dtype)
+    module.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:

@@ -1,14 +1,18 @@
 """Which blocks of the key/value cache are whose. Integers only."""
 
+import heapq
 from collections import Counter
 
 
 class BlockAllocator:
-    """Hands out block numbers 0..blocks-1 and counts who holds them. Free + used = total, always."""
+    """Hands out block numbers 0..blocks-1 and counts who holds them. Free + used = total, always.
+
+    The lowest free numbers go first, so that a sequence's blocks mostly lie side by side: those can be read in place.
+    """
 
     def __init__(self, blocks: int):
         self.total = blocks
-        self._free = list(range(blocks))[::-1]
+        self._free = list(range(blocks))  # a heap
         self._holders: Counter[int] = Counter()
 
     @property
@@ -22,7 +26,7 @@ class BlockAllocator:
     def allocate(self, count: int) -> list[int]:
         """`count` blocks with one holder each. The caller has seen that they are free."""
         assert count <= self.free, f"{count} blocks asked for, {self.free} free: admission must reserve first"
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [heapq.heappop(self._free) for _ in range(count)]
         self._holders.update(taken)
         return taken
 
@@ -39,7 +43,7 @@ class BlockAllocator:
             self._holders[block] -= 1
             if not self._holders[block]:
                 del self._holders[block]
-                self._free.append(block)
+                heapq.heappush(self._free, block)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a block is lost, doubled, or both free and held."""

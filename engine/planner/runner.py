@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.planner.sampler import sample, uniforms
 from engine.planner.scheduler import PromptGroup, Sequence
 from models.glm_image.config import SamplingDefaults
-from models.glm_image.paged_attention import DecodeAttention, PagedKV, PrefillAttention
+from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, RotaryTable, plan_positions
 from models.row_blocks import padded, row_block
 
@@ -48,7 +48,7 @@ class PlannerRunner:
         self._positions = torch.zeros(slots, max_plan_tokens, 3, dtype=torch.long, device=self.device)
         self._temperature = torch.zeros(slots, device=self.device)
         self._top_p = torch.ones(slots, device=self.device)
-        self._blocks: dict[int, Tensor] = {}  # slot -> block numbers, on the device
+        self._tables: dict[int, BlockTable] = {}  # by slot
 
     @torch.inference_mode()
     def prefill(self, groups: list[PromptGroup]) -> None:
@@ -80,7 +80,7 @@ class PlannerRunner:
         lengths = [s.cached for s in sequences]
         places = [_place(s, length - 1, self.kv.block_size) for s, length in zip(sequences, lengths, strict=True)]
         attention = DecodeAttention(
-            self.kv, lengths, [self._blocks[s.slot] for s in sequences], self._to_device(places)
+            self.kv, lengths, [self._tables[s.slot] for s in sequences], self._to_device(places)
         )
         rotary = self.rotary.at(self._positions[slots, steps], self.dtype)
         hidden = self.model(self._tokens[slots, steps], rotary, attention, self.decode_block)
@@ -93,13 +93,11 @@ class PlannerRunner:
     def _choose(self, sequences: list[Sequence], hidden: Tensor) -> None:
         """Choose token number `written` of every sequence from its row of `hidden`; the other rows are padding."""
         count = len(sequences)
-        slots = self._to_device(_pad([s.slot for s in sequences], hidden.shape[0]))
-        steps = self._to_device(_pad([s.written for s in sequences], hidden.shape[0]))
-        logits = self.model.logits(hidden, self.decode_block)
-        chosen = sample(
-            logits, self._uniforms[slots, steps], self._temperature[slots], self._top_p[slots], self.sampling.top_k
-        )
-        self._tokens[slots[:count], steps[:count]] = chosen[:count]
+        slots = self._to_device([s.slot for s in sequences])
+        steps = self._to_device([s.written for s in sequences])
+        logits = self.model.logits(hidden, self.decode_block)[:count]
+        uniforms, temperature, top_p = self._uniforms[slots, steps], self._temperature[slots], self._top_p[slots]
+        self._tokens[slots, steps] = sample(logits, uniforms, temperature, top_p, self.sampling.top_k)
 
     def _fill_slot(self, sequence: Sequence) -> None:
         spec, geometry, slot = sequence.image.request.spec, sequence.image.request.spec.geometry, sequence.slot
@@ -109,7 +107,7 @@ class PlannerRunner:
         self._uniforms[slot, :total] = uniforms(sequence.image.seed, total).to(self.device)
         self._temperature[slot] = self.sampling.temperature if spec.temperature is None else spec.temperature
         self._top_p[slot] = self.sampling.top_p if spec.top_p is None else spec.top_p
-        self._blocks[slot] = self._to_device(sequence.blocks)
+        self._tables[slot] = self.kv.table(sequence.blocks)
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
         """Copy the prompt's half-full last block to the other images of a request, which go on writing in it."""

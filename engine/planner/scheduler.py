@@ -6,6 +6,7 @@ nothing is ever preempted, recomputed, or out of memory half way.
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from engine.errors import RequestError
 from engine.planner.block_allocator import BlockAllocator
@@ -31,9 +32,10 @@ class Sequence:
     def request(self) -> Request:
         return self.image.request
 
-    @property
+    @cached_property
     def total(self) -> int:
-        return self.image.request.spec.geometry.plan_tokens
+        """Tokens of the whole plan."""
+        return self.request.spec.geometry.plan_tokens
 
     @property
     def cached(self) -> int:

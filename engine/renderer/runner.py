@@ -13,7 +13,7 @@ from models.glm_image.prompt import quoted_strings
 from models.glm_image.renderer import MODULATION_ROWS, RowLayout, patchify, rotary_angles, unpatchify
 from models.row_blocks import elementwise, padded, row_block
 
-ROWS = 128  # rows of a matrix product on CPU
+ROWS = 256  # rows of a matrix product on CPU
 
 
 @dataclass(eq=False)
@@ -93,6 +93,7 @@ class RendererRunner:
         self.modulation_block = row_block(MODULATION_ROWS, model.device)
         self._batch: PackedBatch | None = None
         self._angles = lru_cache(maxsize=64)(self._rotary_angles)
+        self._glyphs = lru_cache(maxsize=64)(self._glyph_tokens)
         with torch.inference_mode():
             self._no_plan = self.renderer.no_plan()
 
@@ -101,10 +102,9 @@ class RendererRunner:
         """Everything about an image that its steps share. Its plan must be known."""
         spec, geometry = image.request.spec, image.request.spec.geometry
         assert image.plan is not None
-        glyphs = self.renderer.glyphs(self.model.glyphs.encode(quoted_strings(spec.prompt)))
-        no_glyphs = None
-        if spec.guidance_scale > 1:
-            no_glyphs = self.renderer.glyphs(self.model.glyphs.encode(quoted_strings(spec.negative_prompt)))
+        glyphs = self._glyphs(tuple(quoted_strings(spec.prompt)))
+        guided = spec.guidance_scale > 1
+        no_glyphs = self._glyphs(tuple(quoted_strings(spec.negative_prompt))) if guided else None
         codes = torch.tensor(image.plan.tokens, device=self.model.device).view(image.plan.rows, image.plan.cols)
         timesteps, sigmas = schedule(self.model.scheduler, geometry, spec.num_inference_steps)
         noise = initial_noise(image.seed, self.renderer.config.in_channels, geometry)
@@ -206,6 +206,9 @@ class RendererRunner:
                 start = patches.stop
         cos, sin = elementwise(torch.cos, angles).to(device), elementwise(torch.sin, angles).to(device)
         return PackedBatch(list(renderings), RowLayout(lengths, modulation.to(device), cos, sin), spans, size)
+
+    def _glyph_tokens(self, strings: tuple[str, ...]) -> Tensor:
+        return self.renderer.glyphs(self.model.glyphs.encode(strings))
 
     def _rotary_angles(self, rows: int, cols: int) -> Tensor:
         return rotary_angles(rows, cols, self.renderer.config.attention_head_dim)

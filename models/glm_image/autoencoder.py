@@ -9,6 +9,8 @@ class Autoencoder:
     """The decoder's side of the VAE, one image at a time: an image's pixels depend on its own latents alone."""
 
     def __init__(self, vae: AutoencoderKL):
+        if vae.device.type == "cpu":
+            vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # a third faster here
         self.vae = vae
         channels = vae.config.latent_channels  # type: ignore[attr-defined]
         mean, std = vae.config.latents_mean, vae.config.latents_std  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """A small checkpoint with random weights, in the published layout, made by the reference packages.
 
-It stands in where no trained checkpoint is at hand: it draws noise, but every part of a request is real.
+It stands in where no trained checkpoint is at hand: it draws noise, but every part of a request is real. Planner and
+renderer have layers in the published model's proportion, 40 to 30.
 """
 
 import shutil
@@ -32,7 +33,7 @@ CODES = 512
 CONTROL_OUTPUTS = 16  # planner outputs past the codes: start, end, and unused ones
 SIDE = 256  # pixels a side of the default image
 PLANNER: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 8192,
     "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2],
@@ -45,7 +46,7 @@ GLYPHS = {
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
 RENDERER: dict[str, Any] = {
-    "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 4, "attention_head_dim": 32,
+    "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 3, "attention_head_dim": 32,
     "num_attention_heads": 4, "time_embed_dim": 64, "condition_dim": 16,
 }  # fmt: skip
 VAE = {
@@ -87,7 +88,7 @@ def byte_level_processor(codes: int) -> GlmImageProcessor:
 
 def cached_random_checkpoint(cache: Path) -> Path:
     """The folder of the small random checkpoint, made on first use. Several processes may ask at once."""
-    folder = cache / "random-glm-image-1"
+    folder = cache / "random-glm-image-2"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))

@@ -30,6 +30,7 @@ from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV
 
 PROGRESS_SECONDS = 0.2  # between two reports
+PLANNING_MARGIN = 1.5  # while both stages work, each is slower than alone
 
 
 class Item(Protocol):
@@ -64,6 +65,7 @@ class Engine:
         self._images_left: dict[Request, int] = {}  # of every request that has not ended
         self._events: list[Event] = []
         self._tick_seconds = 0.0  # of the last renderer tick
+        self._planner_step_seconds = 0.0  # moving average
         self._reported_at = 0.0
         self.metrics.kv_blocks.set(limits.blocks)
 
@@ -134,16 +136,18 @@ class Engine:
                 self.planner.add(request)
 
     def _plan(self) -> None:
-        """One planner step, and while the renderer has less than a tick's work, as many as a tick takes.
+        """One planner step, and as many as a renderer tick takes once the plans are needed soon.
 
         A planner that runs ahead of the renderer only makes its own batches small: a step costs almost the same for
-        one sequence as for sixteen. So it writes just fast enough to keep the renderer fed.
+        one sequence as for sixteen. So there is no hurry as long as what is being rendered lasts well longer than
+        writing the plans will take.
         """
         until = time.monotonic() + self._tick_seconds
         while not self.planner.is_idle:
             self._planner_step()
-            hungry = 0 < self.renderer.tokens < self.limits.render_token_budget
-            if not hungry or time.monotonic() >= until:
+            planning_left = self.planner.steps_left * self._planner_step_seconds
+            in_no_hurry = self.renderer.seconds_left > PLANNING_MARGIN * planning_left
+            if in_no_hurry or not len(self.renderer) or time.monotonic() >= until:
                 break
 
     def _planner_step(self) -> None:
@@ -154,11 +158,12 @@ class Engine:
             self.metrics.prompt_tokens.inc(len(group.request.prompt_ids))
         for sequence in self._guarded(step.decode, self.planner_runner.decode):
             sequence.written += 1
-        for sequence in self.planner.complete():
-            self._finish_plan(sequence)
+        self._guarded_each(self.planner.complete(), self._finish_plan)
         self.metrics.planner_batch.observe(len(step.decode))
         self.metrics.planner_tokens.inc(len(step.decode) + sum(len(group.sequences) for group in step.prefill))
-        self.metrics.planner_step.observe(time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._planner_step_seconds += 0.1 * (seconds - self._planner_step_seconds)
+        self.metrics.planner_step.observe(seconds)
 
     def _render(self) -> None:
         picked = self.renderer.pick()

@@ -7,9 +7,7 @@ a failure is that job's alone.
 
 import asyncio
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -19,19 +17,14 @@ from typing import TypeVar
 
 import torch
 
-from engine.config import EXIT_CONFIGURATION, EngineSettings
+from engine.config import EngineSettings
 from engine.encoding import encode
 from engine.engine import Engine
 from engine.errors import QueueUnavailable, RequestError
-from engine.jobs.connection import connect
 from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobError, JobResult, JobState
 from engine.jobs.queue import JobQueue
-from engine.limits import EngineLimits
-from engine.logs import configure, event, where
+from engine.logs import event, where
 from engine.request import Event, Failed, Finished, Image, Planned, Progress, Rendered, Request
-from models.errors import CheckpointError
-from models.glm_image.model import GlmImage
-from models.glm_image.random_checkpoint import cached_random_checkpoint
 
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
 LOOK_FOR_WORK_S = 0.5  # should a wake-up have been lost
@@ -71,6 +64,7 @@ class Worker:
         self._conductors: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # room was made, or the drain began
         self._draining = asyncio.Event()
+        self._hand_back = asyncio.Event()  # the grace period is over
         self._stopping = threading.Event()
         self._work = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -306,16 +300,21 @@ class Worker:
             self._jobs[request_id].events.put_nowait(Lost())
 
     def drain(self) -> None:
-        """Take no more jobs; `run` returns when those that run have ended, or at the end of the grace period."""
+        """Take no more jobs; `run` returns when those that run have ended, or at the end of the grace period. Asked a
+        second time, hand the running jobs back at once."""
         event(logger, "draining", jobs=len(self._jobs))
+        if self._draining.is_set():
+            self._hand_back.set()
         self._draining.set()
         self._changed.set()
 
     async def _finish_jobs(self, thread: asyncio.Future[None]) -> None:
         """Give the running jobs the grace period, then hand back those that are left."""
-        ends = asyncio.ensure_future(asyncio.wait(self._conductors)) if self._conductors else None
-        if ends is not None:
-            await asyncio.wait({ends, thread}, timeout=self._settings.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        if self._conductors:
+            ends = asyncio.create_task(asyncio.wait(self._conductors))
+            over = asyncio.create_task(self._hand_back.wait())
+            await asyncio.wait({ends, over, thread}, timeout=self._settings.grace_s, return_when="FIRST_COMPLETED")
+            over.cancel()
         for job in list(self._jobs.values()):
             with suppress(QueueUnavailable):
                 await self._queue.release(self._info.id, job.claim)
@@ -331,89 +330,3 @@ async def _encode(image: Image, pixels: torch.Tensor) -> ImageResult:
 
 def _request_id(claim: Claim) -> str:
     return f"{claim.job_id}/{claim.epoch}"
-
-
-def main(settings: EngineSettings) -> int:
-    """Run one engine process. Returns its exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
-    configure(settings.log_level)
-    try:
-        asyncio.run(_serve(settings))
-    except (CheckpointError, ConfigurationError) as error:
-        print(f"glimmer engine: {error}", file=sys.stderr)
-        return EXIT_CONFIGURATION
-    except Exception as error:
-        event(logger, "engine_broke", logging.CRITICAL, error=repr(error), where=where(error))
-        return 1
-    return 0
-
-
-class ConfigurationError(Exception):
-    """Settings this machine cannot serve; the message says which."""
-
-
-async def _serve(settings: EngineSettings) -> None:
-    redis = connect(settings.redis_url)
-    queue = JobQueue(redis, lease_ms=round(settings.lease_s * 1000))
-    starting = EngineInfo(settings.engine_id, os.getpid(), "all", "starting", "", "", 0, settings.max_prompt_tokens)
-    try:
-        loading = asyncio.ensure_future(asyncio.to_thread(_load, settings))
-        while not loading.done():
-            with suppress(QueueUnavailable):
-                await queue.heartbeat(starting, "", HEARTBEAT_TTL_S)
-            await asyncio.wait({loading}, timeout=HEARTBEAT_S)
-        engine = loading.result()
-        side = engine.model.autoencoder.default_side
-        info = replace(
-            starting,
-            state="ready",
-            model=engine.model.name,
-            default_size=f"{side}x{side}",
-            codebook_size=engine.model.planner.config.codebook_size,
-        )
-        event(
-            logger,
-            "engine_ready",
-            engine=info.id,
-            model=info.model,
-            device=engine.model.device,
-            dtype=engine.model.dtype,
-        )
-        await Worker(engine, queue, info, settings).run()
-    finally:
-        await queue.close()
-        await redis.aclose()
-
-
-def _load(settings: EngineSettings) -> Engine:
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
-    model = GlmImage.load(settings.model or str(cached_random_checkpoint(settings.cache_dir)), device, dtype)
-    limits = EngineLimits.choose(
-        model,
-        max_images=settings.max_images,
-        max_prompt_tokens=settings.max_prompt_tokens,
-        kv_tokens=settings.kv_tokens,
-        render_token_budget=settings.render_token_budget,
-    )
-    return Engine(model, limits)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigurationError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device {name!r}: torch sees no CUDA device on this machine")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    except KeyError:
-        raise ConfigurationError(f"dtype {name!r}: expected auto, float32 or bfloat16") from None

@@ -203,7 +203,7 @@ def engine(
         log_level=log_level,
     )
     try:
-        from engine.worker import main as run_engine
+        from engine.process import main as run_engine
     except ModuleNotFoundError as error:
         _stop(f"{error.name} is not installed; an engine needs `pip install glimmer[engine]`")
     raise typer.Exit(run_engine(settings))

@@ -83,11 +83,14 @@ class Supervisor:
                 keeper.cancel()
 
     async def stop(self, grace_s: float) -> None:
-        """Asks every engine to drain, kills what is left after `grace_s` seconds and the time that handing back takes,
-        and returns when their jobs are free."""
+        """Asks every engine to drain; after `grace_s` seconds asks again, which means to hand the jobs back; kills what
+        is left when that has had its time. Returns when all jobs are free."""
         self._stopping.set()
         self._signal(signal.SIGTERM)
-        if not await self._all_ended(grace_s + HAND_BACK_S):
+        if await self._all_ended(grace_s):
+            return
+        self._signal(signal.SIGTERM)
+        if not await self._all_ended(HAND_BACK_S):
             count = sum(process.returncode is None for process in self._processes.values())
             event(logger, "engines_killed", logging.WARNING, count=count, grace_s=grace_s)
             self._signal(signal.SIGKILL)

@@ -99,6 +99,11 @@ class PlannerScheduler:
         """Every sequence under way, prefilled or not."""
         return self._decode + [sequence for group in self._prefill for sequence in group.sequences]
 
+    @property
+    def steps_left(self) -> int:
+        """Steps until every plan under way is written."""
+        return max((sequence.total - sequence.written for sequence in self.sequences), default=0)
+
     def complete(self) -> list[Sequence]:
         """Sequences whose last token has been chosen."""
         return [sequence for sequence in self._decode if sequence.is_complete]

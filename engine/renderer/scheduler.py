@@ -60,9 +60,9 @@ class RenderScheduler(Generic[W]):
         return (entry.work for entry in self._entries)
 
     @property
-    def tokens(self) -> int:
-        """Tokens of one step of every image."""
-        return sum(entry.work.tokens for entry in self._entries)
+    def seconds_left(self) -> float:
+        """How long what is here will take, at the speed of the last ticks."""
+        return sum(entry.remaining for entry in self._entries) * self._seconds_per_token
 
     def add(self, work: W) -> None:
         self._entries.append(_Entry(work))

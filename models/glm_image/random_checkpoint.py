@@ -46,7 +46,7 @@ GLYPHS = {
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
 RENDERER: dict[str, Any] = {
-    "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 3, "attention_head_dim": 32,
+    "patch_size": 2, "in_channels": 8, "out_channels": 8, "num_layers": 3, "attention_head_dim": 16,
     "num_attention_heads": 4, "time_embed_dim": 64, "condition_dim": 16,
 }  # fmt: skip
 VAE = {
@@ -88,7 +88,7 @@ def byte_level_processor(codes: int) -> GlmImageProcessor:
 
 def cached_random_checkpoint(cache: Path) -> Path:
     """The folder of the small random checkpoint, made on first use. Several processes may ask at once."""
-    folder = cache / "random-glm-image-2"
+    folder = cache / "random-glm-image-3"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))

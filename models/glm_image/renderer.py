@@ -13,7 +13,6 @@ Written after diffusers' `GlmImageTransformer2DModel`, whose weights it takes un
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,18 @@ from models.row_blocks import Linear, elementwise
 
 MODULATION_ROWS = 16  # images per block of the modulations' matrix products
 ROPE_THETA = 10000.0
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": partial(F.gelu, approximate="tanh")}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation. In float32 on a CPU written with a sigmoid, 0.5 (1 + tanh(u)) = sigmoid(2u),
+    which takes half as long as torch's own."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.gelu(x, approximate="tanh")
+    twice = 2 * math.sqrt(2 / math.pi)
+    return x.square().mul_(0.044715 * twice).add_(twice).mul_(x).sigmoid_().mul_(x)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": gelu_tanh}
 
 
 @dataclass(frozen=True)

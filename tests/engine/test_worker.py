@@ -220,6 +220,16 @@ async def test_what_outlasts_the_grace_period_is_handed_back_unblamed(
     assert (record.state, record.runs) == (JobState.QUEUED, 0)
 
 
+async def test_a_second_drain_hands_back_at_once(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+    async with working(queue, small_engine(model), tmp_path, grace_s=300.0) as worker:
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
+        await until_running(queue, "long")
+        worker.drain()
+    record = await queue.get("long")
+    assert record is not None
+    assert (record.state, record.runs) == (JobState.QUEUED, 0)
+
+
 async def test_heartbeats_say_what_the_engine_does(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
     async with working(queue, small_engine(model), tmp_path):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=3), "j")

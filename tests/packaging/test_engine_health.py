@@ -60,9 +60,9 @@ async def test_the_ids_that_engines_choose_start_with_the_host_name() -> None:
         sys.executable,
         "-c",
         "import sys, types, server.cli\n"
-        "worker = types.ModuleType('engine.worker')\n"
+        "worker = types.ModuleType('engine.process')\n"
         "worker.main = lambda settings: print(settings.engine_id) or 0\n"
-        "sys.modules['engine.worker'] = worker\n"
+        "sys.modules['engine.process'] = worker\n"
         "sys.argv = ['glimmer', 'engine', '--redis-url', 'redis://nowhere']\n"
         "server.cli.main()\n",
         stdout=asyncio.subprocess.PIPE,

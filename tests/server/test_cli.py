@@ -165,7 +165,7 @@ def test_no_progress_bars_in_the_engine_s_log(monkeypatch: pytest.MonkeyPatch) -
             seen.update({name: os.environ.get(name) for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")})
             return lambda settings: 0
 
-    monkeypatch.setitem(sys.modules, "engine.worker", Worker("engine.worker"))
+    monkeypatch.setitem(sys.modules, "engine.process", Worker("engine.process"))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # somebody's choice, and it stays
     answer = glimmer("engine", "--redis-url", "unix:///nowhere")

@@ -119,7 +119,7 @@ class Engine:
         while self._inbox:
             request = self._inbox.popleft()
             self._images_left[request] = request.spec.n
-            self._guarded([_Arrival(request)], self._prepare)
+            self._guarded_each([request], self._prepare)
         while self._cancelled:
             request_id = self._cancelled.popleft()
             for request in [r for r in self._images_left if r.id == request_id]:
@@ -189,17 +189,15 @@ class Engine:
 
     # --- what they are made of ----------------------------------------------------------------------------------------
 
-    def _prepare(self, arrivals: "list[_Arrival]") -> None:
+    def _prepare(self, request: Request) -> None:
         """Tokenize, take over the plans that are known, refuse what could never be served."""
-        for request in (arrival.request for arrival in arrivals):
-            spec, geometry = request.spec, request.spec.geometry
-            request.prompt_ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width)
-            for image in request.images:
-                given = request.plans.get(image.index)
-                image.plan = Plan.from_dict(spec.plan) if spec.plan else given
-                self._check_plan(image)
-            self.planner.check(request)
-            self._waiting.append(request)
+        spec, geometry = request.spec, request.spec.geometry
+        request.prompt_ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width)
+        for image in request.images:
+            image.plan = Plan.from_dict(spec.plan) if spec.plan else request.plans.get(image.index)
+            self._check_plan(image)
+        self.planner.check(request)
+        self._waiting.append(request)
 
     def _check_plan(self, image: Image) -> None:
         plan, grid, codes = image.plan, image.request.spec.geometry.plan, self.model.planner.config.codebook_size
@@ -217,8 +215,7 @@ class Engine:
         preview, plan = geometry.preview, geometry.plan
         written_first = TokenGrid(preview.rows, preview.cols, tokens[: preview.tokens])
         image.plan = Plan(plan.rows, plan.cols, tokens[preview.tokens :], written_first)
-        image.planned_at = time.monotonic()
-        self.metrics.planning.observe(image.planned_at - image.admitted_at)
+        self.metrics.planning.observe(time.monotonic() - image.admitted_at)
         self._events.append(Planned(image.request, image.index, image.plan))
         self._guarded([image], self._start_rendering)
 
@@ -303,10 +300,3 @@ class Engine:
     def _synchronise(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-
-
-class _Arrival:
-    """A request before it has images."""
-
-    def __init__(self, request: Request):
-        self.request = request

@@ -33,6 +33,11 @@ class Request:
         return [Image(self, index) for index in range(self.spec.n)]
 
     @property
+    def request(self) -> Request:
+        """Itself: whatever the engine works on names its request."""
+        return self
+
+    @property
     def is_planned(self) -> bool:
         return all(image.plan is not None for image in self.images)
 
@@ -45,7 +50,7 @@ class Image:
     index: int
     plan: Plan | None = None  # filled when planning ends
     admitted_at: float = field(default_factory=time.monotonic)
-    planned_at: float = 0.0
+    planned_at: float = 0.0  # when rendering could begin
     rendered_at: float = 0.0
 
     @property

@@ -198,7 +198,6 @@ class Worker:
         try:
             state = await self._follow(job)
         except Exception as error:
-            event(logger, "job_broke", logging.ERROR, job=job.claim.job_id, error=repr(error), where=where(error))
             state = await self._fail(job, error)
         finally:
             self._engine.cancel(job.request.id)

@@ -4,6 +4,8 @@ Tokens stay on the device: a step reads the last token of every sequence from a 
 The host learns a plan only when it is complete.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -66,9 +68,8 @@ class PlannerRunner:
         rotary = self.rotary.at(positions[:, None].expand(-1, 3), self.dtype)
         hidden = self.model(tokens, rotary, attention, self.prefill_block)
         self._share_last_block(groups)
-        ends = torch.tensor(lengths).cumsum(0) - 1
         sequences = [sequence for group in groups for sequence in group.sequences]
-        last = [int(end) for end, group in zip(ends, groups, strict=True) for _ in group.sequences]
+        last = [end - 1 for end, group in zip(accumulate(lengths), groups, strict=True) for _ in group.sequences]
         self._choose(sequences, hidden[self._to_device(_pad(last, self._decode_rows(len(last))))])
 
     @torch.inference_mode()
@@ -100,7 +101,7 @@ class PlannerRunner:
         self._tokens[slots, steps] = sample(logits, uniforms, temperature, top_p, self.sampling.top_k)
 
     def _fill_slot(self, sequence: Sequence) -> None:
-        spec, geometry, slot = sequence.image.request.spec, sequence.image.request.spec.geometry, sequence.slot
+        spec, geometry, slot = sequence.request.spec, sequence.request.spec.geometry, sequence.slot
         grids = [(geometry.preview.rows, geometry.preview.cols), (geometry.plan.rows, geometry.plan.cols)]
         total = sequence.total
         self._positions[slot, :total] = plan_positions(sequence.prompt_length, grids).to(self.device)

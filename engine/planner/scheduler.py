@@ -91,10 +91,6 @@ class PlannerScheduler:
         return len(self._free_slots)
 
     @property
-    def free_tokens(self) -> int:
-        return self.allocator.free * self.block_size
-
-    @property
     def sequences(self) -> list[Sequence]:
         """Every sequence under way, prefilled or not."""
         return self._decode + [sequence for group in self._prefill for sequence in group.sequences]

@@ -26,10 +26,7 @@ class PlannerConfig:
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 0.5
     mrope_section: tuple[int, int, int] = (8, 12, 12)
-    max_position_embeddings: int = 131072
     codebook_size: int = 16384
-    image_start_token_id: int = 16384
-    image_end_token_id: int = 16385
 
     @property
     def rotary_dim(self) -> int:
@@ -57,8 +54,6 @@ class PlannerConfig:
                 "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
                 "mrope_section": tuple(rope.get("mrope_section", (8, 12, 12))),
                 "codebook_size": config["vq_config"]["num_embeddings"],
-                "image_start_token_id": config["image_start_token_id"],
-                "image_end_token_id": config["image_end_token_id"],
             }
         )
 

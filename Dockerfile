@@ -46,8 +46,8 @@ ENTRYPOINT ["glimmer"]
 FROM runtime AS engine
 COPY --from=build-engine /opt/venv /opt/venv
 COPY deploy/engine_health.py /opt/glimmer/engine_health.py
-# Checkpoints, from the hub or made by Glimmer itself: mount a volume here to keep them.
-ENV GLIMMER_CACHE_DIR=/var/cache/glimmer HF_HOME=/var/cache/glimmer/huggingface
+# Checkpoints from the hub; mount a volume here to keep them. The small default one is part of the installation.
+ENV HF_HOME=/var/cache/glimmer/huggingface
 VOLUME /var/cache/glimmer
 # Asks Redis for the engine's heartbeat. Loading a checkpoint counts as alive, a hung device does not.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \

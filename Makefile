@@ -26,10 +26,10 @@ endef
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help install demo serve check test bench format clean
+.PHONY: help install demo serve check test bench score-nano train-nano format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Install Glimmer with everything for development into .venv
 
@@ -49,6 +49,12 @@ test: check ## All checks and all tests; what continuous integration runs
 
 bench: $(STAMP) ## Measure throughput and latency against the reference pipeline
 	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+score-nano: $(STAMP) ## Whether the default checkpoint draws held-out prompts as asked
+	@$(BIN)/python -m benchmarks.nano_quality $(ARGS)
+
+train-nano: $(STAMP) ## Train the default checkpoint again, into out/nano-checkpoint; hours on a CPU, resumable
+	@$(BIN)/python -m models.nano.train --out out/nano-checkpoint $(ARGS)
 
 format: $(STAMP) ## Format the code and apply the lint fixes that are safe
 	$(BIN)/ruff check --fix-only

@@ -12,6 +12,7 @@ rounds' sums.
 
 import argparse
 import itertools
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from tqdm import tqdm
 
 from benchmarks.full_size import run_full_size
 from benchmarks.measure import Measurement, drive, merge
-from engine.config import default_cache_dir
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
 from models.glm_image.model import GlmImage
@@ -37,6 +37,11 @@ SIZES = ((256, 256), (384, 256), (512, 512))
 STEPS = (8, 12, 20)
 PROMPTS = ('a poster with top headline "SUMMER SALE" and a red circle', "a plain poster", 'bottom footer "OPEN 9 TO 5"')
 CONCURRENCY = (1, 4, 16)
+
+
+def cache_dir() -> Path:
+    """Where the random checkpoint is kept: `$XDG_CACHE_HOME/glimmer`, by default `~/.cache/glimmer`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glimmer"
 
 
 def requests(count: int) -> list[JobSpec]:
@@ -103,7 +108,7 @@ def print_table(rows: list[Measurement]) -> None:
 
 
 def run_small(model: str | None, count: int, rounds: int, device: torch.device) -> None:
-    folder = Path(model) if model else cached_random_checkpoint(default_cache_dir())
+    folder = Path(model) if model else cached_random_checkpoint(cache_dir())
     specs = requests(count)
     engine = Engine(GlmImage.load(str(folder), device, torch.float32))
     reference = load_reference(folder, device)

@@ -1,8 +1,6 @@
 """What one engine process is told when it starts. No torch: the command line and the supervisor build it too."""
 
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 Stage = Literal["all"]
@@ -16,11 +14,6 @@ HAND_BACK_S = 5.0
 the engine start to hand back the jobs that are left, and each takes a call to a Redis that may be slow."""
 
 
-def default_cache_dir() -> Path:
-    """For checkpoints that Glimmer makes itself: `$XDG_CACHE_HOME/glimmer`, by default `~/.cache/glimmer`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glimmer"
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """Settings of one engine process. A field left at None is chosen by the engine from the checkpoint and the device.
@@ -28,7 +21,7 @@ class EngineSettings:
     Args:
         redis_url: where the jobs are, for example `redis://host:6379/0` or `unix:///path/redis.sock`.
         engine_id: name of this incarnation, and of its consumer in the queue; never used twice.
-        model: a checkpoint folder or a hub id; None takes the default checkpoint.
+        model: a checkpoint folder or a hub id; None takes the checkpoint that is shipped.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (bfloat16 on CUDA, float32 on CPU), `float32` or `bfloat16`.
         stage: `all`: this process plans and renders. Planners and renderers apart do not exist yet.
@@ -37,7 +30,6 @@ class EngineSettings:
         max_prompt_tokens: a longer prompt is refused.
         kv_tokens: tokens the planner's KV cache holds.
         render_token_budget: packed tokens of one renderer tick at most.
-        cache_dir: where checkpoints that Glimmer makes itself are kept.
         grace_s: seconds that running jobs may take to finish after SIGTERM; then they are handed back.
         log_level: events below it are not logged.
     """
@@ -53,6 +45,5 @@ class EngineSettings:
     max_prompt_tokens: int = 2048
     kv_tokens: int | None = None
     render_token_budget: int | None = None
-    cache_dir: Path = field(default_factory=default_cache_dir)
     grace_s: float = 30.0
     log_level: LogLevel = "info"

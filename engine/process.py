@@ -20,7 +20,7 @@ from engine.logs import configure, event, where
 from engine.worker import HEARTBEAT_S, HEARTBEAT_TTL_S, Worker
 from models.errors import CheckpointError
 from models.glm_image.model import GlmImage
-from models.glm_image.random_checkpoint import cached_random_checkpoint
+from models.nano import CHECKPOINT, NAME
 
 logger = logging.getLogger("glimmer.engine")
 
@@ -54,14 +54,7 @@ async def _serve(settings: EngineSettings) -> None:
                 await queue.heartbeat(starting, "", HEARTBEAT_TTL_S)
             await asyncio.wait({loading}, timeout=HEARTBEAT_S)
         engine = loading.result()
-        side = engine.model.autoencoder.default_side
-        info = replace(
-            starting,
-            state="ready",
-            model=engine.model.name,
-            default_size=f"{side}x{side}",
-            codebook_size=engine.model.planner.config.codebook_size,
-        )
+        info = _ready(starting, engine.model, settings.model)
         event(
             logger,
             "engine_ready",
@@ -79,7 +72,7 @@ async def _serve(settings: EngineSettings) -> None:
 def _load(settings: EngineSettings) -> Engine:
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    model = GlmImage.load(settings.model or str(cached_random_checkpoint(settings.cache_dir)), device, dtype)
+    model = GlmImage.load(settings.model or str(CHECKPOINT), device, dtype)
     limits = EngineLimits.choose(
         model,
         max_images=settings.max_images,
@@ -88,6 +81,20 @@ def _load(settings: EngineSettings) -> Engine:
         render_token_budget=settings.render_token_budget,
     )
     return Engine(model, limits)
+
+
+def _ready(starting: EngineInfo, model: GlmImage, named: str | None) -> EngineInfo:
+    """What the heartbeats say once the model is loaded, which the settings call `named`."""
+    side = model.autoencoder.default_side
+    return replace(
+        starting,
+        state="ready",
+        model=named or NAME,
+        default_size=model.defaults.size or f"{side}x{side}",
+        codebook_size=model.planner.config.codebook_size,
+        default_steps=model.defaults.num_inference_steps,
+        default_guidance=model.defaults.guidance_scale,
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from engine import logs
-from engine.config import EXIT_CONFIGURATION, EngineSettings, LogLevel, Stage, default_cache_dir
+from engine.config import EXIT_CONFIGURATION, EngineSettings, LogLevel, Stage
 from engine.errors import QueueUnavailable
 from engine.jobs.job import Priority
 from server import client
@@ -54,7 +54,7 @@ GraceS = Annotated[float, _setting("grace_s")]
 Level = Annotated[LogLevel, _setting("log_level")]
 Model = Annotated[
     str | None,
-    typer.Option(envvar="GLIMMER_MODEL", help="Checkpoint folder or hub id; without it the default checkpoint."),
+    typer.Option(envvar="GLIMMER_MODEL", help="Checkpoint folder or hub id; without it the small one that is shipped."),
 ]
 Device = Annotated[str, typer.Option(envvar="GLIMMER_DEVICE", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(envvar="GLIMMER_DTYPE", help="auto, float32 or bfloat16.")]
@@ -171,12 +171,6 @@ def engine(
         int | None,
         typer.Option(envvar="GLIMMER_RENDER_TOKEN_BUDGET", min=1, help="Tokens of one renderer tick at most."),
     ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="GLIMMER_CACHE_DIR", help="For checkpoints Glimmer makes itself.", show_default="~/.cache/glimmer"
-        ),
-    ] = None,
     grace_s: Annotated[
         float, typer.Option(envvar="GLIMMER_GRACE_S", min=0, help="Seconds running jobs get after SIGTERM.")
     ] = EngineSettings.grace_s,
@@ -198,7 +192,6 @@ def engine(
         max_prompt_tokens=max_prompt_tokens,
         kv_tokens=kv_tokens,
         render_token_budget=render_token_budget,
-        cache_dir=cache_dir or default_cache_dir(),
         grace_s=grace_s,
         log_level=log_level,
     )

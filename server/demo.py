@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-PROMPT = 'A poster for a summer night market, paper lanterns over a canal, with the title "GLIMMER"'
+PROMPT = 'a blue poster, top headline "GLIMMER", center a large yellow star, bottom footer "HELLO" on a red bar'
 PICTURE = Path("out/demo.png")
 LOG = Path("out/demo.log")
 READY = re.compile(r"^Glimmer is ready at (http://\S+)", re.MULTILINE)
@@ -33,6 +33,7 @@ def running_server(data_dir: Path) -> Iterator[str]:
     """
     command = [*GLIMMER, "serve", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(data_dir)]
     environment = {name: value for name, value in os.environ.items() if name != "GLIMMER_REDIS_URL"}
+    LOG.parent.mkdir(exist_ok=True)
     with LOG.open("wb") as log:
         # A session of its own: Ctrl+C reaches this process alone, which then stops the server.
         server = subprocess.Popen(
@@ -68,17 +69,17 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
     PICTURE.parent.mkdir(exist_ok=True)
-    print("Starting a server on this machine; the first start makes a small checkpoint", flush=True)
+    print("Starting a server on this machine, with the small model that is shipped", flush=True)
     with tempfile.TemporaryDirectory(prefix="glimmer-demo-") as data_dir, running_server(Path(data_dir)) as url:
         print(f"Asking {url} for: {PROMPT}", flush=True)
         code = subprocess.run([*GLIMMER, "generate", PROMPT, "--output", str(PICTURE), "--url", url]).returncode
         if code != 0:
             sys.exit(f"No picture was made; the server's log is {LOG}.")
     print(f"""
-The picture is {PICTURE}. The default checkpoint has random weights: every part of the server is real, the picture
-is noise. Next:
-  make serve ARGS='--model zai-org/GLM-Image'          serves the published model; that takes a large GPU
-  .venv/bin/glimmer generate "a red fox" -o fox.png    asks a running server for a picture""")
+The picture is {PICTURE}. The small model draws posters: up to two lines of text and two shapes, in ten colours. Next:
+  make serve                                     keeps a server running, for requests such as this one:
+  .venv/bin/glimmer generate 'a pink poster, headline "OPEN", a small teal circle, footer "TODAY"' -o open.png
+  make serve ARGS='--model zai-org/GLM-Image'    serves the published model; that takes a large GPU""")
 
 
 def _exit(number: int, _: object) -> NoReturn:

@@ -19,7 +19,7 @@ STEPS_BY_QUALITY = {"low": 12, "medium": 25, "high": 50, "xhigh": 75, "max": 100
 """Denoising steps of each quality. The published model is meant to run 50; beyond that little changes."""
 
 _SAME_AS = {"auto": "high", "standard": "medium", "hd": "high"}
-"""Qualities that are another name for one of the above; the answer carries the latter."""
+"""Qualities that the answer calls by one of the names above. But `auto` runs as many steps as the checkpoint names."""
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
@@ -69,8 +69,8 @@ def to_spec(order: Order, engine: EngineInfo) -> JobSpec:
         height=height,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**32),
         n=request.n,
-        num_inference_steps=request.num_inference_steps or STEPS_BY_QUALITY[order.quality],
-        guidance_scale=request.guidance_scale,
+        num_inference_steps=request.num_inference_steps or _steps(order, engine),
+        guidance_scale=engine.default_guidance if request.guidance_scale is None else request.guidance_scale,
         negative_prompt=request.negative_prompt,
         temperature=request.temperature,
         top_p=request.top_p,
@@ -167,6 +167,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise invalid("size", f"Invalid value for size: one side may be at most {MAX_ASPECT} times the other.")
     if width * height > max_pixels:
         raise invalid("size", f"Invalid value for size: this server makes pictures of at most {max_pixels} pixels.")
+
+
+def _steps(order: Order, engine: EngineInfo) -> int:
+    return engine.default_steps if order.request.quality == "auto" else STEPS_BY_QUALITY[order.quality]
 
 
 def _default_size(engine: EngineInfo) -> tuple[int, int]:

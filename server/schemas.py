@@ -60,7 +60,7 @@ class GenerationRequest(_Body):
     model: str | None = Field(None, description="a name that GET /v1/models lists")
     n: int = Field(1, ge=1, le=10, description="a number of images, 1..10")
     size: str = Field("auto", description='"auto" (the model\'s default) or "WIDTHxHEIGHT", each side 64..2048')
-    quality: Quality = Field("auto", description="a name for a number of steps")
+    quality: Quality = Field("auto", description='"auto" (the model\'s default) or a name for a number of steps')
     response_format: Literal["b64_json", "url"] = Field("b64_json", description='"b64_json"')
     output_format: OutputFormat = Field("png", description='"png", "jpeg" or "webp"')
     output_compression: int = Field(100, ge=0, le=100, description="0..100, quality of jpeg and webp, effort of png")
@@ -70,7 +70,7 @@ class GenerationRequest(_Body):
 
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="0..2**53-1; image i uses seed + i")
     num_inference_steps: int | None = Field(None, ge=1, le=200, description="1..200 steps; wins over quality")
-    guidance_scale: float = Field(1.5, ge=0, le=20, description="0..20; 1 or less turns guidance off")
+    guidance_scale: float | None = Field(None, ge=0, le=20, description="0..20; 1 or less turns guidance off")
     negative_prompt: str = Field("", max_length=32_000, description="a text of at most 32000 characters")
     temperature: float | None = Field(None, ge=0, le=2, description="0..2; 0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0, at most 1")

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from engine.jobs.job import JobSpec
+from models.glm_image.config import RequestDefaults
 from models.glm_image.model import GlmImage
+from models.nano import CHECKPOINT
 from tests.checkpoints import small_engine
 
 
@@ -122,6 +124,25 @@ def test_an_engine_killed_with_eight_jobs_running_costs_nobody_anything(server: 
     health = server.health()
     assert health["queue"] == {"waiting": 0, "running": 0}
     assert [e["pid"] for e in health["engines"]] != [engine["pid"]]
+
+
+def test_without_a_model_the_small_one_that_is_shipped_draws_as_it_is_meant_to(tmp_path: Path) -> None:
+    named = RequestDefaults.read(CHECKPOINT / "glimmer.json")
+    running = Server(tmp_path)
+    try:
+        answer = running.post(prompt='a red poster, headline "HELLO"', seed=1)
+        model = httpx.get(f"{running.url}/v1/models", timeout=10).json()["data"][0]["id"]
+    finally:
+        assert running.stop() == 0
+    log = running.log.read_text()
+    assert "(model glimmer-nano;" in log
+    assert str(CHECKPOINT.parent) not in log
+    assert model == "glm-image"
+    assert answer["size"] == named.size
+    assert f"steps={named.num_inference_steps}" in log
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).convert("RGB"))
+    red, green, blue = np.median(picture.reshape(-1, 3), axis=0)
+    assert red > 150 > 100 > max(green, blue)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_ends_serve_with_the_reason(tmp_path: Path) -> None:

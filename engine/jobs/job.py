@@ -195,17 +195,27 @@ class Budget:
 
 @dataclass(frozen=True)
 class EngineInfo(_Record):
-    """What an engine says of itself with every heartbeat."""
+    """What an engine says of itself with every heartbeat.
+
+    A default stands for what an engine of an older version does not say.
+
+    Args:
+        state: starting, ready, draining or stuck.
+        default_size: "WxH" in pixels, for size=auto.
+        default_steps, default_guidance: for a request that names neither steps nor a quality, or no guidance.
+    """
 
     id: str
     pid: int
     stage: str  # all: it plans and renders
-    state: str  # starting | ready | draining | stuck
+    state: str
     model: str
-    default_size: str  # "WxH", for size=auto
+    default_size: str
     codebook_size: int
     max_prompt_tokens: int
     images_running: int = 0
+    default_steps: int = JobSpec.num_inference_steps
+    default_guidance: float = JobSpec.guidance_scale
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,55 @@ class SamplingDefaults:
             top_p=float(config.get("top_p") or 1.0),
             top_k=config.get("top_k") or None,
         )
+
+
+@dataclass(frozen=True)
+class RequestDefaults:
+    """What a request gets where it does not say (`glimmer.json` at the top of a checkpoint; the file and each of its
+    keys may be missing).
+
+    Args:
+        num_inference_steps: denoising steps, 1..200.
+        guidance_scale: 0..20.
+        size: "WxH" in pixels; None stands for the square that the autoencoder is made for.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.5
+    size: str | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> "RequestDefaults":
+        """The defaults in `file`, the published model's where there is no such file.
+
+        Raises:
+            CheckpointError: no JSON object, an unknown key or a value out of range; the message names file and key.
+        """
+        given = read_json(file) if file.is_file() else {}
+        for key, value in given.items():
+            if key not in _REQUEST_RANGES:
+                raise CheckpointError(f"{file} has an unknown key {key!r}; it may have {', '.join(_REQUEST_RANGES)}")
+            fits, accepted = _REQUEST_RANGES[key]
+            if not fits(value):
+                raise CheckpointError(f"{key} in {file} is {value!r}; expected {accepted}")
+        return cls(**given)
+
+
+def _is_size(value: Any) -> bool:
+    match = re.fullmatch(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})", value) if isinstance(value, str) else None
+    if match is None:
+        return False
+    short, long = sorted((int(match[1]), int(match[2])))
+    return short >= 64 and long <= 2048 and long <= 4 * short
+
+
+# What the API takes; models know nothing of it, so a test holds the two against each other. Types are compared exactly,
+# because a boolean is an integer to `isinstance`.
+_REQUEST_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_inference_steps": (lambda value: type(value) is int and 1 <= value <= 200, "an integer, 1..200"),
+    "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value <= 20, "a number, 0..20"),
+    "size": (_is_size, '"WIDTHxHEIGHT", each side 64..2048, one at most 4 times the other'),
+}
 
 
 # What the table of published sizes does not list follows ByT5-small's encoder and CogView4's autoencoder, whose

@@ -19,6 +19,7 @@ from models.glm_image.config import (
     PUBLISHED_SCHEDULER,
     PlannerConfig,
     RendererConfig,
+    RequestDefaults,
     SamplingDefaults,
     read_json,
 )
@@ -38,7 +39,6 @@ class GlmImage:
     `device` and `dtype` are the planner's, the renderer's and the glyph encoder's; the autoencoder shares them.
     """
 
-    name: str
     prompts: PromptEncoder
     planner: Planner
     glyphs: GlyphEncoder
@@ -46,6 +46,7 @@ class GlmImage:
     autoencoder: Autoencoder
     scheduler: FlowMatchEulerDiscreteScheduler
     sampling: SamplingDefaults
+    defaults: RequestDefaults
     device: torch.device
     dtype: torch.dtype
 
@@ -58,6 +59,7 @@ class GlmImage:
         """
         folder = find_checkpoint(model)
         read_json(folder / "model_index.json")
+        defaults = RequestDefaults.read(folder / "glimmer.json")
         encoder_json = read_json(folder / "vision_language_encoder" / "config.json")
         planner_config = PlannerConfig.from_json(encoder_json)
         renderer_config = RendererConfig.from_json(read_json(folder / "transformer" / "config.json"))
@@ -77,7 +79,6 @@ class GlmImage:
         generation = folder / "vision_language_encoder" / "generation_config.json"
         glyph_model = read("text_encoder", lambda: T5EncoderModel(t5))
         return cls(
-            name=model,
             prompts=_processor(folder),
             planner=read("vision_language_encoder", lambda: Planner(planner_config), planner_key),
             glyphs=GlyphEncoder(ByT5Tokenizer.from_pretrained(folder / "tokenizer"), glyph_model),
@@ -85,6 +86,7 @@ class GlmImage:
             autoencoder=Autoencoder(read("vae", lambda: _vae(vae_json))),
             scheduler=_scheduler(read_json(folder / "scheduler" / "scheduler_config.json")),
             sampling=SamplingDefaults.from_json(read_json(generation) if generation.is_file() else {}),
+            defaults=defaults,
             device=device,
             dtype=dtype,
         )
@@ -109,7 +111,6 @@ class GlmImage:
 
         t5 = T5Config.from_dict(PUBLISHED_GLYPH_ENCODER | {"d_model": renderer_config.text_embed_dim})
         return cls(
-            name="random",
             prompts=PromptEncoder(byte_level_processor(planner_config.codebook_size)),
             planner=make(lambda: Planner(planner_config)),
             glyphs=GlyphEncoder(ByT5Tokenizer(), make(lambda: T5EncoderModel(t5))),
@@ -117,6 +118,7 @@ class GlmImage:
             autoencoder=Autoencoder(make(lambda: _vae(PUBLISHED_AUTOENCODER))),
             scheduler=_scheduler(PUBLISHED_SCHEDULER),
             sampling=SamplingDefaults(),
+            defaults=RequestDefaults(),
             device=device,
             dtype=dtype,
         )

@@ -1,7 +1,7 @@
 """A small checkpoint with random weights, in the published layout, made by the reference packages.
 
-It stands in where no trained checkpoint is at hand: it draws noise, but every part of a request is real. Planner and
-renderer have layers in the published model's proportion, 40 to 30.
+For tests and benchmarks: it draws noise, but every part of a request is real. Planner and renderer have layers in the
+published model's proportion, 40 to 30.
 """
 
 import shutil

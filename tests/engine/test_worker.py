@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +23,9 @@ SPEC = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
 
 
 @asynccontextmanager
-async def working(queue: JobQueue, engine: Engine, tmp_path: Path, **settings: float) -> AsyncIterator[Worker]:
+async def working(queue: JobQueue, engine: Engine, **settings: float) -> AsyncIterator[Worker]:
     """A worker that is drained at the end."""
-    config = EngineSettings(redis_url="", engine_id=f"engine-{time.monotonic_ns()}", cache_dir=tmp_path, **settings)  # type: ignore[arg-type]
+    config = EngineSettings(redis_url="", engine_id=f"engine-{time.monotonic_ns()}", **settings)  # type: ignore[arg-type]
     info = EngineInfo(config.engine_id, 1, "all", "ready", "m", "64x64", 512, 2048)
     worker = Worker(engine, queue, info, config)
     running = asyncio.ensure_future(worker.run())
@@ -53,7 +52,7 @@ async def until_running(queue: JobQueue, job_id: str) -> JobRecord:
             await asyncio.sleep(0.02)
 
 
-async def test_jobs_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+async def test_jobs_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
     specs = [
         replace(SPEC, n=2, return_plan=True),
@@ -61,7 +60,7 @@ async def test_jobs_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmIm
         replace(SPEC, seed=8, output_format="webp"),
     ]
     expected = engine.generate(specs)
-    async with working(queue, engine, tmp_path):
+    async with working(queue, engine):
         for number, spec in enumerate(specs):
             await submit(queue, spec, f"j{number}")
         for number, spec in enumerate(specs):
@@ -79,8 +78,8 @@ async def test_jobs_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmIm
     assert engine.metrics.jobs.labels("succeeded")._value.get() == 3
 
 
-async def test_a_bad_request_fails_and_its_neighbour_does_not(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
-    async with working(queue, small_engine(model), tmp_path):
+async def test_a_bad_request_fails_and_its_neighbour_does_not(queue: JobQueue, model: GlmImage) -> None:
+    async with working(queue, small_engine(model)):
         await submit(queue, replace(SPEC, prompt="a <|image|>"), "bad")
         await submit(queue, SPEC, "good")
         bad = await queue.wait("bad")
@@ -94,7 +93,7 @@ async def test_a_bad_request_fails_and_its_neighbour_does_not(queue: JobQueue, m
     ("planted", "code"), [(torch.OutOfMemoryError("planted"), "out_of_memory"), (ValueError("secret"), "engine_error")]
 )
 async def test_a_failure_is_told_without_its_inside(
-    queue: JobQueue, model: GlmImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: Exception, code: str
+    queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch, planted: Exception, code: str
 ) -> None:
     engine = small_engine(model)
 
@@ -102,7 +101,7 @@ async def test_a_failure_is_told_without_its_inside(
         raise planted
 
     monkeypatch.setattr(engine.renderer_runner, "prepare", broken)
-    async with working(queue, engine, tmp_path):
+    async with working(queue, engine):
         await submit(queue, SPEC, "j")
         record = await queue.wait("j")
     assert record.error is not None
@@ -111,7 +110,7 @@ async def test_a_failure_is_told_without_its_inside(
 
 
 async def test_a_broken_encoder_fails_the_job_alone(
-    queue: JobQueue, model: GlmImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(pixels, output_format, quality):
         if output_format == "webp":
@@ -119,16 +118,16 @@ async def test_a_broken_encoder_fails_the_job_alone(
         return b"png"
 
     monkeypatch.setattr("engine.worker.encode", broken)
-    async with working(queue, small_engine(model), tmp_path):
+    async with working(queue, small_engine(model)):
         await submit(queue, replace(SPEC, output_format="webp"), "bad")
         await submit(queue, SPEC, "good")
         assert (await queue.wait("bad")).state is JobState.FAILED
         assert (await queue.wait("good")).state is JobState.SUCCEEDED
 
 
-async def test_a_cancelled_job_frees_the_engine_at_once(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+async def test_a_cancelled_job_frees_the_engine_at_once(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
-    async with working(queue, engine, tmp_path):
+    async with working(queue, engine):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=4), "long")
         await until_running(queue, "long")
         assert await queue.cancel("long")
@@ -136,17 +135,15 @@ async def test_a_cancelled_job_frees_the_engine_at_once(queue: JobQueue, model: 
         assert engine.planner.allocator.used == 0
 
 
-async def test_a_job_past_its_deadline_is_dropped(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+async def test_a_job_past_its_deadline_is_dropped(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
-    async with working(queue, engine, tmp_path):
+    async with working(queue, engine):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512, n=4), "late", timeout_s=1.0)
         assert (await queue.wait("late")).state is JobState.EXPIRED
         await until(lambda: engine.is_idle, seconds=3)
 
 
-async def test_plans_are_kept_and_a_later_run_starts_from_them(
-    queue: JobQueue, model: GlmImage, tmp_path: Path
-) -> None:
+async def test_plans_are_kept_and_a_later_run_starts_from_them(queue: JobQueue, model: GlmImage) -> None:
     """A first engine plans and is lost; the second renders the same bytes without planning."""
     engine = small_engine(model)
     [[expected]] = engine.generate([replace(SPEC, num_inference_steps=30)])
@@ -158,7 +155,7 @@ async def test_plans_are_kept_and_a_later_run_starts_from_them(
     assert await queue.checkpoint_plan(claim, 0, plan)
     await queue.surrender("first")
     written = engine.metrics.planner_tokens._value.get()
-    async with working(queue, engine, tmp_path):
+    async with working(queue, engine):
         assert (await queue.wait("j")).state is JobState.SUCCEEDED
         result = await queue.result("j")
     assert result is not None
@@ -183,8 +180,8 @@ def _plans(engine: Engine, spec: JobSpec) -> list[Plan]:
     return plans
 
 
-async def test_a_worker_checkpoints_plans(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
-    async with working(queue, small_engine(model), tmp_path, grace_s=0.0):
+async def test_a_worker_checkpoints_plans(queue: JobQueue, model: GlmImage) -> None:
+    async with working(queue, small_engine(model), grace_s=0.0):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256), "j")
         async with asyncio.timeout(30):
             while (await until_running(queue, "j")).progress["phase"] != "rendering":  # noqa: ASYNC110
@@ -194,10 +191,8 @@ async def test_a_worker_checkpoints_plans(queue: JobQueue, model: GlmImage, tmp_
     assert list(claim.plans) == [0]
 
 
-async def test_a_drain_finishes_what_runs_and_takes_nothing_new(
-    queue: JobQueue, model: GlmImage, tmp_path: Path
-) -> None:
-    async with working(queue, small_engine(model), tmp_path) as worker:
+async def test_a_drain_finishes_what_runs_and_takes_nothing_new(queue: JobQueue, model: GlmImage) -> None:
+    async with working(queue, small_engine(model)) as worker:
         await submit(queue, replace(SPEC, num_inference_steps=20), "running")
         await until_running(queue, "running")
         worker.drain()
@@ -209,10 +204,8 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(
     assert await queue.engines() == []
 
 
-async def test_what_outlasts_the_grace_period_is_handed_back_unblamed(
-    queue: JobQueue, model: GlmImage, tmp_path: Path
-) -> None:
-    async with working(queue, small_engine(model), tmp_path, grace_s=0.1):
+async def test_what_outlasts_the_grace_period_is_handed_back_unblamed(queue: JobQueue, model: GlmImage) -> None:
+    async with working(queue, small_engine(model), grace_s=0.1):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
         await until_running(queue, "long")
     record = await queue.get("long")
@@ -220,8 +213,8 @@ async def test_what_outlasts_the_grace_period_is_handed_back_unblamed(
     assert (record.state, record.runs) == (JobState.QUEUED, 0)
 
 
-async def test_a_second_drain_hands_back_at_once(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
-    async with working(queue, small_engine(model), tmp_path, grace_s=300.0) as worker:
+async def test_a_second_drain_hands_back_at_once(queue: JobQueue, model: GlmImage) -> None:
+    async with working(queue, small_engine(model), grace_s=300.0) as worker:
         await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
         await until_running(queue, "long")
         worker.drain()
@@ -230,8 +223,8 @@ async def test_a_second_drain_hands_back_at_once(queue: JobQueue, model: GlmImag
     assert (record.state, record.runs) == (JobState.QUEUED, 0)
 
 
-async def test_heartbeats_say_what_the_engine_does(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
-    async with working(queue, small_engine(model), tmp_path):
+async def test_heartbeats_say_what_the_engine_does(queue: JobQueue, model: GlmImage) -> None:
+    async with working(queue, small_engine(model)):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=3), "j")
         async with asyncio.timeout(10):
             while True:
@@ -246,7 +239,7 @@ async def test_heartbeats_say_what_the_engine_does(queue: JobQueue, model: GlmIm
 
 
 async def test_a_lost_device_ends_the_worker_and_its_jobs_go_back(
-    queue: JobQueue, model: GlmImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = small_engine(model)
 
@@ -254,7 +247,7 @@ async def test_a_lost_device_ends_the_worker_and_its_jobs_go_back(
         raise torch.AcceleratorError("device lost")
 
     monkeypatch.setattr(engine.renderer_runner, "advance", lost)
-    config = EngineSettings(redis_url="", engine_id="doomed", cache_dir=tmp_path)
+    config = EngineSettings(redis_url="", engine_id="doomed")
     worker = Worker(engine, queue, EngineInfo("doomed", 1, "all", "ready", "m", "64x64", 512, 2048), config)
     await submit(queue, SPEC, "j")
     with pytest.raises(torch.AcceleratorError):
@@ -264,9 +257,9 @@ async def test_a_lost_device_ends_the_worker_and_its_jobs_go_back(
     assert (record.state, record.runs) == (JobState.QUEUED, 1)  # the run counts: the job may be to blame
 
 
-async def test_more_jobs_than_room_are_left_for_others(queue: JobQueue, model: GlmImage, tmp_path: Path) -> None:
+async def test_more_jobs_than_room_are_left_for_others(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model, max_images=2)
-    async with working(queue, engine, tmp_path):
+    async with working(queue, engine):
         for number in range(5):
             await submit(queue, replace(SPEC, num_inference_steps=60, width=128, height=128), f"j{number}")
         await until_running(queue, "j1")
@@ -275,10 +268,10 @@ async def test_more_jobs_than_room_are_left_for_others(queue: JobQueue, model: G
             assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
 
 
-async def test_a_job_taken_from_us_is_dropped(queue: JobQueue, redis_client, model: GlmImage, tmp_path: Path) -> None:
+async def test_a_job_taken_from_us_is_dropped(queue: JobQueue, redis_client, model: GlmImage) -> None:
     """Another engine takes the job over; ours notices and neither finishes nor commits it."""
     engine = small_engine(model)
-    async with working(queue, engine, tmp_path, lease_s=1.0):
+    async with working(queue, engine, lease_s=1.0):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256), "j")
         await until_running(queue, "j")
         thief = JobQueue(redis_client, lease_ms=0)

@@ -1,7 +1,9 @@
 """What a job goes through when nothing breaks, and what it leaves behind."""
 
 import asyncio
+from dataclasses import replace
 
+import orjson
 import pytest
 import redis.asyncio
 
@@ -260,6 +262,18 @@ async def test_engines_are_listed_while_their_heart_beats(queue: JobQueue, redis
     await queue.retire("e2")
     assert await queue.engines() == []
     assert [key async for key in redis_client.scan_iter()] == []
+
+
+async def test_engines_of_other_versions_are_understood(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    """One that does not say yet what a request gets by default, and one that says more than is known here."""
+    info = EngineInfo("e", 1, "all", "ready", "nano", "512x512", 16384, 1024, default_steps=12, default_guidance=3.0)
+    await queue.heartbeat(info, "", ttl_s=60)
+    said = info.to_dict()
+    await redis_client.hset("glimmer:engine:e", "info", orjson.dumps({**said, "added_later": 1}))
+    assert await queue.engines() == [info]
+    older = {name: value for name, value in said.items() if name not in ("default_steps", "default_guidance")}
+    await redis_client.hset("glimmer:engine:e", "info", orjson.dumps(older))
+    assert await queue.engines() == [replace(info, default_steps=50, default_guidance=1.5)]
 
 
 async def _stream_lengths(client: redis.asyncio.Redis) -> tuple[int, int]:

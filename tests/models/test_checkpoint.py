@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.errors import CheckpointError, PromptError
-from models.glm_image.config import SamplingDefaults
+from models.glm_image.config import RequestDefaults, SamplingDefaults
 from models.glm_image.model import GlmImage
 from models.glm_image.prompt import quoted_strings
 from models.glm_image.random_checkpoint import cached_random_checkpoint
+from server.errors import ApiError
+from server.generation import check
+from server.schemas import parse_generation
+from server.settings import ServerSettings
 from tests.checkpoints import load
 
 RENDERER = "transformer/diffusion_pytorch_model.safetensors"
@@ -118,6 +124,72 @@ def test_sampling_defaults_are_the_file_s() -> None:
     assert SamplingDefaults.from_json({"do_sample": False, "temperature": 0.9}).temperature == 0.0
 
 
+def test_request_defaults_are_the_file_s(copy: Path, model: GlmImage) -> None:
+    assert model.defaults == RequestDefaults(50, 1.5, None)  # no file
+    (copy / "glimmer.json").write_text('{"num_inference_steps": 7, "guidance_scale": 2, "size": "128x96"}')
+    assert load(copy).defaults == RequestDefaults(7, 2.0, "128x96")
+
+
+@pytest.mark.parametrize("key", ["num_inference_steps", "guidance_scale", "size"])
+def test_every_request_default_is_optional(tmp_path: Path, key: str) -> None:
+    value = {"num_inference_steps": 1, "guidance_scale": 0, "size": "64x64"}[key]
+    file = tmp_path / "glimmer.json"
+    file.write_text(json.dumps({key: value}))
+    assert RequestDefaults.read(file) == replace(RequestDefaults(), **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[]", "no JSON object"),
+        ('{"steps": 12}', "unknown key 'steps'"),
+        *(
+            (f'{{"num_inference_steps": {value}}}', "num_inference_steps")
+            for value in ("0", "201", "2.0", "true", '"9"')
+        ),
+        *((f'{{"guidance_scale": {value}}}', "guidance_scale") for value in ("-1", "20.1", "NaN", "false", "null")),
+        *((f'{{"size": {value}}}', "size") for value in ('"auto"', '"64x0064"', '"64X64"', '" 64x64"', "[64, 64]")),
+    ],
+)
+def test_request_defaults_that_cannot_be_used_are_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "glimmer.json"
+    file.write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        RequestDefaults.read(file)
+    assert str(file) in str(caught.value)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_inference_steps", value) for value in (0, 1, 200, 201, 2.0, True)),
+        *(("guidance_scale", value) for value in (-0.1, 0, 1, 20, 20.1, True)),
+        *(("size", f"{side}x{side}") for side in (63, 64, 99, 2048, 2049, 10000)),
+        *(("size", size) for size in ("64x256", "64x257", "256x64", "257x64", "x64", "64", "٦٤x٦٤", "64x64\n")),
+    ],
+)
+def test_a_checkpoint_may_name_what_a_request_may(tmp_path: Path, field: str, value: object) -> None:
+    file = tmp_path / "glimmer.json"
+    file.write_text(json.dumps({field: value}))
+    with nullcontext() if _request_may(field, value) else pytest.raises(CheckpointError):
+        RequestDefaults.read(file)
+
+
+def _request_may(field: str, value: object) -> bool:
+    try:
+        check(parse_generation({"prompt": "x", field: value}), ServerSettings())
+    except ApiError:
+        return False
+    return True
+
+
+def test_a_checkpoint_with_such_defaults_is_refused(copy: Path) -> None:
+    (copy / "glimmer.json").write_text('{"size": "2048x64"}')
+    with pytest.raises(CheckpointError, match=r"size in .*glimmer\.json is '2048x64'"):
+        load(copy)
+
+
 def test_quoted_strings_in_the_reference_s_order() -> None:
     prompt = "\"double\" 'single' \u201ccurly\u201d \u300ccorner\u300d 'two' unclosed \""
     assert quoted_strings(prompt) == ["single", "two", "curly", "double", "corner"]
@@ -135,7 +207,7 @@ def test_too_much_lettering_is_refused(model: GlmImage) -> None:
         model.glyphs.encode(["x" * 2000] * 5)
 
 
-def test_default_checkpoint_is_made_once(tmp_path: Path) -> None:
+def test_the_cached_random_checkpoint_is_made_once(tmp_path: Path) -> None:
     first = cached_random_checkpoint(tmp_path)
     stamp = (first / "model_index.json").stat().st_mtime_ns
     assert cached_random_checkpoint(tmp_path) == first

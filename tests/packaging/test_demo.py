@@ -1,16 +1,20 @@
 """`make demo` ends its server whatever happens. A stand-in for `glimmer` plays the server and the client."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from engine.jobs.job import EngineInfo
+from models.nano.prompts import describe, random_poster
 from server import demo
 from server.launch import _announce
 from tests.packaging.files import ROOT
@@ -61,6 +65,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 def test_a_demo_that_works_says_where_the_picture_is(tmp_path: Path) -> None:
     code, printed = end(start(tmp_path, "works"))
     assert (code, "The picture is out/demo.png" in printed) == (0, True), printed
+    assert "make serve ARGS='--model zai-org/GLM-Image'" in printed
     assert (tmp_path / "stopped").exists()
 
 
@@ -85,6 +90,30 @@ def test_a_demo_that_is_interrupted_stops_its_server(tmp_path: Path, number: sig
     code, _ = end(process)
     assert code != 0
     assert (tmp_path / "stopped").exists()
+
+
+def test_the_request_that_the_demo_proposes_is_one(tmp_path: Path) -> None:
+    """It gets as far as asking a server, and there is none; and like the demo's own it uses words that the small model
+    was trained to read."""
+    _, printed = end(start(tmp_path, "works"))
+    [line] = re.findall(r"^  \.venv/bin/glimmer (.*)$", printed, re.MULTILINE)
+    command = shlex.split(line)
+    asked = subprocess.run(
+        [*demo.GLIMMER, *command, "--url", "http://127.0.0.1:9"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (asked.returncode, "cannot reach" in asked.stderr) == (1, True), asked.stderr
+    rng = Random(0)
+    known = {word for _ in range(2000) for word in words(describe(random_poster(rng), rng))}
+    assert words(demo.PROMPT) | words(command[1]) <= known
+
+
+def words(prompt: str) -> set[str]:
+    """Those outside the quotes, which may hold any text."""
+    return set(re.findall(r"[a-z]+", re.sub(r"""["'“「].*?["'”」]""", "", prompt.lower())))
 
 
 async def test_the_demo_understands_what_the_server_says(capsys: pytest.CaptureFixture[str]) -> None:

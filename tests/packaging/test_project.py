@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from models.nano import CHECKPOINT
 from tests.packaging.files import ROOT
 
 BIN = Path(sys.executable).parent
@@ -67,6 +70,35 @@ def test_the_base_dependencies_are_all_that_the_api_imports() -> None:
     )
     assert run.stdout == "imported\n", run.stderr
     assert "torch is not among the base dependencies" in run.stderr  # the refusal works
+
+
+def test_a_wheel_carries_the_small_model_s_files(tmp_path: Path) -> None:
+    """All of them, empty in a copy of the project, and one of each kind in folders of folders; built as pip does it."""
+    source = tmp_path / "source"
+    for name in ("server", "engine", "models"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    kinds = ("json", "safetensors", "png", "txt", "jinja")
+    wanted = {path.relative_to(ROOT) for path in CHECKPOINT.rglob("*") if path.is_file()}
+    wanted |= {CHECKPOINT.relative_to(ROOT) / folder / f"x.{kind}" for folder in ("", "a", "a/b") for kind in kinds}
+    for path in wanted:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).touch()
+    wanted |= {p.relative_to(source) for p in (source / "models").rglob("*") if p.is_file()}
+    assert Path("models/nano/letters.png") in wanted
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    built = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    carried = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    assert wanted - carried == set()
+    assert {path.parts[0] for path in carried} == {"server", "engine", "models", wheel_info(wheel)}
+
+
+def wheel_info(wheel: Path) -> str:
+    name, version, *_ = wheel.name.split("-")
+    return f"{name}-{version}.dist-info"
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

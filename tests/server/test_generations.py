@@ -3,6 +3,7 @@
 import base64
 import io
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -148,6 +149,36 @@ async def test_quality_is_a_number_of_steps(
     body = (await client.post(URL, json={"prompt": "x", "quality": quality})).json()
     assert body["quality"] == named
     assert stub.specs[0].num_inference_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "guidance"),
+    [
+        ({}, 7, 4.5),
+        ({"quality": "auto"}, 7, 4.5),
+        ({"quality": None, "num_inference_steps": None, "guidance_scale": None}, 7, 4.5),
+        ({"quality": "high"}, 50, 4.5),
+        ({"quality": "standard"}, 25, 4.5),
+        ({"num_inference_steps": 3}, 3, 4.5),
+        ({"guidance_scale": 0}, 7, 0),
+        ({"guidance_scale": 1.5}, 7, 1.5),
+    ],
+)
+async def test_what_a_request_leaves_open_is_the_checkpoint_s(
+    client: httpx.AsyncClient, queue: JobQueue, fields: dict[str, object], steps: int, guidance: float
+) -> None:
+    stub = StubEngine(queue)
+    stub.info = replace(stub.info, default_steps=7, default_guidance=4.5)
+    async with stub:
+        assert (await client.post(URL, json={"prompt": "x", **fields})).status_code == 200
+    assert (stub.specs[0].num_inference_steps, stub.specs[0].guidance_scale) == (steps, guidance)
+
+
+async def test_an_engine_that_does_not_say_gets_the_published_model_s(
+    client: httpx.AsyncClient, stub: StubEngine
+) -> None:
+    assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
+    assert (stub.specs[0].num_inference_steps, stub.specs[0].guidance_scale) == (50, 1.5)
 
 
 @pytest.mark.parametrize(

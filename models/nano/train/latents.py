@@ -1,0 +1,81 @@
+"""Latents of many posters, computed once: the renderer trains on these."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from models.nano import prompts, world
+from models.nano.prompts import Edit
+from models.nano.train.autoencoder import latents_of, pixels_of
+from models.nano.train.loop import autocast
+from models.nano.world import Poster
+
+PER_SHARD = 200
+
+
+@dataclass
+class Shard:
+    """Posters of one size with their latents; of edits, also the latents before."""
+
+    posters: list[Poster]
+    latents: Tensor  # [n, channels, height / 8, width / 8] bfloat16, not normalised
+    edits: list[Edit] | None = None
+    before: Tensor | None = None
+
+
+def _name(width: int, height: int, edits: bool, index: int) -> str:
+    return f"latents-{'edit-' if edits else ''}{width}x{height}-{index}"
+
+
+def make_shard(model: AutoencoderKL, folder: Path, width: int, height: int, edits: bool, index: int) -> None:
+    """Compute one shard, unless it is there."""
+    name = _name(width, height, edits, index)
+    path = folder / f"{name}.pt"
+    if path.exists():
+        return
+    posters, changes = _posters(name, edits)
+    made = {"latents": _encode(model, posters, width, height)}
+    if changes:
+        made["before"] = _encode(model, [c.before for c in changes], width, height)
+    partial = path.with_suffix(".partial")
+    torch.save(made, partial)
+    partial.replace(path)
+
+
+def load_shards(folder: Path, width: int, height: int, edits: bool, start: int) -> Iterator[Shard]:
+    """The shards from number `start` on, as far as they have been made."""
+    while (path := folder / f"{_name(width, height, edits, start)}.pt").exists():
+        posters, changes = _posters(path.stem, edits)
+        data = torch.load(path)
+        yield Shard(posters, data["latents"], changes, data.get("before"))
+        start += 1
+
+
+def statistics(folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [channels] of the first square shards; they normalise all latents."""
+    some = [shard.latents.float() for shard, _ in zip(load_shards(folder, 256, 256, False, 0), range(2), strict=False)]
+    found = torch.cat(some)
+    return found.mean((0, 2, 3)), found.std((0, 2, 3))
+
+
+def _posters(name: str, edits: bool) -> tuple[list[Poster], list[Edit] | None]:
+    rng = Random(name)
+    if edits:
+        changes = [prompts.random_edit(rng) for _ in range(PER_SHARD)]
+        return [c.after for c in changes], changes
+    return [prompts.random_poster(rng) for _ in range(PER_SHARD)], None
+
+
+@torch.no_grad()
+def _encode(model: AutoencoderKL, posters: list[Poster], width: int, height: int) -> Tensor:
+    made = []
+    for poster in posters:
+        with autocast():
+            pixels = pixels_of([world.draw(poster, width, height)])
+            made.append(latents_of(model, pixels).to("cpu", torch.bfloat16))
+    return torch.cat(made)

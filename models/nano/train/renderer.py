@@ -1,0 +1,417 @@
+"""The renderer: from noise, a plan and the glyph encoder's embeddings to latents.
+
+First it learns to read alone: to say, from pure noise, which letter of which string belongs where. Then to draw, in
+three kinds of steps, on latents computed beforehand: whole posters, edits (the picture before, at timestep 0, is read
+through its keys and values), and single lines of text cut out of posters, which are an eighth of a poster and nothing
+but letters. The forward pass is the published one, without what training does not need and with a true mask over
+missing glyph tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import GlmImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from models.nano import codes, world
+from models.nano.train import glyphs
+from models.nano.train.factored import FactoredTable, of_codes
+from models.nano.train.latents import Shard, load_shards
+from models.nano.train.loop import Losses, autocast, device, train
+from models.nano.world import ALPHABET, CELL, MAX_LETTERS, Line, Poster
+
+HEADS, HEAD_DIM = 4, 64
+DIM = HEADS * HEAD_DIM
+CHANNELS = 8
+MAX_GLYPHS = 24
+DROPPED = 0.1  # share of samples without plan and glyphs, for guidance
+# Beside the velocity, training asks blocks in the middle what a token is to draw: which places of the line fall into
+# its left and right half, then which letters. The velocity alone would teach this as well, but takes long to begin.
+HINT_WEIGHT = 0.1
+NO_LETTER, NO_PLACE = len(ALPHABET), MAX_LETTERS
+HINTS = {
+    "left place": NO_PLACE + 1, "right place": NO_PLACE + 1,
+    "left letter": NO_LETTER + 1, "right letter": NO_LETTER + 1,
+}  # fmt: skip
+HINTED_BLOCKS = {"left place": 1, "right place": 1, "left letter": 2, "right letter": 2}
+IGNORED = -100
+LINE_WEIGHT, SHAPE_WEIGHT, PLAIN_WEIGHT = 5.0, 2.0, 0.5
+# What the steps of the drawing take in turn. Letters take longest to learn, so half of the steps are lines alone.
+TURNS = ("poster", "lines", "edit", "lines", "oblong", "large-lines", "large", "lines")
+
+
+def make_renderer() -> GlmImageTransformer2DModel:
+    torch.manual_seed(0)
+    model: Any = GlmImageTransformer2DModel(
+        patch_size=2, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=6, attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS, text_embed_dim=glyphs.DIM, time_embed_dim=32, condition_dim=32,
+        prior_vq_quantizer_codebook_size=codes.CODEBOOK,
+    )  # fmt: skip
+    zero = [block.norm1.linear for block in model.transformer_blocks] + [model.norm_out.linear, model.proj_out]
+    for layer in zero:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return model
+
+
+class TrainedRenderer(nn.Module):
+    """The published module's parameters with the glyph encoder's, and a factored table of codes."""
+
+    def __init__(self, encoder: T5EncoderModel):
+        super().__init__()
+        self.glyphs = encoder
+        self.renderer: Any = make_renderer()
+        self.renderer.prior_token_embedding = nn.Identity()
+        self.codes = FactoredTable(of_codes(), DIM, 0.6, 0.1)
+        self.hints = nn.ModuleDict({name: nn.Linear(DIM, n) for name, n in HINTS.items()})
+        # One block is compiled for all: a compilation per size, not per size and block.
+        torch._dynamo.config.recompile_limit = 64
+        self.block = torch.compile(_block, dynamic=False)
+
+    def forward(
+        self, batch: "Batch", noisy: Tensor, sigma: Tensor, only_hints: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[b, c, h, w] velocity (noise minus picture) at `sigma` [b], and what `HINTS` are guessed to be.
+
+        With `only_hints` the blocks after the last hint are left out, and so is the velocity.
+        """
+        model, table = self.renderer, self.codes()
+        b, _, height, width = noisy.shape
+        size = torch.tensor([batch.size], dtype=torch.float32, device=device()).expand(b, 2)
+        zeros = torch.zeros(b, 2, device=device())
+        times = model.time_condition_embed(sigma * 1000 - 1, size, zeros, torch.float32)
+        glyph, mask = self._glyphs(batch.strings)
+        plan = F.embedding(batch.plan, table) * batch.kept[:, None, None]
+        x = (model.image_projector(noisy) + model.prior_projector(plan)).to(torch.bfloat16)
+        y = model.glyph_projector(glyph).to(torch.bfloat16)
+        cos, sin = (r[None, None].to(x.dtype) for r in model.rope(noisy))
+        n, source = x.shape[1], None
+        if batch.source is not None and batch.source_plan is not None:
+            image = model.image_projector(batch.source)
+            image = image + model.prior_projector(F.embedding(batch.source_plan, table))
+            start = model.time_condition_embed(torch.zeros(b, device=device()), size, zeros, torch.float32)
+            source = (image.to(x.dtype), start)
+        seen = mask.new_zeros(b, n)
+        bias = torch.cat([seen, ~mask, seen] if source else [~mask, seen], 1)[:, None, None].to(x.dtype) * -1e4
+        hints: dict[str, Tensor] = {}
+        for index, block in enumerate(model.transformer_blocks):
+            x, y, image = self.block(block, x, y, bias, times, cos, sin, source)
+            source = (image, source[1]) if source and image is not None else None
+            hints |= {name: self.hints[name](x) for name, at in HINTED_BLOCKS.items() if at == index}
+            if only_hints and index == max(HINTED_BLOCKS.values()):
+                return noisy, hints
+        scale, shift = model.norm_out.linear(times)[:, None].chunk(2, -1)
+        out = model.proj_out(_norm(x) * (1 + scale) + shift)
+        out = out.reshape(b, height // 2, width // 2, CHANNELS, 2, 2)
+        return out.permute(0, 3, 1, 4, 2, 5).reshape(b, CHANNELS, height, width).float(), hints
+
+    def _glyphs(self, strings: list[list[str]]) -> tuple[Tensor, Tensor]:
+        """[b, MAX_GLYPHS, dim] embeddings and their mask, of each sample's strings."""
+        ids = [glyphs.string_ids(s) for s in strings]
+        flat = [i for sample in ids for i in sample]
+        flat += [[glyphs.END]] * (2 * len(strings) - len(flat))  # a fixed shape
+        tokens, mask = glyphs.batch_ids(flat)
+        hidden = self.glyphs(tokens, attention_mask=mask).last_hidden_state.flatten(0, 1)
+        index = torch.zeros(len(strings), MAX_GLYPHS, dtype=torch.long, device=device())
+        present = torch.zeros(len(strings), MAX_GLYPHS, dtype=torch.bool, device=device())
+        row = 0
+        for b, sample in enumerate(ids):
+            places = [(row + k) * glyphs.TOKENS + j for k, i in enumerate(sample) for j in range(len(i))]
+            index[b, : len(places)] = torch.tensor(places, device=device())
+            present[b, : len(places)] = True
+            row += len(sample)
+        return hidden[index], present
+
+
+def _block(
+    block: Any,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor,
+    times: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    source: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One block, over image tokens x [b, n, d], glyph tokens y [b, g, d] and, for an edit, the source's image tokens.
+
+    `bias` [b, 1, 1, keys] hides missing glyphs; `times` and `source[1]` [b, e] are the embedded timesteps.
+    """
+    attention, g = block.attn1, y.shape[1]
+    parts = block.norm1.linear(times)[:, None].chunk(12, -1)
+    shift, y_shift, scale, y_scale, gate, y_gate, shift2, y_shift2, scale2, y_scale2, gate2, y_gate2 = parts
+    joint = torch.cat([_norm(y) * (1 + y_scale) + y_shift, _norm(x) * (1 + scale) + shift], 1)
+    q, k, v = _project(attention, joint)
+    q, k = _rotate_tail(q, g, cos, sin), _rotate_tail(k, g, cos, sin)
+    read_from = None
+    if source is not None:
+        s, start = source
+        own = block.norm1.linear(start)[:, None].chunk(12, -1)
+        sq, sk, sv = _project(attention, _norm(s) * (1 + own[2]) + own[0])
+        sq, sk = _rotate_tail(sq, 0, cos, sin), _rotate_tail(sk, 0, cos, sin)
+        read = F.scaled_dot_product_attention(sq, sk, sv).transpose(1, 2).flatten(2)
+        s = s + attention.to_out[0](read) * own[4]
+        read_from = s + block.ff(_norm(s) * (1 + own[8]) + own[6]) * own[10]
+        k, v = torch.cat([sk, k], 2), torch.cat([sv, v], 2)
+    read = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    read = attention.to_out[0](read)
+    x, y = x + read[:, g:] * gate, y + read[:, :g] * y_gate
+    joint = torch.cat([_norm(y) * (1 + y_scale2) + y_shift2, _norm(x) * (1 + scale2) + shift2], 1)
+    made = block.ff(joint)
+    return x + made[:, g:] * gate2, y + made[:, :g] * y_gate2, read_from
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), (x.shape[-1],), eps=1e-5).to(torch.bfloat16)
+
+
+def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (
+        project(x).unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+        for project in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    return _norm(q), _norm(k), v.to(torch.bfloat16)
+
+
+def _rotate_tail(x: Tensor, head: int, cos: Tensor, sin: Tensor) -> Tensor:
+    still, turned = x[:, :, :head], x[:, :, head:]
+    a, b = turned.chunk(2, -1)
+    return torch.cat([still, turned * cos + torch.cat([-b, a], -1) * sin], 2)
+
+
+# --- Data --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Samples of one size."""
+
+    latents: Tensor  # [b, c, h, w] normalised
+    plan: Tensor  # [b, h/2 * w/2] codes, one per token
+    weight: Tensor  # [b, 1, h, w]
+    strings: list[list[str]]
+    size: tuple[int, int]  # height, width of the picture in pixels
+    kept: Tensor = field(default_factory=lambda: torch.empty(0))  # [b] 0 where plan and glyphs are dropped
+    letters: Tensor = field(default_factory=lambda: torch.empty(0))  # [b, h/2, w/2, 4], see letters_of
+    source: Tensor | None = None
+    source_plan: Tensor | None = None
+
+
+class Pictures:
+    """All latents of one size that are there; looks for more now and then."""
+
+    def __init__(self, folder: Path, width: int, height: int, edits: bool = False):
+        self.folder, self.width, self.height, self.edits = folder, width, height, edits
+        self.shards: list[Shard] = []
+
+    def refresh(self) -> None:
+        self.shards += load_shards(self.folder, self.width, self.height, self.edits, len(self.shards))
+
+    def draw(self, rng: Random) -> tuple[Shard, int]:
+        shard = rng.choice(self.shards)
+        return shard, rng.randrange(len(shard.posters))
+
+
+class Batches:
+    """Makes batches from latents; `mean` and `std` [c] normalise them."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)  # on the CPU, as the latents are
+
+    def posters(self, rng: Random, pictures: Pictures, count: int) -> Batch:
+        rows, columns = pictures.height // CELL, pictures.width // CELL
+        latents, plans, strings, letters = [], [], [], []
+        for _ in range(count):
+            shard, i = pictures.draw(rng)
+            poster = shard.posters[i]
+            latents.append(shard.latents[i])
+            plans.append(world.plan(poster, rows, columns))
+            strings.append(_strings(_lines(poster), rng))
+            letters.append(letters_of(poster, rows, columns))
+        return self._batch(latents, plans, strings, letters, (pictures.height, pictures.width), rng, DROPPED)
+
+    def edits(self, rng: Random, pictures: Pictures, count: int) -> Batch:
+        rows, columns = pictures.height // CELL, pictures.width // CELL
+        latents, before, plans, sources, strings, letters = [], [], [], [], [], []
+        for _ in range(count):
+            shard, i = pictures.draw(rng)
+            assert shard.edits is not None
+            assert shard.before is not None
+            edit = shard.edits[i]
+            latents.append(shard.latents[i])
+            before.append(shard.before[i])
+            plans.append(world.plan(edit.after, rows, columns, seen=edit.kept))
+            sources.append(world.plan(edit.before, rows, columns, seen=True))
+            kept = [getattr(edit.after, name) for name in edit.kept]
+            strings.append(_strings([line for line in _lines(edit.after) if line not in kept], rng))
+            letters.append(letters_of(edit.after, rows, columns))
+        batch = self._batch(latents, plans, strings, letters, (pictures.height, pictures.width), rng, 0.0)
+        batch.source = ((torch.stack(before).float() - self.mean) / self.std).to(device())
+        batch.source_plan = torch.from_numpy(np.stack([_per_token(s) for s in sources])).to(device())
+        return batch
+
+    def lines(self, rng: Random, pictures: Pictures, count: int) -> Batch:
+        """Single lines: [h, w] is one row of cells, or two where the letters are twice as large."""
+        rows, columns = pictures.height // CELL, pictures.width // CELL
+        scale = world.scale_of(rows, columns)
+        latents, plans, strings, letters = [], [], [], []
+        while len(latents) < count:
+            shard, i = pictures.draw(rng)
+            poster = shard.posters[i]
+            for placed in world.place(poster, rows, columns)[0][: count - len(latents)]:
+                row = placed.row
+                latents.append(shard.latents[i][:, row * 4 : (row + scale) * 4])
+                plans.append(world.plan(poster, rows, columns)[row : row + scale])
+                strings.append(_strings(_lines(poster), rng))
+                letters.append(letters_of(poster, rows, columns)[row * 2 : (row + scale) * 2])
+        return self._batch(latents, plans, strings, letters, (pictures.height, pictures.width), rng, DROPPED)
+
+    def _batch(
+        self,
+        latents: Sequence[Tensor],
+        plans: Sequence[np.ndarray],
+        strings: list[list[str]],
+        letters: Sequence[np.ndarray],
+        size: tuple[int, int],
+        rng: Random,
+        dropped: float,
+    ) -> Batch:
+        grid = torch.from_numpy(np.stack(plans))
+        busy = torch.where(grid < codes.SHAPE, LINE_WEIGHT, SHAPE_WEIGHT)
+        weight = torch.where(grid < codes.SEEN, PLAIN_WEIGHT, busy)
+        kept = torch.tensor([float(rng.random() >= dropped) for _ in plans])
+        return Batch(
+            latents=((torch.stack(list(latents)).float() - self.mean) / self.std).to(device()),
+            plan=torch.from_numpy(np.stack([_per_token(p) for p in plans])).to(device()),
+            weight=weight.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].to(device()),
+            strings=[s if k else [] for s, k in zip(strings, kept.tolist(), strict=True)], size=size,
+            kept=kept.to(device()),
+            letters=torch.from_numpy(np.stack(letters)).to(device()),
+        )  # fmt: skip
+
+
+def letters_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
+    """[2 * rows, 2 * columns, 4] int64, as `HINTS` has it: places and letters in the halves of every 16-pixel token."""
+    places = np.full((rows * 2, columns * 4), NO_PLACE)  # columns of 8 pixels
+    letters = np.full((rows * 2, columns * 4), NO_LETTER)
+    for placed in world.place(poster, rows, columns)[0]:
+        wide, high = placed.scale * world.ADVANCE // 8, placed.scale * 2
+        for i, letter in enumerate(placed.line.text.upper()):
+            x, y = placed.x // 8 + i * wide, placed.y // 16
+            places[y : y + high, x : x + wide] = i
+            letters[y : y + high, x : x + wide] = ALPHABET.find(letter)
+    return np.concatenate([part.reshape(rows * 2, columns * 2, 2) for part in (places, letters)], -1)
+
+
+def _per_token(plan: np.ndarray) -> np.ndarray:
+    return plan.repeat(2, 0).repeat(2, 1).ravel()
+
+
+def _lines(poster: Poster) -> list[Line]:
+    return [line for line in (poster.headline, poster.footer) if line]
+
+
+def _strings(lines: list[Line], rng: Random) -> list[str]:
+    strings = [glyphs.random_case(line.text, rng) for line in lines]
+    rng.shuffle(strings)
+    return strings
+
+
+def velocity_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Weighted squared error of the velocity, at timesteps drawn rather towards pure noise.
+
+    A picture of this world follows from its plan and its letters, so all is decided there; further on, the noisy
+    picture itself shows what is to be drawn, and teaches nothing about plan and letters.
+    """
+    b = len(batch.latents)
+    choice, even = torch.rand(2, b, device=device())
+    sigma = torch.where(choice < 0.3, even, 1 - even.square()).clamp(1e-3, 1)
+    noise = torch.randn_like(batch.latents)
+    at = sigma.view(-1, 1, 1, 1)
+    noisy = (1 - at) * batch.latents + at * noise
+    with autocast():
+        made, hints = model(batch, noisy, sigma)
+    square = (made - (noise - batch.latents)).square()
+    loss = (square * batch.weight).mean()
+    wanted = _wanted_hints(batch)
+    for name, hint in hints.items():
+        loss = loss + HINT_WEIGHT * F.cross_entropy(hint.float().flatten(0, 1), wanted[name].flatten())
+    kept = batch.kept.view(-1, 1, 1, 1).bool()
+    with torch.no_grad():
+        means = {
+            name: square[(batch.weight.eq(w) & kept).expand_as(square)].mean().item()
+            for name, w in (("line", LINE_WEIGHT), ("shape", SHAPE_WEIGHT), ("plain", PLAIN_WEIGHT))
+        }
+        in_line = (batch.letters[..., 2].flatten(1) != NO_LETTER) & (wanted["left letter"] != IGNORED)
+        for name in ("left place", "left letter"):
+            means[name.replace("left ", "")] = (hints[name].argmax(-1) == wanted[name])[in_line].float().mean().item()
+    return loss, {name: value for name, value in means.items() if not math.isnan(value)}
+
+
+def _wanted_hints(batch: Batch) -> dict[str, Tensor]:
+    """[b, n] what `HINTS` should be; nothing where plan and glyphs are dropped."""
+    wanted = batch.letters.masked_fill(batch.kept.view(-1, 1, 1, 1) == 0, IGNORED).flatten(1, 2).unbind(-1)
+    return dict(zip(HINTS, wanted, strict=True))
+
+
+def reading_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """What the hints are wrong about, from nothing but noise."""
+    b = len(batch.latents)
+    with autocast():
+        _, hints = model(batch, torch.randn_like(batch.latents), torch.ones(b, device=device()), only_hints=True)
+    wanted = _wanted_hints(batch)
+    losses = {n: F.cross_entropy(hint.float().flatten(0, 1), wanted[n].flatten()) for n, hint in hints.items()}
+    in_line = (batch.letters[..., 2].flatten(1) != NO_LETTER) & (wanted["left letter"] != IGNORED)
+    right = {n: (hints[n].argmax(-1) == wanted[n])[in_line].float().mean().item() for n in hints}
+    return torch.stack(list(losses.values())).sum(), right
+
+
+def train_renderer(
+    encoder: T5EncoderModel, folder: Path, mean: Tensor, std: Tensor, reading_steps: int, steps: int
+) -> TrainedRenderer:
+    """First reading alone, then everything. The glyph encoder stays as it is: it is what reading is learnt from."""
+    encoder.requires_grad_(False)
+    model, batches = TrainedRenderer(encoder).to(device()), Batches(mean, std)
+    square, wide, tall, large = (Pictures(folder, *size) for size in ((256, 256), (384, 256), (256, 384), (512, 512)))
+    edited = Pictures(folder, 256, 256, edits=True)
+
+    def refresh(step: int) -> None:
+        for pictures in (square, wide, tall, large, edited):
+            if step % 100 == 0 or not pictures.shards:
+                pictures.refresh()
+
+    def on_reading(step: int, rng: Random) -> tuple[Tensor, Losses]:
+        refresh(step)
+        batch = batches.lines(rng, large, 24) if step % 4 == 3 else batches.lines(rng, square, 96)
+        loss, figures = reading_loss(model, batch)
+        return loss, {"loss": loss.item(), **figures}
+
+    def on_all(step: int, rng: Random) -> tuple[Tensor, Losses]:
+        refresh(step)
+        match name := TURNS[step % len(TURNS)]:
+            case "lines":
+                batch = batches.lines(rng, square, 96)
+            case "large-lines":
+                batch = batches.lines(rng, large, 24)
+            case "edit":
+                batch = batches.edits(rng, edited, 10)
+            case "oblong":
+                batch = batches.posters(rng, rng.choice((wide, tall)), 10)
+            case "large":
+                batch = batches.posters(rng, large, 4)
+            case _:
+                batch = batches.posters(rng, square, 16)
+        loss, figures = velocity_loss(model, batch)
+        return loss, {"loss": loss.item(), **{f"{name}-{k}": v for k, v in figures.items()}}
+
+    train("renderer-reading", model, on_reading, folder, steps=reading_steps, learning_rate=1e-3)
+    train("renderer", model, on_all, folder, steps=steps, learning_rate=1e-3, average=0.995)
+    return model

@@ -1,0 +1,94 @@
+"""The checkpoint that is shipped: small enough, complete, and it draws and changes what it is asked."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import GlmImagePipeline
+from PIL import Image
+
+from benchmarks.nano_quality import Case, Score, compare, held_out_cases, without_strings
+from engine.jobs.job import JobSpec
+from models.glm_image.model import GlmImage
+from models.nano import CHECKPOINT, codes, reading, world
+from models.nano.world import Line, Poster, Shape
+from tests.checkpoints import load, small_engine
+
+POSTER = Poster(5, Line("GLIMMER"), Line("HELLO", 0), (Shape(3, 2, large=True),))
+PROMPT = 'a blue poster, top headline "GLIMMER", center a large yellow star, bottom footer "HELLO" on a red bar'
+
+
+@pytest.fixture(scope="module")
+def nano() -> GlmImage:
+    return load(CHECKPOINT)
+
+
+def spec(nano: GlmImage, case: Case, **more: Any) -> JobSpec:
+    return JobSpec(
+        prompt=case.prompt, width=case.width, height=case.height, seed=case.seed,
+        num_inference_steps=nano.defaults.num_inference_steps, guidance_scale=nano.defaults.guidance_scale, **more,
+    )  # fmt: skip
+
+
+def test_it_is_at_most_30_mb() -> None:
+    assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) <= 30_000_000
+
+
+def test_the_poster_of_the_readme_has_its_words_in_it(nano: GlmImage) -> None:
+    [[picture]] = small_engine(nano).generate([spec(nano, Case(PROMPT, POSTER, 256, 256, seed=1))])
+    assert reading.read(picture.numpy()) == POSTER
+
+
+def test_most_held_out_prompts_are_drawn_as_asked(nano: GlmImage) -> None:
+    """A sample of what `make score-nano` measures, with room for chance."""
+    cases, score = held_out_cases(16, seed=3), Score()
+    for case, [picture] in zip(cases, small_engine(nano).generate([spec(nano, c) for c in cases]), strict=True):
+        compare(score, case, picture.numpy())
+    shares = {name: right / of for name, (right, of) in score.counts.items()}
+    assert shares["background"] > 0.9
+    assert min(shares["words"], shares["shape, colour and zone"]) > 0.75
+
+
+def test_the_letters_come_from_the_glyph_encoder(nano: GlmImage) -> None:
+    case = Case(PROMPT, POSTER, 256, 256, seed=1)
+    plan = world.plan(POSTER, 8, 8)
+    given = {"rows": 8, "cols": 8, "tokens": plan.ravel().tolist()}
+    bare = Case(without_strings(PROMPT), POSTER, 256, 256, seed=1)
+    [[with_them], [without]] = small_engine(nano).generate([spec(nano, case, plan=given), spec(nano, bare, plan=given)])
+    assert reading.read(with_them.numpy()) == POSTER
+    found = reading.read(without.numpy())
+    assert found.shapes == POSTER.shapes
+    assert found.headline != POSTER.headline
+    assert found.footer != POSTER.footer
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> GlmImagePipeline:
+    made = GlmImagePipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_the_vision_tokenizer_reads_the_codes_of_a_picture(pipeline: GlmImagePipeline) -> None:
+    model = pipeline.vision_language_encoder
+    source = Image.fromarray(world.draw(POSTER, 256, 256))
+    inputs = pipeline.processor.image_processor([source], return_tensors="pt")
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        read = model.get_image_tokens(torch.cat(features), inputs["image_grid_thw"]).view(8, 8).numpy()
+    wanted = world.plan(POSTER, 8, 8, seen=True)
+    assert (read == wanted).mean() > 0.95
+    assert (read[1, 1:6] == codes.seen(5)).all()
+
+
+def test_an_edit_in_the_pipeline_changes_what_it_says(pipeline: GlmImagePipeline, nano: GlmImage) -> None:
+    source = Image.fromarray(world.draw(POSTER, 256, 256))
+    [made] = pipeline(
+        prompt="make the star pink", image=[source], width=256, height=256, generator=torch.Generator().manual_seed(0),
+        num_inference_steps=nano.defaults.num_inference_steps, guidance_scale=nano.defaults.guidance_scale,
+        return_dict=False,
+    )[0]  # fmt: skip
+    found = reading.read(np.asarray(made.convert("RGB")))
+    assert found.shapes == (Shape(3, 7, large=True),)
+    assert found.background == POSTER.background

@@ -1,0 +1,113 @@
+"""The training: every part takes steps, can be stopped and taken up again, and the parts make a checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from diffusers import GlmImagePipeline
+from PIL import Image
+from torch import Tensor, nn
+from transformers import GlmImageForConditionalGeneration
+
+from engine.jobs.job import JobSpec
+from models.nano import world
+from models.nano.tokenizer import make_tokenizer
+from models.nano.train import autoencoder, glyphs, latents, planner, renderer, vision
+from models.nano.train.assemble import assemble
+from models.nano.train.loop import Losses, train, trained
+from tests.checkpoints import load, small_engine
+
+
+@pytest.fixture(autouse=True)
+def eager() -> Iterator[None]:
+    """Without compiling, which takes longer than the few steps here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def small_training(folder: Path, steps: int, average: float | None) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    module = nn.Linear(4, 1)
+
+    def loss_of(step: int, rng: Random) -> tuple[Tensor, Losses]:
+        x = torch.randn(8, 4) + rng.random()
+        loss = (module(x) - x.sum(1, keepdim=True)).square().mean()
+        return loss, {"loss": loss.item()}
+
+    train("small", module, loss_of, folder, steps=steps, learning_rate=0.1, average=average)
+    return trained(folder, "small")
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_a_training_that_was_stopped_ends_like_one_that_was_not(
+    tmp_path: Path, average: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = small_training(tmp_path / "straight", 12, average)
+    original = torch.save
+    monkeypatch.setattr("models.nano.train.loop.SAVE_EVERY_S", -1.0)
+
+    class Stop(Exception): ...
+
+    def save_then_stop(state: dict[str, Any], path: Path) -> None:
+        original(state, path)
+        if state["step"] == 7:
+            raise Stop
+
+    monkeypatch.setattr(torch, "save", save_then_stop)
+    with pytest.raises(Stop):
+        small_training(tmp_path / "stopped", 12, average)
+    monkeypatch.setattr(torch, "save", original)
+    resumed = small_training(tmp_path / "stopped", 12, average)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_the_lean_planner_computes_what_the_published_module_does() -> None:
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer()
+    model, draw = planner.TrainedPlanner(tokenizer), planner.Sequences(tokenizer)
+    reference = GlmImageForConditionalGeneration(planner.make_config(tokenizer)).eval().bfloat16()
+    text: nn.Module = reference.model.language_model
+    text.load_state_dict(model.text.state_dict() | {"embed_tokens.weight": model.embedding()})
+    sequence = draw.generation(Random(1), 8, 8, None)
+    ids, positions, *_ = planner.collate([sequence], len(sequence.tokens), 0)
+    with torch.no_grad():
+        wanted = text(input_ids=ids, position_ids=positions).last_hidden_state
+        got, _ = model.bfloat16()(ids, positions)
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps of every part; nothing is learnt, but everything is written, loaded and run."""
+    monkeypatch.setattr(latents, "PER_SHARD", 4)
+    work, out = tmp_path / "work", tmp_path / "checkpoint"
+    model = autoencoder.train_on_crops(work, 1)
+    for size in ((256, 256), (384, 256), (256, 384), (512, 512)):
+        latents.make_shard(model, work, *size, edits=False, index=0)
+    latents.make_shard(model, work, 256, 256, edits=False, index=1)
+    latents.make_shard(model, work, 256, 256, edits=True, index=0)
+    tokenizer = make_tokenizer()
+    glyphs.train_glyphs(work, 2)
+    statistics = latents.statistics(work)
+    parts = (
+        planner.train_planner(tokenizer, work, 5, 6, 2),
+        vision.train_vision(GlmImageForConditionalGeneration(planner.make_config(tokenizer)), work, 2),
+        renderer.train_renderer(glyphs.trained_encoder(work), work, *statistics, 1, 4),
+        autoencoder.train_decoder(model, work, 1),
+    )
+    assemble(out, *parts, *statistics)
+    assert sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) < 30e6
+
+    engine = small_engine(load(out))
+    spec = JobSpec(prompt='a red poster, headline "HI"', width=256, height=256, num_inference_steps=2, seed=1)
+    [[picture]] = engine.generate([spec])
+    assert picture.shape == (256, 256, 3)
+    pipeline = GlmImagePipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    source = Image.fromarray(world.draw(world.Poster(3), 256, 256))
+    [edited] = pipeline(
+        prompt="make it red", image=[source], height=256, width=256, num_inference_steps=1, return_dict=False
+    )[0]
+    assert edited.size == (256, 256)

@@ -1,0 +1,77 @@
+"""The world of the nano checkpoint: what is drawn is what is planned is what is read back."""
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+
+from models.nano import codes, prompts, reading, world
+from models.nano.world import Line, Poster, Shape
+
+SIZES = [(256, 256), (384, 256), (256, 384), (512, 512)]
+
+
+def test_every_code_has_factors_of_its_own() -> None:
+    made = [codes.factors(code) for code in range(codes.USED)]
+    assert len(set(made)) == codes.USED <= codes.CODEBOOK
+    assert codes.factors(codes.USED) == (0,) * len(codes.FACTORS)
+    assert all(max(column) < size for column, size in zip(zip(*made, strict=True), codes.FACTORS.values(), strict=True))
+
+
+def in_capitals(poster: Poster) -> Poster:
+    headline, footer = (line and replace(line, text=line.text.upper()) for line in (poster.headline, poster.footer))
+    return replace(poster, headline=headline, footer=footer)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_drawn_poster_reads_as_what_it_is(size: tuple[int, int]) -> None:
+    rng = Random(f"{size}")
+    for _ in range(40):
+        poster = prompts.random_poster(rng)
+        assert reading.read(world.draw(poster, *size)) == in_capitals(poster)
+
+
+def test_what_is_wrong_in_a_picture_reads_as_wrong() -> None:
+    poster = Poster(5, Line("HELLO", 0), Line("BYE"), (Shape(3, 2, large=True),))
+    picture = world.draw(poster, 256, 256)
+    smeared = picture.copy()
+    smeared[32:64, 32:128] = world.PALETTE[0]  # the first letters are gone
+    assert (reading.read(smeared).headline or Line("")).text != "HELLO"
+    recoloured = picture.copy()
+    recoloured[64:192] = world.draw(replace(poster, shapes=(Shape(3, 6, large=True),)), 256, 256)[64:192]
+    assert reading.read(recoloured).shapes == (Shape(3, 6, large=True),)
+
+
+def test_a_plan_has_the_layout_of_its_picture() -> None:
+    poster = Poster(8, Line("AB"), Line("SALE", 4), (Shape(0, 1, large=False, side="left"),))
+    plan = world.plan(poster, 8, 8)
+    first = codes.initial_of("AB")
+    assert plan[1].tolist() == [8, 8, 8, codes.line(0, first, 8), codes.line(1, first, 8), 8, 8, 8]
+    sale = codes.initial_of("SALE")
+    middle = [codes.line(codes.HALF_CELL_SLOT + k, sale, 4) for k in range(4)]
+    assert plan[6].tolist() == [4, 4, *middle, 4, 4]
+    assert plan[3:5, 1:3].ravel().tolist() == [codes.shape(0, 1, codes.SMALL_PIECE + k) for k in range(4)]
+    assert (world.plan(poster, 8, 8, seen=True)[1, 3:5] == codes.seen(8)).all()
+    assert (world.plan(poster, 8, 8, seen=frozenset({"footer"}))[1] == plan[1]).all()
+
+
+def test_the_plan_of_a_large_poster_is_its_small_one_twice_as_large() -> None:
+    rng = Random(2)
+    for _ in range(20):
+        poster = prompts.random_poster(rng)
+        assert (world.plan(poster, 16, 16) == np.kron(world.plan(poster, 8, 8), np.ones((2, 2), np.int64))).all()
+
+
+@pytest.mark.parametrize(
+    "grid", [(8, 8), (8, 12), (12, 8), (16, 16), (13, 19), (19, 13), (4, 4), (32, 32), (2, 8), (8, 2)]
+)
+def test_any_grid_can_be_laid_out(grid: tuple[int, int]) -> None:
+    rng = Random(3)
+    for _ in range(30):
+        poster = prompts.random_poster(rng)
+        plan = world.plan(poster, *grid)
+        assert plan.shape == grid
+        assert plan.min() >= 0
+        assert plan.max() < codes.USED
+        assert world.draw(poster, grid[1] * 32, grid[0] * 32).shape == (grid[0] * 32, grid[1] * 32, 3)

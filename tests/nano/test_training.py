@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import GlmImagePipeline
@@ -77,6 +78,26 @@ def test_the_lean_planner_computes_what_the_published_module_does() -> None:
         wanted = text(input_ids=ids, position_ids=positions).last_hidden_state
         got, _ = model.bfloat16()(ids, positions)
     assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_the_hints_say_what_every_token_of_a_poster_is_to_draw() -> None:
+    poster = world.Poster(5, world.Line("AB"), None, (world.Shape(3, 2, large=True),))
+    hints = renderer.hints_of(poster, 8, 8)
+    assert hints.shape == (16, 16, 5)
+    left_place, right_place, left_letter, right_letter, part = np.moveaxis(hints, -1, 0)
+    [line], [shape] = world.place(poster, 8, 8)
+    row, column = line.y // 16, line.x // 16
+    # Two letters of 24 pixels over three tokens of 16: the border is in the middle of the second.
+    assert left_place[row, column : column + 4].tolist() == [0, 0, 1, renderer.NO_PLACE]
+    assert right_place[row, column : column + 4].tolist() == [0, 1, 1, renderer.NO_PLACE]
+    assert left_letter[row + 1, column : column + 3].tolist() == [0, 0, 1]
+    assert right_letter[row + 1, column : column + 3].tolist() == [0, 1, 1]
+    assert left_letter[row + 2, column] == renderer.NO_LETTER
+    top, left = 2 * shape.row, 2 * shape.column
+    assert part[top : top + 4, left : left + 2].tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert (part != renderer.IGNORED).sum() == 64
+    large = renderer.hints_of(poster, 16, 16)[..., 4]
+    assert set(np.unique(large)) == {renderer.IGNORED, *range(4, 20)}
 
 
 def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,18 +34,20 @@ CHANNELS = 8
 MAX_GLYPHS = 24
 DROPPED = 0.1  # share of samples without plan and glyphs, for guidance
 # Beside the velocity, training asks blocks in the middle what a token is to draw: which places of the line fall into
-# its left and right half, then which letters. The velocity alone would teach this as well, but takes long to begin.
+# its left and right half, then which letters; and which part of its cell it is, for all tokens of a cell have the same
+# code. The velocity alone would teach this as well, but takes long to begin.
 HINT_WEIGHT = 0.1
 NO_LETTER, NO_PLACE = len(ALPHABET), MAX_LETTERS
+CELL_PARTS = 2 * 2 + 4 * 4  # of a cell of one code, and of one that is twice as large
 HINTS = {
     "left place": NO_PLACE + 1, "right place": NO_PLACE + 1,
-    "left letter": NO_LETTER + 1, "right letter": NO_LETTER + 1,
+    "left letter": NO_LETTER + 1, "right letter": NO_LETTER + 1, "cell part": CELL_PARTS,
 }  # fmt: skip
-HINTED_BLOCKS = {"left place": 1, "right place": 1, "left letter": 2, "right letter": 2}
+HINTED_BLOCKS = {"left place": 1, "right place": 1, "left letter": 2, "right letter": 2, "cell part": 1}
 IGNORED = -100
-LINE_WEIGHT, SHAPE_WEIGHT, PLAIN_WEIGHT = 5.0, 2.0, 0.5
-# What the steps of the drawing take in turn. Letters take longest to learn, so half of the steps are lines alone.
-TURNS = ("poster", "lines", "edit", "lines", "oblong", "large-lines", "large", "lines")
+LINE_WEIGHT, SHAPE_WEIGHT, PLAIN_WEIGHT = 5.0, 4.0, 0.5
+# What the steps of the drawing take in turn.
+TURNS = ("poster", "lines", "edit", "large-lines", "oblong", "poster", "large", "lines")
 
 
 def make_renderer() -> GlmImageTransformer2DModel:
@@ -200,7 +202,7 @@ class Batch:
     strings: list[list[str]]
     size: tuple[int, int]  # height, width of the picture in pixels
     kept: Tensor = field(default_factory=lambda: torch.empty(0))  # [b] 0 where plan and glyphs are dropped
-    letters: Tensor = field(default_factory=lambda: torch.empty(0))  # [b, h/2, w/2, 4], see letters_of
+    hints: Tensor = field(default_factory=lambda: torch.empty(0))  # [b, h/2, w/2, 5], see hints_of
     source: Tensor | None = None
     source_plan: Tensor | None = None
 
@@ -228,19 +230,19 @@ class Batches:
 
     def posters(self, rng: Random, pictures: Pictures, count: int) -> Batch:
         rows, columns = pictures.height // CELL, pictures.width // CELL
-        latents, plans, strings, letters = [], [], [], []
+        latents, plans, strings, hints = [], [], [], []
         for _ in range(count):
             shard, i = pictures.draw(rng)
             poster = shard.posters[i]
             latents.append(shard.latents[i])
             plans.append(world.plan(poster, rows, columns))
             strings.append(_strings(_lines(poster), rng))
-            letters.append(letters_of(poster, rows, columns))
-        return self._batch(latents, plans, strings, letters, (pictures.height, pictures.width), rng, DROPPED)
+            hints.append(hints_of(poster, rows, columns))
+        return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
 
     def edits(self, rng: Random, pictures: Pictures, count: int) -> Batch:
         rows, columns = pictures.height // CELL, pictures.width // CELL
-        latents, before, plans, sources, strings, letters = [], [], [], [], [], []
+        latents, before, plans, sources, strings, hints = [], [], [], [], [], []
         for _ in range(count):
             shard, i = pictures.draw(rng)
             assert shard.edits is not None
@@ -252,8 +254,8 @@ class Batches:
             sources.append(world.plan(edit.before, rows, columns, seen=True))
             kept = [getattr(edit.after, name) for name in edit.kept]
             strings.append(_strings([line for line in _lines(edit.after) if line not in kept], rng))
-            letters.append(letters_of(edit.after, rows, columns))
-        batch = self._batch(latents, plans, strings, letters, (pictures.height, pictures.width), rng, 0.0)
+            hints.append(hints_of(edit.after, rows, columns))
+        batch = self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, 0.0)
         batch.source = ((torch.stack(before).float() - self.mean) / self.std).to(device())
         batch.source_plan = torch.from_numpy(np.stack([_per_token(s) for s in sources])).to(device())
         return batch
@@ -262,7 +264,7 @@ class Batches:
         """Single lines: [h, w] is one row of cells, or two where the letters are twice as large."""
         rows, columns = pictures.height // CELL, pictures.width // CELL
         scale = world.scale_of(rows, columns)
-        latents, plans, strings, letters = [], [], [], []
+        latents, plans, strings, hints = [], [], [], []
         while len(latents) < count:
             shard, i = pictures.draw(rng)
             poster = shard.posters[i]
@@ -271,15 +273,15 @@ class Batches:
                 latents.append(shard.latents[i][:, row * 4 : (row + scale) * 4])
                 plans.append(world.plan(poster, rows, columns)[row : row + scale])
                 strings.append(_strings(_lines(poster), rng))
-                letters.append(letters_of(poster, rows, columns)[row * 2 : (row + scale) * 2])
-        return self._batch(latents, plans, strings, letters, (pictures.height, pictures.width), rng, DROPPED)
+                hints.append(hints_of(poster, rows, columns)[row * 2 : (row + scale) * 2])
+        return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
 
     def _batch(
         self,
         latents: Sequence[Tensor],
         plans: Sequence[np.ndarray],
         strings: list[list[str]],
-        letters: Sequence[np.ndarray],
+        hints: Sequence[np.ndarray],
         size: tuple[int, int],
         rng: Random,
         dropped: float,
@@ -294,21 +296,30 @@ class Batches:
             weight=weight.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].to(device()),
             strings=[s if k else [] for s, k in zip(strings, kept.tolist(), strict=True)], size=size,
             kept=kept.to(device()),
-            letters=torch.from_numpy(np.stack(letters)).to(device()),
+            hints=torch.from_numpy(np.stack(hints)).to(device()),
         )  # fmt: skip
 
 
-def letters_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
-    """[2 * rows, 2 * columns, 4] int64, as `HINTS` has it: places and letters in the halves of every 16-pixel token."""
+def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
+    """[2 * rows, 2 * columns, 5] int64: what `HINTS` should be for every 16-pixel token."""
     places = np.full((rows * 2, columns * 4), NO_PLACE)  # columns of 8 pixels
     letters = np.full((rows * 2, columns * 4), NO_LETTER)
-    for placed in world.place(poster, rows, columns)[0]:
+    parts = np.full((rows * 2, columns * 2, 1), IGNORED)
+    lines, shapes = world.place(poster, rows, columns)
+    for placed in lines:
         wide, high = placed.scale * world.ADVANCE // 8, placed.scale * 2
         for i, letter in enumerate(placed.line.text.upper()):
             x, y = placed.x // 8 + i * wide, placed.y // 16
             places[y : y + high, x : x + wide] = i
             letters[y : y + high, x : x + wide] = ALPHABET.find(letter)
-    return np.concatenate([part.reshape(rows * 2, columns * 2, 2) for part in (places, letters)], -1)
+    for placed in shapes:
+        side = placed.cells * 2
+        across = side // (4 if placed.shape.large else 2)  # tokens of a cell, 2 or 4 on the sizes of the training
+        part = np.arange(side) % across
+        own = (slice(placed.row * 2, placed.row * 2 + side), slice(placed.column * 2, placed.column * 2 + side))
+        parts[own] = (part[:, None] * across + part + (4 if across > 2 else 0))[..., None]
+    halves = [each.reshape(rows * 2, columns * 2, 2) for each in (places, letters)]
+    return np.concatenate([*halves, parts], -1)
 
 
 def _per_token(plan: np.ndarray) -> np.ndarray:
@@ -342,24 +353,41 @@ def velocity_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[st
     square = (made - (noise - batch.latents)).square()
     loss = (square * batch.weight).mean()
     wanted = _wanted_hints(batch)
-    for name, hint in hints.items():
-        loss = loss + HINT_WEIGHT * F.cross_entropy(hint.float().flatten(0, 1), wanted[name].flatten())
+    loss = loss + HINT_WEIGHT * sum(_hint_losses(hints, wanted))
     kept = batch.kept.view(-1, 1, 1, 1).bool()
     with torch.no_grad():
         means = {
             name: square[(batch.weight.eq(w) & kept).expand_as(square)].mean().item()
             for name, w in (("line", LINE_WEIGHT), ("shape", SHAPE_WEIGHT), ("plain", PLAIN_WEIGHT))
         }
-        in_line = (batch.letters[..., 2].flatten(1) != NO_LETTER) & (wanted["left letter"] != IGNORED)
-        for name in ("left place", "left letter"):
-            means[name.replace("left ", "")] = (hints[name].argmax(-1) == wanted[name])[in_line].float().mean().item()
+        right = _right_hints(hints, wanted)
+        means |= {"place": right["left place"], "letter": right["left letter"], "part": right["cell part"]}
     return loss, {name: value for name, value in means.items() if not math.isnan(value)}
 
 
 def _wanted_hints(batch: Batch) -> dict[str, Tensor]:
     """[b, n] what `HINTS` should be; nothing where plan and glyphs are dropped."""
-    wanted = batch.letters.masked_fill(batch.kept.view(-1, 1, 1, 1) == 0, IGNORED).flatten(1, 2).unbind(-1)
+    wanted = batch.hints.masked_fill(batch.kept.view(-1, 1, 1, 1) == 0, IGNORED).flatten(1, 2).unbind(-1)
     return dict(zip(HINTS, wanted, strict=True))
+
+
+def _hint_losses(hints: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[Tensor]:
+    """Cross entropy of each hint, 0 where a batch has nothing to ask of it."""
+    asked = {name: (wanted[name] != IGNORED).sum().clamp(min=1) for name in hints}
+    return [
+        F.cross_entropy(hint.float().flatten(0, 1), wanted[name].flatten(), reduction="sum") / asked[name]
+        for name, hint in hints.items()
+    ]
+
+
+def _right_hints(hints: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Share of right guesses, those about lines where there is a letter; nan where there is nothing to guess."""
+    letter = (wanted["left letter"] != NO_LETTER) & (wanted["left letter"] != IGNORED)
+    shape = wanted["cell part"] != IGNORED
+    return {
+        name: (hint.argmax(-1) == wanted[name])[shape if name == "cell part" else letter].float().mean().item()
+        for name, hint in hints.items()
+    }
 
 
 def reading_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -368,10 +396,8 @@ def reading_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str
     with autocast():
         _, hints = model(batch, torch.randn_like(batch.latents), torch.ones(b, device=device()), only_hints=True)
     wanted = _wanted_hints(batch)
-    losses = {n: F.cross_entropy(hint.float().flatten(0, 1), wanted[n].flatten()) for n, hint in hints.items()}
-    in_line = (batch.letters[..., 2].flatten(1) != NO_LETTER) & (wanted["left letter"] != IGNORED)
-    right = {n: (hints[n].argmax(-1) == wanted[n])[in_line].float().mean().item() for n in hints}
-    return torch.stack(list(losses.values())).sum(), right
+    right = _right_hints(hints, wanted)
+    return torch.stack(_hint_losses(hints, wanted)).sum(), {n: v for n, v in right.items() if not math.isnan(v)}
 
 
 def train_renderer(

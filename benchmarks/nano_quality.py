@@ -157,7 +157,7 @@ def load_pipeline() -> Any:
     import torch
     from diffusers import GlmImagePipeline
 
-    pipeline = GlmImagePipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    pipeline = GlmImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

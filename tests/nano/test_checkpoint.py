@@ -65,7 +65,7 @@ def test_the_letters_come_from_the_glyph_encoder(nano: GlmImage) -> None:
 
 @pytest.fixture(scope="module")
 def pipeline() -> GlmImagePipeline:
-    made = GlmImagePipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    made = GlmImagePipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -16,10 +16,13 @@ from transformers import GlmImageForConditionalGeneration
 from engine.jobs.job import JobSpec
 from models.nano import world
 from models.nano.tokenizer import make_tokenizer
-from models.nano.train import autoencoder, glyphs, latents, planner, renderer, vision
+from models.nano.train import autoencoder, glyphs, latents, planner, renderer, samples, vision
 from models.nano.train.assemble import assemble
 from models.nano.train.loop import Losses, train, trained
 from tests.checkpoints import load, small_engine
+
+# What torch's compiler imports when it is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +106,7 @@ def test_the_hints_say_what_every_token_of_a_poster_is_to_draw() -> None:
 def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps of every part; nothing is learnt, but everything is written, loaded and run."""
     monkeypatch.setattr(latents, "PER_SHARD", 4)
+    monkeypatch.setattr(samples, "PER_SHARD", 2)
     work, out = tmp_path / "work", tmp_path / "checkpoint"
     model = autoencoder.train_on_crops(work, 1)
     for size in ((256, 256), (384, 256), (256, 384), (512, 512)):
@@ -112,11 +116,13 @@ def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pyt
     tokenizer = make_tokenizer()
     glyphs.train_glyphs(work, 2)
     statistics = latents.statistics(work)
+    trained_renderer = renderer.train_renderer(glyphs.trained_encoder(work), work, *statistics, 1, 4)
+    samples.make_shard(trained_renderer, work, (256, 256), 0, *statistics)
     parts = (
         planner.train_planner(tokenizer, work, 5, 6, 2),
         vision.train_vision(GlmImageForConditionalGeneration(planner.make_config(tokenizer)), work, 2),
-        renderer.train_renderer(glyphs.trained_encoder(work), work, *statistics, 1, 4),
-        autoencoder.train_decoder(model, work, 1),
+        trained_renderer,
+        samples.train_decoder(autoencoder.train_decoder(model, work, 1), work, {(256, 256): 1}, 2),
     )
     assemble(out, *parts, *statistics)
     assert sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) < 30e6
@@ -125,7 +131,7 @@ def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pyt
     spec = JobSpec(prompt='a red poster, headline "HI"', width=256, height=256, num_inference_steps=2, seed=1)
     [[picture]] = engine.generate([spec])
     assert picture.shape == (256, 256, 3)
-    pipeline = GlmImagePipeline.from_pretrained(out)
+    pipeline = GlmImagePipeline.from_pretrained(out, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     source = Image.fromarray(world.draw(world.Poster(3), 256, 256))
     [edited] = pipeline(

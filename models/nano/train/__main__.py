@@ -7,6 +7,7 @@
         autoencoder  glyphs  planner  vision
         latents                                    needs the autoencoder
         renderer  decoder                          need the latents; the renderer also the glyphs
+        samples                                    needs the renderer and the decoder, which it trains further
 
 Every part is taken up again where it was stopped. State is kept in --work, the checkpoint is written to --out.
 """
@@ -22,7 +23,7 @@ from transformers import GlmImageForConditionalGeneration
 
 from models.nano import CHECKPOINT
 from models.nano.tokenizer import make_tokenizer
-from models.nano.train import autoencoder, glyphs, latents, planner, renderer, vision
+from models.nano.train import autoencoder, glyphs, latents, planner, renderer, samples, vision
 from models.nano.train.assemble import assemble
 from models.nano.train.loop import trained
 
@@ -33,6 +34,8 @@ VISION_STEPS = 2500
 READING_STEPS, RENDERER_STEPS = 400, 5000
 SHARDS = {(256, 256): 40, (384, 256): 4, (256, 384): 4, (512, 512): 6}
 EDIT_SHARDS = 12
+SAMPLE_SHARDS = {(256, 256): 10, (384, 256): 1, (256, 384): 1, (512, 512): 1}
+SAMPLE_STEPS = 1200
 
 
 class Training:
@@ -77,14 +80,22 @@ class Training:
         model.load_state_dict(trained(self.work, "autoencoder-crops"))
         return autoencoder.train_decoder(model, self.work, DECODER_STEPS)
 
+    def samples(self) -> AutoencoderKL:
+        mean, std = latents.statistics(self.work)
+        trained_renderer = self.renderer().eval()
+        for size, count in SAMPLE_SHARDS.items():
+            for index in range(count):
+                samples.make_shard(trained_renderer, self.work, size, index, mean, std)
+        return samples.train_decoder(self.decoder(), self.work, SAMPLE_SHARDS, SAMPLE_STEPS)
+
     def assemble(self) -> None:
         mean, std = latents.statistics(self.work)
-        assemble(self.out, self.planner(), self.vision(), self.renderer(), self.decoder(), mean, std)
+        assemble(self.out, self.planner(), self.vision(), self.renderer(), self.samples(), mean, std)
         print(f"The checkpoint is {self.out}")
 
 
 def main() -> None:
-    parts = ("autoencoder", "glyphs", "planner", "vision", "latents", "renderer", "decoder", "assemble")
+    parts = ("autoencoder", "glyphs", "planner", "vision", "latents", "renderer", "decoder", "samples", "assemble")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--work", type=Path, default=Path("out/nano"))

@@ -236,7 +236,7 @@ class Batches:
             poster = shard.posters[i]
             latents.append(shard.latents[i])
             plans.append(world.plan(poster, rows, columns))
-            strings.append(_strings(_lines(poster), rng))
+            strings.append(glyph_strings(poster, rng))
             hints.append(hints_of(poster, rows, columns))
         return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
 
@@ -257,7 +257,7 @@ class Batches:
             hints.append(hints_of(edit.after, rows, columns))
         batch = self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, 0.0)
         batch.source = ((torch.stack(before).float() - self.mean) / self.std).to(device())
-        batch.source_plan = torch.from_numpy(np.stack([_per_token(s) for s in sources])).to(device())
+        batch.source_plan = torch.from_numpy(np.stack([per_token(s) for s in sources])).to(device())
         return batch
 
     def lines(self, rng: Random, pictures: Pictures, count: int) -> Batch:
@@ -272,7 +272,7 @@ class Batches:
                 row = placed.row
                 latents.append(shard.latents[i][:, row * 4 : (row + scale) * 4])
                 plans.append(world.plan(poster, rows, columns)[row : row + scale])
-                strings.append(_strings(_lines(poster), rng))
+                strings.append(glyph_strings(poster, rng))
                 hints.append(hints_of(poster, rows, columns)[row * 2 : (row + scale) * 2])
         return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
 
@@ -292,7 +292,7 @@ class Batches:
         kept = torch.tensor([float(rng.random() >= dropped) for _ in plans])
         return Batch(
             latents=((torch.stack(list(latents)).float() - self.mean) / self.std).to(device()),
-            plan=torch.from_numpy(np.stack([_per_token(p) for p in plans])).to(device()),
+            plan=torch.from_numpy(np.stack([per_token(p) for p in plans])).to(device()),
             weight=weight.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].to(device()),
             strings=[s if k else [] for s, k in zip(strings, kept.tolist(), strict=True)], size=size,
             kept=kept.to(device()),
@@ -322,8 +322,14 @@ def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([*halves, parts], -1)
 
 
-def _per_token(plan: np.ndarray) -> np.ndarray:
+def per_token(plan: np.ndarray) -> np.ndarray:
+    """[2 rows * 2 columns] codes, one for each of the renderer's tokens, of a plan [rows, columns]."""
     return plan.repeat(2, 0).repeat(2, 1).ravel()
+
+
+def glyph_strings(poster: Poster, rng: Random) -> list[str]:
+    """What the glyph encoder gets of a poster; the renderer does not see the order."""
+    return _strings(_lines(poster), rng)
 
 
 def _lines(poster: Poster) -> list[Line]:

@@ -16,7 +16,7 @@ from transformers import GlmImageForConditionalGeneration
 from engine.jobs.job import JobSpec
 from models.nano import world
 from models.nano.tokenizer import make_tokenizer
-from models.nano.train import autoencoder, glyphs, latents, planner, renderer, samples, vision
+from models.nano.train import autoencoder, batches, glyphs, latents, planner, renderer, samples, vision
 from models.nano.train.assemble import assemble
 from models.nano.train.loop import Losses, train, trained
 from tests.checkpoints import load, small_engine
@@ -85,22 +85,22 @@ def test_the_lean_planner_computes_what_the_published_module_does() -> None:
 
 def test_the_hints_say_what_every_token_of_a_poster_is_to_draw() -> None:
     poster = world.Poster(5, world.Line("AB"), None, (world.Shape(3, 2, large=True),))
-    hints = renderer.hints_of(poster, 8, 8)
+    hints = batches.hints_of(poster, 8, 8)
     assert hints.shape == (16, 16, 5)
     left_place, right_place, left_letter, right_letter, part = np.moveaxis(hints, -1, 0)
     [line], [shape] = world.place(poster, 8, 8)
     row, column = line.y // 16, line.x // 16
     # Two letters of 24 pixels over three tokens of 16: the border is in the middle of the second.
-    assert left_place[row, column : column + 4].tolist() == [0, 0, 1, renderer.NO_PLACE]
-    assert right_place[row, column : column + 4].tolist() == [0, 1, 1, renderer.NO_PLACE]
+    assert left_place[row, column : column + 4].tolist() == [0, 0, 1, batches.NO_PLACE]
+    assert right_place[row, column : column + 4].tolist() == [0, 1, 1, batches.NO_PLACE]
     assert left_letter[row + 1, column : column + 3].tolist() == [0, 0, 1]
     assert right_letter[row + 1, column : column + 3].tolist() == [0, 1, 1]
-    assert left_letter[row + 2, column] == renderer.NO_LETTER
+    assert left_letter[row + 2, column] == batches.NO_LETTER
     top, left = 2 * shape.row, 2 * shape.column
     assert part[top : top + 4, left : left + 2].tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]
-    assert (part != renderer.IGNORED).sum() == 64
-    large = renderer.hints_of(poster, 16, 16)[..., 4]
-    assert set(np.unique(large)) == {renderer.IGNORED, *range(4, 20)}
+    assert (part != batches.IGNORED).sum() == 64
+    large = batches.hints_of(poster, 16, 16)[..., 4]
+    assert set(np.unique(large)) == {batches.IGNORED, *range(4, 20)}
 
 
 def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

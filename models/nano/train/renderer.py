@@ -8,44 +8,39 @@ missing glyph tokens.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import GlmImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from models.nano import codes, world
+from models.nano import codes
 from models.nano.train import glyphs
+from models.nano.train.batches import (
+    HINTS,
+    IGNORED,
+    LINE_WEIGHT,
+    NO_LETTER,
+    PLAIN_WEIGHT,
+    SHAPE_WEIGHT,
+    Batch,
+    Batches,
+    Pictures,
+)
 from models.nano.train.factored import FactoredTable, of_codes
-from models.nano.train.latents import Shard, load_shards
 from models.nano.train.loop import Losses, autocast, device, train
-from models.nano.world import ALPHABET, CELL, MAX_LETTERS, Line, Poster
 
 HEADS, HEAD_DIM = 4, 64
 DIM = HEADS * HEAD_DIM
 CHANNELS = 8
 MAX_GLYPHS = 24
-DROPPED = 0.1  # share of samples without plan and glyphs, for guidance
-# Beside the velocity, training asks blocks in the middle what a token is to draw: which places of the line fall into
-# its left and right half, then which letters; and which part of its cell it is, for all tokens of a cell have the same
-# code. The velocity alone would teach this as well, but takes long to begin.
+# At which block the hints are asked for, and what they count beside the velocity.
 HINT_WEIGHT = 0.1
-NO_LETTER, NO_PLACE = len(ALPHABET), MAX_LETTERS
-CELL_PARTS = 2 * 2 + 4 * 4  # of a cell of one code, and of one that is twice as large
-HINTS = {
-    "left place": NO_PLACE + 1, "right place": NO_PLACE + 1,
-    "left letter": NO_LETTER + 1, "right letter": NO_LETTER + 1, "cell part": CELL_PARTS,
-}  # fmt: skip
 HINTED_BLOCKS = {"left place": 1, "right place": 1, "left letter": 2, "right letter": 2, "cell part": 1}
-IGNORED = -100
-LINE_WEIGHT, SHAPE_WEIGHT, PLAIN_WEIGHT = 5.0, 4.0, 0.5
 # What the steps of the drawing take in turn.
 TURNS = ("poster", "lines", "edit", "large-lines", "oblong", "poster", "large", "lines")
 
@@ -187,159 +182,6 @@ def _rotate_tail(x: Tensor, head: int, cos: Tensor, sin: Tensor) -> Tensor:
     still, turned = x[:, :, :head], x[:, :, head:]
     a, b = turned.chunk(2, -1)
     return torch.cat([still, turned * cos + torch.cat([-b, a], -1) * sin], 2)
-
-
-# --- Data --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """Samples of one size."""
-
-    latents: Tensor  # [b, c, h, w] normalised
-    plan: Tensor  # [b, h/2 * w/2] codes, one per token
-    weight: Tensor  # [b, 1, h, w]
-    strings: list[list[str]]
-    size: tuple[int, int]  # height, width of the picture in pixels
-    kept: Tensor = field(default_factory=lambda: torch.empty(0))  # [b] 0 where plan and glyphs are dropped
-    hints: Tensor = field(default_factory=lambda: torch.empty(0))  # [b, h/2, w/2, 5], see hints_of
-    source: Tensor | None = None
-    source_plan: Tensor | None = None
-
-
-class Pictures:
-    """All latents of one size that are there; looks for more now and then."""
-
-    def __init__(self, folder: Path, width: int, height: int, edits: bool = False):
-        self.folder, self.width, self.height, self.edits = folder, width, height, edits
-        self.shards: list[Shard] = []
-
-    def refresh(self) -> None:
-        self.shards += load_shards(self.folder, self.width, self.height, self.edits, len(self.shards))
-
-    def draw(self, rng: Random) -> tuple[Shard, int]:
-        shard = rng.choice(self.shards)
-        return shard, rng.randrange(len(shard.posters))
-
-
-class Batches:
-    """Makes batches from latents; `mean` and `std` [c] normalise them."""
-
-    def __init__(self, mean: Tensor, std: Tensor):
-        self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)  # on the CPU, as the latents are
-
-    def posters(self, rng: Random, pictures: Pictures, count: int) -> Batch:
-        rows, columns = pictures.height // CELL, pictures.width // CELL
-        latents, plans, strings, hints = [], [], [], []
-        for _ in range(count):
-            shard, i = pictures.draw(rng)
-            poster = shard.posters[i]
-            latents.append(shard.latents[i])
-            plans.append(world.plan(poster, rows, columns))
-            strings.append(glyph_strings(poster, rng))
-            hints.append(hints_of(poster, rows, columns))
-        return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
-
-    def edits(self, rng: Random, pictures: Pictures, count: int) -> Batch:
-        rows, columns = pictures.height // CELL, pictures.width // CELL
-        latents, before, plans, sources, strings, hints = [], [], [], [], [], []
-        for _ in range(count):
-            shard, i = pictures.draw(rng)
-            assert shard.edits is not None
-            assert shard.before is not None
-            edit = shard.edits[i]
-            latents.append(shard.latents[i])
-            before.append(shard.before[i])
-            plans.append(world.plan(edit.after, rows, columns, seen=edit.kept))
-            sources.append(world.plan(edit.before, rows, columns, seen=True))
-            kept = [getattr(edit.after, name) for name in edit.kept]
-            strings.append(_strings([line for line in _lines(edit.after) if line not in kept], rng))
-            hints.append(hints_of(edit.after, rows, columns))
-        batch = self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, 0.0)
-        batch.source = ((torch.stack(before).float() - self.mean) / self.std).to(device())
-        batch.source_plan = torch.from_numpy(np.stack([per_token(s) for s in sources])).to(device())
-        return batch
-
-    def lines(self, rng: Random, pictures: Pictures, count: int) -> Batch:
-        """Single lines: [h, w] is one row of cells, or two where the letters are twice as large."""
-        rows, columns = pictures.height // CELL, pictures.width // CELL
-        scale = world.scale_of(rows, columns)
-        latents, plans, strings, hints = [], [], [], []
-        while len(latents) < count:
-            shard, i = pictures.draw(rng)
-            poster = shard.posters[i]
-            for placed in world.place(poster, rows, columns)[0][: count - len(latents)]:
-                row = placed.row
-                latents.append(shard.latents[i][:, row * 4 : (row + scale) * 4])
-                plans.append(world.plan(poster, rows, columns)[row : row + scale])
-                strings.append(glyph_strings(poster, rng))
-                hints.append(hints_of(poster, rows, columns)[row * 2 : (row + scale) * 2])
-        return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
-
-    def _batch(
-        self,
-        latents: Sequence[Tensor],
-        plans: Sequence[np.ndarray],
-        strings: list[list[str]],
-        hints: Sequence[np.ndarray],
-        size: tuple[int, int],
-        rng: Random,
-        dropped: float,
-    ) -> Batch:
-        grid = torch.from_numpy(np.stack(plans))
-        busy = torch.where(grid < codes.SHAPE, LINE_WEIGHT, SHAPE_WEIGHT)
-        weight = torch.where(grid < codes.SEEN, PLAIN_WEIGHT, busy)
-        kept = torch.tensor([float(rng.random() >= dropped) for _ in plans])
-        return Batch(
-            latents=((torch.stack(list(latents)).float() - self.mean) / self.std).to(device()),
-            plan=torch.from_numpy(np.stack([per_token(p) for p in plans])).to(device()),
-            weight=weight.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].to(device()),
-            strings=[s if k else [] for s, k in zip(strings, kept.tolist(), strict=True)], size=size,
-            kept=kept.to(device()),
-            hints=torch.from_numpy(np.stack(hints)).to(device()),
-        )  # fmt: skip
-
-
-def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
-    """[2 * rows, 2 * columns, 5] int64: what `HINTS` should be for every 16-pixel token."""
-    places = np.full((rows * 2, columns * 4), NO_PLACE)  # columns of 8 pixels
-    letters = np.full((rows * 2, columns * 4), NO_LETTER)
-    parts = np.full((rows * 2, columns * 2, 1), IGNORED)
-    lines, shapes = world.place(poster, rows, columns)
-    for placed in lines:
-        wide, high = placed.scale * world.ADVANCE // 8, placed.scale * 2
-        for i, letter in enumerate(placed.line.text.upper()):
-            x, y = placed.x // 8 + i * wide, placed.y // 16
-            places[y : y + high, x : x + wide] = i
-            letters[y : y + high, x : x + wide] = ALPHABET.find(letter)
-    for placed in shapes:
-        side = placed.cells * 2
-        across = side // (4 if placed.shape.large else 2)  # tokens of a cell, 2 or 4 on the sizes of the training
-        part = np.arange(side) % across
-        own = (slice(placed.row * 2, placed.row * 2 + side), slice(placed.column * 2, placed.column * 2 + side))
-        parts[own] = (part[:, None] * across + part + (4 if across > 2 else 0))[..., None]
-    halves = [each.reshape(rows * 2, columns * 2, 2) for each in (places, letters)]
-    return np.concatenate([*halves, parts], -1)
-
-
-def per_token(plan: np.ndarray) -> np.ndarray:
-    """[2 rows * 2 columns] codes, one for each of the renderer's tokens, of a plan [rows, columns]."""
-    return plan.repeat(2, 0).repeat(2, 1).ravel()
-
-
-def glyph_strings(poster: Poster, rng: Random) -> list[str]:
-    """What the glyph encoder gets of a poster; the renderer does not see the order."""
-    return _strings(_lines(poster), rng)
-
-
-def _lines(poster: Poster) -> list[Line]:
-    return [line for line in (poster.headline, poster.footer) if line]
-
-
-def _strings(lines: list[Line], rng: Random) -> list[str]:
-    strings = [glyphs.random_case(line.text, rng) for line in lines]
-    rng.shuffle(strings)
-    return strings
 
 
 def velocity_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str, float]]:

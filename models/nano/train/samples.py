@@ -18,8 +18,9 @@ from torch import Tensor
 from models.nano import world
 from models.nano.prompts import random_poster
 from models.nano.train import autoencoder
+from models.nano.train.batches import Batch, glyph_strings, per_token
 from models.nano.train.loop import Losses, autocast, device, train
-from models.nano.train.renderer import Batch, TrainedRenderer, glyph_strings, per_token
+from models.nano.train.renderer import TrainedRenderer
 from models.nano.world import CELL, Poster
 
 PER_SHARD = 24

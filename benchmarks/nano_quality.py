@@ -4,7 +4,7 @@
     python -m benchmarks.nano_quality --url http://...       from one that is running
     python -m benchmarks.nano_quality --pipeline             from diffusers' GlmImagePipeline on the same checkpoint
     python -m benchmarks.nano_quality --blank-glyphs         from the server, the letters kept from the renderer
-    python -m benchmarks.nano_quality --edits 50             edits of held-out posters, from the pipeline
+    python -m benchmarks.nano_quality --edits 50             edits of held-out posters, from either
 
 No word and no combination of these prompts was in the training data (models/nano/prompts.py splits by hash). Pictures
 are read by template matching against the drawing code (models/nano/reading.py), which assumes nothing of what was
@@ -38,18 +38,24 @@ from server.demo import running_server
 
 SIZES = ((256, 256),) * 12 + ((384, 256),) * 3 + ((256, 384),) * 3 + ((512, 512),) * 2
 CONCURRENCY = 8
-STEPS, GUIDANCE = 12, 1.5  # the checkpoint's defaults, for the pipeline, which knows none
+STEPS, GUIDANCE = 12, 2.5  # the checkpoint's defaults, for the pipeline, which knows none
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, the poster it asks for and the picture's size."""
+    """A prompt, the poster it asks for and the picture's size; for an edit also the poster that is edited."""
 
     prompt: str
     poster: Poster
     width: int
     height: int
     seed: int
+    before: Poster | None = None
+
+    @property
+    def source(self) -> Image.Image | None:
+        """The picture that is edited."""
+        return Image.fromarray(draw(self.before, self.width, self.height)) if self.before else None
 
 
 @dataclass
@@ -74,6 +80,12 @@ def held_out_cases(count: int, seed: int) -> list[Case]:
     return cases
 
 
+def held_out_edits(count: int, seed: int) -> list[Case]:
+    rng = Random(f"held-out edits/{seed}")
+    edits = [prompts.random_edit(rng, "held-out") for _ in range(count)]
+    return [Case(edit.instruction, edit.after, 256, 256, i, edit.before) for i, edit in enumerate(edits)]
+
+
 def compare(score: Score, case: Case, image: np.ndarray) -> None:
     """Add one picture to the score."""
     found = reading.read(image)
@@ -94,6 +106,30 @@ def compare(score: Score, case: Case, image: np.ndarray) -> None:
     score.add("all of it", not errors)
     if errors:
         score.wrong.append(f"{case.width}x{case.height} {case.prompt}\n    " + "; ".join(errors))
+
+
+def compare_edit(score: Score, case: Case, image: np.ndarray) -> None:
+    """Add one edited picture: whether the asked change is there, and whether all else is as before."""
+    assert case.before is not None
+    found, before, after = (_parts(poster) for poster in (reading.read(image), case.before, case.poster))
+    wrong = {name: f"{found[name]}, not {after[name]}" for name in after if found[name] != after[name]}
+    changed = {name for name in after if after[name] != before[name]}
+    score.add("asked change", not wrong.keys() & changed)
+    score.add("rest kept", not wrong.keys() - changed)
+    if wrong:
+        score.wrong.append(f"{case.prompt}\n    " + "; ".join(f"{name} is {what}" for name, what in wrong.items()))
+
+
+def _parts(poster: Poster) -> dict[str, Any]:
+    """What can change in a poster, one by one."""
+    parts: dict[str, Any] = {"background": poster.background}
+    for name in ("headline", "footer"):
+        line = getattr(poster, name)
+        parts[name] = _text(line)
+        parts[f"{name} bar"] = line.bar if line else None
+    for side in ("left", "center", "right"):
+        parts[side] = [shape for shape in poster.shapes if shape.side == side]
+    return parts
 
 
 def _compare_line(score: Score, wanted: Line | None, got: Line | None) -> None:
@@ -125,7 +161,12 @@ def distance(a: str, b: str) -> int:
 def ask(url: str, case: Case, **extra: Any) -> dict[str, Any]:
     """One picture of the server, at its default steps and guidance."""
     body = {"prompt": case.prompt, "size": f"{case.width}x{case.height}", "seed": case.seed, **extra}
-    answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
+    if (source := case.source) is None:
+        answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
+    else:
+        file = io.BytesIO()
+        source.save(file, "PNG")
+        answer = httpx.post(f"{url}/v1/images/edits", data=body, files={"image": file.getvalue()}, timeout=600)
     answer.raise_for_status()
     return answer.json()["data"][0]
 
@@ -162,10 +203,11 @@ def load_pipeline() -> Any:
     return pipeline
 
 
-def from_pipeline(pipeline: Any, cases: Iterable[Case], sources: Iterable[Image.Image | None]) -> Iterator[np.ndarray]:
+def from_pipeline(pipeline: Any, cases: Iterable[Case]) -> Iterator[np.ndarray]:
     import torch
 
-    for case, source in zip(cases, sources, strict=True):
+    for case in cases:
+        source = case.source
         made = pipeline(
             prompt=case.prompt, image=None if source is None else [source], width=case.width, height=case.height,
             num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(case.seed),
@@ -174,39 +216,6 @@ def from_pipeline(pipeline: Any, cases: Iterable[Case], sources: Iterable[Image.
 
 
 # --- Runs --------------------------------------------------------------------------------------------------------
-
-
-def score_edits(pipeline: Any, count: int, seed: int) -> Score:
-    """Edits of drawn posters: whether the asked change is there, and whether all else is as before."""
-    rng = Random(f"held-out edits/{seed}")
-    edits = [prompts.random_edit(rng, "held-out") for _ in range(count)]
-    cases = [Case(edit.instruction, edit.after, 256, 256, i) for i, edit in enumerate(edits)]
-    sources = [Image.fromarray(draw(edit.before, 256, 256)) for edit in edits]
-    score = Score()
-    made = from_pipeline(pipeline, cases, sources)
-    for edit, image in zip(edits, tqdm(made, total=count, desc="edits"), strict=True):
-        found, before, after = (_parts(p) for p in (reading.read(image), edit.before, edit.after))
-        changed = [name for name in after if after[name] != before[name]]
-        right = all(found[name] == after[name] for name in changed)
-        kept = all(found[name] == after[name] for name in after if name not in changed)
-        score.add("asked change", right)
-        score.add("rest kept", kept)
-        if not (right and kept):
-            wrong = {name: (found[name], "wanted", after[name]) for name in after if found[name] != after[name]}
-            score.wrong.append(f"{edit.instruction}\n    {wrong}")
-    return score
-
-
-def _parts(poster: Poster) -> dict[str, Any]:
-    """What can change in a poster, one by one."""
-    parts: dict[str, Any] = {"background": poster.background}
-    for name in ("headline", "footer"):
-        line = getattr(poster, name)
-        parts[name] = _text(line)
-        parts[f"{name} bar"] = line.bar if line else None
-    for side in ("left", "center", "right"):
-        parts[side] = [shape for shape in poster.shapes if shape.side == side]
-    return parts
 
 
 def seconds_alone(url: str, count: int) -> list[float]:
@@ -246,33 +255,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another one draws other prompts")
     parser.add_argument("--pipeline", action="store_true", help="diffusers instead of a server")
     parser.add_argument("--blank-glyphs", action="store_true", help="keep the letters from the renderer")
-    parser.add_argument("--edits", type=int, metavar="N", help="score N edits instead, from the pipeline")
+    parser.add_argument("--edits", type=int, metavar="N", help="score N edits instead")
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of the first 24 square pictures")
     parser.add_argument("--wrong", action="store_true", help="list what was wrong")
     arguments = parser.parse_args()
     if arguments.edits:
-        score = score_edits(load_pipeline(), arguments.edits, arguments.seed)
-        print_score("held-out edits, diffusers", score, arguments.wrong)
-        return
-    cases = held_out_cases(arguments.prompts, arguments.seed)
+        cases, add = held_out_edits(arguments.edits, arguments.seed), compare_edit
+    else:
+        cases, add = held_out_cases(arguments.prompts, arguments.seed), compare
+    score, square = Score(), []
     with ExitStack() as stack:
         if arguments.pipeline:
-            images = from_pipeline(load_pipeline(), cases, [None] * len(cases))
+            images = from_pipeline(load_pipeline(), cases)
         else:
             url = arguments.url or stack.enter_context(
                 running_server(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="glimmer-"))))
             )
-            if not arguments.blank_glyphs:
+            if not arguments.blank_glyphs and not arguments.edits:
                 alone = seconds_alone(url, 10)
                 print(f"seconds per 256x256 picture, alone: median {np.median(alone):.2f}, longest {max(alone):.2f}")
             images = from_server(url, cases, arguments.blank_glyphs)
-        score, square = Score(), []
         for case, image in zip(cases, tqdm(images, total=len(cases), desc="pictures"), strict=True):
-            compare(score, case, image)
+            add(score, case, image)
             if (case.width, case.height) == (256, 256):
                 square.append(image)
     source = "diffusers" if arguments.pipeline else "server, no glyphs" if arguments.blank_glyphs else "server"
-    print_score(f"{len(cases)} held-out prompts, {source}", score, arguments.wrong)
+    print_score(f"{len(cases)} held-out {'edits' if arguments.edits else 'prompts'}, {source}", score, arguments.wrong)
     if arguments.sheet:
         save_sheet(square[:24], arguments.sheet)
 

@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from models.glm_image.prompt import PromptEncoder, quoted_strings
+from engine.quotes import quoted_strings
+from models.glm_image.prompt import PromptEncoder
 from models.nano import CHECKPOINT, codes, prompts
 from models.nano.tokenizer import OTHER, in_bytes, string_token
 

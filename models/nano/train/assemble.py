@@ -15,7 +15,7 @@ from models.nano.train.renderer import TrainedRenderer, make_renderer
 from models.nano.train.vision import TrainedTokenizer
 
 # What a request gets that does not say; see the model card for how they were chosen.
-REQUEST_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 1.5, "size": "256x256"}
+REQUEST_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 2.5, "size": "256x256"}
 SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.75, "top_k": 50}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.nano import codes, world
+from models.nano.prompts import Edit
 from models.nano.train import glyphs
 from models.nano.train.latents import Shard, load_shards
 from models.nano.train.loop import device
@@ -59,6 +60,43 @@ class Pictures:
         return shard, rng.randrange(len(shard.posters))
 
 
+@dataclass
+class _Edited:
+    """An edit's sample: the picture after with its plan, and the one before."""
+
+    edit: Edit
+    latents: Tensor
+    before: Tensor
+    plan: np.ndarray
+    source_plan: np.ndarray
+    hints: np.ndarray
+
+    def row(self, row: int) -> "_Edited":
+        """One row of its cells."""
+        cells, patches, tokens = (slice(row * n, (row + 1) * n) for n in (4, 2, 1))
+        return _Edited(
+            self.edit, self.latents[:, cells], self.before[:, cells], self.plan[tokens], self.source_plan[tokens],
+            self.hints[patches],
+        )  # fmt: skip
+
+
+def _edited(pictures: Pictures, rng: Random, rows: int, columns: int) -> _Edited:
+    shard, i = pictures.draw(rng)
+    assert shard.edits is not None
+    assert shard.before is not None
+    edit = shard.edits[i]
+    return _Edited(
+        edit, shard.latents[i], shard.before[i], world.plan(edit.after, rows, columns, seen=edit.kept),
+        world.plan(edit.before, rows, columns, seen=True), hints_of(edit.after, rows, columns),
+    )  # fmt: skip
+
+
+def _new_strings(edit: Edit, rng: Random) -> list[str]:
+    """The lines that an edit does not leave as they are."""
+    kept = [getattr(edit.after, name) for name in edit.kept]
+    return _strings([line for line in _lines(edit.after) if line not in kept], rng)
+
+
 class Batches:
     """Makes batches from latents; `mean` and `std` [c] normalise them."""
 
@@ -79,22 +117,27 @@ class Batches:
 
     def edits(self, rng: Random, pictures: Pictures, count: int) -> Batch:
         rows, columns = pictures.height // CELL, pictures.width // CELL
-        latents, before, plans, sources, strings, hints = [], [], [], [], [], []
-        for _ in range(count):
-            shard, i = pictures.draw(rng)
-            assert shard.edits is not None
-            assert shard.before is not None
-            edit = shard.edits[i]
-            latents.append(shard.latents[i])
-            before.append(shard.before[i])
-            plans.append(world.plan(edit.after, rows, columns, seen=edit.kept))
-            sources.append(world.plan(edit.before, rows, columns, seen=True))
-            kept = [getattr(edit.after, name) for name in edit.kept]
-            strings.append(_strings([line for line in _lines(edit.after) if line not in kept], rng))
-            hints.append(hints_of(edit.after, rows, columns))
-        batch = self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, 0.0)
-        batch.source = ((torch.stack(before).float() - self.mean) / self.std).to(device())
-        batch.source_plan = torch.from_numpy(np.stack([per_token(s) for s in sources])).to(device())
+        samples = [_edited(pictures, rng, rows, columns) for _ in range(count)]
+        return self._edit_batch(samples, (pictures.height, pictures.width), rng)
+
+    def edit_lines(self, rng: Random, pictures: Pictures, count: int) -> Batch:
+        """Single lines of edits, most of them with letters that are to stay as they are: one row of cells."""
+        rows, columns = pictures.height // CELL, pictures.width // CELL
+        samples: list[_Edited] = []
+        while len(samples) < count:
+            whole = _edited(pictures, rng, rows, columns)
+            for placed in world.place(whole.edit.after, rows, columns)[0][: count - len(samples)]:
+                samples.append(whole.row(placed.row))
+        return self._edit_batch(samples, (pictures.height, pictures.width), rng)
+
+    def _edit_batch(self, samples: "list[_Edited]", size: tuple[int, int], rng: Random) -> Batch:
+        batch = self._batch(
+            [s.latents for s in samples], [s.plan for s in samples], [_new_strings(s.edit, rng) for s in samples],
+            [s.hints for s in samples], size, rng, 0.0,
+        )  # fmt: skip
+        before = torch.stack([s.before for s in samples]).float()
+        batch.source = ((before - self.mean) / self.std).to(device())
+        batch.source_plan = torch.from_numpy(np.stack([per_token(s.source_plan) for s in samples])).to(device())
         return batch
 
     def lines(self, rng: Random, pictures: Pictures, count: int) -> Batch:

@@ -1,7 +1,7 @@
 """Latents of many posters, computed once: the renderer trains on these."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -16,6 +16,9 @@ from models.nano.train.loop import autocast
 from models.nano.world import Poster
 
 PER_SHARD = 200
+# Letters that are drawn alike, or were at first: some posters are made of these, so that they are told apart.
+ALIKE = ("0OQDCGU", "8B6S3E", "2Z7", "1IJTL", "PFREB", "VYUW", "4AMNH", "69G", "5S", "KXY")
+ALIKE_SHARE = 0.4
 
 
 @dataclass
@@ -66,9 +69,34 @@ def statistics(folder: Path) -> tuple[Tensor, Tensor]:
 def _posters(name: str, edits: bool) -> tuple[list[Poster], list[Edit] | None]:
     rng = Random(name)
     if edits:
-        changes = [prompts.random_edit(rng) for _ in range(PER_SHARD)]
+        changes = [_alike_edit(prompts.random_edit(rng), rng) for _ in range(PER_SHARD)]
         return [c.after for c in changes], changes
-    return [prompts.random_poster(rng) for _ in range(PER_SHARD)], None
+    return [_alike(prompts.random_poster(rng), rng, {}) for _ in range(PER_SHARD)], None
+
+
+def _alike_edit(edit: Edit, rng: Random) -> Edit:
+    """An edit with other letters; its instruction, which the renderer does not read, stays as it is."""
+    spelt: dict[str, str] = {}
+    return replace(edit, before=_alike(edit.before, rng, spelt), after=_alike(edit.after, rng, spelt))
+
+
+def _alike(poster: Poster, rng: Random, spelt: dict[str, str]) -> Poster:
+    """The poster, its letters now and then replaced by ones like them; `spelt` keeps how a string has been spelt."""
+    for name in ("headline", "footer"):
+        line = getattr(poster, name)
+        if line:
+            poster = replace(poster, **{name: replace(line, text=spelt.setdefault(line.text, _spell(line.text, rng)))})
+    return poster
+
+
+def _spell(text: str, rng: Random) -> str:
+    if rng.random() >= ALIKE_SHARE:
+        return text
+    while True:
+        groups = [rng.choice([g for g in ALIKE if letter in g] or [letter]) for letter in text.upper()]
+        made = "".join(rng.choice(group) for group in groups)
+        if not prompts.held_out(made):
+            return made
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ apart; the last one trains on whole sequences. The forward pass is the published
 not need, so that it compiles well.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 from models.nano import codes, prompts, world
+from models.nano.prompts import Edit
 from models.nano.tokenizer import IMAGE_END, IMAGE_START, VISION_VOCABULARY
 from models.nano.train.factored import FactoredTable, of_codes, of_vocabulary
 from models.nano.train.loop import Losses, autocast, device, train
@@ -31,6 +33,9 @@ IGNORED = -100
 # in which row and column a cell is. It would be found out anyway, much later.
 HINTED_LAYER = 2
 HINT_WEIGHT = 0.3
+EASY_PROMPTS_LEFT_OUT = 0.7  # share of the prompts that name every line's zone before its word
+ZONE_AFTER_WORD = re.compile(r"(on top|below)\b")
+EASY_EDITS_LEFT_OUT = 0.7  # share of the edits that leave nothing to be mistaken for what is to change
 ROLES = (
     "headline", "footer", "background", "headline bar", "footer bar", "left colour", "center colour", "right colour",
     "left shape", "center shape", "right shape",
@@ -158,9 +163,11 @@ class Sequences:
         while True:
             poster = prompts.random_poster(rng)
             preview = preview_grid(rows, columns)
+            text = prompts.describe(poster, rng)
+            if not ZONE_AFTER_WORD.search(text) and rng.random() < EASY_PROMPTS_LEFT_OUT:
+                continue
             prompt = self.encode(
-                f"<|user|>\n{prompts.describe(poster, rng)}<sop>{rows} {columns}<eop>"
-                f"<sop>{preview[0]} {preview[1]}<eop><|dit_token_start|>"
+                f"<|user|>\n{text}<sop>{rows} {columns}<eop><sop>{preview[0]} {preview[1]}<eop><|dit_token_start|>"
             )
             if len(prompt) <= MAX_PROMPT:
                 break
@@ -197,6 +204,8 @@ class Sequences:
     def edit(self, rng: Random, rows: int, columns: int, budget: int | None) -> Sequence:
         """A picture's codes, an instruction, and the plan of the picture changed."""
         made = prompts.random_edit(rng)
+        while not _has_likes(made) and rng.random() < EASY_EDITS_LEFT_OUT:
+            made = prompts.random_edit(rng)
         source = world.plan(made.before, rows, columns, seen=True).ravel().tolist()
         head = self.encode("<|user|>\n<|dit_token_start|>")
         tail = self.encode(f"<|dit_token_end|>{made.instruction}<sop>{rows} {columns}<eop><|dit_token_start|>")
@@ -211,6 +220,15 @@ class Sequences:
         plan = world.plan(made.after, rows, columns, seen=made.kept)
         kept = None if budget is None else _rows([plan], rng, budget - len(tokens))
         return _assemble(tokens, positions, [plan], [place], rng, kept)
+
+
+def _has_likes(edit: Edit) -> bool:
+    """Whether there is something like what is to change, which is to stay: a bar, or another shape."""
+    before, after = edit.before, edit.after
+    bars = [line for line in (before.headline, before.footer) if line and line.bar is not None]
+    return bool(bars and before.background != after.background) or (
+        len(before.shapes) > 1 and before.shapes != after.shapes
+    )
 
 
 def _assemble(
@@ -323,6 +341,10 @@ def train_planner(tokenizer: Any, folder: Path, steps: int, line_steps: int, who
                     named[name] = (hint.argmax(-1) == wanted[name])[asked].float().mean().item()
         return loss, {"loss": loss.item(), **named}
 
+    def only_lines(rng: Random) -> tuple[Tensor, Losses]:
+        loss, figures = loss_on([draw.generation(rng, *rng.choice(GRIDS), 0, True) for _ in range(64)], 96, False)
+        return loss, {f"only-{name}": value for name, value in figures.items()}
+
     def on_rows(step: int, rng: Random) -> tuple[Tensor, Losses]:
         if step % 5 in (2, 4):
             grids = [(8, 8)] * 3 + [(8, 12), (12, 8)]
@@ -332,17 +354,19 @@ def train_planner(tokenizer: Any, folder: Path, steps: int, line_steps: int, who
     def on_lines(step: int, rng: Random) -> tuple[Tensor, Losses]:
         if step % 6 == 5:
             return on_rows(step // 6, rng)
-        loss, figures = loss_on([draw.generation(rng, *rng.choice(GRIDS), 0, True) for _ in range(64)], 96, False)
-        return loss, {f"only-{name}": value for name, value in figures.items()}
+        return only_lines(rng)
 
     def on_whole(step: int, rng: Random) -> tuple[Tensor, Losses]:
-        if step % 4 == 3:
-            return loss_on([draw.edit(rng, *rng.choice(GRIDS[:3]), 256) for _ in range(24)], 256, True)
+        if step % 2:
+            grid, length = ((8, 8), 176) if step % 8 > 1 else (rng.choice(GRIDS[1:3]), 256)
+            return loss_on([draw.edit(rng, *grid, length) for _ in range(24)], length, True)
         if step % 4 == 2:
+            return only_lines(rng)
+        if step % 8 == 4:
             return loss_on([draw.generation(rng, 16, 16, None) for _ in range(8)], 560, False)
         return loss_on([draw.generation(rng, *rng.choice(GRIDS[:3]), None) for _ in range(12)], 400, False)
 
     train("planner-rows", model, on_rows, folder, steps=steps, learning_rate=2e-3)
     train("planner-lines", model, on_lines, folder, steps=line_steps, learning_rate=1e-3)
-    train("planner", model, on_whole, folder, steps=whole_steps, learning_rate=1e-3)
+    train("planner", model, on_whole, folder, steps=whole_steps, learning_rate=1e-3, average=0.99)
     return model

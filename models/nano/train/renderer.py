@@ -1,10 +1,9 @@
 """The renderer: from noise, a plan and the glyph encoder's embeddings to latents.
 
-First it learns to read alone: to say, from pure noise, which letter of which string belongs where. Then to draw, in
-three kinds of steps, on latents computed beforehand: whole posters, edits (the picture before, at timestep 0, is read
-through its keys and values), and single lines of text cut out of posters, which are an eighth of a poster and nothing
-but letters. The forward pass is the published one, without what training does not need and with a true mask over
-missing glyph tokens.
+First it learns to read alone: to say, from pure noise, which letter of which string belongs where. Then to draw, on
+latents computed beforehand: whole posters, edits (the picture before, at timestep 0, is read through its keys and
+values), and single lines of text cut out of either, which are an eighth of a poster and nothing but letters. The
+forward pass is the published one, without what training does not need and with a true mask over missing glyph tokens.
 """
 
 import math
@@ -42,7 +41,7 @@ MAX_GLYPHS = 24
 HINT_WEIGHT = 0.1
 HINTED_BLOCKS = {"left place": 1, "right place": 1, "left letter": 2, "right letter": 2, "cell part": 1}
 # What the steps of the drawing take in turn.
-TURNS = ("poster", "lines", "edit", "large-lines", "oblong", "poster", "large", "lines")
+TURNS = ("poster", "lines", "edit", "large-lines", "oblong", "edit-lines", "poster", "large", "lines", "edit-lines")
 
 
 def make_renderer() -> GlmImageTransformer2DModel:
@@ -277,6 +276,8 @@ def train_renderer(
                 batch = batches.lines(rng, large, 24)
             case "edit":
                 batch = batches.edits(rng, edited, 10)
+            case "edit-lines":
+                batch = batches.edit_lines(rng, edited, 80)
             case "oblong":
                 batch = batches.posters(rng, rng.choice((wide, tall)), 10)
             case "large":

@@ -24,7 +24,7 @@ from models.nano.train.renderer import TrainedRenderer
 from models.nano.world import CELL, Poster
 
 PER_SHARD = 24
-STEPS, GUIDANCE = 12, 1.5  # what a request gets by default
+STEPS, GUIDANCE = 12, 2.5  # what a request gets by default
 TRUE_SHARE = 0.2  # of the steps take true latents, so that the decoder does not unlearn them
 
 Size = tuple[int, int]

@@ -9,6 +9,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 EXIT_CONFIGURATION = 2
 """Exit code of an engine that cannot start with these settings; restarting it unchanged will not help."""
 
+EXIT_STUCK = 3
+"""Exit code of an engine whose device does not come back from a step; a new process may do better."""
+
 HAND_BACK_S = 5.0
 """Seconds that whoever stops an engine must wait beyond its grace period before killing it: only when that is over does
 the engine start to hand back the jobs that are left, and each takes a call to a Redis that may be slow."""
@@ -30,6 +33,7 @@ class EngineSettings:
         max_prompt_tokens: a longer prompt is refused.
         kv_tokens: tokens the planner's KV cache holds.
         render_token_budget: packed tokens of one renderer tick at most.
+        plan_cache_s: seconds a plan is kept for requests that would be planned the same; 0 keeps none.
         grace_s: seconds that running jobs may take to finish after SIGTERM; then they are handed back.
         log_level: events below it are not logged.
     """
@@ -45,5 +49,6 @@ class EngineSettings:
     max_prompt_tokens: int = 2048
     kv_tokens: int | None = None
     render_token_budget: int | None = None
+    plan_cache_s: int = 3600
     grace_s: float = 30.0
     log_level: LogLevel = "info"

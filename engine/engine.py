@@ -1,7 +1,16 @@
 """The engine: plan first, render second, many images at once.
 
-`Engine.step` is all of it: take requests in, advance every plan by a token, advance some images by a denoising step,
-hand out what is done. One thread calls `step`; any thread may `submit` and `cancel`. It needs neither Redis nor HTTP:
+`Engine.step` is all of it, called over and over by one thread; any thread may `submit` and `cancel`. A step takes every
+request as far as it goes for now:
+
+    _receive   inbox      tokenize the prompt, refuse what can never be served
+    _admit     waiting    in order of arrival: reserve all the memory it will take, look at the pictures to edit
+    _plan      planner    prefill the prompt, then write every plan a token further; its length is known beforehand
+    _render    renderer   a denoising step of as many images as make a tick; decode those that are done
+
+What happens is told in events: `Planned`, `Partial`, `Rendered` and `Progress`, at last `Finished` or `Failed`. Nobody
+fails with a neighbour: a batch that raises is tried again, each request alone (`_guarded`). And nobody's picture is
+changed by a neighbour, not in its last bit (`models.row_blocks`). The engine needs neither Redis nor HTTP:
 
     engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
     [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
@@ -10,13 +19,15 @@ hand out what is done. One thread calls `step`; any thread may `submit` and `can
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.errors import RequestError
-from engine.jobs.job import JobSpec, Plan, TokenGrid
+from engine.geometry import PATCH
+from engine.jobs.job import JobSources, JobSpec, Plan, TokenGrid
 from engine.limits import EngineLimits
 from engine.metrics import EngineMetrics
 from engine.planner import scheduler as planning
@@ -24,10 +35,12 @@ from engine.planner.runner import PlannerRunner
 from engine.planner.scheduler import PlannerScheduler
 from engine.renderer.runner import RendererRunner, Rendering
 from engine.renderer.scheduler import RenderScheduler
-from engine.request import Event, Failed, Finished, Image, Planned, Progress, Rendered, Request
-from models.errors import PromptError
+from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
+from models.errors import PictureError, PromptError
 from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV
+from models.glm_image.prompt import fill_in_codes, place_sources
+from models.glm_image.sources import Picture
 
 PROGRESS_SECONDS = 0.2  # between two reports
 PLANNING_MARGIN = 1.5  # while both stages work, each is slower than alone
@@ -91,27 +104,45 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def generate(self, specs: Sequence[JobSpec]) -> list[list[Tensor]]:
+    def read_pictures(self, sources: JobSources) -> list[Picture]:
+        """The pictures of an edit as `Request.pictures` has them. Any thread may do this.
+
+        Raises:
+            RequestError: one of them cannot be edited.
+        """
+        try:
+            return [self.model.pictures.read(file) for file in sources.pictures]
+        except PictureError as error:
+            raise RequestError(str(error), param="image", code="invalid_image_file") from error
+
+    def generate(
+        self, specs: Sequence[JobSpec], sources: Sequence[JobSources | None] | None = None
+    ) -> list[list[Tensor]]:
         """Run requests to the end. Returns pixels [height, width, 3], uint8, for every image of every spec.
+
+        Args:
+            sources: for every spec what it edits, if it is an edit.
 
         Raises:
             RequestError: one of them cannot be served.
         """
         pixels = [[torch.empty(0)] * spec.n for spec in specs]
-        for number, spec in enumerate(specs):
-            self.submit(Request(id=str(number), spec=spec))
+        for number, (spec, edited) in enumerate(zip(specs, sources or [None] * len(specs), strict=True)):
+            pictures = self.read_pictures(edited) if edited else []
+            self.submit(Request(str(number), spec, sources=edited, pictures=pictures))
         while not self.is_idle:
             for event in self.step():
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, Rendered):
-                    pixels[int(event.image.request.id)][event.image.index] = event.pixels
+                    pixels[int(event.request.id)][event.image.index] = event.pixels
         return pixels
 
     def check_integrity(self) -> None:
         """Raise AssertionError if memory leaked, or if an idle engine still holds anything."""
         self.planner.check_integrity()
         assert not self.is_idle or (self.planner.is_idle and not len(self.renderer) and not self._waiting)
+        assert not self.is_idle or not len(self.renderer_runner.source_keys)
 
     # --- the parts of a step ------------------------------------------------------------------------------------------
 
@@ -126,14 +157,15 @@ class Engine:
                 self._forget(request)
 
     def _admit(self) -> None:
-        """In order of arrival: a large request is never passed over for ever by small ones."""
-        while self._waiting and self.planner.fits(self._waiting[0]):
+        """In order of arrival: a large request is never passed over for ever by small ones.
+
+        One edit a step: looking at its pictures takes a while, and those under way should not wait for several.
+        """
+        while self._waiting and self._fits(self._waiting[0]):
             request = self._waiting.popleft()
-            for image in request.images:
-                image.admitted_at = time.monotonic()
-            self._guarded([image for image in request.images if image.plan], self._start_rendering)
-            if request in self._images_left and not request.is_planned:
-                self.planner.add(request)
+            self._guarded_each([request], self._begin)
+            if request.spec.sources:
+                break
 
     def _plan(self) -> None:
         """One planner step, and as many as a renderer tick takes once the plans are needed soon.
@@ -158,6 +190,7 @@ class Engine:
             self.metrics.prompt_tokens.inc(len(group.request.prompt_ids))
         for sequence in self._guarded(step.decode, self.planner_runner.decode):
             sequence.written += 1
+        self._guarded_each(self.planner.previewed(), self._start_preview)
         self._guarded_each(self.planner.complete(), self._finish_plan)
         self.metrics.planner_batch.observe(len(step.decode))
         self.metrics.planner_tokens.inc(len(step.decode) + sum(len(group.sequences) for group in step.prefill))
@@ -179,12 +212,14 @@ class Engine:
         self.metrics.renderer_rows.observe(rows)
         self.metrics.renderer_tokens.inc(tokens)
         self.metrics.renderer_padding.inc(self.renderer_runner.padding(tokens))
-        self._guarded_each([r for r in advanced if not r.steps_left], self._finish_image)
+        self._guarded_each([r for r in advanced if r.is_to_be_shown and not self._waits_for_preview(r)], self._show)
+        self._guarded_each([r for r in advanced if not r.steps_left], self._finish_rendering)
 
     def _report(self) -> None:
         now = time.monotonic()
         if now - self._reported_at >= PROGRESS_SECONDS:
             self._reported_at = now
+            self.metrics.kv_blocks_used.set(self.planner.allocator.used)
             self._events += [self._progress(request) for request in self._images_left]
 
     # --- what they are made of ----------------------------------------------------------------------------------------
@@ -192,12 +227,43 @@ class Engine:
     def _prepare(self, request: Request) -> None:
         """Tokenize, take over the plans that are known, refuse what could never be served."""
         spec, geometry = request.spec, request.spec.geometry
-        request.prompt_ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width)
+        self._check_pictures(request)
+        ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width, spec.sources)
+        grids = [(picture.rows, picture.cols) for picture in request.pictures]
+        request.prompt_ids, request.prompt_positions = place_sources(ids, self.model.prompts.image_token, grids)
         for image in request.images:
             image.plan = Plan.from_dict(spec.plan) if spec.plan else request.plans.get(image.index)
             self._check_plan(image)
         self.planner.check(request)
         self._waiting.append(request)
+
+    def _check_pictures(self, request: Request) -> None:
+        if len(request.pictures) != request.spec.sources:
+            raise RequestError(f"this edit of {request.spec.sources} pictures came with {len(request.pictures)}")
+        needed, limit = request.source_patches, self.limits.source_patches
+        if needed > limit:
+            raise RequestError(
+                f"the pictures to edit have {needed * PATCH**2} pixels, as the model sees them; this server has room "
+                f"for {limit * PATCH**2}. Send fewer or smaller pictures",
+                param="image",
+            )
+
+    def _fits(self, request: Request) -> bool:
+        """Whether memory for all of the request can be reserved now."""
+        admitted = sum(r.source_patches for r in self._images_left if r not in self._waiting)
+        return self.planner.fits(request) and admitted + request.source_patches <= self.limits.source_patches
+
+    def _begin(self, request: Request) -> None:
+        """Everything has room: see the sources, render what is planned, plan the rest."""
+        for image in request.images:
+            image.admitted_at = time.monotonic()
+        request.seen = [self.model.see(picture) for picture in request.pictures]
+        codes = torch.cat([source.codes.flatten() for source in request.seen]).tolist() if request.seen else []
+        request.prompt_ids = fill_in_codes(request.prompt_ids, self.model.prompts.image_token, codes)
+        request.pictures = []
+        self._start_rendering([image for image in request.images if image.plan])
+        if not request.is_planned:
+            self.planner.add(request)
 
     def _check_plan(self, image: Image) -> None:
         plan, grid, codes = image.plan, image.request.spec.geometry.plan, self.model.planner.config.codebook_size
@@ -209,45 +275,79 @@ class Engine:
             raise RequestError(f"the tokens of a plan are 0 to {codes - 1}", param="plan")
 
     def _finish_plan(self, sequence: planning.Sequence) -> None:
-        image, geometry = sequence.image, sequence.request.spec.geometry
+        image, grids = sequence.image, sequence.request.spec.grids
         tokens = self.planner_runner.read(sequence)
         self.planner.finish(sequence)
-        preview, plan = geometry.preview, geometry.plan
-        written_first = TokenGrid(preview.rows, preview.cols, tokens[: preview.tokens])
-        image.plan = Plan(plan.rows, plan.cols, tokens[preview.tokens :], written_first)
+        ends = list(accumulate(grid.tokens for grid in grids))
+        *before, plan = [
+            TokenGrid(grid.rows, grid.cols, tokens[end - grid.tokens : end])
+            for grid, end in zip(grids, ends, strict=True)
+        ]
+        image.plan = Plan(plan.rows, plan.cols, plan.tokens, before[0] if before else None)
         self.metrics.planning.observe(time.monotonic() - image.admitted_at)
         self._events.append(Planned(image.request, image.index, image.plan))
         self._guarded([image], self._start_rendering)
 
     def _start_rendering(self, images: list[Image]) -> None:
         """All or none: the renderings are made before any of them is added."""
-        for rendering in [self.renderer_runner.prepare(image) for image in images]:
+        prepared = [rendering for image in images for rendering in self._renderings(image)]
+        for rendering in prepared:
             rendering.image.planned_at = time.monotonic()
             self.renderer.add(rendering)
+
+    def _renderings(self, image: Image) -> list[Rendering]:
+        """The image's, and its preview's if that is to be shown and came with the plan."""
+        renderings = []
+        if image.request.spec.partial_images and image.preview is None and image.plan and image.plan.preview:
+            image.preview = image.plan.preview
+            renderings.append(self.renderer_runner.prepare_preview(image))
+        return [*renderings, self.renderer_runner.prepare(image)]
+
+    def _start_preview(self, sequence: planning.Sequence) -> None:
+        image, grid = sequence.image, sequence.request.spec.grids[0]
+        image.preview = TokenGrid(grid.rows, grid.cols, self.planner_runner.read(sequence)[: grid.tokens])
+        self.renderer.add(self.renderer_runner.prepare_preview(image))
+
+    def _waits_for_preview(self, rendering: Rendering) -> bool:
+        """Whether its preview, which is to be seen before it, is still being rendered."""
+        own = (r for r in self.renderer if r.image is rendering.image)
+        return not rendering.is_preview and any(r.is_preview for r in own)
+
+    def _show(self, rendering: Rendering) -> None:
+        pixels = self.renderer_runner.decode(rendering)
+        self.metrics.partial_images.inc()
+        self._events.append(Partial(rendering.image, rendering.partial_index, pixels, rendering.grid))
+        rendering.shown = rendering.due
+
+    def _finish_rendering(self, rendering: Rendering) -> None:
+        self.renderer.remove(rendering)
+        if not rendering.is_preview:
+            self._finish_image(rendering)
 
     def _finish_image(self, rendering: Rendering) -> None:
         image, started = rendering.image, time.monotonic()
         pixels = self.renderer_runner.decode(rendering)
-        self.renderer.remove(rendering)
-        image.rendered_at, decoding = started, time.monotonic() - started
+        for late in [r for r in self.renderer if r.image is image]:
+            self.renderer.remove(late)  # a preview of what is there already
         self.metrics.rendering.observe(started - image.planned_at)
-        self.metrics.decoding.observe(decoding)
+        self.metrics.decoding.observe(time.monotonic() - started)
         self.metrics.images.inc()
         self.metrics.pixels.inc(image.request.spec.width * image.request.spec.height)
-        self._events.append(Rendered(image, pixels, decoding))
+        self._events.append(Rendered(image, pixels))
         self._images_left[image.request] -= 1
         if not self._images_left[image.request]:
             del self._images_left[image.request]
+            self.renderer_runner.release(image.request)
             self._events.append(Finished(image.request))
 
     def _progress(self, request: Request) -> Progress:
         spec = request.spec
         if not request.is_planned:
-            total = spec.geometry.plan_tokens
+            total = spec.image_plan_tokens
             done = sum(total for image in request.images if image.plan)
             done += sum(s.written for s in self.planner.sequences if s.request is request)
             return Progress(request, "planning", done, total * spec.n)
-        steps_left = sum(r.steps_left for r in self.renderer if r.request is request)
+        steps_left = sum(r.steps_left for r in self.renderer if r.request is request and not r.is_preview)
         return Progress(
             request, "rendering", spec.num_inference_steps * spec.n - steps_left, spec.num_inference_steps * spec.n
         )
@@ -296,6 +396,7 @@ class Engine:
         self.planner.abort(request)
         for rendering in [r for r in self.renderer if r.request is request]:
             self.renderer.remove(rendering)
+        self.renderer_runner.release(request)
 
     def _synchronise(self) -> None:
         if self.model.device.type == "cuda":

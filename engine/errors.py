@@ -3,6 +3,9 @@
 GlimmerError
 ├── RequestError        this request cannot be served as it is; retrying it unchanged will not help
 ├── QueueFull           the queue is at its cap; try again later
+│   └── SourcesFull     the pictures of the edits in it take as much memory as they may
+├── TooManyJobs         one owner has as many jobs in the queue as it may; try again later
+├── KeyReused           an idempotency key came with two different requests
 └── QueueUnavailable    Redis is away or refuses writes; try again later
 
 (A checkpoint that cannot be loaded is a `models.errors.CheckpointError`.)
@@ -29,6 +32,18 @@ class RequestError(GlimmerError):
 
 class QueueFull(GlimmerError):
     """The queue holds as many waiting jobs as it may."""
+
+
+class SourcesFull(QueueFull):
+    """The jobs in the queue have as many bytes of pictures to edit as they may."""
+
+
+class TooManyJobs(GlimmerError):
+    """The owner has as many jobs waiting and running as it may."""
+
+
+class KeyReused(GlimmerError):
+    """The idempotency key was used for another request."""
 
 
 class QueueUnavailable(GlimmerError):

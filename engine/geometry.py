@@ -4,6 +4,7 @@ pixels      the size asked for, any 64..2048
 canvas      the size rendered: rounded up to the 32-pixel grid; the image is its centre
 plan        one planner token per 32 x 32 pixels of the canvas, after a preview of about 256 tokens
 patches     one renderer token per 16 x 16 pixels
+sources     pictures to edit; one prompt token per 32 x 32 pixels
 """
 
 import math
@@ -15,6 +16,8 @@ LATENT = 8  # pixels a side of one latent
 PREVIEW_SIDE = 16  # tokens a side of the preview of a square image
 
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 64, 2048, 4
+MAX_SOURCES = 4
+ENLARGED_SIDE = 512  # the published checkpoint enlarges smaller sources to this
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,19 @@ class Geometry:
         """(left, top, right, bottom) of the picture on the canvas."""
         left, top = (self.canvas_width - self.width) // 2, (self.canvas_height - self.height) // 2
         return left, top, left + self.width, top + self.height
+
+
+def edit_size(width: int, height: int) -> tuple[int, int]:
+    """The (width, height) of an edit that names none: that of the picture to edit, of an aspect that can be edited, on
+    the 32-pixel grid and within the sides that can be asked for."""
+    scale = min(max(1.0, MIN_SIDE / min(width, height)), MAX_SIDE / max(width, height))
+    sides = [max(MIN_SIDE, CELL * math.floor(side * scale / CELL + 0.5)) for side in (width, height)]
+    width, height = (min(side, MAX_ASPECT * min(sides)) for side in sides)
+    return width, height
+
+
+def source_tokens(width: int, height: int) -> int:
+    """An upper bound of the prompt tokens of a picture to edit, for any checkpoint that enlarges none further than the
+    published one does."""
+    scale = min(max(1.0, ENLARGED_SIDE / min(width, height)), MAX_SIDE / max(width, height))
+    return math.ceil(width * scale / CELL) * math.ceil(height * scale / CELL)

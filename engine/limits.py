@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.geometry import MAX_SIDE, Geometry
+from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MAX_SOURCES, PATCH, Geometry
 from models.glm_image.model import GlmImage
 
 MAX_IMAGES_PER_REQUEST = 10
 BLOCK_SIZE = 32  # tokens of a block of the key/value cache
 CPU_KV_BYTES = 1 << 30
 CUDA_KV_SHARE = 0.4  # of the memory that is free once the weights are loaded
+CPU_SOURCE_BYTES = 2 << 30
+CUDA_SOURCE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,17 @@ class EngineLimits:
     """
     Args:
         max_images: images in flight, planning or rendering.
-        max_prompt_tokens: a longer prompt is refused.
+        max_prompt_tokens: a longer prompt is refused; codes of pictures to edit do not count.
         kv_tokens: tokens the key/value cache holds.
         render_token_budget: packed tokens of a renderer tick.
+        source_patches: renderer tokens of pictures to edit whose keys and values are kept at once.
     """
 
     max_images: int
     max_prompt_tokens: int
     kv_tokens: int
     render_token_budget: int
+    source_patches: int
     block_size: int = BLOCK_SIZE
 
     @property
@@ -39,13 +43,19 @@ class EngineLimits:
         return self.kv_tokens // self.block_size
 
     @property
+    def source_tokens(self) -> int:
+        """The same as `source_patches`, in tokens of a prompt."""
+        return self.source_patches // (CELL // PATCH) ** 2
+
+    @property
     def max_plan_tokens(self) -> int:
         return Geometry(MAX_SIDE, MAX_SIDE).plan_tokens
 
     @property
     def max_positions(self) -> int:
-        """Positions a plan can reach: the prompt, the longer side of the preview, then that of the plan."""
-        return self.max_prompt_tokens + 32 + MAX_SIDE // 32 + 1
+        """Positions a plan can reach: the prompt, the longer side of every source, of the preview and of the plan."""
+        longest_preview = Geometry(MAX_SIDE, MAX_SIDE // MAX_ASPECT).preview.cols
+        return self.max_prompt_tokens + MAX_SOURCES * (MAX_SIDE // CELL) + longest_preview + MAX_SIDE // CELL + 1
 
     @classmethod
     def choose(
@@ -56,6 +66,7 @@ class EngineLimits:
         max_prompt_tokens: int = 2048,
         kv_tokens: int | None = None,
         render_token_budget: int | None = None,
+        source_patches: int | None = None,
     ) -> "EngineLimits":
         """The limits given, and for those left out what suits the device."""
         on_cuda = model.device.type == "cuda"
@@ -66,12 +77,20 @@ class EngineLimits:
             max_prompt_tokens=max_prompt_tokens,
             kv_tokens=kv_tokens or min(enough, _affordable_kv_tokens(model)),
             render_token_budget=render_token_budget or (16384 if on_cuda else 2048),
+            source_patches=source_patches or _affordable_source_patches(model),
         )
 
 
 def _affordable_kv_tokens(model: GlmImage) -> int:
-    if model.device.type == "cuda":
-        available = int(torch.cuda.mem_get_info(model.device)[0] * CUDA_KV_SHARE)
-    else:
-        available = CPU_KV_BYTES
+    available = _available(model, CUDA_KV_SHARE, CPU_KV_BYTES)
     return available // model.planner.config.kv_bytes_per_token(model.dtype.itemsize)
+
+
+def _affordable_source_patches(model: GlmImage) -> int:
+    available = _available(model, CUDA_SOURCE_SHARE, CPU_SOURCE_BYTES)
+    return available // model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
+
+
+def _available(model: GlmImage, share: float, on_cpu: int) -> int:
+    """Bytes."""
+    return int(torch.cuda.mem_get_info(model.device)[0] * share) if model.device.type == "cuda" else on_cpu

@@ -14,6 +14,15 @@ class EngineMetrics:
         registry = self.registry = CollectorRegistry()
         self.jobs = Counter("glimmer_jobs", "Jobs this engine ended, by end state", ["state"], registry=registry)
         self.images = Counter("glimmer_images", "Images made", registry=registry)
+        self.partial_images = Counter(
+            "glimmer_partial_images", "Pictures shown of images on their way", registry=registry
+        )
+        self.plan_cache_hits = Counter(
+            "glimmer_plan_cache_hits", "Images whose plan was kept from an earlier request", registry=registry
+        )
+        self.plans_resumed = Counter(
+            "glimmer_plans_resumed", "Images whose plan was kept from an earlier run of their job", registry=registry
+        )
         self.pixels = Counter("glimmer_pixels", "Pixels of the images made", registry=registry)
         self.queued = Histogram(
             "glimmer_queued_seconds", "From submission to claim", buckets=SECONDS, registry=registry

@@ -46,7 +46,9 @@ def main(settings: EngineSettings) -> int:
 async def _serve(settings: EngineSettings) -> None:
     redis = connect(settings.redis_url)
     queue = JobQueue(redis, lease_ms=round(settings.lease_s * 1000))
-    starting = EngineInfo(settings.engine_id, os.getpid(), "all", "starting", "", "", 0, settings.max_prompt_tokens)
+    starting = EngineInfo(
+        settings.engine_id, os.getpid(), settings.stage, "starting", "", "", 0, settings.max_prompt_tokens
+    )
     try:
         loading = asyncio.ensure_future(asyncio.to_thread(_load, settings))
         while not loading.done():

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from engine.jobs.job import JobSpec, Plan
+from engine.jobs.job import JobSources, JobSpec, Plan, TokenGrid
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from models.glm_image.sources import Picture, Source
 
 
 @dataclass(eq=False)
@@ -20,13 +22,19 @@ class Request:
     Args:
         deadline: `time.monotonic()` seconds after which nobody wants the answer.
         plans: plans that need not be made again, by image index.
+        sources: what an edit starts from, filled before the engine gets the request.
+        pictures: its pictures, laid out for the model (`Engine.read_pictures`), filled before, too.
     """
 
     id: str
     spec: JobSpec
     deadline: float = float("inf")
     plans: dict[int, Plan] = field(default_factory=dict)
-    prompt_ids: list[int] = field(default_factory=list)  # filled at admission
+    sources: JobSources | None = None
+    pictures: list[Picture] = field(default_factory=list)  # emptied once the model has seen them
+    seen: list[Source] = field(default_factory=list)  # what it saw; filled at admission
+    prompt_ids: list[int] = field(default_factory=list)  # filled on arrival, the codes of sources at admission
+    prompt_positions: Tensor | None = None  # [tokens, 3], filled on arrival
 
     @cached_property
     def images(self) -> list[Image]:
@@ -36,6 +44,16 @@ class Request:
     def request(self) -> Request:
         """Itself: whatever the engine works on names its request."""
         return self
+
+    @property
+    def source_tokens(self) -> int:
+        """Tokens of the prompt that are codes of the sources."""
+        return sum(source.tokens for source in self.seen or self.pictures)
+
+    @property
+    def source_patches(self) -> int:
+        """Renderer tokens of the sources."""
+        return sum(source.patches for source in self.seen or self.pictures)
 
     @property
     def is_planned(self) -> bool:
@@ -48,10 +66,10 @@ class Image:
 
     request: Request
     index: int
+    preview: TokenGrid | None = None  # filled when its picture is to be shown
     plan: Plan | None = None  # filled when planning ends
     admitted_at: float = field(default_factory=time.monotonic)
     planned_at: float = 0.0  # when rendering could begin
-    rendered_at: float = 0.0
 
     @property
     def seed(self) -> int:
@@ -79,12 +97,34 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """A picture of an image on its way: pixels [height, width, 3], uint8, on the CPU.
+
+    Args:
+        index: 0 up to `JobSpec.partial_images`. Number 0 is the preview, where there is one, on its own canvas.
+        grid: what it was made from: the preview or the plan.
+    """
+
+    image: Image
+    index: int
+    pixels: Tensor
+    grid: TokenGrid
+
+    @property
+    def request(self) -> Request:
+        return self.image.request
+
+
+@dataclass(frozen=True)
 class Rendered:
     """An image's pixels [height, width, 3], uint8, on the CPU."""
 
     image: Image
     pixels: Tensor
-    decoding_seconds: float
+
+    @property
+    def request(self) -> Request:
+        return self.image.request
 
 
 @dataclass(frozen=True)
@@ -98,4 +138,4 @@ class Failed:
     error: Exception
 
 
-Event = Planned | Progress | Rendered | Finished | Failed
+Event = Planned | Progress | Partial | Rendered | Finished | Failed

@@ -7,29 +7,32 @@ a failure is that job's alone.
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
-from engine.config import EngineSettings
-from engine.encoding import encode
+from engine.config import EXIT_STUCK, EngineSettings
+from engine.encoding import covered, encode, metadata, resized
 from engine.engine import Engine
 from engine.errors import QueueUnavailable, RequestError
-from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobError, JobResult, JobState
+from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobError, JobResult, JobState, PartialImage
 from engine.jobs.queue import JobQueue
 from engine.logs import event, where
-from engine.request import Event, Failed, Finished, Image, Planned, Progress, Rendered, Request
+from engine.plan_cache import PlanCache
+from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
 
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
 LOOK_FOR_WORK_S = 0.5  # should a wake-up have been lost
 REDIS_RETRY_S = 0.3
-STUCK_AFTER_S = 60.0  # a step that takes longer than this is taken for a hang
+STUCK_AFTER_S = 11.0  # a step that takes longer than this is taken for a hang,
+CPU_PATIENCE_S = 15.0  # on a CPU so much longer for each megapixel under way: there a step may take that long
 
 logger = logging.getLogger("glimmer.engine")
 T = TypeVar("T")
@@ -47,7 +50,12 @@ class RunningJob:
     started: float = field(default_factory=time.monotonic)
     events: asyncio.Queue[Event | Lost] = field(default_factory=asyncio.Queue)
     results: dict[int, asyncio.Task[ImageResult]] = field(default_factory=dict)
-    decoding_s: float = 0.0
+    partials: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def source_tokens(self) -> int:
+        """Of its pictures to edit: a bound until they have been read."""
+        return self.request.source_tokens or self.claim.spec.source_tokens
 
 
 class Worker:
@@ -60,6 +68,7 @@ class Worker:
 
     def __init__(self, engine: Engine, queue: JobQueue, info: EngineInfo, settings: EngineSettings):
         self._engine, self._queue, self._info, self._settings = engine, queue, info, settings
+        self._plan_cache = PlanCache(queue, engine.model.planning_fingerprint(), settings.plan_cache_s)
         self._jobs: dict[str, RunningJob] = {}  # by the request's id, which is new with every claim
         self._conductors: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # room was made, or the drain began
@@ -70,6 +79,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._stepped_at = time.monotonic()
         self._renewed_at = time.monotonic()
+        self._redis_was_away = False
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT, then drain.
@@ -112,9 +122,8 @@ class Worker:
 
     def _deliver(self, events: list[Event]) -> None:
         for happened in events:
-            request = happened.image.request if isinstance(happened, Rendered) else happened.request
-            if request.id in self._jobs:
-                self._jobs[request.id].events.put_nowait(happened)
+            if happened.request.id in self._jobs:
+                self._jobs[happened.request.id].events.put_nowait(happened)
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
@@ -135,17 +144,30 @@ class Worker:
                 task.cancel()
 
     async def _next_claim(self) -> Claim | None:
-        budget = self._budget()
-        if budget.images <= 0 or any(job.claim.exclusive for job in self._jobs.values()):
-            return None
         try:
-            if time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
-                await self._renew_leases()  # Redis was away: our own lapsed leases would be handed to us as new jobs
+            if self._redis_was_away or time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
+                await self._let_all_renew()
+            budget = self._budget()
+            if budget.images <= 0 or self._draining.is_set() or self._is_stuck:
+                return None
+            if any(job.claim.exclusive for job in self._jobs.values()):
+                return None
             return await self._queue.claim(self._info.id, budget)
         except QueueUnavailable as error:
+            self._redis_was_away = True
             event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
             await asyncio.sleep(REDIS_RETRY_S)
             return None
+
+    async def _let_all_renew(self) -> None:
+        """After an outage every lease may have lapsed. We would be handed our own jobs as new ones, and those of living
+        engines, each of which renews within this time."""
+        await self._queue.ping()
+        await self._renew_leases()
+        self._redis_was_away = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.lease_s / 4 + REDIS_RETRY_S):
+                await self._draining.wait()
 
     # Loops look at `_stopping` themselves, because a cancellation can get lost inside a call to Redis.
 
@@ -153,7 +175,7 @@ class Worker:
         while not self._stopping.is_set():
             await asyncio.sleep(self._settings.lease_s / 4)
             if self._is_stuck:
-                continue  # the leases run out, and the jobs go to an engine that moves
+                continue  # the leases run out, should `_give_up` not reach Redis
             with suppress(QueueUnavailable):
                 await self._renew_leases()
 
@@ -168,7 +190,11 @@ class Worker:
                 self._lose(job.request.id)
 
     async def _heartbeat(self) -> None:
+        stuck_in: float | None = None  # the step, by when it began, that was taken for a hang last time
         while not self._stopping.is_set():
+            if self._is_stuck and self._stepped_at == stuck_in:  # twice: a process that was frozen may just go on
+                await self._give_up()
+            stuck_in = self._stepped_at if self._is_stuck else None
             state = "stuck" if self._is_stuck else "draining" if self._draining.is_set() else "ready"
             images = sum(job.claim.spec.n for job in self._jobs.values())
             info = replace(self._info, state=state, images_running=images)
@@ -176,26 +202,36 @@ class Worker:
                 await self._queue.heartbeat(info, self._engine.metrics.exposition(), HEARTBEAT_TTL_S)
             await asyncio.sleep(HEARTBEAT_S)
 
+    async def _give_up(self) -> NoReturn:
+        """End the process: a thread in a device call that hangs cannot be ended. Whoever watches over it starts
+        another, and the jobs go to engines that move."""
+        seconds = time.monotonic() - self._stepped_at
+        event(logger, "engine_stuck", logging.CRITICAL, jobs=len(self._jobs), seconds=seconds)
+        with suppress(QueueUnavailable):
+            await self._queue.surrender(self._info.id)
+        os._exit(EXIT_STUCK)
+
     # --- one job ------------------------------------------------------------------------------------------------------
 
     def _start(self, claim: Claim) -> None:
         now = time.time()
         deadline = time.monotonic() + claim.deadline / 1000 - now
         request = Request(_request_id(claim), claim.spec, deadline, plans=dict(claim.plans))
+        self._engine.metrics.plans_resumed.inc(len(claim.plans))
         self._engine.metrics.queued.observe(max(0.0, now - claim.submitted_at / 1000))
-        event(
-            logger, "job_claimed", job=claim.job_id, run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans)
-        )
+        known = len(claim.plans)
+        event(logger, "job_claimed", job=claim.job_id, run=claim.runs, images=claim.spec.n, plans_known=known)
         job = self._jobs[request.id] = RunningJob(claim, request)
         conductor = asyncio.ensure_future(self._conduct(job))
         self._conductors.add(conductor)
         conductor.add_done_callback(self._conductors.discard)
-        self._engine.submit(request)
-        self._work.set()
 
     async def _conduct(self, job: RunningJob) -> None:
         """See a job to its end."""
         try:
+            await self._equip(job)
+            self._engine.submit(job.request)
+            self._work.set()
             state = await self._follow(job)
         except Exception as error:
             state = await self._fail(job, error)
@@ -208,14 +244,30 @@ class Worker:
         seconds = time.monotonic() - job.started
         event(logger, "job_ended", job=job.claim.job_id, state=state.value if state else "lost", seconds=seconds)
 
+    async def _equip(self, job: RunningJob) -> None:
+        """Fetch what is kept beside the job: an edit's pictures, and plans of earlier requests that were the same."""
+        claim, request = job.claim, job.request
+        if claim.spec.sources:
+            request.sources = await self._insist(lambda: self._queue.sources(claim))
+        if request.sources is not None:  # otherwise the job has ended, or is no edit
+            request.pictures = await asyncio.to_thread(self._engine.read_pictures, request.sources)
+            self._changed.set()  # they may be smaller than was thought
+        with suppress(QueueUnavailable):
+            kept = await self._plan_cache.known(claim.spec, request.sources)
+            self._engine.metrics.plan_cache_hits.inc(len(kept.keys() - claim.plans.keys()))
+            request.plans = kept | request.plans
+
     async def _follow(self, job: RunningJob) -> JobState | None:
         """Act on what the engine tells of the job. Returns the state it ended in; None if it was lost."""
         while True:
-            match await job.events.get():
+            match happened := await job.events.get():
                 case Planned(index=index, plan=plan):
                     await self._insist(lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p))
-                case Rendered(image=image, pixels=pixels, decoding_seconds=seconds):
-                    job.decoding_s += seconds
+                    with suppress(QueueUnavailable):
+                        await self._plan_cache.keep(job.claim.spec, job.request.sources, index, plan)
+                case Partial():
+                    job.partials.append(asyncio.ensure_future(self._show(job, happened)))
+                case Rendered(image=image, pixels=pixels):
                     job.results[image.index] = asyncio.ensure_future(_encode(image, pixels))
                 case Progress(phase=phase, step=step, steps=steps):
                     with suppress(QueueUnavailable):
@@ -227,21 +279,23 @@ class Worker:
                 case Lost():
                     return None
 
+    async def _show(self, job: RunningJob, partial: Partial) -> None:
+        """A partial image is worth nothing later, so an absent Redis or a failed encoder only loses it."""
+        spec = job.claim.spec
+        try:
+            pixels = await asyncio.to_thread(resized, partial.pixels, spec.width, spec.height)
+            pixels = await _under_overlay(pixels, job.request)
+            data = await asyncio.to_thread(encode, pixels, spec.output_format, spec.output_compression)
+            shown = PartialImage(partial.image.index, partial.index, data, partial.grid.to_dict())
+            await self._queue.partial_image(job.claim, shown)
+        except Exception as error:
+            _log_failure("partial_image_lost", logging.WARNING, job, error)
+
     async def _commit(self, job: RunningJob) -> JobState | None:
         images = [await job.results[index] for index in range(job.claim.spec.n)]
-        spec, request = job.claim.spec, job.request
-        planned = max(image.planned_at for image in request.images)
-        rendered = max(image.rendered_at for image in request.images)
-        result = JobResult(
-            images,
-            prompt_tokens=len(request.prompt_ids),
-            plan_tokens=spec.plan_tokens,
-            timings={
-                "planning": planned - min(image.admitted_at for image in request.images),
-                "rendering": rendered - planned,
-                "decoding": job.decoding_s,
-            },
-        )
+        await asyncio.gather(*job.partials)  # after the end nobody would see them
+        request = job.request
+        result = JobResult(images, len(request.prompt_ids), job.claim.spec.plan_tokens, request.source_tokens)
         written = await self._insist(lambda: self._queue.commit(job.claim, result))
         return JobState.SUCCEEDED if written else None
 
@@ -249,14 +303,7 @@ class Worker:
         if isinstance(error, RequestError):
             told = JobError(error.message, "invalid_request_error", error.code, error.param)
         else:
-            event(
-                logger,
-                "job_failed",
-                logging.ERROR,
-                job=job.claim.job_id,
-                error=type(error).__name__,
-                where=where(error),
-            )
+            _log_failure("job_failed", logging.ERROR, job, error)
             memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
             told = JobError(
                 "The device has not enough memory for this request."
@@ -282,15 +329,22 @@ class Worker:
 
     @property
     def _is_stuck(self) -> bool:
-        return time.monotonic() - self._stepped_at > STUCK_AFTER_S
+        patience = STUCK_AFTER_S
+        if self._engine.model.device.type == "cpu":
+            specs = [job.claim.spec for job in self._jobs.values()]
+            patience += CPU_PATIENCE_S * sum(spec.n * spec.width * spec.height for spec in specs) / 1e6
+        return time.monotonic() - self._stepped_at > patience
 
     def _budget(self) -> Budget:
         limits = self._engine.limits
         jobs = self._jobs.values()
         planning = [job.claim.spec for job in jobs if not job.request.is_planned]
+        kv_tokens = sum(spec.plan_tokens + spec.prompt_tokens_bound for spec in planning)
+        source_tokens = sum(job.source_tokens for job in jobs)
         return Budget(
             images=limits.max_images - sum(job.claim.spec.n for job in jobs),
-            kv_tokens=limits.kv_tokens - sum(spec.plan_tokens + spec.prompt_tokens_bound for spec in planning),
+            kv_tokens=max(0, limits.kv_tokens - kv_tokens),  # a job that has its plan needs none, though none be left
+            source_tokens=max(0, limits.source_tokens - source_tokens),
             idle=not jobs,
         )
 
@@ -323,8 +377,21 @@ class Worker:
 
 async def _encode(image: Image, pixels: torch.Tensor) -> ImageResult:
     spec = image.request.spec
-    data = await asyncio.to_thread(encode, pixels, spec.output_format, spec.output_compression)
+    pixels = await _under_overlay(pixels, image.request)
+    texts = metadata(spec, image.seed)
+    data = await asyncio.to_thread(encode, pixels, spec.output_format, spec.output_compression, texts)
     return ImageResult(data, image.seed, image.plan.to_dict() if spec.return_plan and image.plan else None)
+
+
+async def _under_overlay(pixels: torch.Tensor, request: Request) -> torch.Tensor:
+    """What a mask wants to keep of the picture that was edited lies over the new one."""
+    overlay = request.sources.overlay if request.sources else None
+    return pixels if overlay is None else await asyncio.to_thread(covered, pixels, overlay)
+
+
+def _log_failure(name: str, level: int, job: RunningJob, error: Exception) -> None:
+    """Without the error's text, which may quote a prompt."""
+    event(logger, name, level, job=job.claim.job_id, error=type(error).__name__, where=where(error))
 
 
 def _request_id(claim: Claim) -> str:

@@ -1,5 +1,6 @@
 """Reading weights: safetensors only (never pickle), single files or shards, straight to their place and type."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from models.errors import CheckpointError
 from models.glm_image.config import read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+SUMMED_AT_ONCE = 1 << 24  # values of a tensor, for its fingerprint; each takes 16 bytes meanwhile
 NAMED_AT_MOST = 5  # keys of a kind that an error lists
 
 
@@ -32,6 +34,15 @@ def find_checkpoint(model: str) -> Path:
         raise CheckpointError(f"{model!r} is neither a folder nor a hub id such as 'zai-org/GLM-Image'") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"no folder {model!r} here, and the hub did not give it: {error}") from error
+
+
+@torch.inference_mode()
+def fingerprint(module: nn.Module) -> str:
+    """A short text that tells modules with different weights apart, however little they differ."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_sums(tensor)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def load_weights(
@@ -86,6 +97,17 @@ def randomise(module: nn.Module, *, dtype: torch.dtype, device: torch.device, se
             centre = 1.0 if name.endswith("weight") else 0.0
             parameter.data.normal_(centre, 0.02, generator=generator)
     module.requires_grad_(False).eval()
+
+
+def _sums(tensor: torch.Tensor) -> list[int]:
+    """Sums of a tensor's values as integers, each times an odd number that tells its place. They are taken where the
+    tensor is, wrap around at 64 bits, and so do not depend on the order of adding up."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    sums = []
+    for part in tensor.flatten().view(integers).split(SUMMED_AT_ONCE):
+        places = torch.arange(1, 2 * len(part), 2, device=tensor.device)
+        sums.append(int((places * part).sum()))
+    return sums
 
 
 def _tensors(folder: Path, device: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

@@ -7,3 +7,7 @@ class CheckpointError(Exception):
 
 class PromptError(ValueError):
     """A prompt the model cannot take; the message says why, to the person who wrote it."""
+
+
+class PictureError(ValueError):
+    """A picture the model cannot take; the message says why, to the person who sent it."""

@@ -5,6 +5,7 @@ A served image must not depend, not even in its last bit, on who else is in the 
 * A matrix product may add up a row in another order when there are more or fewer rows: the library picks its kernel by
   the number of rows (float32, K=256: the rows of a product of 9 rows differ in the last bits from those of a product
   of 600). So a product runs on blocks of always the same number of rows; a packed tensor is padded to whole blocks.
+  (The planner decodes few sequences in smaller blocks where it has found that to change nothing.)
 * Elementwise functions such as SiLU round differently in their vector loop and in its scalar tail, and where a tail
   falls depends on how a tensor is shared out among threads. So a tensor is cut until every share is whole vectors.
 

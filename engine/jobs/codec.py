@@ -5,12 +5,23 @@ from typing import Any, cast
 
 import orjson
 
-from engine.jobs.job import Claim, ImageResult, JobError, JobRecord, JobResult, JobSpec, JobState, Plan, Priority
+from engine.jobs.job import (
+    Claim,
+    ImageResult,
+    JobError,
+    JobRecord,
+    JobResult,
+    JobSources,
+    JobSpec,
+    JobState,
+    Plan,
+    Priority,
+)
 
-RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs", "progress", "error")
+RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs", "progress", "error", "owner", "notes")
 
 
-def decode_record(job_id: str, values: Sequence[Any]) -> JobRecord | None:
+def decode_record(job_id: str, values: Sequence[Any], position: int | None = None) -> JobRecord | None:
     """The record from the values of `RECORD_FIELDS`, None where Redis has none."""
     stored = {name: value for name, value in zip(RECORD_FIELDS, values, strict=True) if value is not None}
     if "state" not in stored:
@@ -25,6 +36,9 @@ def decode_record(job_id: str, values: Sequence[Any]) -> JobRecord | None:
         runs=int(stored["runs"]),
         progress=orjson.loads(stored.get("progress", b"{}")),
         error=JobError.from_dict(orjson.loads(stored["error"])) if "error" in stored else None,
+        owner=stored.get("owner", b"").decode(),
+        notes=orjson.loads(stored.get("notes", b"{}")),
+        position=position,
     )
 
 
@@ -45,13 +59,31 @@ def decode_claim(reply: Sequence[Any]) -> Claim:
     )
 
 
+def encode_sources(sources: JobSources | None) -> list[str | bytes]:
+    """Field names and values in turn: each picture by its index, and `overlay`."""
+    if sources is None:
+        return []
+    fields: list[str | bytes] = []
+    for index, picture in enumerate(sources.pictures):
+        fields += [str(index), picture]
+    return fields if sources.overlay is None else [*fields, "overlay", sources.overlay]
+
+
+def decode_sources(stored: Mapping[Any, Any]) -> JobSources | None:
+    """The sources from their hash, None where there is none."""
+    if not stored:
+        return None
+    count = len(stored) - (b"overlay" in stored)
+    return JobSources([stored[b"%d" % index] for index in range(count)], stored.get(b"overlay"))
+
+
 def encode_result(result: JobResult) -> list[str | bytes]:
     """Field names and values in turn: `meta` as JSON, `image:{i}` as they are."""
     meta = {
         "images": [{"seed": image.seed, "plan": image.plan} for image in result.images],
         "prompt_tokens": result.prompt_tokens,
         "plan_tokens": result.plan_tokens,
-        "timings": result.timings,
+        "source_tokens": result.source_tokens,
     }
     fields: list[str | bytes] = ["meta", orjson.dumps(meta)]
     for index, image in enumerate(result.images):
@@ -68,4 +100,4 @@ def decode_result(stored: Mapping[Any, Any]) -> JobResult | None:
         ImageResult(stored[b"image:%d" % index], image["seed"], image["plan"])
         for index, image in enumerate(meta["images"])
     ]
-    return JobResult(images, meta["prompt_tokens"], meta["plan_tokens"], meta["timings"])
+    return JobResult(images, meta["prompt_tokens"], meta["plan_tokens"], meta.get("source_tokens", 0))

@@ -81,25 +81,28 @@ class Subscription:
 
 
 class JobEvents:
-    """Ends of jobs, as they happen: for those who wait for one job, and for those who follow all."""
+    """What happens to jobs, as it happens: for those who wait for one job, and for those who follow all ends."""
 
     def __init__(self, redis: redis.asyncio.Redis, channel: str):
         self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._watchers: dict[str, set[asyncio.Event]] = {}
         self._followers: set[asyncio.Queue[str | None]] = set()
         self._subscription = Subscription(redis, channel, on_message=self._read, on_open=self._wake_all)
 
     @contextmanager
-    def waiter(self, job_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set when the job may have ended: go and look."""
+    def waiter(self, job_id: str, *, every_change: bool = False) -> Iterator[asyncio.Event]:
+        """An event that is set when the job may have ended, or with `every_change` when anything may have happened to
+        it: go and look."""
         self._subscription.start()
         woken = asyncio.Event()
-        self._waiters.setdefault(job_id, set()).add(woken)
+        waiters = self._watchers if every_change else self._waiters
+        waiters.setdefault(job_id, set()).add(woken)
         try:
             yield woken
         finally:
-            self._waiters[job_id].discard(woken)
-            if not self._waiters[job_id]:
-                del self._waiters[job_id]
+            waiters[job_id].discard(woken)
+            if not waiters[job_id]:
+                del waiters[job_id]
 
     async def ended(self) -> AsyncIterator[str]:
         """Ids of jobs that end from now on, until `close`."""
@@ -119,6 +122,8 @@ class JobEvents:
 
     def _read(self, message: bytes) -> None:
         event = orjson.loads(message)
+        for woken in self._watchers.get(event["job"], ()):
+            woken.set()
         if event.get("state") not in TERMINAL_STATES:
             return
         for woken in self._waiters.get(event["job"], ()):
@@ -127,7 +132,7 @@ class JobEvents:
             feed.put_nowait(event["job"])
 
     def _wake_all(self) -> None:
-        for waiters in self._waiters.values():
+        for waiters in (*self._waiters.values(), *self._watchers.values()):
             for woken in waiters:
                 woken.set()
 

@@ -5,7 +5,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from engine.geometry import Geometry
+from engine.geometry import Geometry, Grid
 
 Priority = Literal["interactive", "batch"]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -82,6 +82,11 @@ class JobSpec(_Record):
         guidance_scale: 0..20; at 1 or below no unconditional row is computed.
         temperature, top_p: planner sampling; None takes the checkpoint's. Temperature 0 is greedy.
         plan: a plan of the same size to render instead of planning (`Plan.to_dict`).
+        partial_images: pictures to show of each image on its way, 0..3.
+        sources: pictures to edit, 0..4; they travel beside the spec (`JobSources`).
+        source_tokens: an upper bound of the prompt's tokens that stand for them.
+        model: the name the client knows the model by, for the metadata of a PNG.
+        embed_prompt: whether the prompt goes into that metadata, too.
         output_compression: 0..100, the quality of jpeg and webp; png is lossless and has none.
     """
 
@@ -99,6 +104,11 @@ class JobSpec(_Record):
     return_plan: bool = False
     output_format: OutputFormat = "png"
     output_compression: int = 100
+    partial_images: int = 0
+    sources: int = 0
+    source_tokens: int = 0
+    model: str = ""
+    embed_prompt: bool = False
 
     @property
     def geometry(self) -> Geometry:
@@ -107,13 +117,41 @@ class JobSpec(_Record):
     @property
     def plan_tokens(self) -> int:
         """Planner tokens of all images of the job; 0 when the plan is given."""
-        return 0 if self.plan else self.n * self.geometry.plan_tokens
+        return 0 if self.plan else self.n * self.image_plan_tokens
+
+    @property
+    def grids(self) -> list[Grid]:
+        """What the planner writes for an image, in order: the preview, then the plan; of an edit the plan alone."""
+        geometry = self.geometry
+        return [geometry.plan] if self.sources else [geometry.preview, geometry.plan]
+
+    @property
+    def image_plan_tokens(self) -> int:
+        return sum(grid.tokens for grid in self.grids)
 
     @property
     def prompt_tokens_bound(self) -> int:
         """An upper bound of the prompt's tokens that needs no tokenizer: a token is at least one byte. Capped, so that
         a prompt which is refused for its length does not have to wait for an empty engine first."""
-        return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64
+        return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64 + self.source_tokens
+
+
+@dataclass(frozen=True)
+class JobSources:
+    """The pictures an edit starts from.
+
+    Args:
+        pictures: PNG files, upright, RGB.
+        overlay: an RGBA PNG of the size asked for: what covers the finished picture wherever the mask says "keep".
+    """
+
+    pictures: list[bytes]
+    overlay: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(map(len, self.pictures)) + len(self.overlay or b"")
 
 
 @dataclass(frozen=True)
@@ -139,20 +177,43 @@ class ImageResult:
 
 
 @dataclass(frozen=True)
+class PartialImage:
+    """A picture of image number `image` on its way, number `index` of at most `JobSpec.partial_images`.
+
+    Args:
+        data: encoded like the finished picture.
+        grid: the part of the plan it was made from (`TokenGrid.to_dict`): the preview or the plan.
+    """
+
+    image: int
+    index: int
+    data: bytes
+    grid: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class JobResult:
-    """What a succeeded job leaves behind, images in order."""
+    """What a succeeded job leaves behind, images in order.
+
+    Args:
+        prompt_tokens: of the whole prompt, `source_tokens` that stand for pictures among them.
+    """
 
     images: list[ImageResult]
     prompt_tokens: int
     plan_tokens: int
-    timings: dict[str, float] = field(default_factory=dict)  # seconds: queued, planning, rendering, decoding
+    source_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class JobRecord:
     """A job as Redis knows it now. Times are milliseconds of Redis' clock since the epoch.
 
-    `progress` is a small dict an engine writes, for example {"phase": "rendering", "step": 3, "steps": 20}.
+    Args:
+        progress: a small dict an engine writes, for example {"phase": "rendering", "step": 3, "steps": 20}.
+        owner: the caller it belongs to; empty where all are one.
+        notes: what whoever submitted it wants to find again.
+        position: how many jobs wait before it; None once it does not wait any more.
     """
 
     id: str
@@ -164,6 +225,9 @@ class JobRecord:
     runs: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
     error: JobError | None = None
+    owner: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+    position: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,10 +250,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Budget:
-    """What an engine can admit right now. An idle engine takes any job: only it can say what is wrong with it."""
+    """What an engine can admit right now. An idle engine takes any job: only it can say what is wrong with it.
+
+    Args:
+        kv_tokens: of the planner's cache.
+        source_tokens: of pictures to edit, as `JobSpec.source_tokens` counts them.
+    """
 
     images: int
     kv_tokens: int
+    source_tokens: int
     idle: bool
 
 
@@ -220,7 +290,8 @@ class EngineInfo(_Record):
 
 @dataclass(frozen=True)
 class QueueStats:
-    """Jobs nobody runs yet, and jobs under a lease."""
+    """Jobs nobody runs yet, jobs under a lease, and the memory in Redis of the pictures that all of them edit."""
 
     waiting: int
     running: int
+    source_bytes: int = 0

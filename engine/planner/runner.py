@@ -7,16 +7,19 @@ The host learns a plan only when it is complete.
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.planner.sampler import sample, uniforms
 from engine.planner.scheduler import PromptGroup, Sequence
+from engine.request import Request
 from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, RotaryTable, plan_positions
 from models.row_blocks import padded, row_block
 
 DECODE_ROWS = 16  # rows of a decode step's matrix products on CPU; more sequences take more blocks
+FEWER_ROWS = (4, 8)  # for fewer sequences, where that changes no bit of a row
 PREFILL_ROWS = 128
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # batch sizes elsewhere: each can be captured once
 
@@ -51,6 +54,7 @@ class PlannerRunner:
         self._temperature = torch.zeros(slots, device=self.device)
         self._top_p = torch.ones(slots, device=self.device)
         self._tables: dict[int, BlockTable] = {}  # by slot
+        self._decode_sizes = DECODE_SIZES if self.decode_block is None else (*self._agreeing_sizes(), DECODE_ROWS)
 
     @torch.inference_mode()
     def prefill(self, groups: list[PromptGroup]) -> None:
@@ -62,10 +66,11 @@ class PlannerRunner:
         lengths = [len(prompt) for prompt in prompts]
         rows = padded(sum(lengths), self.prefill_block)
         tokens = self._to_device(_pad([token for prompt in prompts for token in prompt], rows))
-        positions = self._to_device(_pad([t for length in lengths for t in range(length)], rows))
+        positions = torch.cat([_prompt_positions(group.request) for group in groups])
+        positions = F.pad(positions, (0, 0, 0, rows - len(positions))).to(self.device, non_blocking=True)
         places = [p for group in groups for p in _places(group.sequences[0], self.kv.block_size)]
         attention = PrefillAttention(self.kv, lengths, self._to_device(places))
-        rotary = self.rotary.at(positions[:, None].expand(-1, 3), self.dtype)
+        rotary = self.rotary.at(positions, self.dtype)
         hidden = self.model(tokens, rotary, attention, self.prefill_block)
         self._share_last_block(groups)
         sequences = [sequence for group in groups for sequence in group.sequences]
@@ -84,11 +89,11 @@ class PlannerRunner:
             self.kv, lengths, [self._tables[s.slot] for s in sequences], self._to_device(places)
         )
         rotary = self.rotary.at(self._positions[slots, steps], self.dtype)
-        hidden = self.model(self._tokens[slots, steps], rotary, attention, self.decode_block)
+        hidden = self.model(self._tokens[slots, steps], rotary, attention, self._block(rows))
         self._choose(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
-        """The tokens of a complete plan: preview, then plan. Waits for the device."""
+        """The tokens of a plan, grid by grid; from number `written` on they mean nothing. Waits for the device."""
         return self._tokens[sequence.slot, : sequence.total].tolist()
 
     def _choose(self, sequences: list[Sequence], hidden: Tensor) -> None:
@@ -96,15 +101,15 @@ class PlannerRunner:
         count = len(sequences)
         slots = self._to_device([s.slot for s in sequences])
         steps = self._to_device([s.written for s in sequences])
-        logits = self.model.logits(hidden, self.decode_block)[:count]
+        logits = self.model.logits(hidden, self._block(len(hidden)))[:count]
         uniforms, temperature, top_p = self._uniforms[slots, steps], self._temperature[slots], self._top_p[slots]
         self._tokens[slots, steps] = sample(logits, uniforms, temperature, top_p, self.sampling.top_k)
 
     def _fill_slot(self, sequence: Sequence) -> None:
-        spec, geometry, slot = sequence.request.spec, sequence.request.spec.geometry, sequence.slot
-        grids = [(geometry.preview.rows, geometry.preview.cols), (geometry.plan.rows, geometry.plan.cols)]
-        total = sequence.total
-        self._positions[slot, :total] = plan_positions(sequence.prompt_length, grids).to(self.device)
+        spec, slot, total = sequence.request.spec, sequence.slot, sequence.total
+        start = int(_prompt_positions(sequence.request)[-1, 0]) + 1  # a prompt ends with a token of text
+        grids = [(grid.rows, grid.cols) for grid in spec.grids]
+        self._positions[slot, :total] = plan_positions(start, grids).to(self.device)
         self._uniforms[slot, :total] = uniforms(sequence.image.seed, total).to(self.device)
         self._temperature[slot] = self.sampling.temperature if spec.temperature is None else spec.temperature
         self._top_p[slot] = self.sampling.top_p if spec.top_p is None else spec.top_p
@@ -119,9 +124,34 @@ class PlannerRunner:
                 self.kv.copy_block(first.blocks[number], other.blocks[number])
 
     def _decode_rows(self, count: int) -> int:
-        if self.decode_block is not None:
-            return padded(count, self.decode_block)
-        return next((size for size in DECODE_SIZES if size >= count), count)
+        return next((size for size in self._decode_sizes if size >= count), padded(count, self.decode_block))
+
+    def _block(self, rows: int) -> int | None:
+        """Rows of a matrix product of a decode step of so many rows."""
+        return None if self.decode_block is None else min(self.decode_block, rows)
+
+    @torch.inference_mode()
+    def _agreeing_sizes(self) -> list[int]:
+        """Those of `FEWER_ROWS` at which every row comes out as it does among `DECODE_ROWS`, to the last bit.
+
+        Which kernels the library takes, and so in which order it adds up, follows from the shapes. So it is enough to
+        try once, with any tokens, and without attention, which is each sequence's own anyway.
+        """
+        config = self.model.config
+        tokens = torch.arange(DECODE_ROWS) % config.vocab_size
+        rotary = self.rotary.at(tokens[:, None].expand(-1, 3), self.dtype)
+
+        def scores(first: int, rows: int) -> Tensor:
+            some = slice(first, first + rows)
+            own = rotary[0][some], rotary[1][some]
+            return self.model.logits(self.model(tokens[some], own, lambda layer, q, k, v: q, rows), rows)
+
+        among_all = scores(0, DECODE_ROWS)
+        return [
+            rows
+            for rows in FEWER_ROWS
+            if all(torch.equal(scores(i, rows), among_all[i : i + rows]) for i in range(0, DECODE_ROWS, rows))
+        ]
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long).to(self.device, non_blocking=True)
@@ -129,6 +159,11 @@ class PlannerRunner:
 
 def _pad(numbers: list[int], length: int) -> list[int]:
     return numbers + [0] * (length - len(numbers))
+
+
+def _prompt_positions(request: Request) -> Tensor:
+    assert request.prompt_positions is not None
+    return request.prompt_positions
 
 
 def _place(sequence: Sequence, token: int, block_size: int) -> int:

@@ -35,12 +35,18 @@ class Sequence:
     @cached_property
     def total(self) -> int:
         """Tokens of the whole plan."""
-        return self.request.spec.geometry.plan_tokens
+        return self.request.spec.image_plan_tokens
 
     @property
     def cached(self) -> int:
         """Tokens whose keys and values are in the cache once the last chosen token has gone through the model."""
         return self.prompt_length + self.written
+
+    @property
+    def has_preview(self) -> bool:
+        """Whether the first of several grids has been written."""
+        preview, *others = self.request.spec.grids
+        return bool(others) and self.written >= preview.tokens
 
     @property
     def is_complete(self) -> bool:
@@ -69,6 +75,7 @@ class PlannerScheduler:
     Args:
         blocks, block_size: the key/value cache.
         slots: sequences that can be planned at once.
+        max_prompt_tokens: a longer prompt is refused; codes of pictures to edit do not count.
         prefill_tokens: prompt tokens to prefill in a step, at most (one prompt always goes through).
     """
 
@@ -100,6 +107,10 @@ class PlannerScheduler:
         """Steps until every plan under way is written."""
         return max((sequence.total - sequence.written for sequence in self.sequences), default=0)
 
+    def previewed(self) -> list[Sequence]:
+        """Sequences whose preview has been written and is to be shown, but is not known to their images yet."""
+        return [s for s in self._decode if s.request.spec.partial_images and s.image.preview is None and s.has_preview]
+
     def complete(self) -> list[Sequence]:
         """Sequences whose last token has been chosen."""
         return [sequence for sequence in self._decode if sequence.is_complete]
@@ -108,7 +119,7 @@ class PlannerScheduler:
         """Raises RequestError if the request could not be planned even by an idle engine."""
         if request.is_planned:
             return
-        prompt = len(request.prompt_ids)
+        prompt = len(request.prompt_ids) - request.source_tokens
         if prompt > self.max_prompt_tokens:
             raise RequestError(
                 f"the prompt has {prompt} tokens; this server takes at most {self.max_prompt_tokens}",
@@ -173,7 +184,7 @@ class PlannerScheduler:
             self._prefill.remove(group)
             for sequence in group.sequences:
                 self._release(sequence)
-        for sequence in [s for s in self._decode if s.image.request is request]:
+        for sequence in [s for s in self._decode if s.request is request]:
             self.finish(sequence)
 
     def check_integrity(self) -> None:
@@ -196,7 +207,7 @@ class PlannerScheduler:
     def _own_blocks(self, request: Request) -> int:
         """Blocks of one image: the prompt's remainder and the plan."""
         remainder = len(request.prompt_ids) % self.block_size
-        return -(-(remainder + request.spec.geometry.plan_tokens) // self.block_size)
+        return -(-(remainder + request.spec.image_plan_tokens) // self.block_size)
 
     def _blocks_needed(self, request: Request) -> int:
         return self._prompt_blocks(request) + self._unplanned(request) * self._own_blocks(request)

@@ -6,21 +6,29 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from engine.renderer.timesteps import initial_noise, schedule
+from engine.geometry import CELL, Geometry
+from engine.jobs.job import TokenGrid
+from engine.quotes import quoted_strings
+from engine.renderer.sources import SourceKeys
+from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
 from models.glm_image.model import GlmImage
-from models.glm_image.prompt import quoted_strings
 from models.glm_image.renderer import MODULATION_ROWS, RowLayout, patchify, rotary_angles, unpatchify
 from models.row_blocks import elementwise, padded, row_block
 
 ROWS = 256  # rows of a matrix product on CPU
+PREVIEW_STEPS = 4  # without guidance: it is to be seen early, not finished
 
 
 @dataclass(eq=False)
 class Rendering:
-    """An image being rendered: what all its steps share, and how far it is.
+    """An image being rendered, or its preview: what all its steps share, and how far it is.
 
     Args:
+        geometry: of the canvas; a preview has one of its own.
+        grid: the tokens that are rendered: the plan's or the preview's.
+        is_preview: it shows where the image is going, and is not the image.
+        shown_after: steps after which the picture is shown on its way.
         latents: [patches, P] float32, changed by every step.
         plan: [patches, dim] the plan, embedded.
         glyphs: [g, dim] glyph tokens of the conditional row.
@@ -28,9 +36,14 @@ class Rendering:
         time_embeddings: [steps, E].
         sigmas: [steps + 1] float32, on the CPU.
         angles: rotary angles [patches, D].
+        sources: keys and values of an edit's sources, for the conditional row.
     """
 
     image: Image
+    geometry: Geometry
+    grid: TokenGrid
+    is_preview: bool
+    shown_after: list[int]
     latents: Tensor
     plan: Tensor
     glyphs: Tensor
@@ -38,7 +51,10 @@ class Rendering:
     time_embeddings: Tensor
     sigmas: Tensor
     angles: Tensor
+    sources: Tensor | None
     step: int = 0
+    shown: int = 0  # pictures on its way, as `due` counts them
+    velocity: Tensor | None = None  # [patches, P] float32 of the last step, filled by it
 
     @property
     def request(self) -> Request:
@@ -51,6 +67,21 @@ class Rendering:
     @property
     def steps_left(self) -> int:
         return self.steps - self.step
+
+    @property
+    def due(self) -> int:
+        """How many pictures on its way should have been shown by now; at the end the image itself takes their place."""
+        return sum(step <= self.step for step in self.shown_after) if self.is_preview or self.steps_left else 0
+
+    @property
+    def is_to_be_shown(self) -> bool:
+        """Whether the picture as it is now goes out as a partial image."""
+        return self.due > self.shown
+
+    @property
+    def partial_index(self) -> int:
+        """The number of the partial image that is shown now; the preview is number 0, where there is one."""
+        return 0 if self.is_preview else self.due - 1 + (self.image.preview is not None)
 
     @property
     def patches(self) -> int:
@@ -91,25 +122,51 @@ class RendererRunner:
         self.model, self.renderer = model, model.renderer
         self.block = row_block(ROWS, model.device)
         self.modulation_block = row_block(MODULATION_ROWS, model.device)
+        self.source_keys = SourceKeys(model, self.block, self.modulation_block)
         self._batch: PackedBatch | None = None
         self._angles = lru_cache(maxsize=64)(self._rotary_angles)
         self._glyphs = lru_cache(maxsize=64)(self._glyph_tokens)
         with torch.inference_mode():
             self._no_plan = self.renderer.no_plan()
 
-    @torch.inference_mode()
     def prepare(self, image: Image) -> Rendering:
         """Everything about an image that its steps share. Its plan must be known."""
-        spec, geometry = image.request.spec, image.request.spec.geometry
-        assert image.plan is not None
+        spec, plan = image.request.spec, image.plan
+        assert plan is not None
+        shown_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
+        grid = TokenGrid(plan.rows, plan.cols, plan.tokens)
+        return self._prepare(image, grid, spec.geometry, spec.num_inference_steps, spec.guidance_scale > 1, shown_after)
+
+    def prepare_preview(self, image: Image) -> Rendering:
+        """The same for the image's preview, on a canvas of the preview's grid."""
+        grid = image.preview
+        assert grid is not None
+        geometry = Geometry(grid.cols * CELL, grid.rows * CELL)
+        return self._prepare(image, grid, geometry, PREVIEW_STEPS, False, [PREVIEW_STEPS], is_preview=True)
+
+    @torch.inference_mode()
+    def _prepare(
+        self,
+        image: Image,
+        grid: TokenGrid,
+        geometry: Geometry,
+        steps: int,
+        guided: bool,
+        shown_after: list[int],
+        is_preview: bool = False,
+    ) -> Rendering:
+        spec = image.request.spec
         glyphs = self._glyphs(tuple(quoted_strings(spec.prompt)))
-        guided = spec.guidance_scale > 1
         no_glyphs = self._glyphs(tuple(quoted_strings(spec.negative_prompt))) if guided else None
-        codes = torch.tensor(image.plan.tokens, device=self.model.device).view(image.plan.rows, image.plan.cols)
-        timesteps, sigmas = schedule(self.model.scheduler, geometry, spec.num_inference_steps)
+        codes = torch.tensor(grid.tokens, device=self.model.device).view(grid.rows, grid.cols)
+        timesteps, sigmas = schedule(self.model.scheduler, geometry, steps)
         noise = initial_noise(image.seed, self.renderer.config.in_channels, geometry)
         return Rendering(
             image,
+            geometry,
+            grid,
+            is_preview,
+            shown_after,
             latents=patchify(noise, self.renderer.config.patch_size).to(self.model.device),
             plan=self.renderer.plan(codes),
             glyphs=glyphs,
@@ -119,7 +176,14 @@ class RendererRunner:
             ),
             sigmas=sigmas,
             angles=self._angles(geometry.patches.rows, geometry.patches.cols),
+            sources=self.source_keys.of(image.request),
         )
+
+    def release(self, request: Request) -> None:
+        """The request has ended: let go of what its images shared, and of a layout that still names them."""
+        self.source_keys.release(request)
+        if self._batch is not None and any(r.request is request for r in self._batch.renderings):
+            self._batch = None
 
     @torch.inference_mode()
     def advance(self, renderings: list[Rendering]) -> None:
@@ -128,9 +192,10 @@ class RendererRunner:
         velocity = self.renderer(
             self._inputs(batch), self._time_embeddings(batch), batch.layout, self.block, self.modulation_block
         )
-        moved = [self._euler_step(r, velocity, spans) for r, spans in zip(renderings, batch.patch_spans, strict=True)]
-        for rendering, latents in zip(renderings, moved, strict=True):
-            rendering.latents = latents
+        guided = [self._guided(r, velocity, spans) for r, spans in zip(renderings, batch.patch_spans, strict=True)]
+        moved = [self._euler_step(r, own) for r, own in zip(renderings, guided, strict=True)]
+        for rendering, latents, own in zip(renderings, moved, guided, strict=True):
+            rendering.latents, rendering.velocity = latents, own
             rendering.step += 1
 
     def padding(self, tokens: int) -> int:
@@ -139,11 +204,18 @@ class RendererRunner:
 
     @torch.inference_mode()
     def decode(self, rendering: Rendering) -> Tensor:
-        """Pixels [height, width, 3], uint8, on the CPU, cropped to the size asked for."""
-        geometry = rendering.image.request.spec.geometry
-        latents = unpatchify(rendering.latents, geometry.patches.rows, geometry.patches.cols)
+        """Pixels [height, width, 3], uint8, on the CPU, cropped to the size asked for.
+
+        In the middle of its steps an image is decoded as it is expected to become: with the noise taken out that the
+        last step saw in it.
+        """
+        geometry, sigma = rendering.geometry, rendering.sigmas[rendering.step]
+        latents = rendering.latents
+        if rendering.steps_left and rendering.velocity is not None:
+            latents = latents - sigma.to(latents.device) * rendering.velocity
         left, top, right, bottom = geometry.crop_box
-        return self.model.autoencoder.decode(latents)[top:bottom, left:right].contiguous()
+        decoded = self.model.autoencoder.decode(unpatchify(latents, geometry.patches.rows, geometry.patches.cols))
+        return decoded[top:bottom, left:right].contiguous()
 
     def _inputs(self, batch: PackedBatch) -> Tensor:
         """[T, dim]: every row's glyph tokens, then its patches with the plan (or none) added."""
@@ -166,15 +238,18 @@ class RendererRunner:
         rows = torch.stack([r.time_embeddings[r.step] for r in batch.renderings])
         return torch.nn.functional.pad(rows, (0, 0, 0, padded(len(rows), self.modulation_block) - len(rows)))
 
-    def _euler_step(self, rendering: Rendering, velocity: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-        """The image's latents one step on, guided if it has two rows; in float32."""
+    def _guided(self, rendering: Rendering, velocity: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+        """[patches, P] float32: the image's own velocity, guided if it has two rows."""
         parts = [velocity[start:end].float() for start, end in spans]
-        guided = parts[0]
-        if len(parts) == 2:
-            conditional, unconditional = parts
-            guided = unconditional + rendering.image.request.spec.guidance_scale * (conditional - unconditional)
+        if len(parts) == 1:
+            return parts[0]
+        conditional, unconditional = parts
+        return unconditional + rendering.request.spec.guidance_scale * (conditional - unconditional)
+
+    def _euler_step(self, rendering: Rendering, velocity: Tensor) -> Tensor:
+        """The image's latents one step on; in float32."""
         distance = rendering.sigmas[rendering.step + 1] - rendering.sigmas[rendering.step]
-        return rendering.latents + distance.to(guided.device) * guided
+        return rendering.latents + distance.to(velocity.device) * velocity
 
     def _pack(self, renderings: list[Rendering]) -> PackedBatch:
         """The layout of these images; the last one is kept, since a set of images mostly goes on together."""
@@ -192,10 +267,12 @@ class RendererRunner:
         modulation = torch.ones(size, dtype=torch.long)
         angles = torch.zeros(size, head_dim)
         lengths: list[int] = []
+        sources: list[Tensor | None] = []
         spans: list[list[tuple[int, int]]] = []
         start = 0
         for number, rendering in enumerate(renderings):
             spans.append([])
+            sources += [rendering.sources, None][: len(rendering.rows)]
             for glyphs in rendering.rows:
                 patches = slice(start + len(glyphs), start + len(glyphs) + rendering.patches)
                 modulation[start : patches.start] = 2 * number + 1
@@ -205,7 +282,8 @@ class RendererRunner:
                 lengths.append(patches.stop - start)
                 start = patches.stop
         cos, sin = elementwise(torch.cos, angles).to(device), elementwise(torch.sin, angles).to(device)
-        return PackedBatch(list(renderings), RowLayout(lengths, modulation.to(device), cos, sin), spans, size)
+        layout = RowLayout(lengths, modulation.to(device), cos, sin, sources)
+        return PackedBatch(list(renderings), layout, spans, size)
 
     def _glyph_tokens(self, strings: tuple[str, ...]) -> Tensor:
         return self.renderer.glyphs(self.model.glyphs.encode(strings))

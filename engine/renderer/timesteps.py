@@ -26,6 +26,11 @@ def schedule(scheduler: FlowMatchEulerDiscreteScheduler, geometry: Geometry, ste
     return torch.as_tensor(own.timesteps), torch.as_tensor(own.sigmas)
 
 
+def partial_steps(steps: int, count: int) -> list[int]:
+    """After how many of `steps` steps a picture is shown, evenly spaced: at most `count`, fewer where steps are few."""
+    return sorted({steps * (number + 1) // (count + 1) for number in range(count)} - {0, steps})
+
+
 def initial_noise(seed: int, channels: int, geometry: Geometry) -> Tensor:
     """[channels, H/8, W/8] float32 noise of an image, on the CPU: the same on every device and in every batch."""
     shape = (1, channels, geometry.latents.rows, geometry.latents.cols)

@@ -1,4 +1,4 @@
-"""Latents to pixels, with diffusers' `AutoencoderKL`."""
+"""Latents to pixels and back, with diffusers' `AutoencoderKL`."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Autoencoder:
-    """The decoder's side of the VAE, one image at a time: an image's pixels depend on its own latents alone."""
+    """The VAE, one image at a time: an image's pixels depend on its own latents alone, and the other way round."""
 
     def __init__(self, vae: AutoencoderKL):
         if vae.device.type == "cpu":
@@ -28,3 +28,10 @@ class Autoencoder:
         scaled = latents.to(self.vae.dtype) * self._std + self._mean
         image = self.vae.decode(scaled[None], return_dict=False)[0][0].float()  # type: ignore[index]
         return (image * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [3, H, W], uint8 -> normalised latents [channels, H/8, W/8], the likeliest ones, on the device."""
+        image = (pixels.to(self.vae.device).float() / 255 * 2 - 1).to(self.vae.dtype)
+        latents = self.vae.encode(image[None]).latent_dist.mode()[0]  # type: ignore[union-attr]
+        return (latents - self._mean) / self._std

@@ -84,6 +84,10 @@ class RendererConfig:
         """Values of one latent patch, which is one renderer token."""
         return self.in_channels * self.patch_size**2
 
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Memory of one source token's keys and values in all layers, for elements of `itemsize` bytes."""
+        return 2 * itemsize * self.num_layers * self.dim
+
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "RendererConfig":
         made = cls(**_known(cls, config))

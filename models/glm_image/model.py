@@ -1,16 +1,19 @@
 """All parts of GLM-Image together, from a checkpoint or with random weights."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import PIL
 import torch
+import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from models.checkpoint import find_checkpoint, load_weights, randomise
+from models.checkpoint import find_checkpoint, fingerprint, load_weights, randomise
 from models.errors import CheckpointError
 from models.glm_image.autoencoder import Autoencoder
 from models.glm_image.config import (
@@ -27,6 +30,8 @@ from models.glm_image.planner import Planner
 from models.glm_image.prompt import GlyphEncoder, PromptEncoder
 from models.glm_image.random_checkpoint import byte_level_processor
 from models.glm_image.renderer import Renderer
+from models.glm_image.sources import Picture, PictureReader, Source
+from models.glm_image.vision import VisionTokenizer, vision_key
 
 M = TypeVar("M", bound=nn.Module)
 VAE_FIELDS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -36,10 +41,12 @@ VAE_FIELDS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": 
 class GlmImage:
     """A model ready to serve.
 
-    `device` and `dtype` are the planner's, the renderer's and the glyph encoder's; the autoencoder shares them.
+    `device` and `dtype` are those of all networks.
     """
 
     prompts: PromptEncoder
+    pictures: PictureReader
+    vision: VisionTokenizer
     planner: Planner
     glyphs: GlyphEncoder
     renderer: Renderer
@@ -78,8 +85,11 @@ class GlmImage:
         vae_json = read_json(folder / "vae" / "config.json")
         generation = folder / "vision_language_encoder" / "generation_config.json"
         glyph_model = read("text_encoder", lambda: T5EncoderModel(t5))
+        prompts = _processor(folder)
         return cls(
-            prompts=_processor(folder),
+            prompts=prompts,
+            pictures=PictureReader(prompts.processor.image_processor),
+            vision=read("vision_language_encoder", lambda: VisionTokenizer.from_json(encoder_json), vision_key),
             planner=read("vision_language_encoder", lambda: Planner(planner_config), planner_key),
             glyphs=GlyphEncoder(ByT5Tokenizer.from_pretrained(folder / "tokenizer"), glyph_model),
             renderer=read("transformer", lambda: Renderer(renderer_config)),
@@ -100,8 +110,13 @@ class GlmImage:
         seed: int = 0,
         planner: PlannerConfig | None = None,
         renderer: RendererConfig | None = None,
+        vision: Mapping[str, Any] | None = None,
     ) -> "GlmImage":
-        """The published sizes, or those given, with random weights made on the device: for benchmarks."""
+        """The published sizes, or those given, with random weights made on the device: for benchmarks.
+
+        Args:
+            vision: the sizes that differ, in `vision_config` and `vq_config` (`vision_language_encoder/config.json`).
+        """
         planner_config, renderer_config = planner or PlannerConfig(), renderer or RendererConfig()
 
         def make(build: Callable[[], M]) -> M:
@@ -110,8 +125,11 @@ class GlmImage:
             return module
 
         t5 = T5Config.from_dict(PUBLISHED_GLYPH_ENCODER | {"d_model": renderer_config.text_embed_dim})
+        processor = byte_level_processor(planner_config.codebook_size)
         return cls(
-            prompts=PromptEncoder(byte_level_processor(planner_config.codebook_size)),
+            prompts=PromptEncoder(processor),
+            pictures=PictureReader(processor.image_processor),
+            vision=make(lambda: VisionTokenizer.from_json(vision or {})),
             planner=make(lambda: Planner(planner_config)),
             glyphs=GlyphEncoder(ByT5Tokenizer(), make(lambda: T5EncoderModel(t5))),
             renderer=make(lambda: Renderer(renderer_config)),
@@ -123,9 +141,23 @@ class GlmImage:
             dtype=dtype,
         )
 
+    def planning_fingerprint(self) -> str:
+        """A short text that tells models apart which may plan the same request differently: by all that turns a prompt
+        and pictures into tokens, and these into a plan. It reads the weights of those parts once."""
+        parts = [
+            self.prompts.settings, self.pictures.settings, self.vision.settings, fingerprint(self.vision),
+            repr(self.planner.config), fingerprint(self.planner), repr(self.sampling), self.device.type,
+            torch.__version__, transformers.__version__, PIL.__version__,
+        ]  # fmt: skip
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def see(self, picture: Picture) -> Source:
+        """What the networks that plan and render need of a picture to edit."""
+        return Source(self.vision(picture), self.autoencoder.encode(picture.pixels))
+
 
 def planner_key(key: str) -> str | None:
-    """A key of `GlmImageForConditionalGeneration` -> ours; None for the vision tokenizer, which only edits need."""
+    """A key of `GlmImageForConditionalGeneration` -> ours; None for the vision tokenizer's."""
     if key.startswith(("model.visual.", "model.vqmodel.")):
         return None
     return key.removeprefix("model.language_model.")

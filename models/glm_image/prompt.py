@@ -1,6 +1,6 @@
-"""Prompts: the planner's token ids, and the quoted strings that the glyph encoder spells out."""
+"""Prompts: the planner's token ids, and what the glyph encoder makes of the strings to be lettered."""
 
-import re
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, GlmImageProcessor, T5EncoderModel
 
 from models.errors import PromptError
+from models.glm_image.sources import CODE_CELL
 
-# The order matters: the strings are concatenated in it.
-QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"\u300c([^\u300c\u300d]*)\u300d")
 MAX_GLYPH_TOKENS_PER_STRING = 2048
 MAX_GLYPH_TOKENS = 8192
 
@@ -21,6 +20,7 @@ class PromptEncoder:
 
     def __init__(self, processor: GlmImageProcessor):
         self.processor = processor
+        self.image_token = int(processor.image_token_id)
         tokenizer = processor.tokenizer
         self._control_ids = frozenset(tokenizer.get_added_vocab().values()) | frozenset(tokenizer.all_special_ids)
 
@@ -28,8 +28,18 @@ class PromptEncoder:
     def load(cls, folder: Path) -> "PromptEncoder":
         return cls(GlmImageProcessor.from_pretrained(folder))
 
-    def encode(self, prompt: str, height: int, width: int) -> list[int]:
+    @property
+    def settings(self) -> str:
+        """All that tokens depend on, beside the prompt: the tokenizer, its special tokens and the chat template."""
+        tokenizer = self.processor.tokenizer
+        parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, self.processor.chat_template]
+        return json.dumps(parts, sort_keys=True)
+
+    def encode(self, prompt: str, height: int, width: int, sources: int = 0) -> list[int]:
         """Token ids for an image of height x width pixels (multiples of 32); the last is the one that starts an image.
+
+        Args:
+            sources: pictures to edit; one `image_token` stands for each, see `place_sources`.
 
         Raises:
             PromptError: the prompt spells out a control token of the model, such as `<|image|>`.
@@ -39,6 +49,8 @@ class PromptEncoder:
         if control:
             names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(control)))
             raise PromptError(f"the prompt holds control tokens of the model ({names}); take them out")
+        if sources:
+            return self._encode_edit(prompt, height, width, sources)
         inputs = self.processor.apply_chat_template(
             [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]],
             tokenize=True,
@@ -48,10 +60,40 @@ class PromptEncoder:
         )
         return inputs["input_ids"][0].tolist()  # pyright: ignore
 
+    def _encode_edit(self, prompt: str, height: int, width: int, sources: int) -> list[int]:
+        """As `GlmImageProcessor` does it, which would want to process the pictures again."""
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        content = [{"type": "image"}] * sources + [{"type": "text", "text": prompt}]
+        [text] = processor.apply_chat_template([[{"role": "user", "content": content}]], tokenize=False)
+        text += f"{processor.grid_bos_token}{height // CODE_CELL} {width // CODE_CELL}{processor.grid_eos_token}"
+        text += processor.bos_token
+        return tokenizer(text, add_special_tokens=not text.startswith(processor.bos_token)).input_ids
 
-def quoted_strings(prompt: str) -> list[str]:
-    """The texts to be lettered: all single-quoted strings, then curly, double and corner-bracketed ones."""
-    return [text for pattern in QUOTES for text in re.findall(pattern, prompt)]
+
+def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[int, int]]) -> tuple[list[int], Tensor]:
+    """A prompt with as many image tokens for each source as its grid (rows, columns) has codes.
+
+    Returns:
+        Token ids, and their positions [tokens, 3] (temporal, row, column). A token of text is one step in all three; in
+        a source the temporal position stands still, and what follows is behind its longer side
+        (`GlmImageModel.get_rope_index`).
+    """
+    assert list(ids).count(image_token) == len(grids), "the chat template has a place for every picture"
+    tokens: list[int] = []
+    positions: list[tuple[int, int, int]] = []
+    left, start = list(grids), 0
+    for token in ids:
+        rows, cols = left.pop(0) if token == image_token else (1, 1)
+        tokens += [token] * (rows * cols)
+        positions += [(start, start + row, start + col) for row in range(rows) for col in range(cols)]
+        start += max(rows, cols)
+    return tokens, torch.tensor(positions)
+
+
+def fill_in_codes(ids: Sequence[int], image_token: int, codes: Sequence[int]) -> list[int]:
+    """The prompt with the codes of all sources, in order, in place of the image tokens."""
+    left = iter(codes)
+    return [next(left) if token == image_token else token for token in ids]
 
 
 class GlyphEncoder:

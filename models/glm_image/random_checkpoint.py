@@ -51,8 +51,8 @@ RENDERER: dict[str, Any] = {
 }  # fmt: skip
 VAE = {
     "block_out_channels": [16, 16, 32, 32], "latent_channels": 8, "norm_num_groups": 8, "sample_size": SIDE,
-    "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8, "use_quant_conv": False, "use_post_quant_conv": False,
-    "mid_block_add_attention": False,
+    "latents_mean": [0.1, -0.1] * 4, "latents_std": [0.9, 1.2] * 4, "mid_block_add_attention": False,
+    "use_quant_conv": False, "use_post_quant_conv": False,
 }  # fmt: skip
 
 IMAGE_START, IMAGE_END = "<|dit_token_start|>", "<|dit_token_end|>"
@@ -88,7 +88,7 @@ def byte_level_processor(codes: int) -> GlmImageProcessor:
 
 def cached_random_checkpoint(cache: Path) -> Path:
     """The folder of the small random checkpoint, made on first use. Several processes may ask at once."""
-    folder = cache / "random-glm-image-3"
+    folder = cache / "random-glm-image-4"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))

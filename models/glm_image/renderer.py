@@ -7,6 +7,9 @@ A *row* is one sequence the transformer attends over: an image's glyph tokens, t
 has two rows, one conditional and one not. Rows of any length, timestep and size are packed into one [T, dim] tensor;
 only attention and the adaptive layer norms need to know which token belongs to whom.
 
+An edit's *sources* are never packed with what is rendered. Each goes through the transformer once, noiseless and on its
+own (`Renderer.read_source`), and leaves its keys and values in every layer; the conditional row attends to those, too.
+
 Written after diffusers' `GlmImageTransformer2DModel`, whose weights it takes unchanged.
 """
 
@@ -45,12 +48,18 @@ class RowLayout:
         lengths: tokens of every row, in order; their sum is at most T, what is left is padding.
         modulation: [T] index into the modulations: 2 * image for a patch, 2 * image + 1 for a glyph token.
         cos, sin: [T, D] rotary tables; glyph tokens and padding do not turn (cos 1, sin 0).
+        sources: for every row what it can see besides itself, or None: keys and values [layers, 2, heads, S, D].
     """
 
     lengths: Sequence[int]
     modulation: Tensor
     cos: Tensor
     sin: Tensor
+    sources: Sequence[Tensor | None] = ()
+
+    def sources_of(self, layer: int) -> Sequence[Tensor | None]:
+        """For every row the keys and values [2, heads, S, D] of its sources in a layer."""
+        return [None if kept is None else kept[layer] for kept in self.sources or [None] * len(self.lengths)]
 
 
 class GatedLinear(nn.Module):
@@ -111,17 +120,21 @@ class RendererAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
 
-    def forward(self, x: Tensor, layout: RowLayout, block: int | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, layout: RowLayout, block: int | None, keep: Tensor | None) -> Tensor:
         q, k, v = (
             project(x, block).unflatten(-1, (-1, self.head_dim)) for project in (self.to_q, self.to_k, self.to_v)
         )
         q, k = (rotate(F.layer_norm(h, (self.head_dim,), eps=1e-5), layout) for h in (q, k))
+        if keep is not None:
+            keep.copy_(torch.stack([k, v])[:, : keep.shape[2]].transpose(1, 2))
         out = torch.zeros_like(x)
         start = 0
-        for length in layout.lengths:
+        for length, sources in zip(layout.lengths, layout.sources_of(layer), strict=True):
             row = slice(start, start + length)
-            heads_first = [h[row].transpose(0, 1)[None] for h in (q, k, v)]  # [1, heads, tokens, D]
-            attended = F.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
+            query, keys, values = (h[row].transpose(0, 1)[None] for h in (q, k, v))  # [1, heads, tokens, D]
+            if sources is not None:
+                keys, values = (torch.cat([s[None], h], dim=2) for s, h in zip(sources, (keys, values), strict=True))
+            attended = F.scaled_dot_product_attention(query, keys, values)
             out[row] = attended[0].transpose(0, 1).flatten(1)
             start += length
         return self.to_out[0](out, block)
@@ -150,10 +163,20 @@ class RendererLayer(nn.Module):
         self.attn1 = RendererAttention(config)
         self.ff = FeedForward(config.dim, 4 * config.dim, config.dim, "gelu-tanh")
 
-    def forward(self, x: Tensor, temb: Tensor, layout: RowLayout, block: int | None, temb_block: int | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        temb: Tensor,
+        layout: RowLayout,
+        block: int | None,
+        temb_block: int | None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Layer number `layer` over all rows; `keep` [2, heads, t, D] gets the first t tokens' keys and values."""
         vectors = self.norm1(temb, temb_block)
         shift1, scale1, gate1, shift2, scale2, gate2 = (v.index_select(0, layout.modulation) for v in vectors)
-        x = self.attn1(normalised(x).mul_(scale1).add_(shift1), layout, block).mul_(gate1).add_(x)
+        x = self.attn1(normalised(x).mul_(scale1).add_(shift1), layer, layout, block, keep).mul_(gate1).add_(x)
         return self.ff(normalised(x).mul_(scale2).add_(shift2), block).mul_(gate2).add_(x)
 
 
@@ -230,9 +253,33 @@ class Renderer(nn.Module):
         Returns:
             [T, P] predicted velocity; meaningless on glyph tokens and padding.
         """
-        for layer in self.transformer_blocks:
-            x = layer(x, temb, layout, block, temb_block)
+        for number, layer in enumerate(self.transformer_blocks):
+            x = layer(x, number, temb, layout, block, temb_block)
         return self.proj_out(self.norm_out(x, temb, layout.modulation // 2, temb_block), block)
+
+    # Once for every source of an edit.
+
+    def source_time_embedding(self, height: int, width: int) -> Tensor:
+        """[1, E] for a source of height x width pixels: it has no noise, so its timestep is 0."""
+        return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
+
+    def read_source(
+        self,
+        x: Tensor,
+        temb: Tensor,
+        layout: RowLayout,
+        keep: Tensor,
+        block: int | None = None,
+        temb_block: int | None = None,
+    ) -> None:
+        """One forward pass over a source.
+
+        Args:
+            x, temb, layout, block, temb_block: as for `forward`; one row of patches, no glyph tokens.
+            keep: [layers, 2, heads, patches, D], filled with its keys and values.
+        """
+        for number, layer in enumerate(self.transformer_blocks):
+            x = layer(x, number, temb, layout, block, temb_block, keep[number])
 
 
 def normalised(x: Tensor) -> Tensor:

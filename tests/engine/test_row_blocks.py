@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.glm_image.model import GlmImage
 from models.row_blocks import GRAIN, Linear, elementwise, padded
+from tests.checkpoints import small_engine
 
 CPU = torch.device("cpu")
 
@@ -49,3 +51,19 @@ def test_blocks_are_whole() -> None:
     assert (padded(1, 128), padded(128, 128), padded(129, 128), padded(5, None)) == (128, 128, 256, 5)
     with pytest.raises(AssertionError, match="not a multiple"):
         Linear(4, 4)(torch.zeros(130, 4), 128)
+
+
+def test_decode_batches_in_which_a_row_would_differ_are_not_used(
+    model: GlmImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Linear.forward
+
+    def differs_among_four(self: Linear, x: torch.Tensor, block: int | None = None) -> torch.Tensor:
+        out = real(self, x, block)
+        return torch.nextafter(out, torch.zeros(())) if len(x) == 4 else out
+
+    assert small_engine(model).planner_runner._decode_rows(17) == 32
+    monkeypatch.setattr(Linear, "forward", differs_among_four)
+    runner = small_engine(model).planner_runner
+    assert 4 not in {runner._decode_rows(count) for count in range(1, 40)}
+    assert runner._decode_rows(1) in (8, 16)

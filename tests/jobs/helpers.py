@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import Budget, Claim, ImageResult, JobResult, JobSpec, Priority
+from engine.jobs.job import Budget, Claim, ImageResult, JobResult, JobSources, JobSpec, Priority
 from engine.jobs.queue import JobQueue
 
-ROOMY = Budget(images=100, kv_tokens=10**9, idle=False)
-IDLE = Budget(images=0, kv_tokens=0, idle=True)
+ROOMY = Budget(images=100, kv_tokens=10**9, source_tokens=10**9, idle=False)
+IDLE = Budget(images=0, kv_tokens=0, source_tokens=0, idle=True)
 RESULT = JobResult([ImageResult(bytes(range(256)), seed=7)], prompt_tokens=5, plan_tokens=260)
 
 _numbers = itertools.count()
@@ -28,12 +28,32 @@ async def submit(
     timeout_s: float = 60,
     priority: Priority = "interactive",
     max_queue: int = 100,
+    sources: JobSources | None = None,
+    max_source_bytes: int | None = None,
+    notes: dict[str, Any] | None = None,
+    owner: str = "",
+    max_owned: int | None = None,
+    idempotency_key: str = "",
+    fingerprint: str = "",
     **fields: Any,
 ) -> str:
-    """Submits a small job and returns its id."""
-    job_id = job_id or f"job-{next(_numbers)}"
-    await queue.submit(spec(**fields), job_id=job_id, timeout_s=timeout_s, priority=priority, max_queue=max_queue)
-    return job_id
+    """Submits a small job and returns its id, or that of the job its key leads to. `fields` are those of its spec."""
+    if sources is not None:
+        fields["sources"] = len(sources.pictures)
+    return await queue.submit(
+        spec(**fields),
+        job_id=job_id or f"job-{next(_numbers)}",
+        timeout_s=timeout_s,
+        priority=priority,
+        max_queue=max_queue,
+        sources=sources,
+        max_source_bytes=max_source_bytes,
+        notes=notes,
+        owner=owner,
+        max_owned=max_owned,
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint,
+    )
 
 
 async def claim(queue: JobQueue, consumer: str = "engine-1", budget: Budget = ROOMY) -> Claim:
@@ -41,6 +61,11 @@ async def claim(queue: JobQueue, consumer: str = "engine-1", budget: Budget = RO
     claim = await queue.claim(consumer, budget)
     assert claim is not None
     return claim
+
+
+async def pass_deadline(queue: JobQueue, job_id: str) -> None:
+    """As if the job's time were up."""
+    await queue.client.hset(f"{queue.prefix}:job:{job_id}", "deadline", 0)  # type: ignore[misc]
 
 
 def restart(server: EmbeddedRedis) -> None:

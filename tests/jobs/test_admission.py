@@ -1,12 +1,13 @@
 """Who gets into the queue, and who is drawn from it next."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import redis.asyncio
 
 from engine.errors import QueueFull
-from engine.jobs.job import Budget, QueueStats
+from engine.jobs.job import Budget, JobSources, QueueStats
 from engine.jobs.queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, spec, submit
 
@@ -47,15 +48,23 @@ async def test_the_cap_holds_when_all_come_at_once(queue: JobQueue):
 async def test_a_job_is_taken_only_where_it_fits(queue: JobQueue):
     job_id = await submit(queue, n=2)
     kv_tokens = spec(n=2).plan_tokens + spec(n=2).prompt_tokens_bound
-    assert await queue.claim("engine-1", Budget(images=1, kv_tokens=kv_tokens, idle=False)) is None
-    assert await queue.claim("engine-1", Budget(images=2, kv_tokens=kv_tokens - 1, idle=False)) is None
+    assert await queue.claim("engine-1", Budget(images=1, kv_tokens=kv_tokens, source_tokens=0, idle=False)) is None
+    assert await queue.claim("engine-1", Budget(images=2, kv_tokens=kv_tokens - 1, source_tokens=0, idle=False)) is None
     assert (await queue.stats()).waiting == 1
-    granted = await claim(queue, budget=Budget(images=2, kv_tokens=kv_tokens, idle=False))
+    granted = await claim(queue, budget=Budget(images=2, kv_tokens=kv_tokens, source_tokens=0, idle=False))
     assert granted.job_id == job_id
 
 
+async def test_an_edit_is_taken_only_where_its_pictures_fit(queue: JobQueue):
+    edit = await submit(queue, sources=JobSources([b"x"]), source_tokens=24)
+    behind = await submit(queue)
+    assert await queue.claim("engine-1", replace(ROOMY, source_tokens=23)) is None
+    assert (await claim(queue, budget=replace(ROOMY, source_tokens=24))).job_id == edit
+    assert (await claim(queue, budget=replace(ROOMY, source_tokens=0))).job_id == behind
+
+
 async def test_an_idle_engine_takes_any_job(queue: JobQueue):
-    job_id = await submit(queue, n=10, width=2048, height=2048)
+    job_id = await submit(queue, n=10, width=2048, height=2048, sources=JobSources([b"x"]), source_tokens=10**9)
     assert (await claim(queue, budget=IDLE)).job_id == job_id
 
 
@@ -63,7 +72,7 @@ async def test_an_idle_engine_takes_any_job(queue: JobQueue):
 async def test_a_large_job_is_not_passed_over(queue: JobQueue, small_priority):
     large = await submit(queue, n=10)
     small = await submit(queue, n=1, priority=small_priority)
-    narrow = Budget(images=4, kv_tokens=10**9, idle=False)
+    narrow = Budget(images=4, kv_tokens=10**9, source_tokens=0, idle=False)
     assert await queue.claim("engine-1", narrow) is None
     assert (await claim(queue, "engine-2", ROOMY)).job_id == large
     assert (await claim(queue, "engine-1", narrow)).job_id == small
@@ -82,7 +91,7 @@ async def test_interactive_goes_first_and_batch_does_not_starve(queue: JobQueue)
 
 async def test_a_large_batch_job_gets_its_turn_under_interactive_load(queue: JobQueue):
     large = await submit(queue, n=4, priority="batch")
-    busy, running = Budget(images=3, kv_tokens=10**9, idle=False), []
+    busy, running = Budget(images=3, kv_tokens=10**9, source_tokens=0, idle=False), []
     for _ in range(10):
         await submit(queue)
         granted = await queue.claim("engine-1", busy)

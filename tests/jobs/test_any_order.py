@@ -17,14 +17,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine.errors import QueueFull
+from engine.errors import QueueFull, SourcesFull
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import TERMINAL_STATES, Budget, Claim, JobError, Plan, QueueStats
+from engine.jobs.job import TERMINAL_STATES, Budget, Claim, JobError, JobSources, Plan, QueueStats
 from engine.jobs.queue import JobQueue
-from tests.jobs.helpers import RESULT, spec
+from tests.jobs.helpers import IDLE, RESULT, submit
 
-CAP, MAX_RUNS = 5, 3
+CAP, SOURCES_CAP, MAX_RUNS = 5, 8, 3
 ENGINES = st.sampled_from(["engine-1", "engine-2"])
 RECENT = st.integers(0, 3)  # how many jobs or claims to go back: mostly live ones, sometimes stale ones
 
@@ -36,6 +36,7 @@ class Job:
     id: str
     images: int
     late: bool  # its deadline was over when it was submitted
+    sources: int  # bytes
     state: str = "queued"
     runs: int = 0
     epoch: int = 0
@@ -58,6 +59,10 @@ class Model:
 
     def count(self, state: str) -> int:
         return sum(job.state == state for jobs in self.streams.values() for job in jobs)
+
+    @property
+    def sources(self) -> int:
+        return sum(job.sources for jobs in self.streams.values() for job in jobs if job.live)
 
     def end(self, job: Job, state: str) -> None:
         """An entry no engine has drawn stays in the stream."""
@@ -138,14 +143,27 @@ class QueueMachine(RuleBasedStateMachine):
         priority=st.sampled_from(["interactive", "batch"]),
         images=st.integers(1, 3),
         late=st.sampled_from([False] * 9 + [True]),
+        sources=st.sampled_from([0, 0, 1, 3, 5, 9]),
     )
-    def submit(self, priority: Any, images: int, late: bool):
-        job = Job(f"job-{len(self.jobs)}", images, late)
-        call = self.queue.submit(
-            spec(n=images), job_id=job.id, timeout_s=0 if late else 600, priority=priority, max_queue=CAP
+    def submit(self, priority: Any, images: int, late: bool, sources: int):
+        job = Job(f"job-{len(self.jobs)}", images, late, sources)
+        call = submit(
+            self.queue,
+            job_id=job.id,
+            timeout_s=0 if late else 600,
+            priority=priority,
+            max_queue=CAP,
+            sources=JobSources([b"x" * sources]) if sources else None,
+            max_source_bytes=SOURCES_CAP,
+            n=images,
         )
+        refusal = None
+        if sources and self.model.sources and self.model.sources + sources > SOURCES_CAP:
+            refusal = SourcesFull
         if self.model.count("queued") >= CAP:
-            with pytest.raises(QueueFull):
+            refusal = QueueFull
+        if refusal:
+            with pytest.raises(refusal):
                 self.run(call)
             return
         self.run(call)
@@ -166,19 +184,19 @@ class QueueMachine(RuleBasedStateMachine):
             if job.live and job.late:
                 self.model.end(job, "expired")
         else:
-            self.run(self.queue.submit(spec(), job_id=job.id, timeout_s=600, priority="batch", max_queue=CAP))
+            self.run(submit(self.queue, job_id=job.id, max_queue=CAP, sources=JobSources([b"again"])))
 
     # --- engines ------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: any(self.model.streams.values()))
     @rule(engine=ENGINES, images=st.integers(1, 3), idle=st.sampled_from([True, True, False]))
     def claim(self, engine: str, images: int, idle: bool):
-        self._claim(self.queue, engine, Budget(images, 10**9, idle))
+        self._claim(self.queue, engine, Budget(images, 10**9, 0, idle))
 
     @precondition(lambda self: self.model.count("running"))
     @rule(engine=ENGINES)
     def claim_when_leases_have_lapsed(self, engine: str):
-        self._claim(self.impatient, engine, Budget(0, 0, idle=True))
+        self._claim(self.impatient, engine, IDLE)
 
     def _claim(self, queue: JobQueue, engine: str, budget: Budget):
         granted = self.run(queue.claim(engine, budget))
@@ -245,8 +263,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self):
-        expected = QueueStats(waiting=self.model.count("queued"), running=self.model.count("running"))
-        assert self.run(self.queue.stats()) == expected
+        waiting, running = self.model.count("queued"), self.model.count("running")
+        assert self.run(self.queue.stats()) == QueueStats(waiting, running, self.model.sources)
 
     @invariant()
     def streams_hold_what_is_not_finished(self):
@@ -268,6 +286,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert (record.state, record.runs) == (job.state, job.runs)
             assert (await self.queue.result(job.id) is not None) == (job.state == "succeeded")
             assert await self.client.hlen(f"glimmer:plans:{job.id}") == (len(job.plans) if job.live else 0)
+            assert await self.client.exists(f"glimmer:sources:{job.id}") == bool(job.live and job.sources)
 
 
 @pytest.mark.timeout(600)  # a failure takes Hypothesis up to five minutes to make small

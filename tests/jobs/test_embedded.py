@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -29,6 +30,16 @@ def test_data_survives_a_stop_and_a_kill(tmp_path: Path):
         kill(server)
         restart(server)
         assert (connection.get("a"), connection.get("b")) == (b"\0\xff", b"1")
+
+
+@pytest.mark.parametrize(("chosen", "fsync"), [({}, "always"), ({"fsync": "no"}, "no")])
+def test_what_is_acknowledged_is_on_the_disk_unless_that_is_left_to_the_kernel(
+    tmp_path: Path, chosen: dict[str, Any], fsync: str
+):
+    """`everysec` is no choice: a slow disk would make it lose what it has acknowledged when the server is killed."""
+    with EmbeddedRedis(tmp_path, **chosen) as server, client(server) as connection:
+        settings: Any = connection.config_get("append*")
+        assert (settings["appendonly"], settings["appendfsync"]) == ("yes", fsync)
 
 
 def test_a_restart_does_not_wait_for_the_server(tmp_path: Path):

@@ -19,7 +19,7 @@ from engine.jobs.job import (
     TokenGrid,
 )
 from engine.jobs.queue import JobQueue
-from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, spec, submit
+from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
 
 
 async def test_a_job_is_submitted_claimed_and_committed(queue: JobQueue):
@@ -27,7 +27,7 @@ async def test_a_job_is_submitted_claimed_and_committed(queue: JobQueue):
     queued = await queue.get("a")
     assert queued is not None
     assert queued == JobRecord(
-        "a", JobState.QUEUED, spec(n=2), "batch", queued.submitted_at, queued.submitted_at + 60_000
+        "a", JobState.QUEUED, spec(n=2), "batch", queued.submitted_at, queued.submitted_at + 60_000, position=0
     )
     assert await queue.stats() == QueueStats(waiting=1, running=0)
 
@@ -153,11 +153,11 @@ async def test_delivery_does_not_lengthen_a_life(redis_client: redis.asyncio.Red
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
 async def test_expire_ends_a_job_from_its_deadline_on(queue: JobQueue, state: JobState):
-    job_id = await submit(queue, timeout_s=0.05)
+    job_id = await submit(queue)
     if state == JobState.RUNNING:
         await claim(queue)
     assert not await queue.expire(job_id)
-    await asyncio.sleep(0.06)
+    await pass_deadline(queue, job_id)
     assert await queue.expire(job_id)
     assert not await queue.expire(job_id)
     record = await queue.get(job_id)
@@ -168,11 +168,12 @@ async def test_expire_ends_a_job_from_its_deadline_on(queue: JobQueue, state: Jo
 
 async def test_jobs_past_their_deadline_are_expired_where_they_are_met(queue: JobQueue):
     """Nobody may be waiting for an asynchronous job, so the engine's own calls end it."""
-    renewed, drawn = await submit(queue, timeout_s=0.05), await submit(queue, timeout_s=0.05)
+    renewed, drawn = await submit(queue), await submit(queue)
     in_time = await submit(queue)
     granted = await claim(queue)
     assert granted.job_id == renewed
-    await asyncio.sleep(0.06)
+    for job_id in (renewed, drawn):
+        await pass_deadline(queue, job_id)
     assert await queue.renew("engine-1", [granted]) == [granted]
     assert (await claim(queue)).job_id == in_time
     for job_id in (renewed, drawn):
@@ -185,7 +186,10 @@ async def test_results_are_exact_to_the_byte(queue: JobQueue):
     plan = Plan(2, 2, [1, 2, 3, 4], TokenGrid(1, 1, [5])).to_dict()
     pictures = [bytes(range(256)) * 4096, b"", b"\r\n\0$-1\r\n"]
     result = JobResult(
-        [ImageResult(data, seed, plan) for seed, data in enumerate(pictures)], 12, 34, {"queued": 0.25, "planning": 1.5}
+        [ImageResult(data, seed, plan) for seed, data in enumerate(pictures)],
+        prompt_tokens=12,
+        plan_tokens=34,
+        source_tokens=5,
     )
     job_id = await submit(queue, n=3)
     assert await queue.commit(await claim(queue), result)
@@ -218,7 +222,7 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
         if end == "withdraw unknown":
             assert not await queue.withdraw("unknown")
             continue
-        job_id = await submit(queue, timeout_s=0.02 if end == "expire" else 60)
+        job_id = await submit(queue)
         if end == "cancel queued":
             assert await queue.cancel(job_id)
             continue
@@ -234,10 +238,11 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
         elif end == "withdraw":
             assert await queue.withdraw(job_id)
         else:
-            await asyncio.sleep(0.03)  # past the deadline, and long past the lease
+            if end == "expire":
+                await pass_deadline(queue, job_id)
             for _ in range(3):
+                await asyncio.sleep(0.005)  # long past the lease
                 await queue.claim("engine-1", IDLE)
-                await asyncio.sleep(0.005)
         record = await queue.get(job_id)
         assert record is not None
         assert record.state.is_terminal
@@ -262,6 +267,27 @@ async def test_engines_are_listed_while_their_heart_beats(queue: JobQueue, redis
     await queue.retire("e2")
     assert await queue.engines() == []
     assert [key async for key in redis_client.scan_iter()] == []
+
+
+async def test_a_dead_engine_s_name_goes_once_its_jobs_are_others(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    """Nobody surrenders for an engine that runs without a supervisor; its names must not pile up."""
+
+    async def names() -> set[bytes]:
+        queues = [f"glimmer:queue:{priority}" for priority in ("interactive", "batch")]
+        return {c["name"] for queue in queues for c in await redis_client.xinfo_consumers(queue, "engines")}
+
+    await queue.heartbeat(EngineInfo("dead", 1, "all", "ready", "nano", "512x512", 16384, 1024), "", ttl_s=0.05)
+    job_id = await submit(queue)
+    await claim(queue, "dead")
+    await asyncio.sleep(0.06)
+    assert await queue.engines() == []
+    assert await names() == {b"dead"}
+    impatient = JobQueue(redis_client, lease_ms=0)
+    again = await claim(impatient, "another")
+    assert again.job_id == job_id
+    assert await queue.engines() == []
+    assert await names() == {b"another"}
+    assert await queue.commit(again, RESULT)
 
 
 async def test_engines_of_other_versions_are_understood(queue: JobQueue, redis_client: redis.asyncio.Redis):

@@ -8,7 +8,7 @@ import pytest
 import redis.asyncio
 
 from engine.errors import QueueUnavailable
-from engine.jobs import queue as queue_module
+from engine.jobs import following
 from engine.jobs.job import JobError, JobState
 from engine.jobs.queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, submit
@@ -17,7 +17,7 @@ from tests.jobs.helpers import IDLE, RESULT, claim, submit
 @pytest.fixture
 def events_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """`wait` does not look by itself, so only an event can wake it."""
-    monkeypatch.setattr(queue_module, "_LOOK_EVERY_S", 3600.0)
+    monkeypatch.setattr(following, "_LOOK_EVERY_S", 3600.0)
 
 
 async def _fail(queue: JobQueue, job_id: str) -> None:

@@ -13,8 +13,11 @@ from engine.request import Planned, Rendered, Request
 from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.model import GlmImage, planner_key
 from models.glm_image.planner import Planner
+from models.glm_image.random_checkpoint import VISION, VQ
 from models.glm_image.renderer import Renderer, RowLayout, patchify, rotary_angles, unpatchify
+from models.glm_image.vision import VisionTokenizer, vision_key
 from tests.checkpoints import VARIANTS, load, small_engine, write_variant
+from tests.pictures import picture, sources
 
 SPECS = [
     JobSpec("a poster, top headline \"HELLO\", bottom 'bye'", 128, 128, seed=1, num_inference_steps=4),
@@ -162,9 +165,13 @@ def test_published_sizes_have_the_reference_s_names_and_shapes() -> None:
         ours = Planner(PlannerConfig())
         their_renderer = GlmImageTransformer2DModel(num_attention_heads=32, attention_head_dim=128)
         our_renderer = Renderer(RendererConfig())
+        our_vision = VisionTokenizer.from_json({})
     renamed = {planner_key(key): value.shape for key, value in theirs.state_dict().items()}
     renamed.pop(None)
     assert {key: value.shape for key, value in ours.state_dict().items()} == renamed
+    vision = {vision_key(key): value.shape for key, value in theirs.state_dict().items()}
+    vision.pop(None)
+    assert {key: value.shape for key, value in our_vision.state_dict().items()} == vision
     assert {key: value.shape for key, value in our_renderer.state_dict().items()} == {
         key: value.shape for key, value in their_renderer.state_dict().items()
     }
@@ -184,8 +191,12 @@ def test_random_model_of_given_sizes_makes_an_image(tmp_path: Path) -> None:
         num_key_value_heads=1, head_dim=32, mrope_section=(4, 2, 2),
     )  # fmt: skip
     renderer = RendererConfig(num_layers=1, num_attention_heads=2, attention_head_dim=16, text_embed_dim=64)
-    model = GlmImage.random(torch.device("cpu"), torch.bfloat16, planner=planner, renderer=renderer)
+    vision = {"vision_config": VISION, "vq_config": VQ | {"num_embeddings": planner.codebook_size}}
+    model = GlmImage.random(torch.device("cpu"), torch.bfloat16, planner=planner, renderer=renderer, vision=vision)
     engine = small_engine(model, kv_tokens=2048)
     [[pixels]] = engine.generate([JobSpec('"A"', 64, 64, seed=0, num_inference_steps=1)])
     assert pixels.shape == (64, 64, 3)
     assert pixels.float().std() > 1
+    spec = JobSpec('"A"', 64, 64, seed=0, num_inference_steps=1, sources=1)
+    [[edited]] = engine.generate([spec], [sources(picture(1, 64, 64))])
+    assert not torch.equal(edited, pixels)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.quotes import quoted_strings
 from models.errors import CheckpointError, PromptError
 from models.glm_image.config import RequestDefaults, SamplingDefaults
 from models.glm_image.model import GlmImage
-from models.glm_image.prompt import quoted_strings
 from models.glm_image.random_checkpoint import cached_random_checkpoint
 from server.errors import ApiError
 from server.generation import check
-from server.schemas import parse_generation
+from server.schemas import GenerationRequest, parse
 from server.settings import ServerSettings
 from tests.checkpoints import load
 
@@ -47,6 +47,12 @@ def test_missing_unexpected_and_misshapen_keys_are_named(copy: Path) -> None:
     assert "2 missing (proj_out.bias, proj_out.weight)" in message
     assert "1 unexpected (extra.weight)" in message
     assert "proj_out.weight is [2, 2], expected" in message
+
+
+def test_a_checkpoint_without_its_vision_tokenizer_is_named(copy: Path) -> None:
+    rewrite(copy / "vision_language_encoder" / "model.safetensors", model__visual__patch_embed__proj__bias=None)
+    with pytest.raises(CheckpointError, match=r"VisionTokenizer: 1 missing \(visual.patch_embed.proj.bias\)"):
+        load(copy)
 
 
 def test_shards_load_like_one_file(copy: Path, model: GlmImage) -> None:
@@ -178,7 +184,7 @@ def test_a_checkpoint_may_name_what_a_request_may(tmp_path: Path, field: str, va
 
 def _request_may(field: str, value: object) -> bool:
     try:
-        check(parse_generation({"prompt": "x", field: value}), ServerSettings())
+        check(parse(GenerationRequest, {"prompt": "x", field: value}), ServerSettings())
     except ApiError:
         return False
     return True

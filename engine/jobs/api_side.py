@@ -1,0 +1,171 @@
+"""The API's side of the queue: submit a job, see how it is, end it, fetch what came of it."""
+
+import asyncio
+import time
+from typing import Any
+
+import orjson
+
+from engine.errors import KeyReused, QueueFull, QueueUnavailable, SourcesFull, TooManyJobs
+from engine.jobs.base import QueueBase
+from engine.jobs.codec import RECORD_FIELDS, decode_record, decode_result, encode_sources
+from engine.jobs.connection import redis_errors
+from engine.jobs.job import EngineInfo, JobRecord, JobResult, JobSources, JobSpec, JobState, Priority, QueueStats
+from engine.jobs.scripts import api_side as scripts
+
+_TRY_EVERY_S = 0.5  # how often `result` tries to reach a Redis that is away
+_DELIVERED_TTL_S = 5.0  # leaves time to ask for a result once more, should its answer have been lost on the way
+
+
+class ApiSide(QueueBase):
+    """See `JobQueue`."""
+
+    async def submit(
+        self,
+        spec: JobSpec,
+        *,
+        job_id: str,
+        timeout_s: float,
+        priority: Priority,
+        max_queue: int,
+        sources: JobSources | None = None,
+        notes: dict[str, Any] | None = None,
+        owner: str = "",
+        max_owned: int | None = None,
+        max_source_bytes: int | None = None,
+        idempotency_key: str = "",
+        fingerprint: str = "",
+    ) -> str:
+        """Puts a job into the queue. A job id that is known already is left as it is, so a submit whose answer got
+        lost can be repeated.
+
+        Args:
+            timeout_s: seconds from now to the deadline.
+            max_queue: how many jobs may wait, over both priorities.
+            sources: what an edit starts from, `spec.sources` pictures.
+            notes: found again in the job's record.
+            owner: whose job it is.
+            max_owned: how many jobs the owner may have waiting and running.
+            max_source_bytes: memory that the sources of all jobs waiting and running may take in Redis. Those of one
+                job always find room where there are no others.
+            idempotency_key: a repeated request with the same key gets the job of the first, unless that one has ended
+                without a result. It should have the owner in it.
+            fingerprint: what tells that a request is the same as the first with this key; without spaces.
+
+        Returns:
+            The job's id: `job_id`, or that of the first request with the same key.
+
+        Raises:
+            QueueFull: `max_queue` jobs wait already.
+            SourcesFull: the sources would be more than `max_source_bytes`.
+            TooManyJobs: the owner has `max_owned` already.
+            KeyReused: the key came with another fingerprint before.
+        """
+        cost = (spec.n, spec.plan_tokens + spec.prompt_tokens_bound, spec.source_tokens)
+        reply = await self._run(
+            scripts.SUBMIT,
+            job_id,
+            priority,
+            orjson.dumps(spec.to_dict()),
+            *cost,
+            round(timeout_s * 1000),
+            max_queue,
+            owner,
+            "" if max_owned is None else max_owned,
+            orjson.dumps(notes or {}),
+            idempotency_key,
+            fingerprint,
+            sources.size if sources else 0,
+            "" if max_source_bytes is None else max_source_bytes,
+            *encode_sources(sources),
+        )
+        if reply == b"full":
+            raise QueueFull(f"{max_queue} jobs are waiting already")
+        if reply == b"full of sources":
+            raise SourcesFull(f"the jobs in the queue have {max_source_bytes} bytes of sources, or nearly so")
+        if reply == b"too many":
+            raise TooManyJobs(f"{max_owned} jobs of this owner are waiting or running already")
+        if reply == b"reused":
+            raise KeyReused("this idempotency key came with another request before")
+        return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id
+
+    async def cancel(self, job_id: str) -> bool:
+        """Ends a queued or running job as cancelled. True if this call ended it."""
+        return bool(await self._run(scripts.END, job_id, JobState.CANCELLED.value))
+
+    async def expire(self, job_id: str) -> bool:
+        """Ends a queued or running job as expired if its deadline has passed. True if this call ended it."""
+        return bool(await self._run(scripts.END, job_id, JobState.EXPIRED.value))
+
+    async def get(self, job_id: str) -> JobRecord | None:
+        """The job as it is now; None if it never was, or ended longer than `result_ttl_s` ago."""
+        with redis_errors():
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.hmget(self._key("job", job_id), list(RECORD_FIELDS))
+                pipe.zrank(self._key("waiting"), job_id)
+                values, position = await pipe.execute()
+        return decode_record(job_id, values, position)
+
+    async def withdraw(self, job_id: str) -> bool:
+        """Takes back a job whose result nobody wants. True if this call ended it.
+
+        Unlike `cancel` it is also for a submit whose answer never came: should that still be under way, it will not
+        take effect. And the result of a job that has succeeded is deleted.
+        """
+        return bool(await self._run(scripts.WITHDRAW, job_id))
+
+    async def result(self, job_id: str, *, patience_s: float = 0.0) -> JobResult | None:
+        """What a succeeded job left; None for any other, once it was withdrawn, and `result_ttl_s` after the end.
+
+        Args:
+            patience_s: for so long, in seconds, it rides out a Redis that is away.
+        """
+        give_up_at = time.monotonic() + patience_s
+        while True:
+            try:
+                with redis_errors():
+                    return decode_result(await self._redis.hgetall(self._key("result", job_id)))
+            except QueueUnavailable:
+                if time.monotonic() >= give_up_at:
+                    raise
+            await asyncio.sleep(_TRY_EVERY_S)
+
+    async def delivered(self, job_id: str) -> None:
+        """Says that the result of an ended job has been handed over: its record and its result, which may be megabytes,
+        live for some seconds more instead of `result_ttl_s`."""
+        left_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
+        await self._run(scripts.DELIVERED, job_id, left_ms)
+
+    async def share(self, token: str, data: bytes, media_type: str) -> None:
+        """Keeps a file for `result_ttl_s` seconds for whoever knows the token, unless it is there already."""
+        key = self._key("file", token)
+        with redis_errors():
+            if await self._redis.exists(key):
+                return
+            async with self._redis.pipeline() as pipe:
+                pipe.hset(key, mapping={"data": data, "type": media_type})
+                pipe.pexpire(key, self._result_ttl_ms)
+                await pipe.execute()
+
+    async def shared(self, token: str) -> tuple[bytes, str] | None:
+        """A file that was shared and its media type; None where there is none, or no longer."""
+        with redis_errors():
+            stored: list[Any] = await self._redis.hmget(self._key("file", token), ["data", "type"])
+        data, media_type = stored
+        return None if data is None else (data, media_type.decode())
+
+    async def stats(self) -> QueueStats:
+        return QueueStats(*await self._run(scripts.STATS))
+
+    async def engines(self) -> list[EngineInfo]:
+        """The engines whose heartbeat has not run out, by id."""
+        live = await self._heartbeats("info")
+        return [EngineInfo.from_dict(orjson.loads(info)) for info in live.values()]
+
+    async def engine_metrics(self) -> dict[str, str]:
+        """Prometheus text exposition of each live engine, by engine id."""
+        return {engine: text.decode() for engine, text in (await self._heartbeats("metrics")).items()}
+
+    async def _heartbeats(self, field: str) -> dict[str, bytes]:
+        reply = await self._run(scripts.ENGINES, field)
+        return {engine.decode(): value for engine, value in zip(reply[::2], reply[1::2], strict=True)}

@@ -1,0 +1,163 @@
+"""Edits between a real queue and a real engine: pictures come from the queue, a mask's overlay goes over the result."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.encoding import covered, encode, metadata
+from engine.jobs.job import JobSources, JobSpec, JobState, QueueStats
+from engine.jobs.queue import JobQueue
+from models.glm_image.model import GlmImage
+from tests.checkpoints import small_engine
+from tests.engine.test_worker import until_running, working
+from tests.pictures import picture, png, sources
+
+SPEC = JobSpec("make it 'RED'", 100, 64, seed=1, num_inference_steps=3, sources=1)
+
+
+def mask(width: int, height: int) -> Image.Image:
+    """What is kept on the left, half kept in the middle, and made anew on the right."""
+    alpha = np.zeros((height, width), np.uint8)
+    alpha[:, : width // 3] = 255
+    alpha[:, width // 3 : width // 2] = 128
+    overlay = picture(50, width, height).convert("RGBA")
+    overlay.putalpha(Image.fromarray(alpha))
+    return overlay
+
+
+async def submit(queue: JobQueue, spec: JobSpec, job_id: str, given: JobSources | None) -> None:
+    await queue.submit(spec, job_id=job_id, timeout_s=60, priority="interactive", max_queue=100, sources=given)
+
+
+async def test_edits_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmImage) -> None:
+    engine = small_engine(model)
+    given = sources(picture(1, 96, 64), picture(2, 64, 128))
+    spec = JobSpec("both", 64, 96, seed=4, n=2, num_inference_steps=2, sources=2, return_plan=True)
+    [expected] = engine.generate([spec], [given])
+    async with working(queue, engine):
+        await submit(queue, spec, "edit", given)
+        await submit(queue, JobSpec("no edit", 64, 64, seed=1, num_inference_steps=2), "generation", None)
+        assert (await queue.wait("edit")).state is JobState.SUCCEEDED
+        assert (await queue.wait("generation")).state is JobState.SUCCEEDED
+        result, other = await queue.result("edit"), await queue.result("generation")
+    assert result is not None
+    assert other is not None
+    assert [image.data for image in result.images] == [
+        encode(pixels, "png", 100, metadata(spec, spec.seed + index)) for index, pixels in enumerate(expected)
+    ]
+    assert all(image.plan is not None and "preview" not in image.plan for image in result.images)
+    assert result.source_tokens == 6 + 8
+    assert result.prompt_tokens == len(model.prompts.encode("both", 96, 64, sources=2)) - 2 + 14
+    assert result.plan_tokens == 2 * 6
+    assert other.source_tokens == 0
+
+
+async def test_an_overlay_lies_over_what_was_made(queue: JobQueue, model: GlmImage) -> None:
+    engine, overlay = small_engine(model), mask(100, 64)
+    given = sources(picture(1, 96, 64), overlay=overlay)
+    [[made]] = engine.generate([SPEC], [given])
+    async with working(queue, engine):
+        await submit(queue, SPEC, "j", given)
+        assert (await queue.wait("j")).state is JobState.SUCCEEDED
+        result = await queue.result("j")
+    assert result is not None
+    assert result.images[0].data == encode(covered(made, png(overlay)), "png", 100, metadata(SPEC, SPEC.seed))
+
+
+def test_an_overlay_keeps_what_is_opaque_to_the_bit() -> None:
+    made, overlay = torch.from_numpy(np.array(picture(3, 99, 64))), mask(99, 64)
+    got, kept = covered(made, png(overlay)).numpy(), np.array(overlay)[:, :, :3]
+    assert np.array_equal(got[:, :33], kept[:, :33])
+    assert np.array_equal(got[:, 49:], made[:, 49:].numpy())
+    between = (kept[:, 33:49].astype(float) * 128 + made[:, 33:49].numpy() * 127.0) / 255
+    assert np.abs(got[:, 33:49] - between).max() <= 1
+
+
+async def test_a_picture_that_cannot_be_edited_fails_its_job_alone(queue: JobQueue, model: GlmImage) -> None:
+    async with working(queue, small_engine(model)):
+        await submit(queue, SPEC, "bad", JobSources([b"no picture"]))
+        await submit(queue, SPEC, "good", sources(picture(1, 96, 64)))
+        bad = await queue.wait("bad")
+        assert bad.state is JobState.FAILED
+        assert bad.error is not None
+        assert (bad.error.type, bad.error.param, bad.error.code) == (
+            "invalid_request_error",
+            "image",
+            "invalid_image_file",
+        )
+        assert (await queue.wait("good")).state is JobState.SUCCEEDED
+
+
+async def test_an_edit_cancelled_while_its_pictures_are_read_is_not_made(
+    queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reading, go_on = small_engine(model), asyncio.Event(), asyncio.Event()
+    loop, real = asyncio.get_running_loop(), engine.read_pictures
+
+    def slowly(given: JobSources):
+        loop.call_soon_threadsafe(reading.set)
+        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20)
+        return real(given)
+
+    monkeypatch.setattr(engine, "read_pictures", slowly)
+    async with working(queue, engine):
+        await submit(queue, SPEC, "gone", sources(picture(1, 96, 64)))
+        await asyncio.wait_for(reading.wait(), 20)
+        assert await queue.cancel("gone")
+        go_on.set()
+    assert engine.metrics.images._value.get() == 0
+    record = await queue.get("gone")
+    assert record is not None
+    assert record.state is JobState.CANCELLED
+
+
+async def test_an_edit_whose_pictures_find_no_room_is_left_for_others(queue: JobQueue, model: GlmImage) -> None:
+    """Until there is room again: an engine that took it now would only have it wait inside."""
+    engine = small_engine(model, source_patches=30)
+    spec = replace(SPEC, num_inference_steps=40, source_tokens=6)  # 24 patches
+    async with working(queue, engine):
+        for number in range(3):
+            await submit(queue, replace(spec, seed=number), f"j{number}", sources(picture(number, 96, 64)))
+        await until_running(queue, "j0")
+        while (stats := await queue.stats()) != QueueStats(0, 0):
+            assert stats.running <= 1
+            await asyncio.sleep(0.02)
+        for number in range(3):
+            assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
+
+
+async def test_a_bound_holds_room_only_until_the_pictures_are_read(queue: JobQueue, model: GlmImage) -> None:
+    """Both edits fit, though their bounds together do not."""
+    engine = small_engine(model, source_patches=70)
+    spec = replace(SPEC, num_inference_steps=200, source_tokens=10)
+    async with working(queue, engine):
+        for number in range(2):
+            await submit(queue, replace(spec, seed=number), f"j{number}", sources(picture(number, 96, 64)))
+        for number in range(2):
+            await until_running(queue, f"j{number}")
+        assert (await queue.stats()).running == 2
+        for number in range(2):
+            await queue.cancel(f"j{number}")
+
+
+async def test_the_plan_of_an_edit_is_kept_for_the_same_pictures(queue: JobQueue, model: GlmImage) -> None:
+    engine, one, two = small_engine(model), picture(1, 96, 64), picture(2, 96, 64)
+    spec = replace(SPEC, sources=2)
+    again = replace(spec, num_inference_steps=2)
+    pairs = [sources(one, two), sources(one, two), sources(two, one)]
+    expected = engine.generate([spec, again, again], pairs)
+    written, hits = engine.metrics.planner_tokens._value, engine.metrics.plan_cache_hits._value
+    async with working(queue, engine):
+        for number, (asked, given, known) in enumerate(zip([spec, again, again], pairs, [0, 1, 1], strict=True)):
+            before = written.get()
+            await submit(queue, asked, f"j{number}", given)
+            assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
+            result = await queue.result(f"j{number}")
+            assert result is not None
+            assert result.images[0].data == encode(expected[number][0], "png", 100, metadata(asked, asked.seed))
+            assert hits.get() == known
+            assert written.get() == before + (0 if number == 1 else spec.image_plan_tokens)

@@ -1,0 +1,143 @@
+"""What travels beside a job: sources, notes, partial images, and files behind tokens; and how a job is followed."""
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import redis.asyncio
+
+from engine.errors import KeyReused, QueueUnavailable, TooManyJobs
+from engine.jobs.job import JobRecord, JobSources, JobState, PartialImage
+from engine.jobs.queue import JobQueue
+from tests.jobs.helpers import RESULT, claim, submit
+
+SOURCES = JobSources([b"\x89PNG one", b"\x89PNG two"], b"overlay")
+
+
+async def test_sources_live_as_long_as_the_job(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+    await submit(queue, sources=SOURCES)
+    held = await claim(queue)
+    assert await queue.sources(held) == SOURCES
+    await queue.commit(held, RESULT)
+    assert await queue.sources(held) is None
+    assert not await redis_client.keys("*sources*")
+
+
+async def test_owner_and_notes_are_found_again(queue: JobQueue) -> None:
+    await submit(queue, job_id="a", owner="me", notes={"quality": "low"})
+    record = await queue.get("a")
+    assert record is not None
+    assert (record.owner, record.notes) == ("me", {"quality": "low"})
+
+
+async def test_the_position_is_that_in_the_queue(queue: JobQueue) -> None:
+    for job_id in "abc":
+        await submit(queue, job_id=job_id)
+    await claim(queue)
+    records = [await queue.get(job_id) for job_id in "abc"]
+    assert [record and record.position for record in records] == [None, 0, 1]
+
+
+async def test_a_job_is_followed_from_the_queue_to_its_end(queue: JobQueue) -> None:
+    await submit(queue, job_id="a", partial_images=2)
+    told: list[JobRecord | PartialImage] = []
+
+    async def follow() -> None:
+        told.extend([happened async for happened in queue.follow("a")])
+
+    following = asyncio.create_task(follow())
+    await asyncio.sleep(0.1)
+    held = await claim(queue)
+    partials = [PartialImage(0, index, b"%d" % index, {"rows": 1, "cols": 1, "tokens": [index]}) for index in (0, 1)]
+    await queue.partial_image(held, partials[0])
+    await queue.progress(held, {"phase": "rendering", "step": 1, "steps": 2})
+    await asyncio.sleep(0.1)
+    await queue.partial_image(held, partials[1])
+    await queue.commit(held, RESULT)
+    await asyncio.wait_for(following, 10)
+    records = [happened for happened in told if isinstance(happened, JobRecord)]
+    assert [happened for happened in told if isinstance(happened, PartialImage)] == partials
+    assert records[0].state is JobState.QUEUED
+    assert records[-1].state is JobState.SUCCEEDED
+    assert {"phase": "rendering", "step": 1, "steps": 2} in [record.progress for record in records]
+    assert told[-1] is records[-1]
+
+
+async def test_partial_images_of_a_claim_that_is_lost_do_not_count(queue: JobQueue) -> None:
+    await submit(queue, job_id="a", partial_images=2)
+    stale = await claim(queue)
+    await queue.surrender("engine-1")
+    held = await claim(queue, "engine-2")
+    assert not await queue.partial_image(stale, PartialImage(0, 0, b"stale"))
+    assert await queue.partial_image(held, PartialImage(0, 0, b"good"))
+    await queue.commit(held, RESULT)
+    assert [p.data async for p in queue.follow("a") if isinstance(p, PartialImage)] == [b"good"]
+
+
+async def test_following_ends_at_the_deadline(queue: JobQueue) -> None:
+    await submit(queue, job_id="a", timeout_s=0.2)
+    async with asyncio.timeout(10):
+        told = [happened async for happened in queue.follow("a")]
+    assert isinstance(told[-1], JobRecord)
+    assert told[-1].state is JobState.EXPIRED
+
+
+async def test_nobody_can_be_followed(queue: JobQueue) -> None:
+    with pytest.raises(QueueUnavailable):
+        await anext(queue.follow("none"))
+
+
+async def test_a_follower_that_leaves_is_forgotten(queue: JobQueue) -> None:
+    await submit(queue, job_id="a", partial_images=2)
+    async with aclosing(queue.follow("a")) as happenings:
+        await anext(happenings)
+        assert queue._events._watchers
+    assert not queue._events._watchers
+
+
+async def test_a_withdrawn_job_leaves_nothing(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+    await submit(queue, job_id="a", sources=SOURCES, owner="me")
+    held = await claim(queue)
+    await queue.partial_image(held, PartialImage(0, 0, b"x"))
+    await queue.withdraw("a")
+    keys: list[Any] = await redis_client.keys("*")
+    left = {key.decode().split(":")[1] for key in keys}
+    assert left <= {"job", "counters", "queue"}
+
+
+async def test_files_behind_tokens(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+    await queue.share("token", b"picture", "image/png")
+    await queue.share("token", b"another", "image/webp")  # it is there already
+    assert await queue.shared("token") == (b"picture", "image/png")
+    assert await queue.shared("other") is None
+    [stored] = await redis_client.keys("*file*")
+    assert 0 < await redis_client.pttl(stored) <= 1000 * queue.result_ttl_s
+
+
+async def test_a_key_leads_to_its_first_job(queue: JobQueue) -> None:
+    key: dict[str, Any] = {"idempotency_key": "k", "fingerprint": "f"}
+    assert await submit(queue, job_id="a", **key) == "a"
+    assert await submit(queue, job_id="b", **key, max_queue=0) == "a"
+    with pytest.raises(KeyReused):
+        await submit(queue, job_id="c", idempotency_key="k", fingerprint="g")
+    held = await claim(queue)
+    assert await submit(queue, job_id="d", **key) == "a"
+    await queue.commit(held, RESULT)
+    assert await submit(queue, job_id="e", **key) == "a"
+    await queue.withdraw("a")
+    assert await submit(queue, job_id="f", **key) == "f"
+
+
+async def test_an_owner_has_so_many_jobs(queue: JobQueue) -> None:
+    mine: dict[str, Any] = {"owner": "me", "max_owned": 2}
+    for job_id in "ab":
+        await submit(queue, job_id=job_id, **mine)
+    with pytest.raises(TooManyJobs):
+        await submit(queue, job_id="c", **mine)
+    await submit(queue, job_id="d", owner="you", max_owned=1)
+    held = await claim(queue)
+    with pytest.raises(TooManyJobs):
+        await submit(queue, job_id="e", **mine)
+    await queue.commit(held, RESULT)
+    assert await submit(queue, job_id="f", **mine) == "f"

@@ -1,0 +1,112 @@
+"""Pictures to edit: which are taken, on what grid, and what the server knows of it beforehand."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.glm_image.image_processing_pil_glm_image import smart_resize
+
+from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
+from models.errors import PictureError
+from models.glm_image.model import GlmImage
+from tests.pictures import picture, png
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "cols", "rows"),
+    [
+        (160, 128, 5, 4),
+        (64, 256, 2, 8),
+        (163, 143, 5, 4),  # cut down to the grid by the resizing
+        (150, 150, 5, 5),
+        (32, 40, 2, 2),  # enlarged to the least the checkpoint takes
+        (16, 64, 2, 8),
+        (2048, 512, 64, 16),
+        (4096, 3000, 64, 47),  # made smaller
+        (1413, 353, 44, 11),  # 4 to 1, but for the rounding
+    ],
+)
+def test_a_picture_is_laid_out_on_its_grid(model: GlmImage, width: int, height: int, cols: int, rows: int) -> None:
+    read = model.pictures.read(png(picture(0, width, height)))
+    assert (read.rows, read.cols) == (rows, cols)
+    assert read.halved.shape == (rows * cols, 3 * 16 * 16)
+    assert read.pixels.shape == (3, 32 * rows, 32 * cols)
+    assert read.pixels.dtype == torch.uint8
+    assert (read.tokens, read.patches) == (rows * cols, 4 * rows * cols)
+
+
+def test_a_picture_on_the_grid_is_not_resampled(model: GlmImage) -> None:
+    image = picture(0, 96, 64)
+    read = model.pictures.read(png(image))
+    assert bytes(read.pixels.permute(1, 2, 0).contiguous().numpy()) == image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [((15, 40), "15x40; both sides must have at least 16 pixels"), ((404, 99), "at most 4 times")]
+)
+def test_pictures_of_other_shapes_are_refused(model: GlmImage, size: tuple[int, int], message: str) -> None:
+    with pytest.raises(PictureError, match=message):
+        model.pictures.read(png(picture(0, *size)))
+
+
+def test_what_is_no_png_is_refused(model: GlmImage) -> None:
+    whole = png(picture(0, 64, 64))
+    jpeg = io.BytesIO()
+    picture(0, 64, 64).save(jpeg, "JPEG")
+    for file in (b"", b"text", whole[:200], whole[:-50], jpeg.getvalue()):
+        with pytest.raises(PictureError, match="a PNG file is expected"):
+            model.pictures.read(file)
+
+
+def test_pictures_of_other_modes_are_read_in_colour(model: GlmImage) -> None:
+    for mode in ("L", "P", "RGBA"):
+        image = picture(0, 64, 64).convert(mode)
+        assert bytes(model.pictures.read(png(image)).pixels.permute(1, 2, 0).contiguous().numpy()) == (
+            image.convert("RGB").tobytes()
+        )
+
+
+def test_a_source_is_one_that_only_depends_on_its_picture(model: GlmImage) -> None:
+    """To the bit, whatever was looked at in between."""
+    files = [png(picture(seed, 64 + 32 * seed, 96)) for seed in range(3)]
+    alone = [model.see(model.pictures.read(file)) for file in files]
+    for file, before in reversed(list(zip(files, alone, strict=True))):
+        again = model.see(model.pictures.read(file))
+        assert torch.equal(again.codes, before.codes)
+        assert torch.equal(again.latents, before.latents)
+
+
+sides = st.integers(16, 8192)
+sizes = st.tuples(sides, sides).filter(lambda size: max(size) <= 4 * min(size))
+
+
+@given(sizes)
+@settings(max_examples=500, deadline=None)
+def test_the_server_s_bound_holds_for_any_checkpoint(size: tuple[int, int]) -> None:
+    """Against the published processor, for limits of the small checkpoints and of the published one."""
+    width, height = size
+    for least in (64, 512):
+        rows, cols = (side // 16 for side in smart_resize(height, width, 16, least**2, 2048**2))
+        assert rows * cols <= source_tokens(width, height) <= 4096
+    assert source_tokens(512, 512) == 256
+    assert source_tokens(2048, 1024) == 2048
+
+
+@given(sizes)
+@settings(max_examples=500, deadline=None)
+def test_the_size_of_an_edit_can_be_asked_for(size: tuple[int, int]) -> None:
+    edited = edit_size(*size)
+    assert all(side % CELL == 0 and MIN_SIDE <= side <= MAX_SIDE for side in edited)
+    assert max(edited) <= MAX_ASPECT * min(edited)
+    assert edit_size(*edited) == edited
+    if all(MIN_SIDE <= side <= MAX_SIDE for side in size):
+        assert all(abs(side - given) <= CELL for side, given in zip(edited, size, strict=True))
+
+
+def test_sizes_of_edits() -> None:
+    assert edit_size(160, 128) == (160, 128)
+    assert edit_size(1000, 750) == (992, 736)
+    assert edit_size(4000, 3000) == (2048, 1536)
+    assert edit_size(20, 30) == (64, 96)

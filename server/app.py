@@ -2,21 +2,36 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from engine.jobs.connection import connect
 from engine.jobs.queue import JobQueue
+from server import openapi
 from server.admission import Admission, EngineDirectory, Gate
+from server.attendance import Endings
 from server.errors import install_handlers
+from server.keys import KeyRing
+from server.limits import Limits
 from server.metrics import Metrics
 from server.middleware import RequestObserver
-from server.routes import health, images, models
-from server.schemas import GenerationRequest
+from server.rewriter import open_rewriter
+from server.routes import files, health, images, jobs, models, playground
 from server.services import Services
 from server.settings import ServerSettings
 from server.withdrawals import Withdrawals
+
+_HEADERS_FOR_SCRIPTS = (
+    "x-request-id",
+    "openai-processing-ms",
+    "retry-after",
+    "x-should-retry",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+    "location",
+)
 
 
 def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastAPI:
@@ -27,36 +42,62 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
 
     Raises:
         ValueError: neither a queue nor `settings.redis_url` is given.
+        KeyFileError: `settings.api_keys_file` cannot be used.
     """
     if queue is None and settings.redis_url is None:
         raise ValueError("the API needs a Redis: set GLIMMER_REDIS_URL")
-    gate, metrics = Gate(), Metrics()
+    gate, metrics, keys = Gate(), Metrics(), KeyRing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as jobs:
-            withdrawals = Withdrawals(jobs, metrics)
+        async with (
+            nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as job_queue,
+            open_rewriter(settings, metrics) as rewriter,
+        ):
+            withdrawals = Withdrawals(job_queue, metrics)
+            admission = Admission(
+                job_queue, Limits(job_queue), settings.max_queue, withdrawals, settings.max_source_bytes
+            )
+            endings = Endings(job_queue, metrics, admission.pace)
             app.state.services = Services(
                 settings=settings,
-                queue=jobs,
-                engines=EngineDirectory(jobs),
-                admission=Admission(jobs, settings.max_queue, withdrawals),
+                queue=job_queue,
+                engines=EngineDirectory(job_queue),
+                keys=keys,
+                admission=admission,
+                rewriter=rewriter,
                 withdrawals=withdrawals,
+                endings=endings,
                 gate=gate,
                 metrics=metrics,
             )
             yield
+            await endings.close()
             await withdrawals.close()
 
     app = FastAPI(
-        title="Glimmer", description="GLM-Image behind an OpenAI-style images API.", lifespan=lifespan, redoc_url=None
+        title="Glimmer",
+        description="GLM-Image behind an OpenAI-style images API.",
+        lifespan=lifespan,
+        # FastAPI's own pages load their scripts from elsewhere; /docs is one of ours.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.gate = gate
     app.add_middleware(RequestObserver, metrics=metrics)
+    if settings.allowed_origins:
+        # Added last, so outermost: a script in a browser is to see errors, too.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),  # the official SDK sends a dozen of its own
+            expose_headers=_HEADERS_FOR_SCRIPTS,
+        )
     install_handlers(app)
-    for module in (images, models, health):
+    for module in (images, jobs, files, models, health, playground):
         app.include_router(module.router)
-    app.openapi = lambda: _openapi(app, open_to_all=settings.api_key is None)  # the hook FastAPI documents for this
+    app.openapi = lambda: openapi.document(app, open_to_all=keys.open_to_all)  # the hook FastAPI documents for this
     return app
 
 
@@ -70,22 +111,3 @@ async def open_queue(redis_url: str) -> AsyncIterator[JobQueue]:
     finally:
         await queue.close()
         await client.aclose()
-
-
-def _openapi(app: FastAPI, *, open_to_all: bool) -> dict[str, Any]:
-    """FastAPI's document, with the body that `server.schemas` checks, without the 422 that never happens, and without a
-    key where none is asked for."""
-    if app.openapi_schema is not None:
-        return app.openapi_schema
-    document = FastAPI.openapi(app)
-    body = GenerationRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas = document["components"]["schemas"]
-    schemas.update(body.pop("$defs"), GenerationRequest=body)
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-            if open_to_all:
-                operation.pop("security", None)
-    return document

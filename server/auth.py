@@ -1,29 +1,33 @@
-"""Who may use /v1: everybody, or whoever sends the one key of the settings."""
+"""Who may use /v1: everybody, or whoever sends one of the keys that the settings name."""
 
-import hmac
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from server.errors import ApiError
+from server.keys import ANYBODY, KeyRing
 
-_bearer = HTTPBearer(auto_error=False, description="The key given to `--api-key`, where one is set.")
+_bearer = HTTPBearer(auto_error=False, description="A key of `--api-key` or `--api-keys`, where any is set.")
 
 
-def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
-    """A dependency that lets a request through only with the configured key, compared in constant time.
+async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+    """A dependency that lets a request through only with a known key. Who sent it is `request.state.caller` then, a
+    `server.keys.Caller`.
 
     Raises:
-        ApiError: 401 without the key or with another one.
+        ApiError: 401 without a key or with an unknown one.
     """
-    key = request.app.state.services.settings.api_key
-    if key is None:
+    keys: KeyRing = request.app.state.services.keys
+    if keys.open_to_all:
+        request.state.caller = ANYBODY
         return
     if sent is None:
         raise _unauthorized("An API key is needed: send it as Authorization: Bearer KEY.")
-    if not hmac.compare_digest(sent.credentials.encode(), key.get_secret_value().encode()):
+    caller = keys.find(sent.credentials)
+    if caller is None:
         raise _unauthorized("The API key is not valid here.")
+    request.state.caller = caller
 
 
 def _unauthorized(message: str) -> ApiError:

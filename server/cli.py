@@ -29,11 +29,13 @@ app = typer.Typer(
 
 _FIELDS = ServerSettings.model_fields
 
+PARTIAL_IMAGES = 2  # of `glimmer generate --partials`, when it is not told how many
 
-def _setting(name: str) -> Any:
+
+def _setting(name: str, flag: str | None = None) -> Any:
     """An option that stands for a field of `ServerSettings`: its help and its variable."""
     return typer.Option(
-        f"--{name.replace('_', '-')}",
+        flag or f"--{name.replace('_', '-')}",
         envvar=f"GLIMMER_{name.upper()}",
         help=_FIELDS[name].description,
     )
@@ -48,6 +50,9 @@ Host = Annotated[str, _setting("host")]
 Port = Annotated[int, _setting("port")]
 RedisUrl = Annotated[str | None, _setting("redis_url")]
 ApiKey = Annotated[str | None, _setting("api_key")]
+ApiKeys = Annotated[Path | None, _setting("api_keys_file", "--api-keys")]
+CorsOrigins = Annotated[str, _setting("cors_origins")]
+PromptRewriter = Annotated[str | None, _setting("prompt_rewriter")]
 ServedModelName = Annotated[str, _setting("served_model_name")]
 MaxQueue = Annotated[int, _setting("max_queue")]
 GraceS = Annotated[float, _setting("grace_s")]
@@ -67,7 +72,7 @@ def _server_settings(context: typer.Context) -> ServerSettings:
     except ValidationError as error:
         detail = error.errors()[0]
         name = str(detail["loc"][0]) if detail["loc"] else "settings"
-        _stop(f"GLIMMER_{name.upper()}: {detail['msg']}")
+        _stop(f"GLIMMER_{name.upper()}: {detail['msg'].removeprefix('Value error, ')}")
 
 
 def _stop(message: str) -> NoReturn:
@@ -93,12 +98,16 @@ def serve(
     ] = None,
     max_queue: MaxQueue = _FIELDS["max_queue"].default,
     api_key: ApiKey = None,
+    api_keys_file: ApiKeys = None,
+    cors_origins: CorsOrigins = _FIELDS["cors_origins"].default,
+    prompt_rewriter: PromptRewriter = None,
     served_model_name: ServedModelName = _FIELDS["served_model_name"].default,
     redis_url: RedisUrl = None,
     grace_s: GraceS = _FIELDS["grace_s"].default,
     log_level: Level = _FIELDS["log_level"].default,
 ) -> None:
     """Everything on one machine: the API, the engines and a Redis. Ctrl+C finishes what runs, then stops."""
+    from server.keys import KeyFileError
     from server.launch import EnginePlan, run_all
     from server.serving import StartError
 
@@ -111,7 +120,7 @@ def serve(
     plan = EnginePlan(engines, data_dir or default_data_dir(), device, environment)
     try:
         code = run_all(settings, plan)
-    except (StartError, QueueUnavailable) as error:
+    except (StartError, QueueUnavailable, KeyFileError) as error:
         _stop(str(error))
     raise typer.Exit(code)
 
@@ -124,11 +133,15 @@ def api(
     port: Port = _FIELDS["port"].default,
     max_queue: MaxQueue = _FIELDS["max_queue"].default,
     api_key: ApiKey = None,
+    api_keys_file: ApiKeys = None,
+    cors_origins: CorsOrigins = _FIELDS["cors_origins"].default,
+    prompt_rewriter: PromptRewriter = None,
     served_model_name: ServedModelName = _FIELDS["served_model_name"].default,
     grace_s: GraceS = _FIELDS["grace_s"].default,
     log_level: Level = _FIELDS["log_level"].default,
 ) -> None:
     """The HTTP API alone; engines reach it through the same Redis."""
+    from server.keys import KeyFileError
     from server.launch import run_api
     from server.serving import StartError
 
@@ -138,7 +151,7 @@ def api(
     logs.configure(log_level)
     try:
         run_api(settings)
-    except StartError as error:
+    except (StartError, KeyFileError) as error:
         _stop(str(error))
 
 
@@ -171,6 +184,12 @@ def engine(
         int | None,
         typer.Option(envvar="GLIMMER_RENDER_TOKEN_BUDGET", min=1, help="Tokens of one renderer tick at most."),
     ] = None,
+    plan_cache_s: Annotated[
+        int,
+        typer.Option(
+            envvar="GLIMMER_PLAN_CACHE_S", min=0, help="Seconds a plan is kept for the same request; 0: none."
+        ),
+    ] = EngineSettings.plan_cache_s,
     grace_s: Annotated[
         float, typer.Option(envvar="GLIMMER_GRACE_S", min=0, help="Seconds running jobs get after SIGTERM.")
     ] = EngineSettings.grace_s,
@@ -192,6 +211,7 @@ def engine(
         max_prompt_tokens=max_prompt_tokens,
         kv_tokens=kv_tokens,
         render_token_budget=render_token_budget,
+        plan_cache_s=plan_cache_s,
         grace_s=grace_s,
         log_level=log_level,
     )
@@ -231,8 +251,26 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Planner sampling, above 0, at most 1.")] = None,
     priority: Annotated[Priority | None, typer.Option(help="Batch work waits for interactive work.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds the server may take.")] = None,
+    edit: Annotated[
+        list[Path] | None, typer.Option(metavar="IMAGE", help="A picture to edit; may be given up to four times.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="PNG: where its alpha is 0, the first --edit may change.")] = None,
+    partial_images: Annotated[
+        int | None, typer.Option(help="Pictures on the way to each, 0..3, drawn in a terminal.")
+    ] = None,
+    partials: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Writes these pictures into a folder, too.")
+    ] = None,
+    plan_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Writes the plan, as JSON. With --n, name-1.json and on.")
+    ] = None,
+    plan_in: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A plan of the same size, to render without planning.")
+    ] = None,
 ) -> None:
-    """Asks a running server for pictures and writes them to files."""
+    """Asks a running server for pictures and writes them to files; Ctrl+C takes the request back."""
+    if mask is not None and not edit:
+        _stop("--mask goes with --edit: it says where the first picture may change")
     fields = {
         "prompt": prompt,
         "model": model,
@@ -247,14 +285,30 @@ def generate(
         "top_p": top_p,
         "priority": priority,
         "timeout": timeout,
+        "partial_images": PARTIAL_IMAGES if partials is not None and partial_images is None else partial_images,
     }
     try:
         body: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         body["output_format"] = client.format_of(output)
-        client.generate(url, api_key, body, output, Console())
+        if plan_in is not None:
+            body["plan"] = client.read_plan(plan_in)
+        task = client.Task(body, output, edit or [], mask, partials, plan_out)
+        client.generate(url, api_key, task, Console())
     except client.GenerateError as error:
         typer.echo(f"glimmer: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, - and _.")]) -> None:
+    """Makes an API key. It is shown once, on stderr; its table goes to stdout: glimmer key alice >> keys.toml"""
+    from server.keys import NAME, new_key, table_of
+
+    if not NAME.fullmatch(name):
+        _stop("a name has 1..64 letters, digits, - and _, and starts with a letter or a digit")
+    made = new_key()
+    typer.echo(f"The key of {name}; it is not kept anywhere:\n\n    {made}\n", err=True)
+    typer.echo(table_of(name, made))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 ApiError
 ├── made by `invalid`          400  the request names something that cannot be served as asked
+├── made by `invalid_image`    400  a picture that was sent cannot be used
 └── made by `unavailable`      503  nothing wrong with the request; try again after `Retry-After`
 """
 
@@ -12,6 +13,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from engine.errors import QueueUnavailable, RequestError
 
@@ -47,14 +49,28 @@ class ApiError(Exception):
         self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
         self.headers = headers or {}
 
+    @property
+    def detail(self) -> dict[str, Any]:
+        """What goes into the envelope."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
     def response(self) -> Response:
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return Response(orjson.dumps({"error": error}), self.status, self.headers, "application/json")
+        return Response(orjson.dumps({"error": self.detail}), self.status, self.headers, "application/json")
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
     """400: `param` cannot be served as asked."""
     return ApiError(400, message, param=param, code=code)
+
+
+def invalid_image(param: str, message: str) -> ApiError:
+    """400: the picture sent as `param` cannot be used."""
+    return ApiError(400, message, type="image_generation_user_error", code="invalid_image_file", param=param)
+
+
+def queue_unavailable() -> ApiError:
+    """503 while Redis is away."""
+    return unavailable("The job queue cannot be reached right now; try again shortly.", REDIS_RETRY_S)
 
 
 def unavailable(message: str, retry_after_s: int) -> ApiError:
@@ -80,7 +96,7 @@ async def _request_error(_: Request, error: Exception) -> Response:
 
 
 async def _queue_unavailable(_: Request, error: Exception) -> Response:
-    return unavailable("The job queue cannot be reached right now; try again shortly.", REDIS_RETRY_S).response()
+    return queue_unavailable().response()
 
 
 async def _client_left(_: Request, error: Exception) -> Response:
@@ -90,17 +106,22 @@ async def _client_left(_: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the router raises: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    messages = {
-        404: f"There is no route {request.method} {request.url.path}; /docs lists what there is.",
-        405: f"{request.url.path} does not accept {request.method}.",
-    }
-    status = error.status_code
-    return ApiError(
-        status,
-        messages.get(status, str(error.detail)),
-        code=HTTPStatus(status).phrase.lower().replace(" ", "_"),
-        headers=dict(error.headers or {}),
-    ).response()
+    status, message, headers = error.status_code, str(error.detail), dict(error.headers or {})
+    if status == 404:
+        message = f"There is no route {request.method} {request.url.path}; /docs lists what there is."
+    elif status == 405:
+        accepted = _methods(request)
+        headers["Allow"] = ", ".join(accepted)
+        message = f"{request.url.path} does not accept {request.method}; it takes {' and '.join(accepted)}."
+    code = HTTPStatus(status).phrase.lower().replace(" ", "_")
+    return ApiError(status, message, code=code, headers=headers).response()
+
+
+def _methods(request: Request) -> list[str]:
+    """What can be done at this path. (The router's own word is the first route's alone.)"""
+    routes = request.app.routes
+    scopes = [{**request.scope, "method": method} for method in ("GET", "POST", "DELETE")]
+    return [scope["method"] for scope in scopes if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
 _HANDLERS: dict[type[Exception], Any] = {

@@ -1,17 +1,13 @@
-"""From a checked request to a job, and from a job's result to the answer. No I/O."""
+"""From a checked request to a job. No I/O."""
 
-import base64
 import re
 import secrets
-import time
 from dataclasses import dataclass
-from typing import Any
-
-import orjson
 
 from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
-from engine.jobs.job import EngineInfo, JobResult, JobSpec
+from engine.jobs.job import EngineInfo, JobSpec
 from server.errors import ApiError, invalid
+from server.pictures import EditSources
 from server.schemas import MAX_SEED, GenerationRequest, PlanBody, TokenGridBody
 from server.settings import ServerSettings
 
@@ -26,11 +22,18 @@ _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 @dataclass(frozen=True)
 class Order:
-    """A request all of whose fields are in range; `size` is None where the engine's default is wanted."""
+    """A request all of whose fields are in range.
+
+    Args:
+        model: the name the client knows the model by.
+        size: None where the engine's default is wanted, or that of the first picture of an edit.
+    """
 
     request: GenerationRequest
+    model: str
     size: tuple[int, int] | None
     timeout_s: float
+    response_format: str
 
     @property
     def quality(self) -> str:
@@ -45,22 +48,32 @@ def check(request: GenerationRequest, settings: ServerSettings) -> Order:
         ApiError: 400 or 404, naming the field and what it would accept.
     """
     _check_model(request.model, settings.model_names)
-    _refuse_unsupported(request)
+    _refuse_unsupported(request, settings)
     if request.timeout is not None and request.timeout > settings.max_timeout:
         raise invalid("timeout", f"Invalid value for timeout: at most {settings.max_timeout:g} seconds.")
     if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
         raise invalid("seed", f"Invalid value for seed: image i uses seed + i, which is at most {MAX_SEED}.")
-    return Order(request, _size(request, settings.max_pixels), request.timeout or settings.default_timeout)
+    return Order(
+        request,
+        model=request.model or settings.model_names[0],
+        size=_size(request, settings.max_pixels),
+        timeout_s=request.timeout or settings.default_timeout,
+        response_format=request.response_format or ("b64_json" if request.stream else settings.default_response_format),
+    )
 
 
-def to_spec(order: Order, engine: EngineInfo) -> JobSpec:
+def to_spec(order: Order, engine: EngineInfo, edit: EditSources | None, *, is_watched: bool) -> JobSpec:
     """The job for an engine like `engine`; draws the seed where none was given.
+
+    Args:
+        edit: what an edit starts from.
+        is_watched: whether anybody can see the partial images. Otherwise none are made.
 
     Raises:
         ApiError: 400 when a plan does not fit the size or the engine's codebook.
     """
     request = order.request
-    width, height = order.size or _default_size(engine)
+    width, height = order.size or (edit.size if edit else _default_size(engine))
     if request.plan is not None:
         _check_plan(request.plan, Geometry(width, height), engine.codebook_size)
     return JobSpec(
@@ -78,36 +91,12 @@ def to_spec(order: Order, engine: EngineInfo) -> JobSpec:
         return_plan=request.return_plan,
         output_format=request.output_format,
         output_compression=request.output_compression,
+        partial_images=request.partial_images if is_watched else 0,
+        sources=len(edit.files.pictures) if edit else 0,
+        source_tokens=edit.tokens if edit else 0,
+        model=order.model,
+        embed_prompt=request.embed_prompt,
     )
-
-
-def render_answer(result: JobResult, spec: JobSpec, quality: str) -> bytes:
-    """The JSON answer. Takes about a millisecond per megabyte of image."""
-    answer = {
-        "created": int(time.time()),
-        "background": "opaque",
-        "output_format": spec.output_format,
-        "quality": quality,
-        "size": f"{spec.width}x{spec.height}",
-        "data": [_image(image.data, image.seed, image.plan) for image in result.images],
-        "usage": _usage(result),
-    }
-    return orjson.dumps(answer)
-
-
-def _image(data: bytes, seed: int, plan: dict[str, Any] | None) -> dict[str, Any]:
-    image: dict[str, Any] = {"b64_json": base64.b64encode(data).decode(), "seed": seed}
-    return image if plan is None else {**image, "plan": plan}
-
-
-def _usage(result: JobResult) -> dict[str, Any]:
-    return {
-        "total_tokens": result.prompt_tokens + result.plan_tokens,
-        "input_tokens": result.prompt_tokens,
-        "output_tokens": result.plan_tokens,
-        "input_tokens_details": {"text_tokens": result.prompt_tokens, "image_tokens": 0},
-        "output_tokens_details": {"text_tokens": 0, "image_tokens": result.plan_tokens},
-    }
 
 
 def _check_model(model: str | None, served: list[str]) -> None:
@@ -125,16 +114,14 @@ def model_not_found(served: list[str]) -> ApiError:
     )
 
 
-def _refuse_unsupported(request: GenerationRequest) -> None:
-    """OpenAI's fields that this server knows and cannot honour; dropping them silently would be a wrong answer."""
-    if request.stream:
-        raise invalid("stream", "stream=true is not supported yet; send false and get the finished pictures.")
-    if request.partial_images:
-        raise invalid("partial_images", "partial_images above 0 needs streaming, which is not supported yet.")
-    if request.response_format == "url":
-        raise invalid("response_format", 'response_format "url" is not supported yet; use "b64_json".')
+def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) -> None:
+    """What this server knows and cannot do; dropping it silently would be a wrong answer."""
     if request.background == "transparent":
         raise invalid("background", 'background "transparent" is not supported: the model has no alpha channel.')
+    if request.stream and request.response_format == "url":
+        raise invalid("response_format", 'response_format "url" does not go with stream=true, whose events carry data.')
+    if request.rewrite_prompt and settings.prompt_rewriter is None:
+        raise invalid("rewrite_prompt", "This server has no prompt rewriter; leave rewrite_prompt out or send false.")
 
 
 def _size(request: GenerationRequest, max_pixels: int) -> tuple[int, int] | None:
@@ -187,8 +174,11 @@ def _check_plan(plan: PlanBody, geometry: Geometry, codebook_size: int) -> None:
 def _check_grid(name: str, given: TokenGridBody, grid: Grid, geometry: Geometry, codebook_size: int) -> None:
     if (given.rows, given.cols) != (grid.rows, grid.cols):
         size = f"{geometry.width}x{geometry.height}"
-        raise invalid(name, f"{name} for {size} has {grid.rows} rows and {grid.cols} cols.")
+        its = f"{grid.rows} rows and {grid.cols} cols, not {given.rows} and {given.cols}"
+        raise invalid(name, f"Invalid value for {name}: for {size} it has {its}.")
     if len(given.tokens) != grid.tokens:
-        raise invalid(f"{name}.tokens", f"{name}.tokens must have rows * cols = {grid.tokens} entries.")
+        raise invalid(
+            f"{name}.tokens", f"{name}.tokens must have rows * cols = {grid.tokens} entries, not {len(given.tokens)}."
+        )
     if max(given.tokens) >= codebook_size:
         raise invalid(f"{name}.tokens", f"{name}.tokens must be 0..{codebook_size - 1}.")

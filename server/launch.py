@@ -15,6 +15,7 @@ from engine.errors import QueueUnavailable
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.queue import JobQueue
 from engine.logs import event
+from server.addresses import is_loopback
 from server.admission import ready_engines
 from server.app import create_app, open_queue
 from server.serving import DrainingServer, listen, url_of
@@ -52,10 +53,12 @@ def run_api(settings: ServerSettings) -> None:
 
     Raises:
         StartError: the address cannot be listened on.
+        KeyFileError: the file of keys cannot be used.
     """
-    listener = listen(settings.host, settings.port)
-    print(f"Glimmer's API listens on {url_of(listener)}", flush=True)
     server = DrainingServer(create_app(settings), settings.grace_s)
+    listener = listen(settings.host, settings.port)
+    _warn_if_open(settings, listener)
+    print(f"Glimmer's API listens on {url_of(listener)}", flush=True)
     asyncio.run(server.serve(sockets=[listener]))
 
 
@@ -65,13 +68,22 @@ def run_all(settings: ServerSettings, engines: EnginePlan) -> int:
     Raises:
         StartError: the address cannot be listened on.
         QueueUnavailable: a Redis of our own cannot be started.
+        KeyFileError: the file of keys cannot be used.
     """
-    listener = listen(settings.host, settings.port)
-    if settings.redis_url is not None:
-        return asyncio.run(_serve(settings, engines, settings.redis_url, listener))
-    with EmbeddedRedis(engines.data_dir) as redis:
-        event(logger, "redis_started", data_dir=engines.data_dir, pid=redis.pid)
-        return asyncio.run(_serve_with(redis, settings, engines, listener))
+    with listen(settings.host, settings.port) as listener:
+        _warn_if_open(settings, listener)
+        if settings.redis_url is not None:
+            return asyncio.run(_serve(settings, engines, settings.redis_url, listener))
+        with EmbeddedRedis(engines.data_dir) as redis:
+            event(logger, "redis_started", data_dir=engines.data_dir, pid=redis.pid)
+            return asyncio.run(_serve_with(redis, settings, engines, listener))
+
+
+def _warn_if_open(settings: ServerSettings, listener: socket.socket) -> None:
+    """Says so where everybody who reaches this machine may use it."""
+    if not settings.asks_for_keys and not is_loopback(listener.getsockname()[0]):
+        hint = "anyone who reaches this address may make pictures; set --api-keys or --api-key, or listen on 127.0.0.1"
+        event(logger, "open_to_all", logging.WARNING, url=url_of(listener), hint=hint)
 
 
 async def _serve_with(
@@ -106,7 +118,8 @@ async def _keep_alive(redis: EmbeddedRedis) -> None:
 
 async def _serve(settings: ServerSettings, engines: EnginePlan, redis_url: str, listener: socket.socket) -> int:
     base = {**os.environ, **engines.environment, "GLIMMER_REDIS_URL": redis_url}
-    base.pop("GLIMMER_API_KEY", None)  # the engines have no use for it
+    for name in ("GLIMMER_API_KEY", "GLIMMER_PROMPT_REWRITER_KEY"):
+        base.pop(name, None)  # the engines have no use for them
     environments = engine_environments(base, engines.count, engines.device)
     async with open_queue(redis_url) as queue:
         supervisor = Supervisor(engines.command, environments, queue)

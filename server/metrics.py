@@ -4,6 +4,7 @@ Labels are bounded: routes by template, methods from a list, never a path, a key
 """
 
 import logging
+import math
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -38,7 +39,16 @@ class Metrics:
         self.jobs = Counter(
             "glimmer_api_jobs", "Jobs this API process saw end, by end state.", ("state",), registry=self.registry
         )
+        self.rewrites = Counter(
+            "glimmer_prompt_rewrites",
+            "Prompts sent to the rewriter: rewritten, dropped (not fit for use) or failed.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self._queue = Gauge("glimmer_queue_jobs", "Jobs in the queue.", ("state",), registry=self.registry)
+        self._source_bytes = Gauge(
+            "glimmer_queue_source_bytes", "Memory in Redis of the pictures of edits.", registry=self.registry
+        )
         self._redis_up = Gauge("glimmer_redis_up", "1 when Redis answered this scrape.", registry=self.registry)
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -50,6 +60,7 @@ class Metrics:
         """The queue's depth now; None when Redis did not say, and then no depth is shown rather than an old one."""
         self._redis_up.set(stats is not None)
         self._queue.clear()
+        self._source_bytes.set(math.nan if stats is None else stats.source_bytes)
         if stats is not None:
             self._queue.labels("waiting").set(stats.waiting)
             self._queue.labels("running").set(stats.running)

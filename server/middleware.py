@@ -36,7 +36,8 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Gives each request its id (`request.state.request_id`) and reports it when it is over."""
+    """Gives each request its id (`request.state.request_id`) and reports it when it is over. What a route puts into
+    `request.state.answer_headers` goes onto the answer, whatever that is."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -59,7 +60,10 @@ class RequestObserver:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers.update(scope["state"].get("answer_headers", {}))
                 headers["x-request-id"] = exchange.request_id
+                if scope["app"].state.gate.closed:
+                    headers["connection"] = "close"  # the next request would find nobody
                 headers["openai-processing-ms"] = str(round(exchange.seconds * 1000))
             await send(message)
 
@@ -85,6 +89,7 @@ class RequestObserver:
             status=exchange.status,
             ms=exchange.seconds * 1000,
             job=scope["state"].get("job_id"),
+            key=getattr(scope["state"].get("caller"), "owner", None) or None,
         )
 
 

@@ -1,5 +1,6 @@
 """What the routes share, made once by the app's lifespan."""
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 
@@ -7,22 +8,35 @@ from fastapi import Request
 
 from engine.jobs.queue import JobQueue
 from server.admission import Admission, EngineDirectory, Gate
+from server.attendance import Endings
+from server.keys import KeyRing
 from server.metrics import Metrics
+from server.rewriter import Rewriter
 from server.settings import ServerSettings
 from server.withdrawals import Withdrawals
 
 
 @dataclass(frozen=True)
 class Services:
-    """The parts behind the routes. `started_at` is seconds since the epoch."""
+    """The parts behind the routes.
+
+    Args:
+        rewriter: None where none is set.
+        decoders: places for those who decode uploads, which takes memory.
+        started_at: seconds since the epoch.
+    """
 
     settings: ServerSettings
     queue: JobQueue
     engines: EngineDirectory
+    keys: KeyRing
     admission: Admission
+    rewriter: Rewriter | None
     withdrawals: Withdrawals
+    endings: Endings
     gate: Gate
     metrics: Metrics
+    decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 

@@ -12,6 +12,9 @@ from fastapi import FastAPI
 
 from server.admission import Gate
 
+# Longer than clients and proxies (httpx 5 s, nginx and cloud balancers 60 s) keep an idle connection. Whoever closes
+# first must be the one that sends, or a request is lost on a connection that is just being closed.
+KEEP_ALIVE_S = 75
 LAST_BYTES_S = 5  # for answers that are still on their way to slow clients when the drain is over
 
 
@@ -54,6 +57,7 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=LAST_BYTES_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         self._gate: Gate = app.state.gate

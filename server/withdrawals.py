@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from engine.errors import QueueUnavailable
@@ -21,9 +22,13 @@ class Withdrawals:
         self._queue, self._metrics = queue, metrics
         self._under_way: set[asyncio.Task[None]] = set()
 
-    def start(self, job_id: str) -> None:
-        """Has the job withdrawn as soon as Redis allows, whether its submit has arrived there or not; never raises."""
-        task = asyncio.create_task(self._withdraw(job_id))
+    def start(self, job_id: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Has the job withdrawn as soon as Redis allows, whether its submit has arrived there or not; never raises.
+
+        Args:
+            then: done after that, when it is certain that nothing comes of the job.
+        """
+        task = asyncio.create_task(self._withdraw(job_id, then))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
@@ -35,11 +40,13 @@ class Withdrawals:
         for task in late:
             task.cancel()
 
-    async def _withdraw(self, job_id: str) -> None:
+    async def _withdraw(self, job_id: str, then: Callable[[], Awaitable[None]] | None) -> None:
         give_up_at = time.monotonic() + PATIENCE_S
         while time.monotonic() < give_up_at:
             with suppress(QueueUnavailable):
                 if await self._queue.withdraw(job_id):
                     self._metrics.jobs.labels(JobState.CANCELLED).inc()
+                if then is not None:
+                    await then()
                 return
             await asyncio.sleep(TRY_EVERY_S)

@@ -1,7 +1,6 @@
 """What probes and Prometheus ask. These routes answer within two seconds, whatever state Redis is in."""
 
 import asyncio
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import orjson
@@ -63,7 +62,7 @@ def _health(reason: str | None, engines: list[EngineInfo], stats: QueueStats | N
     body: dict[str, Any] = {
         "status": "ok" if reason is None else "unavailable",
         "engines": [{"id": e.id, "pid": e.pid, "stage": e.stage, "state": e.state} for e in engines],
-        "queue": asdict(stats) if stats else None,
+        "queue": {"waiting": stats.waiting, "running": stats.running} if stats else None,
     }
     if reason is not None:
         body["reason"] = reason

@@ -1,152 +1,215 @@
-"""POST /v1/images/generations: check, admit, wait with the client, answer."""
+"""POST /v1/images/generations and /edits: check, admit, and answer with pictures, a stream of events, or a job."""
 
 import asyncio
-import contextlib
+import hashlib
 import logging
-import time
-from typing import Annotated, Any
+import re
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+import orjson
+from fastapi import APIRouter, Depends, Header, Request, Response
 from starlette.background import BackgroundTask
-from starlette.requests import ClientDisconnect
 
 from engine.errors import QueueUnavailable
-from engine.jobs.job import JobRecord, JobResult, JobSpec, JobState
+from engine.geometry import MIN_SIDE
+from engine.jobs.job import JobSpec
 from engine.logs import event
-from server.admission import in_time
+from server import openapi
+from server.admission import Admitted, Idempotency, in_time
+from server.answers import Notes, new_file_tokens, render_answer, render_job
+from server.attendance import Attendance, with_client
 from server.auth import require_key
 from server.body import read_json_object
-from server.errors import ApiError, internal_error
-from server.generation import check, render_answer, to_spec
-from server.schemas import ErrorBody, ImagesBody, parse_generation
+from server.errors import invalid, queue_unavailable
+from server.generation import Order, check, to_spec
+from server.pictures import EditSources, prepare
+from server.schemas import GenerationRequest, parse
 from server.services import Services, services
+from server.streaming import EventStream, image_events
+from server.uploads import Upload, read_edit
 
-LARGE_ANSWER_BYTES = 256 * 1024  # from here on, encoding would hold up the event loop noticeably
-RESULT_PATIENCE_S = 30.0  # the pictures are made; a restart of Redis takes some seconds
+_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+_NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)
 
 logger = logging.getLogger("glimmer.images")
 router = APIRouter(prefix="/v1/images", tags=["images"], dependencies=[Depends(require_key)])
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in {
-        400: "A field is missing, unknown or out of range; `param` names it.",
-        401: "The key is missing or wrong.",
-        404: "The model is not served here.",
-        413: "The body is too large.",
-        429: "The queue is full; `Retry-After` says when to come back.",
-        500: "The server failed on this request.",
-        503: "No engine, no queue, or shutting down; `Retry-After` says when to come back.",
-        504: "The request's `timeout` passed.",
-    }.items()
-}
-_BODY = {
-    "required": True,
-    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/GenerationRequest"}}},
-}
+Prefer = Annotated[str | None, Header(description="`respond-async` to get a job at once, and the pictures from it.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="1..255 printable ASCII characters. A request with a key goes on when its client leaves, and a "
+        "repetition with the same key and body gets the answer of the first, for as long as results are kept.",
+        json_schema_extra={"minLength": 1, "maxLength": 255},
+    ),
+]
 
 
-@router.post("/generations", responses={200: {"model": ImagesBody}, **_ERRORS}, openapi_extra={"requestBody": _BODY})
-async def generate(request: Request, app: Annotated[Services, Depends(services)]) -> Response:
+@router.post("/generations", responses=openapi.IMAGES, openapi_extra=openapi.GENERATION)
+async def generate(
+    request: Request,
+    app: Annotated[Services, Depends(services)],
+    prefer: Prefer = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Makes `n` images from a prompt."""
-    with app.gate.enter():
-        body = parse_generation(await read_json_object(request, app.settings.max_body_bytes))
-        order = check(body, app.settings)
-        spec = to_spec(order, await app.engines.one_ready())
-        job_id = await app.admission.submit(spec, order.timeout_s, body.priority)
-        request.state.job_id = job_id
-        result = await _run(request, app, job_id, spec)
-        return await _answer(app, job_id, result, spec, order.quality)
+    with ExitStack() as held:
+        held.enter_context(app.gate.enter())
+        body = parse(GenerationRequest, await read_json_object(request, app.settings.max_body_bytes))
+        return await _serve(request, app, held, check(body, app.settings), None)
 
 
-async def _run(request: Request, app: Services, job_id: str, spec: JobSpec) -> JobResult:
-    """Sees an accepted job to its end.
+@router.post("/edits", responses=openapi.IMAGES, openapi_extra=openapi.EDIT)
+async def edit(
+    request: Request,
+    app: Annotated[Services, Depends(services)],
+    prefer: Prefer = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Makes `n` images from a prompt and 1 to 4 pictures."""
+    with ExitStack() as held:
+        held.enter_context(app.gate.enter())
+        upload = await read_edit(request, app.settings.max_upload_bytes)
+        return await _serve(request, app, held, check(upload.request, app.settings), upload)
 
-    Raises:
-        ApiError: it ended without a result.
-        ClientDisconnect: the client left, and the job is being withdrawn.
+
+async def _serve(request: Request, app: Services, held: ExitStack, order: Order, upload: Upload | None) -> Response:
+    """Has the job made, or finds the one that was made already, and answers in the way that was asked for.
+
+    Args:
+        held: what a stream takes along, and anything else leaves behind.
     """
-    event(
-        logger,
-        "job_accepted",
-        id=request.state.request_id,
-        job=job_id,
-        n=spec.n,
-        size=f"{spec.width}x{spec.height}",
-        steps=spec.num_inference_steps,
-    )
-    started = time.monotonic()
-    record, result = await _with_client(request, app, job_id)
-    app.admission.pace.ended(time.monotonic() - started)
-    app.metrics.jobs.labels(record.state).inc()
-    if record.state is not JobState.SUCCEEDED:
-        raise _failure(record)
-    if result is None:
-        event(logger, "result_missing", logging.ERROR, id=request.state.request_id, job=job_id)
-        raise internal_error()
-    return result
-
-
-async def _with_client(request: Request, app: Services, job_id: str) -> tuple[JobRecord, JobResult | None]:
-    """How the job ended. Nobody waits for a job whose client left, so it is withdrawn then, and also when this request
-    itself is cut short."""
-    ending = asyncio.ensure_future(_end_of(app, job_id))
-    leaving = asyncio.ensure_future(_client_gone(request))
-    try:
-        await asyncio.wait({ending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if ending.done():
-            return ending.result()
-        raise ClientDisconnect
-    finally:
-        finished = ending.done() and not ending.cancelled() and ending.exception() is None
-        ending.cancel()
-        leaving.cancel()
-        if not finished:
-            app.withdrawals.start(job_id)
-
-
-async def _end_of(app: Services, job_id: str) -> tuple[JobRecord, JobResult | None]:
-    """The job's last record, and what it left. Rides out a restart of Redis, whenever it comes."""
-    record = await app.queue.wait(job_id)
-    succeeded = record.state is JobState.SUCCEEDED
-    return record, await app.queue.result(job_id, patience_s=RESULT_PATIENCE_S) if succeeded else None
-
-
-async def _client_gone(request: Request) -> None:
-    """Returns when the client has closed its connection; the body has been read, so nothing else can come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _failure(record: JobRecord) -> ApiError:
-    """The answer for a job that ended without a result."""
-    if record.state is JobState.EXPIRED:
-        # The client's own limit passed; an SDK that posts it again by itself would only add to the load.
-        return ApiError(
-            504,
-            "The request did not finish within its timeout.",
-            type="server_error",
-            code="deadline_exceeded",
-            headers={"x-should-retry": "false"},
+    idempotency = _idempotency(request, order, upload)
+    wants_job = _wants_job(request)
+    job = None
+    if idempotency is not None:
+        earlier = await app.admission.earlier(_NO_JOB, request.state.caller, idempotency)
+        job = Admitted(earlier, attached=True) if earlier else None
+    if job is None:
+        job = await _admit(request, app, order, upload, idempotency, is_watched=order.request.stream or wants_job)
+    request.state.job_id = job.job_id
+    attendance = held.enter_context(
+        Attendance(
+            app.queue,
+            job,
+            kept=wants_job or idempotency is not None,
+            withdrawals=app.withdrawals,
+            endings=app.endings,
         )
-    if record.state is JobState.CANCELLED:
-        return ApiError(409, "The job was cancelled.", code="job_cancelled", headers={"x-should-retry": "false"})
-    error = record.error
-    if error is None:
-        return internal_error()
-    status = 400 if error.type == "invalid_request_error" else 500
-    return ApiError(status, error.message, type=error.type, code=error.code, param=error.param)
+    )
+    if wants_job:
+        return await _job(request, app, job.job_id)
+    letting_go = None if attendance.kept else BackgroundTask(_let_go, app, job.job_id)
+    if order.request.stream:
+        stream = EventStream(image_events(app.queue, attendance), held.pop_all())
+        stream.background = letting_go
+        return stream
+    record, result = await with_client(request.receive, attendance.end())
+    content = await render_answer(app.queue, record, result)
+    return Response(content, media_type="application/json", background=letting_go)
 
 
-async def _answer(app: Services, job_id: str, result: JobResult, spec: JobSpec, quality: str) -> Response:
-    if sum(len(image.data) for image in result.images) > LARGE_ANSWER_BYTES:
-        content = await asyncio.to_thread(render_answer, result, spec, quality)
-    else:
-        content = render_answer(result, spec, quality)
-    return Response(content, media_type="application/json", background=BackgroundTask(_let_go, app, job_id))
+async def _admit(
+    request: Request,
+    app: Services,
+    order: Order,
+    upload: Upload | None,
+    idempotency: Idempotency | None,
+    *,
+    is_watched: bool,
+) -> Admitted:
+    engine = await app.engines.one_ready()
+    edit = None if upload is None else await _prepare(app, order, upload)
+    spec = to_spec(order, engine, edit, is_watched=is_watched)
+    charge = await app.admission.charge(request.state.caller, spec)
+    request.state.answer_headers = charge.headers
+    revised = await _revised(app, order.request, is_edit=edit is not None)
+    notes = Notes(
+        operation="edit" if edit else "generation",
+        quality=order.quality,
+        response_format=order.response_format,
+        base_url=base_url(request, app),
+        revised_prompt=revised,
+        file_tokens=new_file_tokens(spec.n) if order.response_format == "url" else [],
+    )
+    job = await app.admission.submit(
+        spec if revised is None else replace(spec, prompt=revised),
+        order.timeout_s,
+        order.request.priority,
+        charge,
+        sources=edit.files if edit else None,
+        notes=notes.to_dict(),
+        idempotency=idempotency,
+    )
+    if not job.attached:
+        event(
+            logger,
+            "job_accepted",
+            id=request.state.request_id,
+            job=job.job_id,
+            n=spec.n,
+            size=f"{spec.width}x{spec.height}",
+            steps=spec.num_inference_steps,
+            sources=spec.sources or None,
+        )
+    return job
+
+
+async def _prepare(app: Services, order: Order, upload: Upload) -> EditSources:
+    """Decodes the pictures, a few requests at a time, and not for a queue that is full."""
+    await app.admission.expect_room()
+    async with app.decoders:
+        return await asyncio.to_thread(prepare, upload.images, upload.mask, order.size, app.settings.max_pixels)
+
+
+async def _revised(app: Services, request: GenerationRequest, *, is_edit: bool) -> str | None:
+    """A richer prompt, where one is wanted. With a plan there is nothing left to describe, and what is said of a change
+    is no description of a picture: an edit is rewritten only if it asks to be."""
+    wanted = request.rewrite_prompt if request.rewrite_prompt is not None else not is_edit
+    if app.rewriter is None or not wanted or request.plan is not None:
+        return None
+    return await app.rewriter.rewrite(request.prompt)
+
+
+async def _job(request: Request, app: Services, job_id: str) -> Response:
+    record = await in_time(app.queue.get(job_id))
+    if record is None:
+        raise queue_unavailable()
+    headers = {"location": f"{base_url(request, app)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
+    content = await render_job(app.queue, record, app.admission.pace)
+    return Response(content, 202, headers, "application/json")
 
 
 async def _let_go(app: Services, job_id: str) -> None:
     """Frees the memory that a result takes up in Redis, once it has been sent."""
-    with contextlib.suppress(QueueUnavailable):  # then it goes with `result_ttl_s`
+    with suppress(QueueUnavailable):  # then it goes with `result_ttl_s`
         await in_time(app.queue.delivered(job_id))
+
+
+def base_url(request: Request, app: Services) -> str:
+    """Where the client reaches this server, without a slash at the end."""
+    return app.settings.public_url or str(request.base_url).rstrip("/")
+
+
+def _wants_job(request: Request) -> bool:
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)
+
+
+def _idempotency(request: Request, order: Order, upload: Upload | None) -> Idempotency | None:
+    """
+    Raises:
+        ApiError: 400 where the key is none.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not _KEY.fullmatch(key):
+        raise invalid("Idempotency-Key", "Idempotency-Key takes 1..255 printable ASCII characters.")
+    asked = hashlib.sha256(f"{request.method} {request.url.path}\n".encode())
+    asked.update(orjson.dumps(order.request.model_dump(), option=orjson.OPT_SORT_KEYS))
+    for file in (*upload.images, upload.mask or b"") if upload else ():
+        asked.update(hashlib.sha256(file).digest())
+    return Idempotency(key, asked.hexdigest())

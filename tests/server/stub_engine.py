@@ -1,4 +1,5 @@
-"""An engine without a model. It claims and commits through the real queue; its pictures follow from prompt and seed."""
+"""An engine without a model. It claims and commits through the real queue; its pictures follow from the prompt, the
+seed and the pictures to edit."""
 
 import asyncio
 import hashlib
@@ -11,7 +12,19 @@ from PIL import Image
 
 from engine.errors import QueueUnavailable
 from engine.geometry import Grid
-from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobError, JobResult, JobSpec, Plan, TokenGrid
+from engine.jobs.job import (
+    Budget,
+    Claim,
+    EngineInfo,
+    ImageResult,
+    JobError,
+    JobResult,
+    JobSources,
+    JobSpec,
+    PartialImage,
+    Plan,
+    TokenGrid,
+)
 from engine.jobs.queue import JobQueue
 
 CODEBOOK_SIZE = 128
@@ -19,39 +32,53 @@ DEFAULT_SIZE = "96x64"
 HEARTBEAT_TTL_S = 2.0
 
 
-def picture(spec: JobSpec, seed: int) -> bytes:
-    """The stub's picture of a prompt: one colour, so that a test can tell whose it is."""
-    red, green, blue = hashlib.sha256(f"{spec.prompt}|{seed}".encode()).digest()[:3]
-    buffer = io.BytesIO()
-    Image.new("RGB", (spec.width, spec.height), (red, green, blue)).save(buffer, spec.output_format)
+def picture(spec: JobSpec, seed: int, sources: JobSources | None = None, stage: str = "") -> bytes:
+    """The stub's picture: one colour, so that a test can tell whose it is. Under the overlay of an edit, if it has one.
+
+    Args:
+        stage: of a partial image, which has a colour of its own.
+    """
+    known = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode())
+    for source in sources.pictures if sources else ():
+        known.update(source)
+    red, green, blue = known.digest()[:3]
+    image, buffer = Image.new("RGB", (spec.width, spec.height), (red, green, blue)), io.BytesIO()
+    if sources and sources.overlay:
+        overlay = Image.open(io.BytesIO(sources.overlay))
+        image.paste(overlay, mask=overlay.getchannel("A"))
+    image.save(buffer, spec.output_format)
     return buffer.getvalue()
 
 
-def _tokens(grid: Grid, seed: int) -> list[int]:
-    return [(seed + index) % CODEBOOK_SIZE for index in range(grid.tokens)]
+def _tokens(grid: Grid, seed: int) -> TokenGrid:
+    return TokenGrid(grid.rows, grid.cols, [(seed + index) % CODEBOOK_SIZE for index in range(grid.tokens)])
 
 
 def plan_for(spec: JobSpec, seed: int) -> Plan:
     """The stub's plan: counts up from the seed."""
-    plan, preview = spec.geometry.plan, spec.geometry.preview
-    return Plan(
-        plan.rows,
-        plan.cols,
-        _tokens(plan, seed),
-        TokenGrid(preview.rows, preview.cols, _tokens(preview, seed)),
-    )
+    *preview, plan = (_tokens(grid, seed) for grid in spec.grids)
+    return Plan(plan.rows, plan.cols, plan.tokens, preview[0] if preview else None)
+
+
+def partial_image(spec: JobSpec, image: int, index: int, sources: JobSources | None = None) -> PartialImage:
+    """The stub's partial images: the first is of what the planner writes first, the others of the plan."""
+    seed = spec.seed + image
+    grid = _tokens(spec.grids[0 if index == 0 else -1], seed)
+    return PartialImage(image, index, picture(spec, seed, sources, f"partial {index}"), grid.to_dict())
 
 
 class StubEngine:
     """Works on up to `slots` jobs at once, `step_s` seconds a denoising step.
 
-    `failures` maps a prompt to the error that its jobs fail with; `specs` collects what was claimed.
+    `failures` maps a prompt to the error that its jobs fail with, after their partial images; `specs` and `sources`
+    collect what was claimed.
     """
 
     def __init__(self, queue: JobQueue, *, step_s: float = 0.0, slots: int = 8, metrics: str = ""):
         self.info = EngineInfo("stub-engine", os.getpid(), "all", "ready", "stub", DEFAULT_SIZE, CODEBOOK_SIZE, 2048)
         self.failures: dict[str, JobError] = {}
         self.specs: list[JobSpec] = []
+        self.sources: list[JobSources | None] = []
         self._queue, self._step_s, self._slots, self._metrics = queue, step_s, slots, metrics
         self._running: dict[str, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -78,7 +105,8 @@ class StubEngine:
         while True:
             free = self._slots - len(self._running)
             try:
-                claim = await self._queue.claim(self.info.id, Budget(free, 10**9, not self._running)) if free else None
+                budget = Budget(free, 10**9, 10**9, not self._running)
+                claim = await self._queue.claim(self.info.id, budget) if free else None
             except QueueUnavailable:
                 claim = None
             if claim is None:
@@ -96,14 +124,24 @@ class StubEngine:
 
     async def _run(self, claim: Claim) -> None:
         spec = claim.spec
-        await asyncio.sleep(self._step_s * spec.num_inference_steps)
+        sources = await self._queue.sources(claim) if spec.sources else None
+        self.sources.append(sources)
+        pause = self._step_s * spec.num_inference_steps / (spec.partial_images + 1)
+        for index in range(spec.partial_images):
+            await asyncio.sleep(pause)
+            for image in range(spec.n):
+                await self._queue.partial_image(claim, partial_image(spec, image, index, sources))
+            await self._queue.progress(claim, {"phase": "rendering", "step": index, "steps": spec.num_inference_steps})
+        await asyncio.sleep(pause)
         if spec.prompt in self.failures:
             await self._queue.fail(claim, self.failures[spec.prompt])
             return
-        images = [self._image(spec, spec.seed + index) for index in range(spec.n)]
-        await self._queue.commit(claim, JobResult(images, len(spec.prompt.split()), spec.plan_tokens))
+        images = [self._image(spec, spec.seed + index, sources) for index in range(spec.n)]
+        prompt_tokens = len(spec.prompt.split()) + spec.source_tokens
+        result = JobResult(images, prompt_tokens, spec.plan_tokens, source_tokens=spec.source_tokens)
+        await self._queue.commit(claim, result)
 
     @staticmethod
-    def _image(spec: JobSpec, seed: int) -> ImageResult:
+    def _image(spec: JobSpec, seed: int, sources: JobSources | None) -> ImageResult:
         plan = spec.plan or plan_for(spec, seed).to_dict()
-        return ImageResult(picture(spec, seed), seed, plan if spec.return_plan else None)
+        return ImageResult(picture(spec, seed, sources), seed, plan if spec.return_plan else None)

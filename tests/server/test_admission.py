@@ -20,6 +20,7 @@ from engine.jobs.queue import JobQueue
 from server import admission, withdrawals
 from server.admission import Pace
 from server.app import create_app
+from server.limits import Limits
 from server.metrics import Metrics
 from server.settings import ServerSettings
 from tests.jobs.helpers import kill
@@ -206,7 +207,7 @@ async def test_a_submit_that_is_cut_short_is_withdrawn(queue: JobQueue, monkeypa
 
     monkeypatch.setattr(queue, "submit", no_answer)
     withdrawing = withdrawals.Withdrawals(queue, Metrics())
-    door = admission.Admission(queue, 10, withdrawing)
+    door = admission.Admission(queue, Limits(queue), 10, withdrawing)
     submitting = asyncio.create_task(door.submit(JobSpec("x", 64, 64, 1), 60.0, "batch"))
     await until(lambda: _stats_are(queue, 1, 0))
     submitting.cancel()
@@ -301,8 +302,8 @@ class TestPace:
 
 async def test_a_job_id_is_never_used_twice(queue: JobQueue) -> None:
     spec = JobSpec("x", 64, 64, 1)
-    door = admission.Admission(queue, 10, withdrawals.Withdrawals(queue, Metrics()))
-    ids = {await door.submit(spec, 1.0, "batch") for _ in range(5)}
+    door = admission.Admission(queue, Limits(queue), 10, withdrawals.Withdrawals(queue, Metrics()))
+    ids = {(await door.submit(spec, 1.0, "batch")).job_id for _ in range(5)}
     assert len(ids) == 5
 
 

@@ -2,22 +2,33 @@
 
 import asyncio
 import io
+import json
 import os
 import re
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from engine.config import EngineSettings
+from engine.jobs.job import JobError
+from engine.jobs.queue import JobQueue
 from server import cli
 from server.client import GenerateError, format_of
+from server.terminal import Display, half_blocks
+from tests import pictures
+from tests.packaging.files import ROOT
 from tests.server.conftest import LiveServer
-from tests.server.stub_engine import StubEngine, picture
+from tests.server.stub_engine import StubEngine, partial_image, picture, plan_for
+from tests.server.test_admission import until
 
 
 def glimmer(*args: str, **environment: str) -> Result:
@@ -94,24 +105,205 @@ async def test_refusals(live_server: LiveServer, stub: StubEngine, tmp_path: Pat
     assert not output.exists()
 
 
-@pytest.mark.parametrize(
-    "body", ["<html>", "[]", '{"data": [{}]}', '{"data": [{"b64_json": "x", "seed": 1}], "size": ""}']
-)
-async def test_an_answer_from_something_else(body: str, tmp_path: Path) -> None:
-    output = tmp_path / "out.png"
+async def test_partial_images(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+    options = ["--n", "2", "--seed", "5", "--partials", str(tmp_path / "on the way")]
+    answer = await generate("a fox", "-o", str(tmp_path / "fox.png"), "--url", live_server.url, *options)
+    assert answer.exit_code == 0, answer.output
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "on the way").iterdir()}
+    assert kept == {
+        f"fox-{image + 1}-partial-{index + 1}.png": partial_image(stub.specs[0], image, index).data
+        for image in (0, 1)
+        for index in (0, 1)
+    }
+    await generate("a fox", "-o", str(tmp_path / "fox.png"), "--url", live_server.url, "--partial-images", "3")
+    assert stub.specs[1].partial_images == 3
+
+
+async def test_an_edit(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (96, 64), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "red.png")
+    blue.save(tmp_path / "blue.webp", lossless=True)
+    mask = Image.new("RGBA", (96, 64), (0, 0, 0, 0))
+    mask.paste((0, 0, 0, 255), (0, 0, 48, 64))
+    mask.save(tmp_path / "mask.png")
+    images = ["--edit", str(tmp_path / "red.png"), "--edit", str(tmp_path / "blue.webp")]
+    options = [*images, "--mask", str(tmp_path / "mask.png"), "--seed", "3", "--guidance", "2.5", "--n", "1"]
+    answer = await generate("=@bigger", "-o", str(tmp_path / "out.png"), "--url", live_server.url, *options)
+    assert answer.exit_code == 0, answer.output
+    spec, sources = stub.specs[0], stub.sources[0]
+    assert (spec.prompt, spec.seed, spec.guidance_scale, spec.sources) == ("=@bigger", 3, 2.5, 2)
+    assert sources is not None
+    assert [Image.open(io.BytesIO(data)).getpixel((5, 5)) for data in sources.pictures] == [(255, 0, 0), (0, 0, 255)]
+    made = Image.open(tmp_path / "out.png")
+    assert made.getpixel((5, 5)) == (255, 0, 0)  # kept by the mask
+    assert made.getpixel((90, 5)) != (255, 0, 0)
+
+
+async def test_a_plan_goes_out_and_comes_in_again(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+    to_server = ["-o", str(tmp_path / "out.png"), "--url", live_server.url]
+    several = await generate(
+        "a fox", *to_server, "--n", "2", "--seed", "5", "--plan-out", str(tmp_path / "a" / "p.json")
+    )
+    assert several.exit_code == 0, several.output
+    plans = [json.loads((tmp_path / "a" / f"p-{number}.json").read_text()) for number in (1, 2)]
+    assert plans == [plan_for(stub.specs[0], seed).to_dict() for seed in (5, 6)]
+    again = await generate("a fox", *to_server, "--plan-in", str(tmp_path / "a" / "p-2.json"))
+    assert again.exit_code == 0, again.output
+    assert stub.specs[1].plan == plans[1]
+    refused = await generate("a fox", *to_server, "--size", "128x64", "--plan-in", str(tmp_path / "a" / "p-2.json"))
+    assert refused.exit_code == 1
+    assert re.fullmatch(r"glimmer: .*plan.*\(HTTP 400\)\n", refused.output)
+
+
+async def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """One line says which and why, before any server is asked."""
+    (tmp_path / "plan.json").write_text("{")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
+    nowhere = ["-o", str(tmp_path / "out.png"), "--url", "http://127.0.0.1:9"]
+    for options, line in {
+        ("--edit", f"{tmp_path}/none.png"): f"cannot read {tmp_path}/none.png (No such file or directory)",
+        ("--edit", str(tmp_path)): f"cannot read {tmp_path} (Is a directory)",
+        ("--plan-in", f"{tmp_path}/none.json"): f"cannot read {tmp_path}/none.json (No such file or directory)",
+        ("--plan-in", f"{tmp_path}/plan.json"): f"cannot read {tmp_path}/plan.json: it is no JSON; --plan-out writes",
+        ("--plan-in", f"{tmp_path}/bytes.json"): f"cannot read {tmp_path}/bytes.json: it is no JSON; --plan-out writes",
+    }.items():
+        answer = await generate("a fox", *nowhere, *options)
+        assert answer.exit_code == 1
+        assert answer.output.startswith(f"glimmer: {line}")
+        assert answer.output.count("\n") == 1
+    without_edit = await generate("a fox", *nowhere, "--mask", "mask.png")
+    assert (without_edit.exit_code, "--mask goes with --edit" in without_edit.output) == (2, True)
+
+
+async def test_a_failure_half_way(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+    stub.failures = {"a fox": JobError("The engine cannot.", "server_error", "internal_error")}
+    partials = ["--partials", str(tmp_path / "partials"), "--partial-images", "1"]
+    answer = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", live_server.url, *partials)
+    assert (answer.exit_code, answer.output) == (1, "glimmer: The engine cannot.\n")
+    assert [path.name for path in (tmp_path / "partials").iterdir()] == ["out-partial-1.png"]
+    assert not (tmp_path / "out.png").exists()
+
+
+async def test_an_interrupt_takes_the_request_back(live_server: LiveServer, queue: JobQueue, tmp_path: Path) -> None:
+    async def are(waiting: int, running: int) -> bool:
+        stats = await queue.stats()
+        return (stats.waiting, stats.running) == (waiting, running)
+
+    command = [sys.executable, "-m", "server.cli", "generate", "a fox", "--url", live_server.url]
+    async with StubEngine(queue, step_s=60):
+        process = await asyncio.create_subprocess_exec(
+            *command, "-o", str(tmp_path / "out.png"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        await until(lambda: are(waiting=0, running=1), seconds=60)
+        process.send_signal(signal.SIGINT)
+        await until(lambda: are(waiting=0, running=0), seconds=20)
+        printed, _ = await process.communicate()
+    assert process.returncode != 0
+    assert b"Traceback" not in printed
+
+
+@asynccontextmanager
+async def something_that_answers(*chunks: bytes) -> AsyncIterator[str]:
+    """The URL of a server that has one answer to all requests, sent in these pieces."""
+
+    over = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"}")  # the end of what was sent
-        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body.encode())
-        await writer.drain()
-        writer.close()
+        with suppress(ConnectionError):  # the client may have read enough
+            for chunk in (b"HTTP/1.1 200 OK\r\nconnection: close\r\n", *chunks):
+                writer.write(chunk)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+            writer.close()
+            await writer.wait_closed()
+        over.set()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        answered = await generate("a fox", "-o", str(output), "--url", f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await over.wait()
+
+
+EVENTS = b"content-type: text/event-stream\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (b"\r\n<html>",),
+        (b"content-type: application/json\r\n\r\n[]",),
+        (EVENTS, b"data: {\n\n"),
+        (EVENTS, b"data: []\n\n"),
+        (EVENTS, b'event: image_generation.completed\ndata: {"b64_json": "x", "seed": 1, "size": ""}\n\n'),
+        (EVENTS, b'event: image_generation.completed\ndata: {"b64_json": ""}\n\n'),
+        (EVENTS, b": running {\n\n"),
+    ],
+)
+async def test_an_answer_from_something_else(chunks: tuple[bytes, ...], tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    async with something_that_answers(*chunks) as url:
+        answered = await generate("a fox", "-o", str(output), "--url", url)
     assert answered.exit_code == 1
     assert "answered with something else than pictures" in answered.output
     assert not output.exists()
+
+
+async def test_an_answer_that_ends_early(tmp_path: Path) -> None:
+    async with something_that_answers(EVENTS, b": ping\n\n", b'event: image_generation.completed\ndata: {"b64') as url:
+        answered = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", url)
+    assert answered.exit_code == 1
+    assert "ended after 0 of 1 pictures" in answered.output
+
+
+async def test_an_answer_in_pieces(tmp_path: Path) -> None:
+    """Cut anywhere, and with characters that some take for the end of a line."""
+    data = '{"b64_json": "AAEC", "seed": 1, "size": "64x64", "revised_prompt": "a\u2028fox\x85"}'.encode()
+    event = b"event: image_generation.completed\ndata: " + data + b"\n\n"
+    pieces = [event[start : start + 7] for start in range(0, len(event), 7)]
+    async with something_that_answers(EVENTS, *pieces) as url:
+        answered = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", url)
+    assert answered.exit_code == 0, answered.output
+    assert (tmp_path / "out.png").read_bytes() == bytes([0, 1, 2])
+
+
+def test_a_terminal_shows_progress_and_draws() -> None:
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, color_system="truecolor", width=60, height=30)
+    with Display(console) as display:
+        for comment, shown in {
+            'queued {"position":2}': "waiting, 2 before it",
+            "ping": "waiting, 2 before it",
+            'running {"phase":"rendering","step":3,"steps":20}': "3/20",
+        }.items():
+            display.tell(comment)
+            display.draw(pictures.png(Image.new("RGB", (64, 64), (1, 2, 3))))
+            display._live.refresh()
+            assert shown in drawn.getvalue()
+            drawn.truncate(0)
+    for comment in ("queued {", 'running {"phase":"x"}', "running 3"):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            display.tell(comment)
+
+
+def test_elsewhere_nothing_is_drawn() -> None:
+    printed = io.StringIO()
+    with Display(Console(file=printed)) as display:
+        display.tell('queued {"position":2}')
+        display.draw(pictures.png(Image.new("RGB", (64, 64))))
+        display.print("out.png")
+    assert printed.getvalue() == "out.png\n"
+
+
+def test_half_blocks() -> None:
+    """Two pixels a character; wide and tall pictures keep their shape within the room."""
+    image = Image.new("RGB", (4, 4), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 2, 4, 4))
+    drawing = half_blocks(pictures.png(image), columns=2, lines=9)
+    assert drawing.plain == "▀▀\n"
+    assert {str(span.style) for span in drawing.spans} == {"#ff0000 on #0000ff"}
+    for size, shape in {(400, 100): (40, 5), (100, 400): (10, 20), (3000, 10): (40, 1)}.items():
+        lines = half_blocks(pictures.png(Image.new("RGB", size)), columns=40, lines=20).plain.splitlines()
+        assert (len(lines[0]), len(lines)) == shape
 
 
 async def test_a_file_that_cannot_be_written(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every error of the contract, through HTTP, in its envelope."""
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -48,14 +49,13 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"width": 64}, "width", "invalid_value"),
         ({"quality": "best"}, "quality", "invalid_value"),
         ({"response_format": "jpeg"}, "response_format", "invalid_value"),
-        ({"response_format": "url"}, "response_format", "invalid_value"),
+        ({"response_format": "url", "stream": True}, "response_format", "invalid_value"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),
         ({"output_compression": 101}, "output_compression", "invalid_value"),
         ({"background": "transparent"}, "background", "invalid_value"),
         ({"background": "red"}, "background", "invalid_value"),
-        ({"stream": True}, "stream", "invalid_value"),
         ({"stream": "false"}, "stream", "invalid_value"),
-        ({"partial_images": 1}, "partial_images", "invalid_value"),
+        ({"partial_images": True}, "partial_images", "invalid_value"),
         ({"partial_images": 4}, "partial_images", "invalid_value"),
         ({"seed": -1}, "seed", "invalid_value"),
         ({"seed": 2**53}, "seed", "invalid_value"),
@@ -75,7 +75,11 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"priority": "urgent"}, "priority", "invalid_value"),
         ({"timeout": 0}, "timeout", "invalid_value"),
         ({"timeout": 3601}, "timeout", "invalid_value"),
+        ({"embed_prompt": "yes"}, "embed_prompt", "invalid_value"),
+        ({"rewrite_prompt": True}, "rewrite_prompt", "invalid_value"),
         ({"image": "data:"}, "image", "unknown_parameter"),
+        ({"complexity": "high"}, "complexity", "unsupported_parameter"),
+        ({"svg": {"model": "x"}}, "svg", "unsupported_parameter"),
         ({"nonsense": 1}, "nonsense", "unknown_parameter"),
         ({"nonsense": None}, "nonsense", "unknown_parameter"),
     ],
@@ -91,8 +95,25 @@ async def test_bad_fields(
 
 
 async def test_bad_fields_are_named_even_without_an_engine(client: httpx.AsyncClient) -> None:
-    for fields, param in (({"n": 0}, "n"), ({"size": "9x9"}, "size"), ({"stream": True}, "stream")):
+    for fields, param in (({"n": 0}, "n"), ({"size": "9x9"}, "size"), ({"stream": 1}, "stream")):
         assert error_of(await client.post(URL, json={"prompt": "x", **fields}))["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": ""}, "it should have at least 1 character. prompt takes a text of 1..32000 characters."),
+        ({"n": "2"}, "it should be a valid integer. n takes a number of images, 1..10."),
+        ({"background": "red"}, 'it takes "auto" or "opaque".'),
+        ({"plan": []}, 'it should be an object. plan takes {"rows", "cols", "tokens"}'),
+        ({"plan": {"rows": 2, "cols": 2, "tokens": [1] * 4097}}, "it should have at most 4096 items. plan takes"),
+        ({"size": "96x64", "plan": {"rows": 3, "cols": 2, "tokens": [1] * 6}}, "2 rows and 3 cols, not 3 and 2."),
+    ],
+)
+async def test_messages_say_what_would_be_accepted(
+    client: httpx.AsyncClient, stub: StubEngine, fields: dict[str, Any], message: str
+) -> None:
+    assert message in error_of(await client.post(URL, json={"prompt": "x", **fields}))["message"]
 
 
 async def test_messages_help(client: httpx.AsyncClient) -> None:
@@ -146,30 +167,34 @@ async def test_the_last_seed(client: httpx.AsyncClient, stub: StubEngine) -> Non
     assert [image["seed"] for image in response.json()["data"]] == [2**53 - 2, 2**53 - 1]
 
 
-async def test_body_size_is_bounded_while_reading(make_client: MakeClient, stub: StubEngine) -> None:
+async def test_body_size_is_bounded_while_reading(
+    make_client: MakeClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent = 0
 
     async def endless():
         nonlocal sent
         while True:
             sent += 1000
+            await asyncio.sleep(0.001)
             yield b" " * 1000
 
+    monkeypatch.setattr("server.body.LINGER_S", 0.1)
     async with make_client(max_body_bytes=4096) as client:
         declared = await client.post(URL, content=b" " * 5000, headers={"content-type": "application/json"})
         streamed = await client.post(URL, content=endless(), headers={"content-type": "application/json"})
     for response in (declared, streamed):
         assert response.status_code == 413
         assert error_of(response)["code"] == "request_too_large"
-    assert sent <= 6000
+    assert sent <= 200_000  # what came while it lingered was dropped
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
         ("GET", "/v1/nothing", 404, "not_found"),
-        ("GET", "/", 404, "not_found"),
-        ("POST", "/v1/images/edits", 404, "not_found"),
+        ("GET", "/nothing", 404, "not_found"),
+        ("POST", "/v1/images/variations", 404, "not_found"),
         ("GET", URL, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
     ],
@@ -177,6 +202,12 @@ async def test_body_size_is_bounded_while_reading(make_client: MakeClient, stub:
 async def test_no_such_route(client: httpx.AsyncClient, method: str, path: str, status: int, code: str) -> None:
     response = await client.request(method, path)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
+
+
+async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/jobs/x")
+    assert response.headers["allow"] == "GET, DELETE"
+    assert error_of(response)["message"] == "/v1/jobs/x does not accept POST; it takes GET and DELETE."
 
 
 async def test_unknown_model(client: httpx.AsyncClient, stub: StubEngine) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from engine.jobs.job import JobError, JobRecord, JobSpec
 from engine.jobs.queue import JobQueue
 from server.generation import STEPS_BY_QUALITY
+from server.schemas import UNSUPPORTED
 from tests.server.stub_engine import CODEBOOK_SIZE, DEFAULT_SIZE, StubEngine, picture, plan_for
 
 URL = "/v1/images/generations"
@@ -34,6 +35,8 @@ OPTIONAL_FIELDS = [
     "top_p",
     "return_plan",
     "plan",
+    "embed_prompt",
+    "rewrite_prompt",
     "priority",
     "timeout",
     "width",
@@ -43,6 +46,7 @@ OPTIONAL_FIELDS = [
     "style",
     "user",
     "safety_identifier",
+    "extra_headers",
 ]
 
 
@@ -88,6 +92,8 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, stub: S
         "model": "glm-image",
         "quality": "low",
         "user": "u",
+        "partial_images": 3,
+        "embed_prompt": True,
     }
     assert (await client.post(URL, json=body)).status_code == 200
     assert stub.specs == [
@@ -105,15 +111,19 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, stub: S
             return_plan=True,
             output_format="webp",
             output_compression=80,
+            partial_images=0,  # nobody would see them
+            model="glm-image",
+            embed_prompt=True,
         )
     ]
 
 
 async def test_null_stands_for_an_absent_field(client: httpx.AsyncClient, stub: StubEngine) -> None:
-    nulls = dict.fromkeys(OPTIONAL_FIELDS)
+    nulls = dict.fromkeys((*OPTIONAL_FIELDS, *UNSUPPORTED))
+    without_effect = {"moderation": "low", "style": "vivid", "user": "me", "input_fidelity": "high"}
     answers = [
         await client.post(URL, json={"prompt": "a fox", **extra, "seed": 1})
-        for extra in ({}, nulls, {"moderation": "low", "style": "vivid", "user": "me", "input_fidelity": "high"})
+        for extra in ({}, nulls, {**without_effect, "extra_headers": {"x-a": "b"}})
     ]
     assert [answer.status_code for answer in answers] == [200, 200, 200]
     assert stub.specs[0] == stub.specs[1] == stub.specs[2]
@@ -241,7 +251,7 @@ async def test_plans_that_do_not_fit(
 async def test_large_answers_are_whole(
     client: httpx.AsyncClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.routes.images.LARGE_ANSWER_BYTES", 10)
+    monkeypatch.setattr("server.answers.LARGE_ANSWER_BYTES", 10)
     body = (await client.post(URL, json={"prompt": "x", "n": 3, "seed": 1})).json()
     assert [base64.b64decode(image["b64_json"]) for image in body["data"]] == [
         picture(stub.specs[0], seed) for seed in (1, 2, 3)

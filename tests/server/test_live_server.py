@@ -1,27 +1,21 @@
-"""The API behind a real socket: clients that leave, the official SDK, and a drain by signal."""
+"""The API behind a real socket: clients that leave, and a drain by signal. `tests/clients` has what others send."""
 
 import asyncio
-import base64
 import os
 import signal
 
 import httpx
-import openai
 import pytest
 import redis.asyncio
 
-from engine.jobs.job import JobError, JobRecord
+from engine.jobs.job import JobRecord
 from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
 from tests.server.conftest import LiveServer
-from tests.server.stub_engine import StubEngine, picture
+from tests.server.stub_engine import StubEngine
 from tests.server.test_admission import until
 
 URL = "/v1/images/generations"
-
-
-def sdk(server: LiveServer, **options: object) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, **options)  # type: ignore[arg-type]
 
 
 async def test_a_client_that_leaves_takes_its_job_along(live_server: LiveServer, queue: JobQueue) -> None:
@@ -94,78 +88,6 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body(live_server: LiveS
 
 async def _counts_a_departure(client: httpx.AsyncClient) -> bool:
     return 'status="499"} 1.0' in (await client.get("/metrics")).text
-
-
-class TestOpenAiSdk:
-    async def test_generate(self, live_server: LiveServer, stub: StubEngine) -> None:
-        async with sdk(live_server) as client:
-            answer = await client.images.generate(
-                prompt="a fox", n=2, size="1024x1024", quality="low", extra_body={"seed": 4, "num_inference_steps": 3}
-            )
-        assert answer.data is not None
-        assert answer.usage is not None
-        assert [base64.b64decode(image.b64_json or "") for image in answer.data] == [
-            picture(stub.specs[0], seed) for seed in (4, 5)
-        ]
-        assert answer.usage.input_tokens_details.text_tokens == 2
-        assert stub.specs[0].num_inference_steps == 3
-
-    async def test_nulls(self, live_server: LiveServer, stub: StubEngine) -> None:
-        async with sdk(live_server) as client:
-            answer = await client.images.generate(prompt="a fox", n=None, size=None, quality="auto", background=None)
-        assert answer.data is not None
-        assert len(answer.data) == 1
-
-    async def test_models(self, live_server: LiveServer) -> None:
-        async with sdk(live_server) as client:
-            assert [model.id async for model in client.models.list()] == ["glm-image", "zai-org/GLM-Image"]
-            assert (await client.models.retrieve("zai-org/GLM-Image")).owned_by == "glimmer"
-            with pytest.raises(openai.NotFoundError) as caught:
-                await client.models.retrieve("other")
-        assert caught.value.code == "model_not_found"
-
-    @pytest.mark.parametrize(
-        ("fields", "kind", "param", "code"),
-        [
-            ({"n": 11}, openai.BadRequestError, "n", "invalid_value"),
-            ({"extra_body": {"num_step": 1}}, openai.BadRequestError, "num_step", "unknown_parameter"),
-            ({"model": "dall-e-2"}, openai.NotFoundError, "model", "model_not_found"),
-            ({"prompt": "refused"}, openai.BadRequestError, "prompt", "invalid_value"),
-            ({"prompt": "broken"}, openai.InternalServerError, None, "internal_error"),
-            ({"extra_body": {"timeout": 0.05}}, openai.InternalServerError, None, "deadline_exceeded"),
-        ],
-    )
-    async def test_errors(
-        self, live_server: LiveServer, queue: JobQueue, fields: dict, kind: type, param: str | None, code: str
-    ) -> None:
-        async with StubEngine(queue, step_s=0.01) as stub, sdk(live_server) as client:
-            stub.failures = {
-                "refused": JobError("No.", "invalid_request_error", "invalid_value", "prompt"),
-                "broken": JobError("Broken.", "server_error", "internal_error"),
-            }
-            with pytest.raises(kind) as caught:
-                await client.images.generate(**{"prompt": "x", **fields})
-        error = caught.value
-        assert isinstance(error, openai.APIStatusError)
-        assert (error.param, error.code) == (param, code)
-        assert error.request_id == error.response.headers["x-request-id"]
-
-    async def test_no_engine(self, live_server: LiveServer) -> None:
-        async with sdk(live_server) as client:
-            with pytest.raises(openai.InternalServerError) as caught:
-                await client.images.generate(prompt="x")
-        assert (caught.value.status_code, caught.value.type) == (503, "server_error")
-
-    async def test_wrong_key_and_full_queue(self, queue: JobQueue) -> None:
-        server = LiveServer(queue, ServerSettings(api_key="right", max_queue=0))  # type: ignore[arg-type]
-        async with StubEngine(queue), sdk(server) as client:
-            with pytest.raises(openai.AuthenticationError) as refused:
-                await client.images.generate(prompt="x")
-            with pytest.raises(openai.RateLimitError) as full:
-                await client.with_options(api_key="right").images.generate(prompt="x")
-        await server.stop()
-        assert refused.value.code == "invalid_api_key"
-        assert full.value.code == "rate_limit_exceeded"
 
 
 async def test_sigterm_finishes_what_runs(queue: JobQueue) -> None:

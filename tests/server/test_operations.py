@@ -176,8 +176,9 @@ async def test_openapi_describes_the_request(client: httpx.AsyncClient) -> None:
     operation = document["paths"][URL]["post"]
     reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
     assert reference == "#/components/schemas/GenerationRequest"
-    assert "422" not in operation["responses"]
-    assert {"200", "400", "401", "404", "413", "429", "500", "503", "504"} <= set(operation["responses"])
+    statuses = {"200", "202", "400", "401", "404", "409", "413", "422", "429", "500", "503", "504"}
+    assert set(operation["responses"]) == statuses
+    assert {parameter["name"] for parameter in operation["parameters"]} == {"prefer", "idempotency-key"}
     schemas = document["components"]["schemas"]
     assert "PlanBody" in schemas
     assert schemas["GenerationRequest"]["properties"]["n"]["anyOf"][0] == {
@@ -195,7 +196,42 @@ async def test_openapi_asks_for_a_key_where_the_server_does(make_client: MakeCli
     asking = {
         path for path, operations in paths.items() for operation in operations.values() if "security" in operation
     }
-    assert asking == ({URL, "/v1/models", "/v1/models/{model}"} if key else set())
+    jobs = {"/v1/jobs/{job_id}", "/v1/jobs/{job_id}/events"}
+    assert asking == ({URL, "/v1/images/edits", *jobs, "/v1/models", "/v1/models/{model}"} if key else set())
+
+
+async def test_openapi_describes_both_bodies_of_an_edit(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    operation, schemas = document["paths"]["/v1/images/edits"]["post"], document["components"]["schemas"]
+    content = operation["requestBody"]["content"]
+    assert {kind: described["schema"]["$ref"].rsplit("/", 1)[1] for kind, described in content.items()} == {
+        "multipart/form-data": "EditForm",
+        "application/json": "EditRequest",
+    }
+    form, json = schemas["EditForm"], schemas["EditRequest"]
+    pictures = {"image", "images", "image[]", "mask"}
+    assert set(json["properties"]) - pictures == set(schemas["GenerationRequest"]["properties"])
+    assert set(form["properties"]) - pictures == set(schemas["GenerationRequest"]["properties"])
+    assert form["properties"]["n"] == {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 10,
+        "default": 1,
+        "title": "N",
+        "description": "a number of images, 1..10",
+    }
+    encoded = {"prompt": "x", "image": ["data:image/png;base64,"], "mask": {"image_url": "data:,"}, "n": None}
+    jsonschema.validate(encoded, {**json, "components": document["components"]})
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**encoded, "image": 5}, {**json, "components": document["components"]})
+
+
+async def test_openapi_has_the_validation_error_of_no_framework(client: httpx.AsyncClient) -> None:
+    response = await client.get("/openapi.json")
+    assert "ValidationError" not in response.text
+    for path, operations in response.json()["paths"].items():
+        for operation in operations.values():
+            assert ("422" in operation["responses"]) == path.startswith("/v1/images/")
 
 
 async def test_openapi_describes_what_probes_get(client: httpx.AsyncClient, stub: StubEngine) -> None:

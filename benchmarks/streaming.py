@@ -1,0 +1,123 @@
+"""How long until something is to be seen, and what that costs: streams with partial images against streams without.
+
+    python -m benchmarks.streaming                      on a server that it starts
+    python -m benchmarks.streaming --url http://...     on one that is running
+
+For every size and concurrency, rounds of the same request take turns: with `partial_images` 3, and with none. Told are
+the median seconds until the first partial image and until the finished picture, and images a second over the sum of all
+rounds, with partial images and without: their ratio is what partial images cost the throughput. Every request has a
+seed of its own, so that no plan comes from the plan cache.
+"""
+
+import argparse
+import itertools
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from server.demo import running_server
+
+PROMPT = 'a blue poster, top headline "GLIMMER", center a large yellow star, bottom footer "HELLO" on a red bar'
+SIZES, CONCURRENCY, PARTIALS = ("256x256", "512x512"), (1, 8), 3
+TIMEOUT_S = 600.0
+
+
+@dataclass
+class Rounds:
+    """The rounds of one kind, in seconds.
+
+    Args:
+        first: until each request's first picture of any kind.
+        final: until its finished picture.
+        taken: by all rounds together.
+    """
+
+    first: list[float] = field(default_factory=list)
+    final: list[float] = field(default_factory=list)
+    taken: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        return len(self.final) / self.taken
+
+
+def stream(url: str, size: str, seed: int, partials: int) -> tuple[float, float]:
+    """Seconds until the first event with a picture, and until the last.
+
+    Raises:
+        RuntimeError: the server failed, or made another number of pictures.
+    """
+    body = {"prompt": PROMPT, "size": size, "seed": seed, "stream": True, "partial_images": partials}
+    started, seen = time.perf_counter(), []
+    with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=TIMEOUT_S) as answer:
+        if answer.status_code != 200:
+            raise RuntimeError(answer.read().decode())
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                seen.append(time.perf_counter() - started)
+            elif line.startswith('data: {"error"'):
+                raise RuntimeError(line)
+    if len(seen) != partials + 1:
+        raise RuntimeError(f"{len(seen)} pictures in a stream that should have {partials + 1}")
+    return seen[0], seen[-1]
+
+
+def measure(url: str, size: str, concurrency: int, rounds: int, seeds: Iterator[int]) -> tuple[Rounds, Rounds]:
+    """`rounds` rounds with partial images and as many without, which take turns in going first."""
+    kinds = {PARTIALS: Rounds(), 0: Rounds()}
+    with ThreadPoolExecutor(concurrency) as pool:
+        for number in tqdm(range(rounds), desc=f"{size}, concurrency {concurrency}", disable=None):
+            for partials in sorted(kinds, reverse=number % 2 == 0):
+                chosen = [next(seeds) for _ in range(concurrency)]
+                started = time.perf_counter()
+                times = list(pool.map(lambda seed, p=partials: stream(url, size, seed, p), chosen))
+                kinds[partials].taken += time.perf_counter() - started
+                kinds[partials].first += [first for first, _ in times]
+                kinds[partials].final += [final for _, final in times]
+    return kinds[PARTIALS], kinds[0]
+
+
+def run(url: str, sizes: list[str], concurrency: list[int], rounds: int) -> None:
+    """Measures, and prints the table."""
+    seeds = itertools.count(secrets.randbelow(2**32))
+    table = Table(title=f"{PARTIALS} partial images against none; medians in seconds, {rounds} rounds")
+    for column in ("size", "concurrency", "first partial", "picture", "without", "images/s", "without", "ratio"):
+        table.add_column(column, justify="right")
+    for size in sizes:
+        stream(url, size, next(seeds), PARTIALS)  # warms up
+        for number in concurrency:
+            partial, plain = measure(url, size, number, rounds, seeds)
+            seconds = [f"{median(times):.2f}" for times in (partial.first, partial.final, plain.final)]
+            rates = [partial.images_per_second, plain.images_per_second]
+            table.add_row(size, str(number), *seconds, *(f"{r:.3f}" for r in rates), f"{rates[0] / rates[1]:.2f}")
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="a running server; without it one is started")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES))
+    parser.add_argument("--concurrency", nargs="+", type=int, default=list(CONCURRENCY))
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with ExitStack() as stack:
+        url = arguments.url
+        if url is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="glimmer-"))
+            url = stack.enter_context(running_server(Path(folder)))
+        run(url, arguments.sizes, arguments.concurrency, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Who waits for a job, and what becomes of it when they leave."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, Self, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from engine.errors import QueueUnavailable
+from engine.jobs.job import JobRecord, JobResult
+from engine.jobs.queue import JobQueue
+from engine.logs import event
+from server.admission import Admitted, Pace
+from server.answers import failure
+from server.errors import internal_error
+from server.metrics import Metrics
+from server.withdrawals import Withdrawals
+
+RESULT_PATIENCE_S = 30.0  # the pictures are made; a restart of Redis takes some seconds
+
+logger = logging.getLogger("glimmer.images")
+T = TypeVar("T")
+
+
+async def with_client(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Does the work while the client is there.
+
+    Args:
+        receive: of a request whose body has been read, so that nothing but the client's leaving can come.
+
+    Raises:
+        ClientDisconnect: the client left, and the work was given up.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_gone(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        leaving.cancel()
+        await stop(working)
+
+
+async def _client_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def stop(task: asyncio.Future[Any]) -> None:
+    """Returns when the task has ended. Once may not do: on Python 3.11 `asyncio.wait_for`, which the Redis client uses,
+    swallows a cancellation that comes just as it finishes."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
+    if not task.cancelled():
+        task.exception()  # whoever stops it has left its failure behind
+
+
+class Attendance:
+    """A request that waits for a job. A job that is left alone is withdrawn, unless it is `kept`: then it goes on, and
+    its result stays, for those who come back for it."""
+
+    def __init__(
+        self, queue: JobQueue, job: Admitted, *, kept: bool, withdrawals: Withdrawals, endings: "Endings"
+    ) -> None:
+        self._queue, self._withdrawals, self._endings = queue, withdrawals, endings
+        self.job_id, self.kept = job.job_id, kept
+        self._started = time.monotonic()
+        self._has_ended = False
+        if kept and not job.attached:
+            endings.watch(job.job_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._has_ended and not self.kept:
+            self._withdrawals.start(self.job_id)
+
+    async def end(self) -> tuple[JobRecord, JobResult]:
+        """Waits for the end. Rides out a restart of Redis, whenever it comes.
+
+        Raises:
+            ApiError: it ended without a result.
+            QueueUnavailable: Redis stayed away.
+        """
+        record = await self._queue.wait(self.job_id)
+        return record, await self.result(record)
+
+    async def result(self, ended: JobRecord) -> JobResult:
+        """What the job has left. Raises as `end`."""
+        error = failure(ended)
+        result = None if error else await self._queue.result(self.job_id, patience_s=RESULT_PATIENCE_S)
+        self._has_ended = True
+        if not self.kept:
+            self._endings.count(ended, time.monotonic() - self._started)
+        if error is not None:
+            raise error
+        if result is None:
+            event(logger, "result_missing", logging.ERROR, job=self.job_id)
+            raise internal_error()
+        return result
+
+
+class Endings:
+    """Counts how jobs end, those included that no request waits for."""
+
+    def __init__(self, queue: JobQueue, metrics: Metrics, pace: Pace) -> None:
+        self._queue, self._metrics, self._pace = queue, metrics, pace
+        self._watching: set[asyncio.Task[None]] = set()
+
+    def count(self, ended: JobRecord, seconds: float) -> None:
+        """Takes note of a job's end, `seconds` after it was submitted."""
+        self._pace.ended(seconds)
+        self._metrics.jobs.labels(ended.state).inc()
+
+    def watch(self, job_id: str) -> None:
+        """Counts the job when it ends."""
+        task = asyncio.create_task(self._watch(job_id))
+        self._watching.add(task)
+        task.add_done_callback(self._watching.discard)
+
+    async def close(self) -> None:
+        """Stops watching; the jobs go on."""
+        for task in list(self._watching):
+            await stop(task)
+
+    async def _watch(self, job_id: str) -> None:
+        started = time.monotonic()
+        with suppress(QueueUnavailable):
+            self.count(await self._queue.wait(job_id), time.monotonic() - started)

@@ -1,0 +1,62 @@
+"""/v1/jobs: what became of requests with `Prefer: respond-async`, or of any other while it is kept."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import StreamingResponse
+
+from engine.jobs.job import JobRecord
+from server import openapi
+from server.admission import in_time
+from server.answers import render_job
+from server.auth import require_key
+from server.errors import ApiError
+from server.schemas import JobBody
+from server.services import Services, services
+from server.streaming import EventStream, job_events
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(require_key)])
+
+_ERRORS = openapi.errors(401, 404, 500, 503)
+
+
+@router.get("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
+async def retrieve_job(job_id: str, request: Request, app: Annotated[Services, Depends(services)]) -> Response:
+    """A job as it is now, with the answer once it has succeeded."""
+    return await _answer(app, await _own(job_id, request, app))
+
+
+@router.delete("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
+async def cancel_job(job_id: str, request: Request, app: Annotated[Services, Depends(services)]) -> Response:
+    """Cancels a job; one that has ended stays as it is."""
+    record = await _own(job_id, request, app)
+    if not record.state.is_terminal:
+        await in_time(app.queue.cancel(job_id))
+        record = await _own(job_id, request, app)
+    return await _answer(app, record)
+
+
+@router.get("/{job_id}/events", response_class=StreamingResponse, responses={**openapi.EVENTS, **_ERRORS})
+async def follow_job(job_id: str, request: Request, app: Annotated[Services, Depends(services)]) -> Response:
+    """Server-sent events of a job: `status` and `progress` as they change, each `partial_image` once, and at the end
+    `completed` or `failed`. The job goes on when its follower leaves."""
+    await _own(job_id, request, app)
+    return EventStream(job_events(app.queue, job_id, app.admission.pace))
+
+
+async def _own(job_id: str, request: Request, app: Services) -> JobRecord:
+    """The job, if it is the caller's.
+
+    Raises:
+        ApiError: 404, of another caller's job as of one that never was.
+    """
+    record = await in_time(app.queue.get(job_id))
+    if record is None or record.owner != request.state.caller.owner:
+        raise ApiError(404, "There is no such job, or not any more.", code="job_not_found", param="job_id")
+    if not record.state.is_terminal and await in_time(app.queue.expire(job_id)):  # if its time is over
+        record = await in_time(app.queue.get(job_id)) or record
+    return record
+
+
+async def _answer(app: Services, record: JobRecord) -> Response:
+    return Response(await render_job(app.queue, record, app.admission.pace), media_type="application/json")

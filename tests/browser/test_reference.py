@@ -1,0 +1,89 @@
+"""The API reference in a browser. `open_page` sees to it that nothing is asked of another server."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.async_api import Browser, Locator, Page, expect
+
+from engine.jobs.queue import JobQueue
+from server.settings import ServerSettings
+from tests import pictures
+from tests.browser.conftest import open_page
+from tests.browser.test_playground import VIEWPORTS, run_curl, run_python
+from tests.server.conftest import LiveServer
+from tests.server.stub_engine import StubEngine
+
+# The fields in the table below the place that links to a kind of object lead to.
+FIELDS = """
+(name) => [...document.getElementById(name).nextElementSibling.querySelectorAll("td:first-child > code")]
+  .map((cell) => cell.textContent)
+"""
+
+LOST_LINKS = """
+() => [...document.querySelectorAll('a[href^="#"]')]
+  .map((link) => decodeURIComponent(link.getAttribute("href").slice(1)))
+  .filter((id) => !document.getElementById(id))
+"""
+
+
+async def described(server: LiveServer) -> dict[str, Any]:
+    async with httpx.AsyncClient() as client:
+        return (await client.get(f"{server.url}/openapi.json")).json()
+
+
+def route(page: Page, name: str) -> Locator:
+    return page.locator(f"[id='{name}']")
+
+
+@pytest.mark.parametrize("device", VIEWPORTS)
+async def test_it_shows_all_that_the_document_has(browser: Browser, live_server: LiveServer, device: str) -> None:
+    document = await described(live_server)
+    routes = [f"{method.upper()}{path}" for path, methods in document["paths"].items() for method in methods]
+    async with open_page(browser, live_server.url, "/docs", viewport=VIEWPORTS[device]) as page:
+        await expect(page.locator("#routes > section")).to_have_count(len(routes))
+        assert await page.locator("#routes h2").all_text_contents() == routes
+        assert await page.locator("#contents a").all_text_contents() == routes
+        for name, schema in document["components"]["schemas"].items():
+            assert await page.evaluate(FIELDS, name) == list(schema.get("properties", {})), name
+        assert await page.evaluate(LOST_LINKS) == []
+        statuses = route(page, "post/v1/images/generations").locator("tr", has=page.get_by_text("The queue is full"))
+        assert (await statuses.text_content() or "").startswith("429")
+        assert await page.evaluate("document.scrollingElement.scrollWidth") <= VIEWPORTS[device]["width"]
+
+
+async def test_a_link_unfolds_what_it_leads_to(browser: Browser, live_server: LiveServer) -> None:
+    async with open_page(browser, live_server.url, "/docs#EditRequest") as page:
+        await expect(page.locator("#EditRequest")).to_be_in_viewport()
+        await page.locator("#contents a").last.click()
+        await expect(route(page, "get/metrics")).to_be_in_viewport()
+        await route(page, "post/v1/images/generations").locator("summary").first.click()
+        await expect(page.locator("#GenerationRequest")).to_be_hidden()
+        await page.evaluate("location.hash = 'GenerationRequest'")
+        await expect(page.locator("#GenerationRequest")).to_be_in_viewport()
+
+
+@pytest.mark.parametrize("name", ["post/v1/images/generations", "post/v1/images/edits"])
+async def test_the_examples_make_pictures(
+    browser: Browser, queue: JobQueue, live_server: LiveServer, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "source-1.png").write_bytes(pictures.png(pictures.picture(1, 64, 64)))
+    async with StubEngine(queue) as stub, open_page(browser, live_server.url, "/docs") as page:
+        curl, python = await route(page, name).locator("pre").all_text_contents()
+        await run_curl(curl, tmp_path)
+        await run_python(python, tmp_path)
+        assert (tmp_path / "picture-1.png").exists()
+        assert stub.specs[0] == stub.specs[1]
+
+
+@pytest.mark.parametrize("key", [None, "right"])
+async def test_it_asks_for_a_key_where_the_server_does(browser: Browser, queue: JobQueue, key: str | None) -> None:
+    server = LiveServer(queue, ServerSettings(api_key=key))  # type: ignore[arg-type]
+    async with open_page(browser, server.url, "/docs") as page:
+        models = route(page, "get/v1/models")
+        await expect(models).to_be_visible()
+        assert await models.get_by_text("Needs a key").count() == (0 if key is None else 1)
+        code = await route(page, "post/v1/images/edits").locator("pre").first.text_content() or ""
+        assert ("Authorization: Bearer" in code) == (key is not None)
+    await server.stop()

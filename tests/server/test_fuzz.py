@@ -1,0 +1,118 @@
+"""Requests made up from the OpenAPI document, good ones and bad ones: no 5xx, and no answer that the document does not
+have. GLIMMER_FUZZ_CASES sets how many for each operation and kind."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, strategies
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+from schemathesis.transport.serialization import Binary
+
+from engine.jobs.connection import connect
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.queue import JobQueue
+from server.settings import ServerSettings
+from tests.server.conftest import LiveServer
+from tests.server.picture_files import file_of, patterned, plain
+from tests.server.stub_engine import StubEngine
+
+CASES = int(os.environ.get("GLIMMER_FUZZ_CASES", "300"))
+CHECKS = [
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+]
+OPERATIONS = [
+    ("POST", "/v1/images/generations"),
+    ("POST", "/v1/images/edits"),
+    ("GET", "/v1/jobs/{job_id}"),
+    ("DELETE", "/v1/jobs/{job_id}"),
+    ("GET", "/v1/jobs/{job_id}/events"),
+    ("GET", "/v1/files/{name}"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
+    ("GET", "/health"),
+    ("GET", "/live"),
+    ("GET", "/metrics"),
+]
+WITHOUT_INPUT = {"/v1/models", "/health", "/live", "/metrics"}
+
+# Of random bytes none are a picture.
+PICTURES = [file_of(patterned()), file_of(plain(), "JPEG"), file_of(plain(64, 64, (0, 0, 0, 0), "RGBA")), b"none"]
+schemathesis.openapi.format("binary", strategies.sampled_from(PICTURES).map(Binary))
+
+
+@pytest.fixture(scope="module")
+def url(redis_server: EmbeddedRedis) -> Iterator[str]:
+    """The URL of a server with a stub engine, on a thread of their own."""
+    urls: list[str] = []
+    started, stopped = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        redis = connect(redis_server.url)
+        queue = JobQueue(redis, prefix="fuzz")
+        async with StubEngine(queue):
+            server = LiveServer(queue, ServerSettings(max_pixels=256 * 256))
+            urls.append(server.url)
+            started.set()
+            await stopped.wait()
+            await server.stop()
+        await queue.close()
+        await redis.aclose()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    assert started.wait(60)
+    yield urls[0]
+    loop.call_soon_threadsafe(stopped.set)
+    thread.join(60)
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def schema(url: str) -> OpenApiSchema:
+    return schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+def test_every_operation_is_here(url: str) -> None:
+    paths = requests.get(f"{url}/openapi.json", timeout=60).json()["paths"]
+    assert {(method.upper(), path) for path, found in paths.items() for method in found} == set(OPERATIONS)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_answers_are_those_of_the_document(schema: OpenApiSchema, method: str, path: str, mode: GenerationMode) -> None:
+    if method != "POST" and mode is GenerationMode.NEGATIVE:
+        pytest.skip("any path is a good one")
+    operation = schema[path][method]
+
+    @hypothesis.settings(
+        max_examples=1 if path in WITHOUT_INPUT else CASES,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        response = case.call()
+        # A `timeout` of a nanosecond is as good as any other.
+        assert response.status_code < 500 or response.status_code == 504, response.text
+        case.validate_response(response, checks=CHECKS)
+
+    check()

@@ -1,0 +1,389 @@
+"""What a key may use: counted once, across replicas, given back where nothing came of it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import redis.asyncio
+
+from engine.errors import QueueUnavailable
+from engine.jobs.connection import connect
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.job import JobSpec
+from engine.jobs.queue import JobQueue
+from server import admission
+from server.admission import Admission, Idempotency
+from server.app import create_app
+from server.errors import ApiError
+from server.keys import ANYBODY, Caller
+from server.limits import Limits
+from server.metrics import Metrics
+from server.settings import ServerSettings
+from server.withdrawals import Withdrawals
+from tests.jobs.helpers import kill
+from tests.server.conftest import LiveServer
+from tests.server.stub_engine import StubEngine
+from tests.server.test_admission import until
+from tests.server.test_errors import error_of
+from tests.server.test_keys import bearer, table
+
+URL = "/v1/images/generations"
+SPEC = JobSpec("x", 64, 64, 1)
+STEPS = 64 * 64 * SPEC.num_inference_steps
+
+FAST = Caller("alice", requests_per_minute=3)
+FRUGAL = Caller("alice", pixel_steps_per_day=1000)
+BOTH = Caller("alice", requests_per_minute=2, pixel_steps_per_day=1000)
+
+
+@pytest.fixture
+def limits(queue: JobQueue) -> Limits:
+    return Limits(queue)
+
+
+@pytest.fixture
+def door(queue: JobQueue) -> Admission:
+    return Admission(queue, Limits(queue), 100, Withdrawals(queue, Metrics()))
+
+
+async def refusal(limits: Limits, caller: Caller, pixel_steps: int = 1) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        await limits.charge(caller, pixel_steps)
+    assert caught.value.status == 429
+    return caught.value
+
+
+async def used(client: redis.asyncio.Redis) -> tuple[int, int]:
+    """Requests in the minute and pixel-steps of the day that stand against alice."""
+    (quota,) = await client.keys("glimmer:quota:alice:*") or [b""]
+    return await client.zcard("glimmer:rate:alice"), int(await client.get(quota) or 0)
+
+
+class TestRate:
+    async def test_headers_count_down_to_a_refusal(self, limits: Limits) -> None:
+        for left in (2, 1, 0):
+            headers = (await limits.charge(FAST, 1)).headers
+            assert headers["x-ratelimit-limit-requests"] == "3"
+            assert headers["x-ratelimit-remaining-requests"] == str(left)
+            assert headers["x-ratelimit-reset-requests"] == "60s"
+        refused = await refusal(limits, FAST)
+        assert refused.code == "rate_limit_exceeded"
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert 55 <= int(refused.headers["retry-after"]) <= 60
+
+    async def test_a_minute_later_they_count_no_more(self, limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+        first = await limits.charge(FAST, 1)
+        for _ in range(2):
+            await limits.charge(FAST, 1)
+        await redis_client.zincrby("glimmer:rate:alice", -50_000, first.ticket)
+        assert 5 <= int((await refusal(limits, FAST)).headers["retry-after"]) <= 10
+        await redis_client.zincrby("glimmer:rate:alice", -10_000, first.ticket)
+        await limits.charge(FAST, 1)
+        await refusal(limits, FAST)
+        assert await redis_client.zscore("glimmer:rate:alice", first.ticket) is None
+
+    async def test_a_burst_gets_exactly_the_limit(self, limits: Limits) -> None:
+        answers = await asyncio.gather(*(limits.charge(FAST, 1) for _ in range(30)), return_exceptions=True)
+        assert sum(isinstance(answer, ApiError) for answer in answers) == 27
+
+    async def test_callers_do_not_share(self, limits: Limits) -> None:
+        for _ in range(3):
+            await limits.charge(FAST, 1)
+        await limits.charge(Caller("bob", requests_per_minute=1), 1)
+        await refusal(limits, FAST)
+
+
+class TestQuota:
+    async def test_what_fits_may_still_come(self, limits: Limits) -> None:
+        assert (await limits.charge(FRUGAL, 600)).headers == {}
+        refused = await refusal(limits, FRUGAL, 401)
+        assert (refused.type, refused.code) == ("insufficient_quota", "insufficient_quota")
+        assert refused.headers == {"x-should-retry": "false"}
+        for number in ("1000", "600", "401"):
+            assert number in refused.message
+        await limits.charge(FRUGAL, 400)
+        await refusal(limits, FRUGAL, 1)
+
+    async def test_yesterday_does_not_count(self, limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+        today = (await limits.charge(FRUGAL, 1)).day
+        assert today == (await redis_client.time())[0] // 86_400
+        await redis_client.set(f"glimmer:quota:alice:{today - 1}", 1000)
+        await limits.charge(FRUGAL, 999)
+
+    async def test_the_largest_numbers_are_exact(self, limits: Limits) -> None:
+        caller = Caller("alice", pixel_steps_per_day=2**53 - 1)
+        await limits.charge(caller, 2**53 - 2)
+        await refusal(limits, caller, 2)
+        await limits.charge(caller, 1)
+        await refusal(limits, caller, 1)
+
+
+async def test_a_refused_request_is_not_charged(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+    await limits.charge(BOTH, 900)
+    headers = (await refusal(limits, BOTH, 101)).headers
+    assert headers["x-ratelimit-remaining-requests"] == "1"
+    assert await used(redis_client) == (1, 900)
+    await limits.charge(BOTH, 50)
+    assert (await refusal(limits, BOTH)).code == "rate_limit_exceeded"
+    assert await used(redis_client) == (2, 950)
+
+
+async def test_a_refund_undoes_the_charge_and_no_more(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+    await limits.charge(BOTH, 100)
+    charge = await limits.charge(BOTH, 500)
+    await limits.refund(charge)
+    assert await used(redis_client) == (1, 100)
+    await redis_client.flushdb()
+    await limits.refund(charge)
+    assert await redis_client.keys() == []
+    await limits.charge(BOTH, 100)
+    await limits.refund(charge)
+    assert (await used(redis_client))[1] == 0
+
+
+async def test_counts_go_by_themselves(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+    await limits.charge(BOTH, 1)
+    left = [await redis_client.pttl(key) for key in sorted(await redis_client.keys())]
+    assert 0 < left[0] <= 86_400_000
+    assert 59_000 < left[1] <= 60_000
+    assert await redis_client.ttl("glimmer:rate:alice") > 0
+
+
+async def test_callers_without_such_limits_leave_no_trace(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+    for caller in (ANYBODY, Caller("alice", max_concurrent=1)):
+        charge = await limits.charge(caller, 10**9)
+        assert charge.headers == {}
+        await limits.refund(charge)
+    assert await redis_client.keys() == []
+
+
+async def test_a_redis_that_forgot_the_scripts_gets_them_again(
+    limits: Limits, redis_client: redis.asyncio.Redis
+) -> None:
+    charge = await limits.charge(BOTH, 1)
+    await redis_client.script_flush()
+    await limits.charge(BOTH, 1)
+    await redis_client.script_flush()
+    await limits.refund(charge)
+    assert await used(redis_client) == (1, 1)
+
+
+async def test_a_redis_without_memory_charges_all_or_nothing(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+    await limits.charge(BOTH, 1)
+    await redis_client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(QueueUnavailable):
+            await limits.charge(BOTH, 1)
+    finally:
+        await redis_client.config_set("maxmemory", 0)
+    assert await used(redis_client) == (1, 1)
+
+
+class TestAdmission:
+    async def test_what_the_queue_refuses_is_given_back(
+        self, queue: JobQueue, redis_client: redis.asyncio.Redis
+    ) -> None:
+        door = Admission(queue, Limits(queue), 0, Withdrawals(queue, Metrics()))
+        charge = await door.charge(Caller("alice", None, 2, 10 * STEPS), SPEC)
+        assert await used(redis_client) == (1, STEPS)
+        with pytest.raises(ApiError, match="queue is full"):
+            await door.submit(SPEC, 9.0, "batch", charge)
+        assert await used(redis_client) == (0, 0)
+
+    async def test_jobs_at_once(self, door: Admission, queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+        alice = Caller("alice", 2, 9, 100 * STEPS)
+        jobs = [await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC)) for _ in range(2)]
+        charge = await door.charge(alice, SPEC)
+        with pytest.raises(ApiError, match="2 jobs waiting and running") as refused:
+            await door.submit(SPEC, 9.0, "batch", charge)
+        assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
+        assert int(refused.value.headers["retry-after"]) >= 1
+        assert await used(redis_client) == (2, 2 * STEPS)
+        await door.submit(SPEC, 9.0, "batch", await door.charge(Caller("bob", 1), SPEC))
+        await queue.cancel(jobs[0].job_id)
+        await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC))
+
+    async def test_a_repeated_request_costs_nothing(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
+        alice, again = Caller("alice", 1, 5, 100 * STEPS), Idempotency("once", "f1")
+        assert await door.earlier(SPEC, alice, again) is None
+        first = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
+        assert not first.attached
+        # Whether it was looked for before or only found by the submit: at the limit of jobs at once, too.
+        assert await door.earlier(SPEC, alice, again) == first.job_id
+        second = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
+        assert (second.job_id, second.attached) == (first.job_id, True)
+        assert await used(redis_client) == (1, STEPS)
+
+    async def test_a_burst_of_one_key_is_one_job(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
+        alice, again = Caller("alice", None, 50, 100 * STEPS), Idempotency("once", "f1")
+
+        async def post() -> str:
+            charge = await door.charge(alice, SPEC)
+            return (await door.submit(SPEC, 9.0, "batch", charge, idempotency=again)).job_id
+
+        assert len(set(await asyncio.gather(*(post() for _ in range(20))))) == 1
+        assert await used(redis_client) == (1, STEPS)
+
+    async def test_a_key_with_another_request_is_refused(
+        self, door: Admission, redis_client: redis.asyncio.Redis
+    ) -> None:
+        alice = Caller("alice", None, 5, 100 * STEPS)
+        await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=Idempotency("once", "f1"))
+        other = Idempotency("once", "f2")
+        with pytest.raises(ApiError, match="Idempotency-Key") as looked:
+            await door.earlier(SPEC, alice, other)
+        charge = await door.charge(alice, SPEC)
+        with pytest.raises(ApiError, match="Idempotency-Key") as refused:
+            await door.submit(SPEC, 9.0, "batch", charge, idempotency=other)
+        for error in (looked.value, refused.value):
+            assert (error.status, error.code) == (422, "idempotency_key_reused")
+        assert await used(redis_client) == (1, STEPS)
+        # It is another key when it is another caller's.
+        bob = Caller("bob")
+        assert await door.earlier(SPEC, bob, other) is None
+        await door.submit(SPEC, 9.0, "batch", await door.charge(bob, SPEC), idempotency=other)
+
+    @pytest.mark.parametrize("again", [None, Idempotency("once", "f1")])
+    async def test_a_job_that_a_repeated_request_may_ask_for_is_not_withdrawn(
+        self,
+        queue: JobQueue,
+        redis_client: redis.asyncio.Redis,
+        monkeypatch: pytest.MonkeyPatch,
+        again: Idempotency | None,
+    ) -> None:
+        """A job that is withdrawn costs nothing, one that is not costs what it costs, once."""
+        alice, submit = Caller("alice", None, 5, 100 * STEPS), queue.submit
+
+        async def no_answer(*args: object, **kwargs: object) -> None:
+            await submit(*args, **kwargs)  # type: ignore[arg-type]
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.5)
+        withdrawals = Withdrawals(queue, Metrics())
+        door = Admission(queue, Limits(queue), 100, withdrawals)
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "submit", no_answer)
+            with pytest.raises(QueueUnavailable):
+                await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
+        await withdrawals.close()
+        assert (await queue.stats()).waiting == (0 if again is None else 1)
+        assert await used(redis_client) == ((0, 0) if again is None else (1, STEPS))
+        if again is not None:
+            assert (await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)).attached
+            assert await used(redis_client) == (1, STEPS)
+
+
+@asynccontextmanager
+async def replica(url: str, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    """An API process' app, with a Redis client of its own."""
+    app = create_app(ServerSettings(redis_url=url, **settings))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://t", headers=bearer("a")) as client,
+    ):
+        yield client
+
+
+async def test_replicas_share_the_limits(redis_server: EmbeddedRedis, stub: StubEngine, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(table("alice", "a", requests_per_minute=2))
+    async with AsyncExitStack() as stack:
+        one, two = [await stack.enter_async_context(replica(redis_server.url, api_keys_file=path)) for _ in range(2)]
+        answers = [await client.post(URL, json={"prompt": "x"}) for client in (one, two, one, two)]
+        models = await one.get("/v1/models")
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0", "0"]
+    assert {error_of(answer)["code"] for answer in answers[2:]} == {"rate_limit_exceeded"}
+    assert models.status_code == 200  # only jobs are counted
+
+
+async def test_the_headers_are_on_errors_after_the_charge(
+    redis_server: EmbeddedRedis, stub: StubEngine, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(table("alice", "a", requests_per_minute=9))
+    async with replica(redis_server.url, api_keys_file=path, max_queue=0) as client:
+        full = await client.post(URL, json={"prompt": "x"})
+        wrong = await client.post(URL, json={"prompt": ""})
+    assert full.status_code == 429
+    assert full.headers["x-ratelimit-limit-requests"] == "9"
+    assert int(full.headers["retry-after"]) > 0
+    assert "x-ratelimit-limit-requests" not in wrong.headers  # it was never counted
+
+
+async def test_without_redis_it_is_503(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(table("alice", "a", requests_per_minute=9))
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        client = connect(server.url)
+        queue = JobQueue(client)
+        async with replica(server.url, api_keys_file=path) as asking:
+            async with StubEngine(queue):
+                assert (await asking.post(URL, json={"prompt": "x"})).status_code == 200
+                kill(server)
+            # The engines are still known from the last look, so it is the charge that finds Redis away.
+            response = await asking.post(URL, json={"prompt": "x"})
+        await queue.close()
+        await client.aclose()
+    assert (response.status_code, error_of(response)["type"]) == (503, "server_error")
+    assert int(response.headers["retry-after"]) > 0
+
+
+class TestOfficialSdk:
+    @pytest.fixture
+    async def server(self, queue: JobQueue, stub: StubEngine, tmp_path: Path) -> AsyncIterator[LiveServer]:
+        path = tmp_path / "keys.toml"
+        path.write_text(
+            table("fast", "f", requests_per_minute=1)
+            + table("frugal", "q", pixel_steps_per_day=1)
+            + table("single", "s", max_concurrent=1)
+        )
+        server = LiveServer(queue, ServerSettings(api_keys_file=path))
+        yield server
+        await server.stop()
+
+    def client(self, server: LiveServer, key: str, max_retries: int = 0) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=max_retries)
+
+    async def test_errors_have_their_classes_and_codes(self, server: LiveServer) -> None:
+        async with self.client(server, "wrong") as client:
+            with pytest.raises(openai.AuthenticationError) as unknown:
+                await client.images.generate(prompt="x")
+        assert unknown.value.code == "invalid_api_key"
+        async with self.client(server, "f") as client:
+            answer = await client.images.with_raw_response.generate(prompt="x")
+            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+            with pytest.raises(openai.RateLimitError) as fast:
+                await client.images.generate(prompt="x")
+        assert fast.value.code == "rate_limit_exceeded"
+        assert int(fast.value.response.headers["retry-after"]) > 0
+
+    async def test_an_empty_quota_is_not_asked_again(self, server: LiveServer) -> None:
+        async with self.client(server, "q", max_retries=2) as client:
+            with pytest.raises(openai.RateLimitError) as caught:
+                await client.images.generate(prompt="x")
+        assert (caught.value.code, caught.value.type) == ("insufficient_quota", "insufficient_quota")
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            assert f'{{method="POST",route="{URL}",status="429"}} 1.0' in (await client.get("/metrics")).text
+
+    async def test_one_job_at_once(self, server: LiveServer, queue: JobQueue, stub: StubEngine) -> None:
+        stub._step_s = 0.2
+        async with self.client(server, "s") as client:
+            first = asyncio.create_task(client.images.generate(prompt="x", extra_body={"num_inference_steps": 5}))
+            await until(lambda: _busy(queue))
+            with pytest.raises(openai.RateLimitError) as caught:
+                await client.images.generate(prompt="x")
+            assert (await first).data
+            stub._step_s = 0.0
+            assert (await client.images.generate(prompt="x")).data
+        assert caught.value.code == "rate_limit_exceeded"
+
+
+async def _busy(queue: JobQueue) -> bool:
+    stats = await queue.stats()
+    return stats.waiting + stats.running > 0

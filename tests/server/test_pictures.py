@@ -1,0 +1,293 @@
+"""What is uploaded for an edit: the right picture comes of it, or a clear refusal, at little cost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.Image import Transpose
+
+from engine.geometry import edit_size, source_tokens
+from server import pictures
+from server.errors import ApiError
+from server.pictures import EditSources, prepare
+from tests.server.picture_files import (
+    animation,
+    chunk,
+    file_of,
+    opened,
+    patterned,
+    pixel_bomb,
+    plain,
+    png,
+    text_bomb,
+)
+
+MAX_PIXELS = 2048 * 2048
+
+
+def prepared(*images: bytes, mask: bytes | None = None, size: tuple[int, int] | None = None) -> EditSources:
+    return prepare(list(images), mask, size, MAX_PIXELS)
+
+
+def source(file: bytes) -> Image.Image:
+    """The picture that an engine gets."""
+    edit = prepared(file)
+    [sent] = edit.files.pictures
+    picture = opened(sent)
+    assert (picture.format, picture.mode, picture.info) == ("PNG", "RGB", {})
+    return picture
+
+
+def refusal(*images: bytes, mask: bytes | None = None) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        prepared(*images, mask=mask)
+    error = caught.value
+    assert (error.status, error.type, error.code) == (400, "image_generation_user_error", "invalid_image_file")
+    return error
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_every_format(kind: str) -> None:
+    picture = source(file_of(plain(), kind))
+    assert picture.size == (96, 64)
+    assert all(abs(is_ - was) < 8 for is_, was in zip(picture.getpixel((50, 30)), (200, 30, 40), strict=True))  # type: ignore[arg-type]
+
+
+def test_a_png_keeps_every_pixel() -> None:
+    assert source(file_of(patterned())).tobytes() == patterned().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("stored", "pixel"),
+    [
+        (file_of(plain(colour=77, mode="L")), (77, 77, 77)),
+        (file_of(plain(colour=1, mode="1")), (255, 255, 255)),
+        (file_of(plain().quantize(4)), (200, 30, 40)),
+        (file_of(plain(colour=(255, 0, 0, 128), mode="RGBA")), (255, 127, 127)),
+        (file_of(plain(colour=(255, 0, 0, 0), mode="RGBA")), (255, 255, 255)),
+        (file_of(plain(colour=(255, 0, 0, 128), mode="RGBA"), "WEBP", lossless=True), (255, 127, 127)),
+        (file_of(plain(colour=(0, 128), mode="LA")), (127, 127, 127)),
+        (file_of(plain(colour=0, mode="P"), transparency=0), (255, 255, 255)),
+        (file_of(plain(colour=9, mode="L"), transparency=9), (255, 255, 255)),
+        (file_of(plain(), transparency=(200, 30, 40)), (255, 255, 255)),
+        (file_of(plain(colour=40_000, mode="I;16")), (156, 156, 156)),
+        (file_of(plain(colour=40_000, mode="I;16"), transparency=1), (156, 156, 156)),
+        (png(96, 64, 16, 2, b"\x9c\x40\x10\x00\x00\xff" * 96), (156, 16, 0)),
+        (png(96, 64, 16, 6, b"\xff\xff\x00\x00\x00\x00\x80\x00" * 96), (255, 127, 127)),
+        (png(96, 64, 2, 0, b"\xaa" * 24), (170, 170, 170)),
+        (file_of(plain(colour=(0, 255, 255, 0), mode="CMYK"), "JPEG", quality=100), (254, 0, 0)),
+        (file_of(plain(), "MPO", save_all=True, append_images=[plain(colour=(0, 0, 9))], quality=100), (200, 30, 40)),
+    ],
+    ids=range(17),
+)
+def test_every_mode_becomes_rgb(stored: bytes, pixel: tuple[int, int, int]) -> None:
+    found = source(stored).getpixel((40, 20))
+    assert isinstance(found, tuple)
+    assert all(abs(is_ - wanted) <= 2 for is_, wanted in zip(found, pixel, strict=True)), found
+
+
+STORED_AS = {
+    1: None,
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_90,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize(("orientation", "turn"), STORED_AS.items())
+def test_photos_are_put_upright(orientation: int, turn: Transpose | None) -> None:
+    stored = patterned() if turn is None else patterned().transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = file_of(stored, "PNG", exif=exif)
+    assert source(file).tobytes() == patterned().tobytes()
+    assert prepared(file).size == (96, 64)
+    assert source(file_of(stored, "JPEG", exif=exif)).size == (96, 64)
+    assert source(file_of(stored, "WEBP", exif=exif)).size == (96, 64)
+
+
+def test_broken_exif_harms_no_picture() -> None:
+    assert source(file_of(patterned(), exif=b"Exif\0\0MM\0*\0\0\xff\xff")).tobytes() == patterned().tobytes()
+
+
+def test_nothing_but_pixels_goes_on() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    file = file_of(plain(), exif=exif, icc_profile=b"\0" * 200, dpi=(300, 300))
+    assert b"taken at home" not in prepared(file).files.pictures[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "edit"),
+    [((96, 64), (96, 64)), ((100, 70), (96, 64)), ((95, 380), (96, 384)), ((64, 256), (64, 256))],
+)
+def test_the_size_of_the_edit_is_the_first_picture_s(size: tuple[int, int], edit: tuple[int, int]) -> None:
+    found = prepared(file_of(plain(*size)), file_of(plain(200, 200)))
+    assert found.size == edit == edit_size(*size)
+    assert found.tokens == source_tokens(*size) + source_tokens(200, 200)
+    assert [opened(file).size for file in found.files.pictures] == [size, (200, 200)]
+
+
+def test_a_size_that_is_named_wins() -> None:
+    assert prepared(file_of(plain()), size=(300, 100)).size == (300, 100)
+
+
+def test_large_pictures_are_made_as_small_as_what_is_made_here() -> None:
+    found = prepared(file_of(plain(3000, 1000), "JPEG"))
+    assert opened(found.files.pictures[0]).size == (2048, 682)
+    assert found.size == (2048, 672)
+    small = prepare([file_of(plain(400, 300))], None, None, 128 * 96)
+    assert opened(small.files.pictures[0]).size == (128, 96)
+    assert small.size == (128, 96)
+    odd = prepare([file_of(plain(400, 390))], None, None, 100 * 100)
+    assert odd.size[0] * odd.size[1] <= 100 * 100
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a" + bytes(100),
+        animation("GIF"),
+        file_of(plain(), "BMP"),
+        file_of(plain(), "TIFF"),
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"RIFF\0\0\0\0WAVE" + bytes(100),
+        b"\xff\xd8\xff" + bytes(1000),
+        b"RIFF\0\0\0\0WEBPVP8 " + bytes(1000),
+        bytes(1000),
+    ],
+    ids=range(11),
+)
+def test_what_is_no_picture(file: bytes) -> None:
+    assert refusal(file).param == "image"
+
+
+def test_another_format_is_told_by_name() -> None:
+    assert "PNG, JPEG or WEBP" in refusal(file_of(plain(), "BMP")).message
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.9])
+def test_truncated_files(kind: str, left: float) -> None:
+    whole = file_of(patterned(), kind)
+    assert "damaged or cut short" in refusal(whole[: int(left * len(whole))]).message
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_animations(kind: str) -> None:
+    assert "animated" in refusal(animation(kind)).message
+
+
+@pytest.mark.parametrize("size", [(63, 64), (1, 1), (64, 257), (1000, 249)])
+def test_pictures_of_a_shape_that_cannot_be_edited(size: tuple[int, int]) -> None:
+    assert f"{size[0]}x{size[1]}" in refusal(file_of(plain(*size))).message
+
+
+def test_the_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 96 * 64)
+    assert prepared(file_of(plain(96, 64))).size == (96, 64)
+    assert "96x65" in refusal(file_of(plain(96, 65))).message
+
+
+def test_the_picture_at_fault_is_named() -> None:
+    good = file_of(plain())
+    assert refusal(good, good, good[:60]).message.startswith("Image 3 of 3")
+
+
+def test_a_jpeg_of_countless_scans() -> None:
+    file = file_of(patterned(), "JPEG", progressive=True)
+    scans = file[file.index(b"\xff\xda") : -2]
+    assert "scans" in refusal(file[:-2] + scans * 30 + file[-2:]).message
+
+
+BOMBS = """
+import resource, sys, time
+from pathlib import Path
+from server.pictures import prepare
+from server.errors import ApiError
+file = Path(sys.argv[1]).read_bytes()
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    prepare([file], None, None, 2048 * 2048)
+except ApiError as error:
+    print(error.code, time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("bomb", ["PNG", "JPEG", "WEBP", "text"])
+def test_bombs_are_refused_before_they_go_off(bomb: str, tmp_path: Path) -> None:
+    """In a process of its own, which tells how much time and memory it took."""
+    path = tmp_path / "bomb"
+    path.write_bytes(text_bomb() if bomb == "text" else pixel_bomb(bomb))
+    assert path.stat().st_size < 300_000
+    command, root = [sys.executable, "-c", BOMBS, str(path)], Path(__file__).parents[2]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    code, cpu_s, kilobytes = ran.stdout.split()
+    assert code == "invalid_image_file", ran.stderr
+    assert float(cpu_s) < 0.2
+    assert int(kilobytes) < 50_000
+
+
+class TestMasks:
+    def mask(self, alpha: Image.Image) -> bytes:
+        mask = plain(*alpha.size, colour=(0, 0, 0))
+        mask.putalpha(alpha)
+        return file_of(mask)
+
+    def test_it_says_what_of_the_first_picture_is_kept(self) -> None:
+        alpha = plain(colour=255, mode="L")
+        alpha.paste(0, (0, 0, 48, 64))
+        found = prepared(file_of(patterned()), file_of(plain()), mask=self.mask(alpha))
+        assert found.files.overlay is not None
+        overlay = opened(found.files.overlay)
+        assert (overlay.mode, overlay.size) == ("RGBA", (96, 64))
+        assert overlay.getchannel("A").tobytes() == alpha.tobytes()
+        assert overlay.convert("RGB").tobytes() == patterned().tobytes()
+
+    def test_it_is_cut_and_scaled_as_the_picture_is(self) -> None:
+        picture, alpha = plain(200, 100, colour=(0, 0, 255)), plain(200, 100, colour=0, mode="L")
+        picture.paste((255, 0, 0), (100, 0, 200, 100))
+        alpha.paste(255, (100, 0, 200, 100))
+        found = prepare([file_of(picture)], self.mask(alpha), (64, 64), MAX_PIXELS)
+        assert found.files.overlay is not None
+        overlay = opened(found.files.overlay)
+        assert overlay.size == (64, 64)
+        assert overlay.getpixel((10, 30)) == (0, 0, 255, 0)
+        assert overlay.getpixel((54, 30)) == (255, 0, 0, 255)
+
+    def test_one_transparent_colour_is_an_alpha_channel(self) -> None:
+        found = prepared(file_of(plain()), mask=file_of(plain(colour=0, mode="P"), transparency=0))
+        assert found.files.overlay is not None
+        assert opened(found.files.overlay).getchannel("A").getextrema() == (0, 0)
+
+    def test_it_is_put_upright_as_the_picture_is(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo = file_of(patterned().transpose(Transpose.ROTATE_90), "JPEG", exif=exif)
+        assert prepared(photo, mask=self.mask(plain(96, 64, colour=0, mode="L"))).size == (96, 64)
+        assert "64x96" in refusal(photo, mask=self.mask(plain(64, 96, colour=0, mode="L"))).message
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            file_of(plain()),
+            file_of(plain(colour=(0, 0, 0, 0), mode="RGBA"), "WEBP"),
+            file_of(plain(95, 64, colour=(0, 0, 0, 0), mode="RGBA")),
+            file_of(plain(colour=(0, 0, 0, 0), mode="RGBA"))[:60],
+            b"no picture",
+            chunk(b"IHDR", b""),
+        ],
+        ids=range(6),
+    )
+    def test_masks_that_cannot_be_honoured(self, mask: bytes) -> None:
+        error = refusal(file_of(plain()), mask=mask)
+        assert error.param == "mask"
+        assert error.message.startswith("The mask")

@@ -1,0 +1,112 @@
+"""The files of the playground and of the API reference as they are served. What they do in a browser is in
+`tests.browser`."""
+
+import re
+from html.parser import HTMLParser
+
+import httpx
+import pytest
+
+from server.routes.playground import FOLDER
+from server.schemas import EditRequest
+from tests.server.conftest import MakeClient
+
+PAGES = {"/": "index.html", "/docs": "reference.html"}
+PARTS = sorted(path.name for path in FOLDER.iterdir() if path.name not in PAGES.values())
+ADDRESSES = [*PAGES, *(f"/playground/{name}" for name in PARTS)]
+KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+SVG_NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # a name, not an address that anything loads
+
+
+class Elements(HTMLParser):
+    """Every tag of a page with its attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def elements(name: str) -> list[tuple[str, dict[str, str | None]]]:
+    return Elements((FOLDER / name).read_text()).found
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+async def test_files(client: httpx.AsyncClient, address: str) -> None:
+    answer = await client.get(address)
+    name = PAGES.get(address) or address.rpartition("/")[2]
+    assert (answer.status_code, answer.content) == (200, (FOLDER / name).read_bytes())
+    assert answer.headers["content-type"].startswith(KINDS[name.rpartition(".")[2]])
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["cache-control"] == "no-cache"
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert set(" ".join(policy.values()).split()) <= {"'none'", "'self'", "blob:", "'script'"}
+    unchanged = await client.get(address, headers={"if-none-match": answer.headers["etag"]})
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
+    assert unchanged.headers["content-security-policy"] == answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "..%2Fapp.py", "%2e%2e%2fapp.py", "index.htm", "__init__.py"])
+async def test_there_is_nothing_else(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.get(f"/playground/{name}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_the_pages_are_open_where_the_api_asks_for_a_key(make_client: MakeClient) -> None:
+    async with make_client(api_key="right") as client:
+        for address in ADDRESSES:
+            assert (await client.get(address)).status_code == 200
+        assert (await client.get("/v1/models")).status_code == 401
+
+
+async def test_the_api_s_document_does_not_list_them(client: httpx.AsyncClient) -> None:
+    assert not {*ADDRESSES, "/playground/{name}"} & set((await client.get("/openapi.json")).json()["paths"])
+
+
+@pytest.mark.parametrize("name", [*PAGES.values(), *PARTS])
+def test_nothing_comes_from_elsewhere(name: str) -> None:
+    text = (FOLDER / name).read_text().replace(SVG_NAMESPACE, "")
+    assert not re.findall(r"""https?:|data:\w+/|@import|["'(]//""", text)
+
+
+@pytest.mark.parametrize("name", PAGES.values())
+async def test_what_a_page_refers_to_is_there(client: httpx.AsyncClient, name: str) -> None:
+    """Relative to the page, so that a proxy may have it all in a folder."""
+    used = {attributes.get("src") or attributes.get("href") or "" for _, attributes in elements(name)} - {""}
+    assert used
+    for address in used:
+        assert not address.startswith("/")
+        assert (await client.get(f"/{address.removeprefix('.')}")).status_code == 200
+
+
+def test_every_part_is_used() -> None:
+    in_pages = "".join((FOLDER / name).read_text() for name in PAGES.values())
+    imported = {name for part in PARTS for name in re.findall(r'from "\./(.*?)"', (FOLDER / part).read_text())}
+    assert {part for part in PARTS if f'"playground/{part}"' in in_pages} | imported == set(PARTS)
+
+
+@pytest.mark.parametrize("name", PAGES.values())
+def test_a_page_obeys_its_own_policy(name: str) -> None:
+    """Nothing inline: the policy would block it, and only a browser would say so."""
+    for tag, attributes in elements(name):
+        assert tag not in ("style", "base", "iframe", "object")
+        assert tag != "script" or attributes["src"]
+        assert not [name for name in attributes if name == "style" or name.startswith("on")]
+
+
+def test_every_field_is_one_of_the_api_s_and_has_a_label() -> None:
+    page = elements("index.html")
+    labelled = {attributes["for"] for tag, attributes in page if tag == "label"}
+    controls = [attributes for tag, attributes in page if tag in ("input", "select", "textarea")]
+    assert len(controls) >= 12
+    for control in controls:
+        assert control["id"] in labelled
+        # An error names a field by its name, and the page finds it by its id.
+        assert control.get("name", control["id"]) == control["id"]
+        assert control["id"] in {*EditRequest.model_fields, "key"}

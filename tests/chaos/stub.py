@@ -1,0 +1,297 @@
+"""A model that sleeps, and the engine process around it.
+
+Everything but the two networks is what `glimmer engine` runs: process, worker, queue, both schedulers, block
+allocator, encoder. A step sleeps for as long as it is told to and then counts; a plan follows from prompt, size and
+seed, a picture from these, the plan and the pictures to edit. Both are pure functions, so that a client can know the
+bytes beforehand.
+
+A prompt that begins with `POISON` kills the process in its third denoising step, one that begins with `HANG` never ends
+that step.
+"""
+
+import ctypes
+import hashlib
+import io
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+from torch import Tensor, nn
+
+from engine import process
+from engine.config import EngineSettings
+from engine.encoding import encode, metadata
+from engine.engine import Engine
+from engine.geometry import CELL, Geometry
+from engine.jobs.job import JobSources, JobSpec, TokenGrid
+from engine.limits import EngineLimits
+from engine.planner.scheduler import PromptGroup
+from engine.planner.scheduler import Sequence as PlanSequence
+from engine.renderer.runner import PREVIEW_STEPS, Rendering
+from engine.renderer.timesteps import partial_steps
+from engine.request import Image, Request
+from models.glm_image.config import RequestDefaults
+from models.glm_image.model import GlmImage
+from models.glm_image.sources import Picture, Source
+from tests.chaos.journal import Journal, WitnessedQueue
+
+POISON, HANG = "POISON", "HANG"
+FATAL_STEP = 3
+CODEBOOK_SIZE, IMAGE_TOKEN = 256, -1
+TILE = 8  # pixels a side of one colour
+
+
+@dataclass(frozen=True)
+class StubSettings:
+    """How fast the stub is, and how much it takes on.
+
+    Args:
+        planner_step_s, renderer_tick_s: seconds that a step of a whole batch sleeps.
+        max_images: images in flight.
+        images_per_tick: 64x64 images that a renderer tick has room for.
+    """
+
+    planner_step_s: float = 0.001
+    renderer_tick_s: float = 0.012
+    max_images: int = 8
+    images_per_tick: int = 6
+
+
+# --- what it makes ----------------------------------------------------------------------------------------------------
+
+
+def plan_tokens(spec: JobSpec, seed: int) -> list[int]:
+    """All that the planner writes for an image: the preview, if it has one, then the plan."""
+    known = f"{spec.prompt}|{spec.width}x{spec.height}|{seed}".encode()
+    return list(hashlib.shake_256(known).digest(spec.image_plan_tokens))
+
+
+def pixels(spec: JobSpec, seed: int, tokens: Sequence[int], sources: JobSources | None, stage: str = "") -> Tensor:
+    """[height, width, 3], uint8: tiles of colours."""
+    known = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode() + bytes(tokens))
+    for picture in sources.pictures if sources else ():
+        known.update(picture)
+    rows, cols = math.ceil(spec.height / TILE), math.ceil(spec.width / TILE)
+    colours = np.frombuffer(hashlib.shake_256(known.digest()).digest(rows * cols * 3), np.uint8).reshape(rows, cols, 3)
+    tiled = colours.repeat(TILE, 0).repeat(TILE, 1)[: spec.height, : spec.width]
+    return torch.from_numpy(np.ascontiguousarray(tiled))
+
+
+def files(spec: JobSpec, sources: JobSources | None) -> list[bytes]:
+    """The files of a job's images, as an undisturbed engine commits them."""
+    plan = spec.grids[-1].tokens
+    made = []
+    for seed in range(spec.seed, spec.seed + spec.n):
+        picture = pixels(spec, seed, plan_tokens(spec, seed)[-plan:], sources)
+        made.append(encode(picture, spec.output_format, spec.output_compression, metadata(spec, seed)))
+    return made
+
+
+# --- the networks' places ---------------------------------------------------------------------------------------------
+
+
+class SleepingPlanner:
+    """In the place of `PlannerRunner`."""
+
+    def __init__(self, model: nn.Module, *_: object, **__: object):
+        self._step_s = cast(StubPlannerNetwork, model).step_s
+
+    def prefill(self, groups: list[PromptGroup]) -> None:
+        time.sleep(self._step_s)
+
+    def decode(self, sequences: list[PlanSequence]) -> None:
+        time.sleep(self._step_s)
+
+    def read(self, sequence: PlanSequence) -> list[int]:
+        """What has been written so far: a plan that is read too early is too short."""
+        return plan_tokens(sequence.request.spec, sequence.image.seed)[: sequence.written]
+
+
+class SleepingRenderer:
+    """In the place of `RendererRunner`."""
+
+    def __init__(self, model: "StubModel"):
+        self._tick_s, self._journal = model.settings.renderer_tick_s, model.journal
+        self.source_keys: dict[Request, None] = {}
+
+    def prepare(self, image: Image) -> Rendering:
+        spec, plan = image.request.spec, image.plan
+        assert plan is not None
+        if image.request.seen:
+            self.source_keys[image.request] = None
+        shown_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
+        grid = TokenGrid(plan.rows, plan.cols, plan.tokens)
+        return _rendering(image, grid, spec.num_inference_steps, shown_after, is_preview=False)
+
+    def prepare_preview(self, image: Image) -> Rendering:
+        assert image.preview is not None
+        return _rendering(image, image.preview, PREVIEW_STEPS, [PREVIEW_STEPS], is_preview=True)
+
+    def advance(self, renderings: list[Rendering]) -> None:
+        for rendering in renderings:
+            if rendering.step + 1 == FATAL_STEP and not rendering.is_preview:
+                self._suffer(rendering.request.spec.prompt)
+        time.sleep(self._tick_s)
+        for rendering in renderings:
+            rendering.step += 1
+
+    def decode(self, rendering: Rendering) -> Tensor:
+        request, stage = rendering.request, "" if not rendering.steps_left else f"step {rendering.step}"
+        return pixels(request.spec, rendering.image.seed, rendering.grid.tokens, request.sources, stage)
+
+    def release(self, request: Request) -> None:
+        self.source_keys.pop(request, None)
+        job_id, epoch = request.id.rsplit("/", 1)
+        self._journal.write("freed", job_id, int(epoch))
+
+    def padding(self, tokens: int) -> int:
+        return 0
+
+    def _suffer(self, prompt: str) -> None:
+        if prompt.startswith(POISON):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if prompt.startswith(HANG):
+            self._journal.write("hangs")
+            time.sleep(3600)
+
+
+def _rendering(image: Image, grid: TokenGrid, steps: int, shown_after: list[int], *, is_preview: bool) -> Rendering:
+    """The real thing, with tensors that have their lengths and nothing else."""
+    geometry = image.request.spec.geometry
+    patches, nothing = torch.empty(geometry.patches.tokens, 0), torch.empty(0)
+    return Rendering(
+        image,
+        geometry,
+        grid,
+        is_preview,
+        shown_after,
+        latents=patches,
+        plan=nothing,
+        glyphs=torch.empty(1, 0),
+        no_glyphs=torch.empty(1, 0),
+        time_embeddings=torch.empty(steps, 0),
+        sigmas=nothing,
+        angles=nothing,
+        sources=None,
+    )
+
+
+class StubPlannerNetwork(nn.Module):
+    """No weights; what the worker and the engine read off a planner."""
+
+    def __init__(self, step_s: float):
+        super().__init__()
+        self.step_s = step_s
+        self.config = SimpleNamespace(codebook_size=CODEBOOK_SIZE)
+
+
+class StubPrompts:
+    """A token for every byte."""
+
+    image_token = IMAGE_TOKEN
+
+    def encode(self, prompt: str, height: int, width: int, sources: int = 0) -> list[int]:
+        return [IMAGE_TOKEN] * sources + list(prompt.encode())
+
+
+class StubPictures:
+    """The grid of a picture, and nothing of its contents."""
+
+    def read(self, file: bytes) -> Picture:
+        width, height = PillowImage.open(io.BytesIO(file)).size
+        return Picture(math.ceil(height / CELL), math.ceil(width / CELL), torch.empty(0), torch.empty(0))
+
+
+@dataclass
+class StubModel:
+    """In the place of `GlmImage`."""
+
+    settings: StubSettings
+    journal: Journal
+    prompts: StubPrompts = field(default_factory=StubPrompts)
+    pictures: StubPictures = field(default_factory=StubPictures)
+    defaults: RequestDefaults = field(default_factory=lambda: RequestDefaults(size="64x64", num_inference_steps=10))
+    autoencoder: Any = field(default_factory=lambda: SimpleNamespace(default_side=64))
+    sampling: None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.planner = StubPlannerNetwork(self.settings.planner_step_s)
+
+    def planning_fingerprint(self) -> str:
+        return "stub"
+
+    def see(self, picture: Picture) -> Source:
+        return Source(torch.zeros(picture.rows, picture.cols, dtype=torch.long), torch.empty(0))
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> None:
+    """One engine process from start to exit, its stderr and its journal in `folder`, named by the engine's id."""
+    _die_with_parent()
+    log = os.open(folder / f"{settings.engine_id}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    journal = Journal(folder / f"{settings.engine_id}.jsonl")
+    engines: list[Engine] = []
+
+    def load(_: EngineSettings) -> Engine:
+        engines.append(_engine(stub, journal))
+        return engines[0]
+
+    WitnessedQueue.journal = journal
+    with patch.multiple(process, _load=load, JobQueue=WitnessedQueue):
+        code = process.main(settings)
+    if code == 0 and engines:
+        journal.write("integrity", _integrity(engines[0]))
+    sys.exit(code)
+
+
+def _die_with_parent() -> None:
+    """The fork server ends with whoever runs the campaign, and an engine must end with the fork server."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def _engine(stub: StubSettings, journal: Journal) -> Engine:
+    image = Geometry(64, 64)
+    limits = EngineLimits(
+        max_images=stub.max_images,
+        max_prompt_tokens=2048,
+        kv_tokens=32 * math.ceil(stub.max_images * (image.plan_tokens + 512) / 32),
+        render_token_budget=stub.images_per_tick * 2 * (image.patches.tokens + 1),
+        source_patches=64 * stub.max_images,
+    )
+    model = cast(GlmImage, StubModel(stub, journal))
+    runners = {"PlannerRunner": SleepingPlanner, "RendererRunner": SleepingRenderer, "PagedKV": _nothing}
+    with patch.multiple("engine.engine", **runners):
+        return Engine(model, limits)
+
+
+def _nothing(*_: object) -> None:
+    """In the place of a key/value cache."""
+
+
+def _integrity(engine: Engine) -> str:
+    """What an engine that has drained still holds; empty if nothing."""
+    engine.step()  # what was cancelled at the very end
+    try:
+        assert engine.is_idle, "requests are left"
+        engine.check_integrity()
+    except AssertionError as error:
+        return str(error) or "blocks, slots or renderings are left"
+    return ""

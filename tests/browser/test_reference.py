@@ -70,7 +70,9 @@ async def test_the_examples_make_pictures(
 ) -> None:
     (tmp_path / "source-1.png").write_bytes(pictures.png(pictures.picture(1, 64, 64)))
     async with StubEngine(queue) as stub, open_page(browser, live_server.url, "/docs") as page:
-        curl, python = await route(page, name).locator("pre").all_text_contents()
+        examples = route(page, name).locator("pre")
+        await expect(examples).to_have_count(2)
+        curl, python = await examples.all_text_contents()
         await run_curl(curl, tmp_path)
         await run_python(python, tmp_path)
         assert (tmp_path / "picture-1.png").exists()

@@ -50,9 +50,9 @@ class Faults:
         self.frozen: list[Struck] = []
         self.outages: list[Outage] = []
 
-    async def kill_engine(self) -> None:
-        """SIGKILL, to an engine that is at work."""
-        engine, jobs = await self._stopped_at_work()
+    async def kill_engine(self, *, planned: bool = False) -> None:
+        """SIGKILL, to an engine that is at work; if `planned`, on a job that has a plan already."""
+        engine, jobs = await self._stopped_at_work(planned)
         engine.kill()
         self.killed.append(Struck(time.monotonic(), engine.id, jobs))
 
@@ -73,16 +73,18 @@ class Faults:
         await self._stack.redis_answers()
         self.outages.append(Outage(began, time.monotonic()))
 
-    async def _stopped_at_work(self) -> tuple[Engine, list[str]]:
+    async def _stopped_at_work(self, planned: bool = False) -> tuple[Engine, list[str]]:
         """An engine with jobs none of which is in its last run, stopped, and those jobs."""
         for _ in range(TRIES):
             engine = self._rng.choice([e for e in self._stack.engines if not e.in_hand and e.exit_code is None])
             runs: dict[str, int] = {}
+            plans = 0
             with suppress(ProcessLookupError, RedisError):  # either may have died just now
                 engine.freeze()
                 await asyncio.sleep(SETTLE_S)
                 runs = await self._runs(engine.id)
-            if runs and max(runs.values()) < LAST_RUN:
+                plans = await self._stack.client.exists(*(f"{PREFIX}:plans:{job}" for job in runs)) if runs else 0
+            if runs and max(runs.values()) < LAST_RUN and (plans or not planned):
                 return engine, sorted(runs)
             with suppress(ProcessLookupError):
                 engine.thaw()

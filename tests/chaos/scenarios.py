@@ -68,7 +68,7 @@ async def kills(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
     ):
         for number in range(1, sizes.kills + 1):
             await until(lambda n=number: here.ledger.ended >= n * sizes.jobs // (sizes.kills + 1))
-            await here.faults.kill_engine()
+            await here.faults.kill_engine(planned=number % 2 == 0)
         in_metrics = await here.metric("glimmer_plans_resumed_total")
     evidence = Evidence.read(folder)
     here.report.tell("engines killed", len(here.faults.killed))

@@ -95,7 +95,7 @@ async def scene(name: str, folder: Path, seed: int, settings: StackSettings) -> 
         finally:
             await listening.close()
             await here.clients.close()
-        used = await here.metric("glimmer_kv_blocks_used")
+        used = await _kv_blocks_used(here)
         await stack.stop()
         judge(here, inside, used, Evidence.read(folder))
 
@@ -110,8 +110,18 @@ async def _settled(here: Scene) -> Inside:
 
     with suppress(TimeoutError):
         await until(is_settled, SETTLE_S)
-    await asyncio.sleep(1.1)  # the next heartbeats: they bring the engines' figures up to date
     return await Inside.look(here.stack.client)
+
+
+async def _kv_blocks_used(here: Scene) -> float:
+    """As the engines' heartbeats tell it, once they have told that nothing is in use, or should have."""
+
+    async def nothing_is() -> bool:
+        return not await here.metric("glimmer_kv_blocks_used")
+
+    with suppress(TimeoutError):
+        await until(nothing_is, SETTLE_S)
+    return await here.metric("glimmer_kv_blocks_used")
 
 
 def judge(here: Scene, inside: Inside, kv_blocks_used: float, evidence: Evidence) -> None:

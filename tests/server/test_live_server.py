@@ -99,6 +99,7 @@ async def test_sigterm_finishes_what_runs(queue: JobQueue) -> None:
         await until(lambda: server.server._gate.closed)
         refused = await client.post(URL, json={"prompt": "x"})
         assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
+        assert refused.headers["connection"] == "close"
         assert (await running).status_code == 200
         await asyncio.wait_for(server.task, 3)
 

@@ -3,14 +3,18 @@
 import asyncio
 import base64
 import time
+from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
 import redis.asyncio
+from starlette.background import BackgroundTask
+from starlette.types import Message
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobError, JobRecord, PartialImage
 from engine.jobs.queue import JobQueue
+from server.streaming import EventStream
 from tests.jobs.helpers import submit
 from tests.server.conftest import LiveServer, MakeClient
 from tests.server.events import events_of
@@ -267,3 +271,23 @@ async def test_follow_tells_partial_images_before_the_end(queue: JobQueue, stub:
     partials = [(happened.index, happened.image) for happened in told if isinstance(happened, PartialImage)]
     assert partials == [(index, image) for index in range(3) for image in range(2)]
     assert isinstance(told[-1], JobRecord)
+
+
+async def test_what_was_made_is_let_go_even_if_its_client_has_just_left() -> None:
+    """It would be kept for ten minutes otherwise, for nobody."""
+    let_go: list[str] = []
+
+    async def endless() -> AsyncGenerator[bytes]:
+        await asyncio.sleep(60)
+        yield b""
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    stream = EventStream(endless())
+    stream.background = BackgroundTask(let_go.append, "the result")
+    await asyncio.wait_for(stream({"type": "http"}, receive, send), 5)
+    assert let_go == ["the result"]

@@ -90,6 +90,10 @@ class Engine:
         """None while it runs."""
         return self._process.exitcode
 
+    @property
+    def alive(self) -> bool:
+        return self.exit_code is None
+
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
         self.in_hand = False
@@ -104,12 +108,11 @@ class Engine:
         os.kill(self.pid, signal.SIGCONT)
 
     async def drain(self) -> int:
-        """SIGTERM, and the exit code."""
-        os.kill(self.pid, signal.SIGTERM)
-        return await self.ended()
-
-    async def ended(self) -> int:
-        await until(lambda: self.exit_code is not None, STOP_S)
+        """SIGTERM, and the exit code; a process that was left frozen goes on first."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, signal.SIGCONT)
+        await until(lambda: not self.alive, STOP_S)
         return self.exit_code or 0
 
 
@@ -197,11 +200,13 @@ class Stack:
             return
         self._keeping.cancel()
         self._keeping = None
-        ends = [part.drain() for part in (*self.engines, *self.apis)]
-        self.exit_codes = list(await asyncio.gather(*ends))
-        await self.queue.close()
-        await self.client.aclose()
-        self.redis.stop()
+        try:
+            ends = [part.drain() for part in (*self.engines, *self.apis)]
+            self.exit_codes = list(await asyncio.gather(*ends))
+            await self.queue.close()
+            await self.client.aclose()
+        finally:
+            self._abandon()
 
     @property
     def urls(self) -> list[str]:
@@ -231,20 +236,21 @@ class Stack:
         await until(lambda: asyncio.to_thread(self.redis.answers), START_S)
 
     def _abandon(self) -> None:
+        """Ends whatever still runs."""
         for part in (*self.engines, *self.apis):
-            with suppress(ProcessLookupError):
+            if part.alive:
                 os.kill(part.pid, signal.SIGKILL)
         self.redis.stop()
 
     async def _all_there(self) -> bool:
         for engine in self.engines:
-            assert engine.exit_code is None, (self.folder / f"{engine.id}.log").read_text()
+            assert engine.alive, (self.folder / f"{engine.id}.log").read_text()
         return sum(engine.state == "ready" for engine in await self.queue.engines()) == len(self.engines)
 
     async def _keep_engines(self) -> None:
         while True:
             for engine in self.engines:
-                if engine.exit_code is not None and not engine.in_hand:
+                if not engine.alive and not engine.in_hand:
                     self.crashes += 1
                     dead = engine.id
                     engine.start()

@@ -19,6 +19,7 @@ from tests.chaos.waiting import until
 REDELIVERY_S = 2.0  # beyond the lease
 CONSUMING_AGAIN_S = 10.0
 LIVENESS_S = 15.0
+LONG = (80, 160)  # steps that take some seconds
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def _redelivery(here: Scene, evidence: Evidence) -> None:
 
 
 async def freezes(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
-    """Engines stop for longer than their leases and go on as if nothing had been."""
+    """Engines stop for longer than their leases and go on as if nothing had been, while others are at their jobs."""
     async with (
         scene("frozen engine", folder, seed, StackSettings()) as here,
-        here.load(iter(Cases(seed)), sizes.concurrency),
+        here.load(iter(Cases(seed, steps=LONG)), sizes.concurrency),
     ):
         for _ in range(sizes.freezes):
             await here.faults.freeze_engine()

@@ -24,6 +24,7 @@ FREED_S = 1.0  # beyond one step
 OVERLOAD = 10
 REFUSED_MS = 100.0
 GOODPUT = 0.95
+FILLING_S = 2.0  # until idle engines have something to show
 
 
 async def leavers(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
@@ -127,7 +128,7 @@ def _plain(number: int) -> Case:
 async def _best(here: Scene, cases: Iterator[Case], concurrency: int, seconds: float) -> float:
     """Pictures a second when there is always work and never too much."""
     async with here.load(cases, concurrency):
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(FILLING_S)
         before, began = here.ledger.count("pictures"), time.monotonic()
         await asyncio.sleep(seconds)
         return (here.ledger.count("pictures") - before) / (time.monotonic() - began)
@@ -152,8 +153,9 @@ def _judge_overload(here: Scene, ledger: Ledger, depth: Depth, best: float, seco
     report, cap = here.report, here.stack.settings.max_queue
     slots = here.stack.settings.engines * here.stack.settings.stub.max_images
     began = min(entry.started for entry in ledger.entries)
-    served = sum(entry.outcome == "pictures" and entry.ended - began <= seconds for entry in ledger.entries)
-    goodput, refusals, latencies = served / seconds, sorted(ledger.refusals), ledger.latencies()
+    in_time = (began + FILLING_S, began + seconds)
+    served = sum(e.outcome == "pictures" and in_time[0] < e.ended <= in_time[1] for e in ledger.entries)
+    goodput, refusals, latencies = served / (seconds - FILLING_S), sorted(ledger.refusals), ledger.latencies()
     bound = 1.5 * (cap + slots) / best + 1.0
     report.tell("requests a second, for seconds", f"{len(ledger.entries) / seconds:.0f}, {seconds:.0f}")
     report.tell("answered 429", f"{len(refusals)} of {len(ledger.entries)}")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ import redis.asyncio
 
 from engine.jobs.job import JobRecord
 from engine.jobs.queue import JobQueue
+from server.serving import listen
 from server.settings import ServerSettings
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
@@ -113,3 +115,10 @@ async def test_the_grace_period_bounds_the_drain(queue: JobQueue) -> None:
         await asyncio.wait_for(server.stop(), 5)
         await asyncio.wait([running])
         await until(lambda: _stats_are(queue, waiting=0, running=0))
+
+
+def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

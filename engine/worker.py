@@ -68,7 +68,8 @@ class Worker:
 
     def __init__(self, engine: Engine, queue: JobQueue, info: EngineInfo, settings: EngineSettings):
         self._engine, self._queue, self._info, self._settings = engine, queue, info, settings
-        self._plan_cache = PlanCache(queue, engine.model.planning_fingerprint(), settings.plan_cache_s)
+        planner = engine.model.planning_fingerprint() if settings.plan_cache_s else ""
+        self._plan_cache = PlanCache(queue, planner, settings.plan_cache_s)
         self._jobs: dict[str, RunningJob] = {}  # by the request's id, which is new with every claim
         self._conductors: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # room was made, or the drain began

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from engine.errors import KeyReused, QueueFull, QueueUnavailable, SourcesFull, TooManyJobs
+from engine.geometry import MIN_SIDE
 from engine.jobs.job import EngineInfo, JobSources, JobSpec, Priority
 from engine.jobs.queue import JobQueue
 from server.errors import DRAINING_RETRY_S, ENGINE_RETRY_S, ApiError, unavailable
@@ -22,6 +23,7 @@ ENGINES_FRESH_S = 1.0  # how long the list of live engines may be reused
 MIN_RETRY_S, MAX_RETRY_S = 1, 60
 REDIS_PATIENCE_S = 1.5  # a Redis that is cut off without a reset would otherwise hold clients for many seconds
 
+_NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # stands for one where none is to be put into the queue
 _FULL = "The queue is full"
 _FULL_OF_PICTURES = "The pictures of the edits in the queue take all the memory there is for them"
 
@@ -216,7 +218,7 @@ class Admission:
         if self._max_source_bytes is not None and stats.source_bytes >= self._max_source_bytes:
             raise self._come_back(_FULL_OF_PICTURES, 1)
 
-    async def earlier(self, spec: JobSpec, caller: Caller, idempotency: Idempotency) -> str | None:
+    async def earlier(self, caller: Caller, idempotency: Idempotency) -> str | None:
         """The id of the job that a repeated request is to be answered with; None if it is the first, or if that one
         ended without a result.
 
@@ -227,7 +229,7 @@ class Admission:
         try:
             # A submit to a queue without room: only a known key gets past that.
             return await self._put(
-                spec, caller, idempotency, job_id=_new_id(), timeout_s=1.0, priority="batch", max_queue=0
+                _NO_JOB, caller, idempotency, job_id=_new_id(), timeout_s=1.0, priority="batch", max_queue=0
             )
         except QueueFull:
             return None

@@ -20,7 +20,7 @@ from server.errors import internal_error
 from server.metrics import Metrics
 from server.withdrawals import Withdrawals
 
-RESULT_PATIENCE_S = 30.0  # the pictures are made; a restart of Redis takes some seconds
+REDIS_PATIENCE_S = 30.0  # the job is accepted, or even made; a restart of Redis takes some seconds
 
 logger = logging.getLogger("glimmer.images")
 T = TypeVar("T")
@@ -63,21 +63,28 @@ async def stop(task: asyncio.Future[Any]) -> None:
 
 
 class Attendance:
-    """A request that waits for a job. A job that is left alone is withdrawn, unless it is `kept`: then it goes on, and
+    """A request that waits for a job. A job that is left alone is withdrawn, unless it is kept: then it goes on, and
     its result stays, for those who come back for it."""
 
     def __init__(
         self, queue: JobQueue, job: Admitted, *, kept: bool, withdrawals: Withdrawals, endings: "Endings"
     ) -> None:
         self._queue, self._withdrawals, self._endings = queue, withdrawals, endings
-        self.job_id, self.kept = job.job_id, kept
+        self.job_id, self.kept = job.job_id, False
+        self._attached = job.attached
         self._started = time.monotonic()
         self._has_ended = False
-        if kept and not job.attached:
-            endings.watch(job.job_id)
+        if kept:
+            self.keep()
 
     def __enter__(self) -> Self:
         return self
+
+    def keep(self) -> None:
+        """From now on the client knows the job, or can find it."""
+        if not self.kept and not self._attached:
+            self._endings.watch(self.job_id)
+        self.kept = True
 
     def __exit__(self, *_: object) -> None:
         if not self._has_ended and not self.kept:
@@ -96,7 +103,7 @@ class Attendance:
     async def result(self, ended: JobRecord) -> JobResult:
         """What the job has left. Raises as `end`."""
         error = failure(ended)
-        result = None if error else await self._queue.result(self.job_id, patience_s=RESULT_PATIENCE_S)
+        result = None if error else await self._queue.result(self.job_id, patience_s=REDIS_PATIENCE_S)
         self._has_ended = True
         if not self.kept:
             self._endings.count(ended, time.monotonic() - self._started)

@@ -23,7 +23,7 @@ from engine.jobs.queue import JobQueue
 from engine.logs import event, where
 from server.admission import Pace
 from server.answers import Notes, image_fields, job_body, picture_facts, render_job, usage
-from server.attendance import Attendance, stop, with_client
+from server.attendance import REDIS_PATIENCE_S, Attendance, stop, with_client
 from server.errors import ApiError, internal_error, queue_unavailable
 
 PING_EVERY_S = 10.0  # proxies close what stays silent for a minute, some for less
@@ -113,7 +113,7 @@ async def job_events(queue: JobQueue, job_id: str, pace: Pace) -> AsyncGenerator
 
 
 async def _record(queue: JobQueue, job_id: str) -> JobRecord:
-    record = await queue.get(job_id)
+    record = await queue.get(job_id, patience_s=REDIS_PATIENCE_S)
     if record is None:
         raise QueueUnavailable(f"Redis has no record of job {job_id}")
     return record

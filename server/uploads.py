@@ -205,10 +205,9 @@ def _fields(parts: Iterable[_Part]) -> dict[str, Any]:
         if part.name in ("images", "images[]"):
             message = f"Unknown parameter: {part.name}. Send pictures as image or image[]."
             raise invalid(part.name, message, "unknown_parameter")
-        if (
-            name := part.name.partition("[")[0]
-        ) in UNSUPPORTED:  # a file, or `svg[model]` as the official SDK spells it
-            raise unsupported(name)
+        field = part.name.partition("[")[0]  # the official SDK spells a nested one `svg[model]`
+        if field in UNSUPPORTED:
+            raise unsupported(field)
         if match := _PLAN_PART.fullmatch(part.name):
             _add_to_plan(plan, match, part)
             continue

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import orjson
 
@@ -13,7 +14,8 @@ from engine.jobs.connection import redis_errors
 from engine.jobs.job import EngineInfo, JobRecord, JobResult, JobSources, JobSpec, JobState, Priority, QueueStats
 from engine.jobs.scripts import api_side as scripts
 
-_TRY_EVERY_S = 0.5  # how often `result` tries to reach a Redis that is away
+T = TypeVar("T")
+_TRY_EVERY_S = 0.5  # how often a patient call tries to reach a Redis that is away
 _DELIVERED_TTL_S = 5.0  # leaves time to ask for a result once more, should its answer have been lost on the way
 
 
@@ -97,13 +99,20 @@ class ApiSide(QueueBase):
         """Ends a queued or running job as expired if its deadline has passed. True if this call ended it."""
         return bool(await self._run(scripts.END, job_id, JobState.EXPIRED.value))
 
-    async def get(self, job_id: str) -> JobRecord | None:
-        """The job as it is now; None if it never was, or ended longer than `result_ttl_s` ago."""
-        with redis_errors():
+    async def get(self, job_id: str, *, patience_s: float = 0.0) -> JobRecord | None:
+        """The job as it is now; None if it never was, or ended longer than `result_ttl_s` ago.
+
+        Args:
+            patience_s: for so long, in seconds, it rides out a Redis that is away.
+        """
+
+        async def ask() -> list[Any]:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.hmget(self._key("job", job_id), list(RECORD_FIELDS))
                 pipe.zrank(self._key("waiting"), job_id)
-                values, position = await pipe.execute()
+                return await pipe.execute()
+
+        values, position = await _patiently(ask, patience_s)
         return decode_record(job_id, values, position)
 
     async def withdraw(self, job_id: str) -> bool:
@@ -120,15 +129,8 @@ class ApiSide(QueueBase):
         Args:
             patience_s: for so long, in seconds, it rides out a Redis that is away.
         """
-        give_up_at = time.monotonic() + patience_s
-        while True:
-            try:
-                with redis_errors():
-                    return decode_result(await self._redis.hgetall(self._key("result", job_id)))
-            except QueueUnavailable:
-                if time.monotonic() >= give_up_at:
-                    raise
-            await asyncio.sleep(_TRY_EVERY_S)
+        key = self._key("result", job_id)
+        return decode_result(await _patiently(lambda: self._redis.hgetall(key), patience_s))
 
     async def delivered(self, job_id: str) -> None:
         """Says that the result of an ended job has been handed over: its record and its result, which may be megabytes,
@@ -169,3 +171,16 @@ class ApiSide(QueueBase):
     async def _heartbeats(self, field: str) -> dict[str, bytes]:
         reply = await self._run(scripts.ENGINES, field)
         return {engine.decode(): value for engine, value in zip(reply[::2], reply[1::2], strict=True)}
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]], patience_s: float) -> T:
+    """What Redis says, asked again for so many seconds while it is away."""
+    give_up_at = time.monotonic() + patience_s
+    while True:
+        try:
+            with redis_errors():
+                return await ask()
+        except QueueUnavailable:
+            if time.monotonic() >= give_up_at:
+                raise
+        await asyncio.sleep(_TRY_EVERY_S)

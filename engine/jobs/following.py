@@ -33,18 +33,17 @@ class Following(ApiSide):
             while True:
                 woken.clear()
                 try:
-                    found = await self._ended_or_left(job_id)
+                    left_s = await self._time_left(job_id)
+                    record = await self.get(job_id) if left_s is None else None
                 except QueueUnavailable:
                     if time.monotonic() > give_up_at:
                         raise
                     pause = _LOOK_EVERY_S
                 else:
-                    if found is None:
-                        raise QueueUnavailable(f"Redis has no record of job {job_id}: it was lost, or ended long ago")
-                    if isinstance(found, JobRecord):
-                        return found
-                    give_up_at = time.monotonic() + found + _PATIENCE_S
-                    pause = min(_LOOK_EVERY_S, found)
+                    if left_s is None:
+                        return _known(record, job_id)
+                    give_up_at = time.monotonic() + left_s + _PATIENCE_S
+                    pause = min(_LOOK_EVERY_S, left_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await woken.wait()
@@ -64,14 +63,14 @@ class Following(ApiSide):
                 woken.clear()
                 pause = _LOOK_EVERY_S
                 try:
-                    record, left_s = await self._record_and_time_left(job_id)
+                    left_s = await self._time_left(job_id) or 0.0
+                    record = await self.get(job_id)
                     partials = await self._new_partials(job_id, shown) if record and record.spec.partial_images else []
                 except QueueUnavailable:
                     if time.monotonic() > give_up_at:
                         raise
                 else:
-                    if record is None:
-                        raise QueueUnavailable(f"Redis has no record of job {job_id}: it was lost, or ended long ago")
+                    record = _known(record, job_id)
                     for partial in partials:
                         yield partial
                     if record != told:
@@ -85,17 +84,23 @@ class Following(ApiSide):
                     async with asyncio.timeout(pause):
                         await woken.wait()
 
-    async def _record_and_time_left(self, job_id: str) -> tuple[JobRecord | None, float]:
-        """The record and the seconds left to the deadline; a job whose deadline is over is expired first."""
-        record = await self.get(job_id)
-        if record is None or record.state.is_terminal:
-            return record, 0.0
+    async def _time_left(self, job_id: str) -> float | None:
+        """Seconds left to the deadline of a job that has not ended (0: it was expired just now); None if it has ended
+        or is not known.
+
+        Asks for two fields only, because every waiting request does this once a second.
+        """
         with redis_errors():
-            seconds, microseconds = await self._redis.time()
-        left_s = record.deadline / 1000 - (seconds + microseconds / 1e6)
-        if left_s <= 0 and await self.expire(job_id):
-            record = await self.get(job_id)
-        return record, max(left_s, 0.0)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.hmget(self._key("job", job_id), ["state", "deadline"])
+                pipe.time()
+                (state, deadline), (seconds, microseconds) = await pipe.execute()
+        if state is None or JobState(state.decode()).is_terminal:
+            return None
+        left_s = int(deadline) / 1000 - (seconds + microseconds / 1e6)
+        if left_s <= 0:
+            await self.expire(job_id)
+        return max(left_s, 0.0)
 
     async def _new_partials(self, job_id: str, shown: set[bytes]) -> list[PartialImage]:
         """Partial images that are not among those `shown`, which takes them up, in order."""
@@ -114,21 +119,8 @@ class Following(ApiSide):
             if data is not None
         ]
 
-    async def _ended_or_left(self, job_id: str) -> JobRecord | float | None:
-        """The record if the job has ended, else the seconds left to its deadline (0: expired just now).
 
-        Asks for two fields only, because every waiting request does this once a second.
-        """
-        with redis_errors():
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self._key("job", job_id), ["state", "deadline"])
-                pipe.time()
-                (state, deadline), (seconds, microseconds) = await pipe.execute()
-        if state is None:
-            return None
-        if JobState(state.decode()).is_terminal:
-            return await self.get(job_id)
-        left_s = int(deadline) / 1000 - (seconds + microseconds / 1e6)
-        if left_s <= 0:
-            await self.expire(job_id)
-        return max(left_s, 0.0)
+def _known(record: JobRecord | None, job_id: str) -> JobRecord:
+    if record is None:
+        raise QueueUnavailable(f"Redis has no record of job {job_id}: it was lost, or ended long ago")
+    return record

@@ -13,8 +13,6 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from starlette.background import BackgroundTask
 
 from engine.errors import QueueUnavailable
-from engine.geometry import MIN_SIDE
-from engine.jobs.job import JobSpec
 from engine.logs import event
 from server import openapi
 from server.admission import Admitted, Idempotency, in_time
@@ -31,7 +29,6 @@ from server.streaming import EventStream, image_events
 from server.uploads import Upload, read_edit
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
-_NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)
 
 logger = logging.getLogger("glimmer.images")
 router = APIRouter(prefix="/v1/images", tags=["images"], dependencies=[Depends(require_key)])
@@ -85,7 +82,7 @@ async def _serve(request: Request, app: Services, held: ExitStack, order: Order,
     wants_job = _wants_job(request)
     job = None
     if idempotency is not None:
-        earlier = await app.admission.earlier(_NO_JOB, request.state.caller, idempotency)
+        earlier = await app.admission.earlier(request.state.caller, idempotency)
         job = Admitted(earlier, attached=True) if earlier else None
     if job is None:
         job = await _admit(request, app, order, upload, idempotency, is_watched=order.request.stream or wants_job)
@@ -94,13 +91,15 @@ async def _serve(request: Request, app: Services, held: ExitStack, order: Order,
         Attendance(
             app.queue,
             job,
-            kept=wants_job or idempotency is not None,
+            kept=idempotency is not None,
             withdrawals=app.withdrawals,
             endings=app.endings,
         )
     )
     if wants_job:
-        return await _job(request, app, job.job_id)
+        answer = await _job(request, app, job.job_id)
+        attendance.keep()
+        return answer
     letting_go = None if attendance.kept else BackgroundTask(_let_go, app, job.job_id)
     if order.request.stream:
         stream = EventStream(image_events(app.queue, attendance), held.pop_all())

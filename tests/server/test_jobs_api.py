@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import redis.asyncio
 
+from engine.errors import QueueUnavailable
 from engine.jobs.job import JobError
 from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
@@ -47,6 +48,10 @@ async def ended(client: httpx.AsyncClient, job_id: str, headers: dict[str, str] 
     return job
 
 
+async def _unavailable(*_: Any, **__: Any) -> None:
+    raise QueueUnavailable("planted")
+
+
 async def _waiting(queue: JobQueue, count: int) -> bool:
     return (await queue.stats()).waiting == count
 
@@ -56,6 +61,22 @@ async def _running(queue: JobQueue, count: int) -> bool:
 
 
 class TestJobs:
+    async def test_a_job_that_cannot_be_told_of_is_not_made(
+        self, client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its client would never learn its id. With an idempotency key it would, by asking again."""
+        await queue.heartbeat(StubEngine(queue).info, "", 10)
+        monkeypatch.setattr(JobQueue, "get", _unavailable)
+        response = await client.post(URL, json={"prompt": "x"}, headers=ASYNC)
+        assert (response.status_code, error_of(response)["code"]) == (503, "service_unavailable")
+        await until(lambda: _waiting(queue, 0))
+        response = await client.post(URL, json={"prompt": "x"}, headers=ASYNC | key("once"))
+        assert (response.status_code, error_of(response)["code"]) == (503, "service_unavailable")
+        monkeypatch.undo()
+        assert await _waiting(queue, 1)
+        assert await submitted(client, key("once"))
+        assert await _waiting(queue, 1)
+
     async def test_from_submit_to_result(self, client: httpx.AsyncClient, queue: JobQueue) -> None:
         fields = {"prompt": "a fox", "seed": 3, "n": 2, "size": "128x64", "timeout": 60}
         await queue.heartbeat(StubEngine(queue).info, "", 10)

@@ -209,11 +209,11 @@ class TestAdmission:
 
     async def test_a_repeated_request_costs_nothing(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
         alice, again = Caller("alice", 1, 5, 100 * STEPS), Idempotency("once", "f1")
-        assert await door.earlier(SPEC, alice, again) is None
+        assert await door.earlier(alice, again) is None
         first = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
         assert not first.attached
         # Whether it was looked for before or only found by the submit: at the limit of jobs at once, too.
-        assert await door.earlier(SPEC, alice, again) == first.job_id
+        assert await door.earlier(alice, again) == first.job_id
         second = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
         assert (second.job_id, second.attached) == (first.job_id, True)
         assert await used(redis_client) == (1, STEPS)
@@ -235,7 +235,7 @@ class TestAdmission:
         await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=Idempotency("once", "f1"))
         other = Idempotency("once", "f2")
         with pytest.raises(ApiError, match="Idempotency-Key") as looked:
-            await door.earlier(SPEC, alice, other)
+            await door.earlier(alice, other)
         charge = await door.charge(alice, SPEC)
         with pytest.raises(ApiError, match="Idempotency-Key") as refused:
             await door.submit(SPEC, 9.0, "batch", charge, idempotency=other)
@@ -244,7 +244,7 @@ class TestAdmission:
         assert await used(redis_client) == (1, STEPS)
         # It is another key when it is another caller's.
         bob = Caller("bob")
-        assert await door.earlier(SPEC, bob, other) is None
+        assert await door.earlier(bob, other) is None
         await door.submit(SPEC, 9.0, "batch", await door.charge(bob, SPEC), idempotency=other)
 
     @pytest.mark.parametrize("again", [None, Idempotency("once", "f1")])

@@ -4,10 +4,12 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import httpx
 import pytest
 import redis.asyncio
+from redis.asyncio.client import Pipeline
 from starlette.background import BackgroundTask
 from starlette.types import Message
 
@@ -248,6 +250,22 @@ async def test_a_streamed_picture_does_not_stay_in_redis(
         return all([0 <= await redis_client.pttl(key) <= 5000 for key in keys])
 
     await until(goes_soon)
+
+
+async def test_a_stream_rides_out_a_redis_that_is_away_at_its_start(
+    client: httpx.AsyncClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unharmed, failures = Pipeline.execute, iter([redis.ConnectionError("planted")] * 2)
+
+    async def execute(*args: Any, **kwargs: Any) -> Any:
+        if failure := next(failures, None):
+            raise failure
+        return await unharmed(*args, **kwargs)
+
+    monkeypatch.setattr(Pipeline, "execute", execute)
+    response = await client.post(URL, json={"prompt": "x", "stream": True})
+    assert "image_generation.completed" in response.text
+    assert next(failures, None) is None
 
 
 async def test_every_stream_that_has_ended_is_counted(client: httpx.AsyncClient, stub: StubEngine) -> None:

@@ -2,8 +2,8 @@
 
 Sequences are as the model sees them, with rows of the grids left out: positions are explicit, and most rows of a poster
 repeat the one above. A second phase keeps little but the preview's lines, where the prompt's words have to be told
-apart; the last one trains on whole sequences. The forward pass is the published one, written without what training does
-not need, so that it compiles well.
+apart; the last one trains on whole sequences and edits, and still on lines. The forward pass is the published one,
+written without what training does not need, so that it compiles well.
 """
 
 import re
@@ -304,7 +304,8 @@ def collate(sequences: list[Sequence], length: int, pad: int) -> tuple[Tensor, T
 
 
 def train_planner(tokenizer: Any, folder: Path, steps: int, line_steps: int, whole_steps: int) -> TrainedPlanner:
-    """`steps` on sequences with rows left out, `line_steps` mostly on lines, then `whole_steps` on whole sequences."""
+    """`steps` on sequences with rows left out, `line_steps` mostly on lines, then `whole_steps` in equal parts on
+    lines, edits and whole sequences."""
     model, draw = TrainedPlanner(tokenizer).to(device()), Sequences(tokenizer)
     kind_of = of_codes(VISION_VOCABULARY)[:, 0].to(device())
 
@@ -357,12 +358,13 @@ def train_planner(tokenizer: Any, folder: Path, steps: int, line_steps: int, who
         return only_lines(rng)
 
     def on_whole(step: int, rng: Random) -> tuple[Tensor, Losses]:
-        if step % 2:
-            grid, length = ((8, 8), 176) if step % 8 > 1 else (rng.choice(GRIDS[1:3]), 256)
-            return loss_on([draw.edit(rng, *grid, length) for _ in range(24)], length, True)
-        if step % 4 == 2:
+        kind, turn = step % 3, step // 3
+        if kind == 0:
             return only_lines(rng)
-        if step % 8 == 4:
+        if kind == 1:
+            grid, length = ((8, 8), 176) if turn % 4 else (rng.choice(GRIDS[1:3]), 256)
+            return loss_on([draw.edit(rng, *grid, length) for _ in range(24)], length, True)
+        if turn % 4 == 3:
             return loss_on([draw.generation(rng, 16, 16, None) for _ in range(8)], 560, False)
         return loss_on([draw.generation(rng, *rng.choice(GRIDS[:3]), None) for _ in range(12)], 400, False)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import admission
 from benchmarks.full_size import planner_bytes, renderer_flop, run_full_size
 from benchmarks.measure import Measurement, merge
 from benchmarks.streaming import measure as measure_streams
@@ -64,3 +65,15 @@ async def test_streams_with_and_without_partial_images(queue: JobQueue, capsys: 
     printed = capsys.readouterr().out
     assert printed.count("64x64") == 2
     assert "first partial" in printed
+
+
+def test_admission_counts_what_got_in_and_what_did_not(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = admission.Plan(connections=2, seconds=0.5, warm_up=0.0, rates=(None, 40.0), max_queue=5)
+    closed, open_ = admission.run(plan)
+    assert sum(len(load.latencies[admission.ACCEPTED]) for load in (closed, open_)) == 5
+    assert closed.answers > 0
+    assert open_.answers == 20
+    assert min(open_.latencies[admission.REFUSED]) > 0
+    printed = capsys.readouterr().out
+    assert "closed loop" in printed
+    assert "open loop, 40/s" in printed

@@ -5,6 +5,7 @@ from typing import Literal
 
 Stage = Literal["all"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 EXIT_CONFIGURATION = 2
 """Exit code of an engine that cannot start with these settings; restarting it unchanged will not help."""
@@ -36,6 +37,7 @@ class EngineSettings:
         plan_cache_s: seconds a plan is kept for requests that would be planned the same; 0 keeps none.
         grace_s: seconds that running jobs may take to finish after SIGTERM; then they are handed back.
         log_level: events below it are not logged.
+        log_format: how a line is written, `text` or `json`.
     """
 
     redis_url: str
@@ -52,3 +54,4 @@ class EngineSettings:
     plan_cache_s: int = 3600
     grace_s: float = 30.0
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"

@@ -17,6 +17,7 @@ changed by a neighbour, not in its last bit (`models.row_blocks`). The engine ne
 """
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -25,8 +26,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from engine.errors import RequestError
-from engine.geometry import PATCH
+from engine.checks import check_pictures, check_plan
+from engine.errors import DeadlinePassed, RequestError
+from engine.failures import is_lost_device, is_out_of_memory
 from engine.jobs.job import JobSources, JobSpec, Plan, TokenGrid
 from engine.limits import EngineLimits
 from engine.metrics import EngineMetrics
@@ -81,6 +83,7 @@ class Engine:
         self._planner_step_seconds = 0.0  # moving average
         self._reported_at = 0.0
         self.metrics.kv_blocks.set(limits.blocks)
+        self.metrics.render_token_budget.set(self.renderer.budget.now)
 
     def submit(self, request: Request) -> None:
         """Take a request in at the next step. It ends with one `Finished` or `Failed`, unless it is cancelled."""
@@ -159,8 +162,11 @@ class Engine:
     def _admit(self) -> None:
         """In order of arrival: a large request is never passed over for ever by small ones.
 
-        One edit a step: looking at its pictures takes a while, and those under way should not wait for several.
+        One edit a step: looking at its pictures takes a while, and those under way should not wait for several. What
+        is past its deadline does not begin any more, nor does it keep others waiting.
         """
+        for request in [r for r in self._waiting if r.deadline <= time.monotonic()]:
+            self._fail(request, DeadlinePassed("the deadline came before there was room"))
         while self._waiting and self._fits(self._waiting[0]):
             request = self._waiting.popleft()
             self._guarded_each([request], self._begin)
@@ -185,10 +191,13 @@ class Engine:
     def _planner_step(self) -> None:
         started = time.monotonic()
         step = self.planner.schedule()
-        for group in self._guarded(step.prefill, self.planner_runner.prefill):
+        prompts = sum(len(group.request.prompt_ids) for group in step.prefill)
+        prefill_budget, decode_budget = self.planner.prefill_budget, self.planner.decode_budget
+        for group in self._guarded(step.prefill, self.planner_runner.prefill, lambda: prefill_budget.ran_out(prompts)):
             self.planner.prefilled(group)
             self.metrics.prompt_tokens.inc(len(group.request.prompt_ids))
-        for sequence in self._guarded(step.decode, self.planner_runner.decode):
+        rows = len(step.decode)
+        for sequence in self._guarded(step.decode, self.planner_runner.decode, lambda: decode_budget.ran_out(rows)):
             sequence.written += 1
         self._guarded_each(self.planner.previewed(), self._start_preview)
         self._guarded_each(self.planner.complete(), self._finish_plan)
@@ -204,11 +213,12 @@ class Engine:
             return
         started = time.monotonic()
         tokens, rows = sum(r.tokens for r in picked), sum(len(r.rows) for r in picked)
-        advanced = self._guarded(picked, self.renderer_runner.advance)
+        advanced = self._guarded(picked, self.renderer_runner.advance, lambda: self.renderer.budget.ran_out(tokens))
         self._synchronise()
         self._tick_seconds = time.monotonic() - started
         self.renderer.observe(tokens, self._tick_seconds)
         self.metrics.renderer_step.observe(self._tick_seconds)
+        self.metrics.render_token_budget.set(self.renderer.budget.now)
         self.metrics.renderer_rows.observe(rows)
         self.metrics.renderer_tokens.inc(tokens)
         self.metrics.renderer_padding.inc(self.renderer_runner.padding(tokens))
@@ -227,26 +237,15 @@ class Engine:
     def _prepare(self, request: Request) -> None:
         """Tokenize, take over the plans that are known, refuse what could never be served."""
         spec, geometry = request.spec, request.spec.geometry
-        self._check_pictures(request)
+        check_pictures(request, self.limits)
         ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width, spec.sources)
         grids = [(picture.rows, picture.cols) for picture in request.pictures]
         request.prompt_ids, request.prompt_positions = place_sources(ids, self.model.prompts.image_token, grids)
         for image in request.images:
             image.plan = Plan.from_dict(spec.plan) if spec.plan else request.plans.get(image.index)
-            self._check_plan(image)
+            check_plan(image, self.model.planner.config.codebook_size)
         self.planner.check(request)
         self._waiting.append(request)
-
-    def _check_pictures(self, request: Request) -> None:
-        if len(request.pictures) != request.spec.sources:
-            raise RequestError(f"this edit of {request.spec.sources} pictures came with {len(request.pictures)}")
-        needed, limit = request.source_patches, self.limits.source_patches
-        if needed > limit:
-            raise RequestError(
-                f"the pictures to edit have {needed * PATCH**2} pixels, as the model sees them; this server has room "
-                f"for {limit * PATCH**2}. Send fewer or smaller pictures",
-                param="image",
-            )
 
     def _fits(self, request: Request) -> bool:
         """Whether memory for all of the request can be reserved now."""
@@ -264,15 +263,6 @@ class Engine:
         self._start_rendering([image for image in request.images if image.plan])
         if not request.is_planned:
             self.planner.add(request)
-
-    def _check_plan(self, image: Image) -> None:
-        plan, grid, codes = image.plan, image.request.spec.geometry.plan, self.model.planner.config.codebook_size
-        if plan is None:
-            return
-        if (plan.rows, plan.cols, len(plan.tokens)) != (grid.rows, grid.cols, grid.tokens):
-            raise RequestError(f"a plan of this size has {grid.rows} rows and {grid.cols} columns", param="plan")
-        if not all(0 <= token < codes for token in plan.tokens):
-            raise RequestError(f"the tokens of a plan are 0 to {codes - 1}", param="plan")
 
     def _finish_plan(self, sequence: planning.Sequence) -> None:
         image, grids = sequence.image, sequence.request.spec.grids
@@ -325,12 +315,13 @@ class Engine:
             self._finish_image(rendering)
 
     def _finish_image(self, rendering: Rendering) -> None:
-        image, started = rendering.image, time.monotonic()
+        image, image.rendered_at = rendering.image, time.monotonic()
         pixels = self.renderer_runner.decode(rendering)
+        image.decoded_at = time.monotonic()
         for late in [r for r in self.renderer if r.image is image]:
             self.renderer.remove(late)  # a preview of what is there already
-        self.metrics.rendering.observe(started - image.planned_at)
-        self.metrics.decoding.observe(time.monotonic() - started)
+        self.metrics.rendering.observe(image.rendered_at - image.planned_at)
+        self.metrics.decoding.observe(image.decoded_at - image.rendered_at)
         self.metrics.images.inc()
         self.metrics.pixels.inc(image.request.spec.width * image.request.spec.height)
         self._events.append(Rendered(image, pixels))
@@ -352,11 +343,17 @@ class Engine:
             request, "rendering", spec.num_inference_steps * spec.n - steps_left, spec.num_inference_steps * spec.n
         )
 
-    def _guarded(self, items: list[T], work: Callable[[list[T]], object]) -> list[T]:
+    def _guarded(
+        self, items: list[T], work: Callable[[list[T]], object], make_smaller: Callable[[], object] = lambda: None
+    ) -> list[T]:
         """Do `work` on all items at once; if it raises, on each alone, and end the requests of those that fail alone.
 
         This is the one boundary between requests: `work` leaves the items as they were when it raises. A lost device
         is not a request's fault; that error goes up and ends the process.
+
+        Args:
+            make_smaller: called when memory was too little for all of them at once, and enough for each alone, so that
+                the batches that follow do not fail like this one.
 
         Returns:
             The items whose work is done.
@@ -366,13 +363,21 @@ class Engine:
         try:
             work(items)
             return items
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
+            if is_lost_device(error):
+                raise
+            lacks_memory = is_out_of_memory(error)
             if len(items) == 1:
                 self._fail(items[0].request, error)
-                return []
-        return self._guarded_each(items, lambda item: work([item]))
+        if lacks_memory:  # only now: as long as the error lived, its frames held on to their tensors
+            self.metrics.out_of_memory.labels("request" if len(items) == 1 else "batch").inc()
+            self._empty_cache()
+        if len(items) == 1:
+            return []
+        done = self._guarded_each(items, lambda item: work([item]))
+        if lacks_memory and len(done) == len(items):
+            make_smaller()
+        return done
 
     def _guarded_each(self, items: Iterable[T], work: Callable[[T], object]) -> list[T]:
         """`work` on each item alone; a request that has failed is not tried again."""
@@ -385,6 +390,7 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> None:
         if isinstance(error, PromptError):
             error = RequestError(str(error), param="prompt")
+        traceback.clear_frames(error.__traceback__)  # the event lives on, and should not hold their tensors
         self._forget(request)
         self._events.append(Failed(request, error))
 
@@ -397,6 +403,11 @@ class Engine:
         for rendering in [r for r in self.renderer if r.request is request]:
             self.renderer.remove(rendering)
         self.renderer_runner.release(request)
+
+    def _empty_cache(self) -> None:
+        """Give memory that the allocator keeps for itself back to the device, where other sizes can be cut from it."""
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _synchronise(self) -> None:
         if self.model.device.type == "cuda":

@@ -6,6 +6,8 @@ GlimmerError
 │   └── SourcesFull     the pictures of the edits in it take as much memory as they may
 ├── TooManyJobs         one owner has as many jobs in the queue as it may; try again later
 ├── KeyReused           an idempotency key came with two different requests
+├── DeadlinePassed      nobody waits for the answer any more
+├── WriteRefused        Redis takes other writes, but not what belongs to this request
 └── QueueUnavailable    Redis is away or refuses writes; try again later
 
 (A checkpoint that cannot be loaded is a `models.errors.CheckpointError`.)
@@ -44,6 +46,14 @@ class TooManyJobs(GlimmerError):
 
 class KeyReused(GlimmerError):
     """The idempotency key was used for another request."""
+
+
+class DeadlinePassed(GlimmerError):
+    """The deadline came before the work could begin."""
+
+
+class WriteRefused(GlimmerError):
+    """Redis takes small writes, and refuses one that is larger each time."""
 
 
 class QueueUnavailable(GlimmerError):

@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from engine.jobs.job import TERMINAL_STATES
+
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 STEP_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 BATCH = (1, 2, 4, 8, 16, 32, 64)
@@ -13,6 +15,8 @@ class EngineMetrics:
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         self.jobs = Counter("glimmer_jobs", "Jobs this engine ended, by end state", ["state"], registry=registry)
+        for state in TERMINAL_STATES:  # from 0, or Prometheus does not see the first one
+            self.jobs.labels(state.value)
         self.images = Counter("glimmer_images", "Images made", registry=registry)
         self.partial_images = Counter(
             "glimmer_partial_images", "Pictures shown of images on their way", registry=registry
@@ -52,6 +56,17 @@ class EngineMetrics:
         )
         self.renderer_tokens = Counter("glimmer_renderer_tokens", "Tokens of the rows packed", registry=registry)
         self.renderer_padding = Counter("glimmer_renderer_padding_tokens", "Padding computed", registry=registry)
+        self.out_of_memory = Counter(
+            "glimmer_out_of_memory",
+            "Times that device memory was too little: for a batch, which was split, or for a request, which failed",
+            ["whose"],
+            registry=registry,
+        )
+        for whose in ("batch", "request"):
+            self.out_of_memory.labels(whose)
+        self.render_token_budget = Gauge(
+            "glimmer_render_token_budget", "Tokens a renderer tick may have now", registry=registry
+        )
         self.kv_blocks_used = Gauge("glimmer_kv_blocks_used", "Key/value cache blocks in use", registry=registry)
         self.kv_blocks = Gauge("glimmer_kv_blocks", "Key/value cache blocks in all", registry=registry)
 

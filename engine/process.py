@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,8 @@ from engine.jobs.connection import connect
 from engine.jobs.job import EngineInfo
 from engine.jobs.queue import JobQueue
 from engine.limits import EngineLimits
-from engine.logs import configure, event, where
+from engine.logs import bind, configure, event, where
+from engine.tracing import Tracing, TracingError, open_tracing
 from engine.worker import HEARTBEAT_S, HEARTBEAT_TTL_S, Worker
 from models.errors import CheckpointError
 from models.glm_image.model import GlmImage
@@ -31,10 +32,11 @@ class ConfigurationError(Exception):
 
 def main(settings: EngineSettings) -> int:
     """Run one engine process. Returns its exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
-    configure(settings.log_level)
+    configure(settings.log_level, settings.log_format)
     try:
-        asyncio.run(_serve(settings))
-    except (CheckpointError, ConfigurationError) as error:
+        with closing(open_tracing("glimmer-engine")) as tracing:
+            asyncio.run(_serve(settings, tracing))
+    except (CheckpointError, ConfigurationError, TracingError) as error:
         print(f"glimmer engine: {error}", file=sys.stderr)
         return EXIT_CONFIGURATION
     except Exception as error:
@@ -43,7 +45,8 @@ def main(settings: EngineSettings) -> int:
     return 0
 
 
-async def _serve(settings: EngineSettings) -> None:
+async def _serve(settings: EngineSettings, tracing: Tracing) -> None:
+    bind(engine=settings.engine_id)
     redis = connect(settings.redis_url)
     queue = JobQueue(redis, lease_ms=round(settings.lease_s * 1000))
     starting = EngineInfo(
@@ -60,12 +63,11 @@ async def _serve(settings: EngineSettings) -> None:
         event(
             logger,
             "engine_ready",
-            engine=info.id,
             model=info.model,
             device=engine.model.device,
             dtype=engine.model.dtype,
         )
-        await Worker(engine, queue, info, settings).run()
+        await Worker(engine, queue, info, settings, tracing).run()
     finally:
         await queue.close()
         await redis.aclose()

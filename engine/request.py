@@ -70,6 +70,8 @@ class Image:
     plan: Plan | None = None  # filled when planning ends
     admitted_at: float = field(default_factory=time.monotonic)
     planned_at: float = 0.0  # when rendering could begin
+    rendered_at: float = 0.0  # when its latents were done
+    decoded_at: float = 0.0  # when its pixels were
 
     @property
     def seed(self) -> int:

@@ -14,23 +14,26 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from engine.config import EXIT_STUCK, EngineSettings
 from engine.encoding import covered, encode, metadata, resized
 from engine.engine import Engine
-from engine.errors import QueueUnavailable, RequestError
-from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobError, JobResult, JobState, PartialImage
+from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, WriteRefused
+from engine.failures import told_of
+from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobResult, JobState, PartialImage
 from engine.jobs.queue import JobQueue
-from engine.logs import event, where
+from engine.logs import bind, event, where
 from engine.plan_cache import PlanCache
 from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
+from engine.tracing import Span, Tracing
 
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
 LOOK_FOR_WORK_S = 0.5  # should a wake-up have been lost
 REDIS_RETRY_S = 0.3
+REFUSALS = 10  # of one write, with small ones taken in between: more would not help
 STUCK_AFTER_S = 11.0  # a step that takes longer than this is taken for a hang,
 CPU_PATIENCE_S = 15.0  # on a CPU so much longer for each megapixel under way: there a step may take that long
 
@@ -47,10 +50,13 @@ class Lost:
 class RunningJob:
     claim: Claim
     request: Request
+    span: Span
     started: float = field(default_factory=time.monotonic)
     events: asyncio.Queue[Event | Lost] = field(default_factory=asyncio.Queue)
     results: dict[int, asyncio.Task[ImageResult]] = field(default_factory=dict)
     partials: list[asyncio.Task[None]] = field(default_factory=list)
+    progress: dict[str, str | int] = field(default_factory=dict)  # last told
+    error_code: str | None = None  # filled when it fails
 
     @property
     def source_tokens(self) -> int:
@@ -66,7 +72,10 @@ class Worker:
         info: what the heartbeats say; `info.id` is the consumer's name in the queue.
     """
 
-    def __init__(self, engine: Engine, queue: JobQueue, info: EngineInfo, settings: EngineSettings):
+    def __init__(
+        self, engine: Engine, queue: JobQueue, info: EngineInfo, settings: EngineSettings, tracing: Tracing = Tracing()
+    ):
+        self._tracing = tracing
         self._engine, self._queue, self._info, self._settings = engine, queue, info, settings
         planner = engine.model.planning_fingerprint() if settings.plan_cache_s else ""
         self._plan_cache = PlanCache(queue, planner, settings.plan_cache_s)
@@ -215,20 +224,20 @@ class Worker:
     # --- one job ------------------------------------------------------------------------------------------------------
 
     def _start(self, claim: Claim) -> None:
-        now = time.time()
-        deadline = time.monotonic() + claim.deadline / 1000 - now
+        deadline = time.monotonic() + (claim.deadline - claim.claimed_at) / 1000
         request = Request(_request_id(claim), claim.spec, deadline, plans=dict(claim.plans))
         self._engine.metrics.plans_resumed.inc(len(claim.plans))
-        self._engine.metrics.queued.observe(max(0.0, now - claim.submitted_at / 1000))
-        known = len(claim.plans)
-        event(logger, "job_claimed", job=claim.job_id, run=claim.runs, images=claim.spec.n, plans_known=known)
-        job = self._jobs[request.id] = RunningJob(claim, request)
+        self._engine.metrics.queued.observe((claim.claimed_at - claim.submitted_at) / 1000)
+        job = self._jobs[request.id] = RunningJob(claim, request, self._tracing.run(claim, self._info.id))
         conductor = asyncio.ensure_future(self._conduct(job))
         self._conductors.add(conductor)
         conductor.add_done_callback(self._conductors.discard)
 
     async def _conduct(self, job: RunningJob) -> None:
         """See a job to its end."""
+        claim, state = job.claim, None
+        bind(**_ids(claim))
+        event(logger, "job_claimed", run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans))
         try:
             await self._equip(job)
             self._engine.submit(job.request)
@@ -240,16 +249,17 @@ class Worker:
             self._engine.cancel(job.request.id)
             del self._jobs[job.request.id]
             self._changed.set()
+            ended = state.value if state else "lost"
+            job.span.end(error=job.error_code, attributes={"glimmer.state": ended})
         if state is not None:
             self._engine.metrics.jobs.labels(state.value).inc()
-        seconds = time.monotonic() - job.started
-        event(logger, "job_ended", job=job.claim.job_id, state=state.value if state else "lost", seconds=seconds)
+        event(logger, "job_ended", state=ended, seconds=time.monotonic() - job.started)
 
     async def _equip(self, job: RunningJob) -> None:
         """Fetch what is kept beside the job: an edit's pictures, and plans of earlier requests that were the same."""
         claim, request = job.claim, job.request
         if claim.spec.sources:
-            request.sources = await self._insist(lambda: self._queue.sources(claim))
+            request.sources = await self._insist(job, lambda: self._queue.sources(claim))
         if request.sources is not None:  # otherwise the job has ended, or is no edit
             request.pictures = await asyncio.to_thread(self._engine.read_pictures, request.sources)
             self._changed.set()  # they may be smaller than was thought
@@ -263,16 +273,21 @@ class Worker:
         while True:
             match happened := await job.events.get():
                 case Planned(index=index, plan=plan):
-                    await self._insist(lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p))
+                    image = job.request.images[index]
+                    job.span.child("plan", image.admitted_at, image.planned_at or None, index)
+                    await self._insist(job, lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p))
                     with suppress(QueueUnavailable):
                         await self._plan_cache.keep(job.claim.spec, job.request.sources, index, plan)
                 case Partial():
                     job.partials.append(asyncio.ensure_future(self._show(job, happened)))
                 case Rendered(image=image, pixels=pixels):
-                    job.results[image.index] = asyncio.ensure_future(_encode(image, pixels))
+                    job.span.child("render", image.planned_at, image.rendered_at, image.index)
+                    job.span.child("decode", image.rendered_at, image.decoded_at, image.index)
+                    job.results[image.index] = asyncio.ensure_future(_encode(job, image, pixels))
                 case Progress(phase=phase, step=step, steps=steps):
+                    job.progress = {"phase": phase, "step": step, "steps": steps}
                     with suppress(QueueUnavailable):
-                        await self._queue.progress(job.claim, {"phase": phase, "step": step, "steps": steps})
+                        await self._queue.progress(job.claim, job.progress)
                 case Finished():
                     return await self._commit(job)
                 case Failed(error=error):
@@ -290,41 +305,58 @@ class Worker:
             shown = PartialImage(partial.image.index, partial.index, data, partial.grid.to_dict())
             await self._queue.partial_image(job.claim, shown)
         except Exception as error:
-            _log_failure("partial_image_lost", logging.WARNING, job, error)
+            _log_failure("partial_image_lost", logging.WARNING, error)
 
     async def _commit(self, job: RunningJob) -> JobState | None:
-        images = [await job.results[index] for index in range(job.claim.spec.n)]
+        images = await asyncio.gather(*(job.results[index] for index in range(job.claim.spec.n)))
         await asyncio.gather(*job.partials)  # after the end nobody would see them
         request = job.request
         result = JobResult(images, len(request.prompt_ids), job.claim.spec.plan_tokens, request.source_tokens)
-        written = await self._insist(lambda: self._queue.commit(job.claim, result))
+        began = time.monotonic()
+        written = await self._insist(job, lambda: self._queue.commit(job.claim, result))
+        job.span.child("commit", began)
         return JobState.SUCCEEDED if written else None
 
     async def _fail(self, job: RunningJob, error: Exception) -> JobState | None:
-        if isinstance(error, RequestError):
-            told = JobError(error.message, "invalid_request_error", error.code, error.param)
-        else:
-            _log_failure("job_failed", logging.ERROR, job, error)
-            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            told = JobError(
-                "The device has not enough memory for this request."
-                if memory
-                else "The engine failed on this request.",
-                code="out_of_memory" if memory else "engine_error",
-            )
-        written = await self._insist(lambda: self._queue.fail(job.claim, told))
+        if isinstance(error, DeadlinePassed):
+            ended = await self._insist(job, lambda: self._queue.expire(job.claim.job_id))
+            return JobState.EXPIRED if ended else None
+        if not isinstance(error, RequestError):
+            _log_failure("job_failed", logging.ERROR, error)
+        told = told_of(error, job.claim.spec)
+        job.error_code = told.code or told.type
+        written = await self._insist(job, lambda: self._queue.fail(job.claim, told))
         return JobState.FAILED if written else None
 
-    async def _insist(self, write: Callable[[], Awaitable[T]]) -> T:
-        """Write to the queue, however long Redis is away: the work is done, and its epoch says if it still counts."""
-        while True:
+    async def _insist(self, job: RunningJob, write: Callable[[], Awaitable[T]]) -> T:
+        """Write to the queue, however long Redis is away or full: the work is done, and its epoch says if it counts.
+
+        Where it is this job alone that Redis has no room for, that would be for ever, and each attempt would take
+        memory from the writes of the others. A result may be larger than a value may be there, which breaks the
+        connection, or than the memory that is left. Neither the error nor its number tells that from an outage, but
+        small writes do: as long as they are refused, too, the large one waits for them. A write that is refused
+        again and again while they pass is given up.
+
+        Raises:
+            WriteRefused: the write was refused `REFUSALS` times, and each time a small one went through after it.
+            QueueUnavailable: the engine ends.
+        """
+        for _ in range(REFUSALS):
             try:
                 return await write()
             except QueueUnavailable as error:
                 event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
-                if self._stopping.is_set():
-                    raise
-                await asyncio.sleep(REDIS_RETRY_S)
+            await self._until_small_writes_pass(job)
+        raise WriteRefused(f"Redis refused a write {REFUSALS} times")
+
+    async def _until_small_writes_pass(self, job: RunningJob) -> None:
+        while True:
+            if self._stopping.is_set():
+                raise QueueUnavailable("the engine ends")
+            await asyncio.sleep(REDIS_RETRY_S)
+            with suppress(QueueUnavailable):
+                await self._queue.progress(job.claim, job.progress)
+                return
 
     # --- small things -------------------------------------------------------------------------------------------------
 
@@ -372,15 +404,16 @@ class Worker:
         for job in list(self._jobs.values()):
             with suppress(QueueUnavailable):
                 await self._queue.release(self._info.id, job.claim)
-                event(logger, "job_handed_back", job=job.claim.job_id)
+                event(logger, "job_handed_back", **_ids(job.claim))
             self._lose(job.request.id)
 
 
-async def _encode(image: Image, pixels: torch.Tensor) -> ImageResult:
-    spec = image.request.spec
+async def _encode(job: RunningJob, image: Image, pixels: torch.Tensor) -> ImageResult:
+    spec, began = image.request.spec, time.monotonic()
     pixels = await _under_overlay(pixels, image.request)
     texts = metadata(spec, image.seed)
     data = await asyncio.to_thread(encode, pixels, spec.output_format, spec.output_compression, texts)
+    job.span.child("encode", began, image=image.index)
     return ImageResult(data, image.seed, image.plan.to_dict() if spec.return_plan and image.plan else None)
 
 
@@ -390,9 +423,14 @@ async def _under_overlay(pixels: torch.Tensor, request: Request) -> torch.Tensor
     return pixels if overlay is None else await asyncio.to_thread(covered, pixels, overlay)
 
 
-def _log_failure(name: str, level: int, job: RunningJob, error: Exception) -> None:
+def _log_failure(name: str, level: int, error: Exception) -> None:
     """Without the error's text, which may quote a prompt."""
-    event(logger, name, level, job=job.claim.job_id, error=type(error).__name__, where=where(error))
+    event(logger, name, level, error=type(error).__name__, where=where(error))
+
+
+def _ids(claim: Claim) -> dict[str, Any]:
+    """What events name a job by, and the request that submitted it."""
+    return {"job": claim.job_id, "request": claim.origin.request_id or None}
 
 
 def _request_id(claim: Claim) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from engine.errors import KeyReused, QueueFull, QueueUnavailable, SourcesFull, TooManyJobs
 from engine.geometry import MIN_SIDE
-from engine.jobs.job import EngineInfo, JobSources, JobSpec, Priority
+from engine.jobs.job import EngineInfo, JobSources, JobSpec, Origin, Priority
 from engine.jobs.queue import JobQueue
 from server.errors import DRAINING_RETRY_S, ENGINE_RETRY_S, ApiError, unavailable
 from server.keys import Caller
@@ -254,6 +254,7 @@ class Admission:
         sources: JobSources | None = None,
         notes: dict[str, Any] | None = None,
         idempotency: Idempotency | None = None,
+        origin: Origin = Origin(),
     ) -> Admitted:
         """Reserves a place and queues the job of the caller who was charged, in one atomic step.
 
@@ -279,6 +280,7 @@ class Admission:
                 sources=sources,
                 max_source_bytes=self._max_source_bytes,
                 notes=notes,
+                origin=origin,
             )
         except (QueueFull, TooManyJobs) as refusal:
             await self._refund(charge)

@@ -1,5 +1,6 @@
 """The ASGI application. `create_app` wires the parts; the way of a request is in `server.routes.images`."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
@@ -8,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.jobs.connection import connect
 from engine.jobs.queue import JobQueue
+from engine.tracing import open_tracing
 from server import openapi
 from server.admission import Admission, EngineDirectory, Gate
 from server.attendance import Endings
@@ -43,10 +45,12 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
     Raises:
         ValueError: neither a queue nor `settings.redis_url` is given.
         KeyFileError: `settings.api_keys_file` cannot be used.
+        TracingError: the environment asks for traces that cannot be had.
     """
     if queue is None and settings.redis_url is None:
         raise ValueError("the API needs a Redis: set GLIMMER_REDIS_URL")
     gate, metrics, keys = Gate(), Metrics(), KeyRing(settings)
+    tracing = open_tracing("glimmer-api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,6 +78,7 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
             yield
             await endings.close()
             await withdrawals.close()
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="Glimmer",
@@ -82,9 +87,11 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
         # FastAPI's own pages load their scripts from elsewhere; /docs is one of ours.
         docs_url=None,
         redoc_url=None,
+        # FastAPI's own traces and logs have URLs and texts of errors in them, which may quote a prompt.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gate = gate
-    app.add_middleware(RequestObserver, metrics=metrics)
+    app.add_middleware(RequestObserver, metrics=metrics, tracing=tracing)
     if settings.allowed_origins:
         # Added last, so outermost: a script in a browser is to see errors, too.
         app.add_middleware(

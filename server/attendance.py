@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Self, TypeVar
 
@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from engine.errors import QueueUnavailable
-from engine.jobs.job import JobRecord, JobResult
+from engine.jobs.job import JobRecord, JobResult, JobState
 from engine.jobs.queue import JobQueue
 from engine.logs import event
 from server.admission import Admitted, Pace
@@ -21,6 +21,7 @@ from server.metrics import Metrics
 from server.withdrawals import Withdrawals
 
 REDIS_PATIENCE_S = 30.0  # the job is accepted, or even made; a restart of Redis takes some seconds
+LOOK_EVERY_S, LOOK_AT_ONCE = 1.0, 500  # at jobs that no request waits for
 
 logger = logging.getLogger("glimmer.images")
 T = TypeVar("T")
@@ -106,7 +107,7 @@ class Attendance:
         result = None if error else await self._queue.result(self.job_id, patience_s=REDIS_PATIENCE_S)
         self._has_ended = True
         if not self.kept:
-            self._endings.count(ended, time.monotonic() - self._started)
+            self._endings.count(ended.state, time.monotonic() - self._started)
         if error is not None:
             raise error
         if result is None:
@@ -116,29 +117,47 @@ class Attendance:
 
 
 class Endings:
-    """Counts how jobs end, those included that no request waits for."""
+    """Counts how jobs end, those included that no request waits for. However many these are, they are looked after
+    together: a task and a look a second for each would cost more than to admit them."""
 
     def __init__(self, queue: JobQueue, metrics: Metrics, pace: Pace) -> None:
         self._queue, self._metrics, self._pace = queue, metrics, pace
-        self._watching: set[asyncio.Task[None]] = set()
+        self._watched: dict[str, float] = {}  # when each was submitted
+        self._watching: list[asyncio.Task[None]] = []
 
-    def count(self, ended: JobRecord, seconds: float) -> None:
+    def count(self, state: JobState, seconds: float) -> None:
         """Takes note of a job's end, `seconds` after it was submitted."""
         self._pace.ended(seconds)
-        self._metrics.jobs.labels(ended.state).inc()
+        self._metrics.jobs.labels(state).inc()
 
     def watch(self, job_id: str) -> None:
-        """Counts the job when it ends."""
-        task = asyncio.create_task(self._watch(job_id))
-        self._watching.add(task)
-        task.add_done_callback(self._watching.discard)
+        """Counts the job when it ends, and expires it when its deadline passes first."""
+        self._watched[job_id] = time.monotonic()
+        if not self._watching:
+            self._watching = [asyncio.create_task(self._hear()), asyncio.create_task(self._look())]
 
     async def close(self) -> None:
         """Stops watching; the jobs go on."""
-        for task in list(self._watching):
+        for task in self._watching:
             await stop(task)
 
-    async def _watch(self, job_id: str) -> None:
-        started = time.monotonic()
+    async def _hear(self) -> None:
+        """Counts jobs as they end."""
+        async for job_id in self._queue.ended():
+            if job_id in self._watched:
+                await self._count_ended([job_id])
+
+    async def _look(self) -> None:
+        """Finds the ends that were not heard of."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            watched = list(self._watched)
+            for first in range(0, len(watched), LOOK_AT_ONCE):
+                await self._count_ended(watched[first : first + LOOK_AT_ONCE])
+
+    async def _count_ended(self, job_ids: Sequence[str]) -> None:
         with suppress(QueueUnavailable):
-            self.count(await self._queue.wait(job_id), time.monotonic() - started)
+            for job_id, state in (await self._queue.ended_among(job_ids)).items():
+                started = self._watched.pop(job_id, None)
+                if started is not None and state is not None:
+                    self.count(state, time.monotonic() - started)

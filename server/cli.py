@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from engine import logs
-from engine.config import EXIT_CONFIGURATION, EngineSettings, LogLevel, Stage
+from engine.config import EXIT_CONFIGURATION, EngineSettings, LogFormat, LogLevel, Stage
 from engine.errors import QueueUnavailable
 from engine.jobs.job import Priority
+from engine.tracing import TracingError
 from server import client
 from server.schemas import Quality
 from server.settings import ServerSettings
@@ -57,6 +58,7 @@ ServedModelName = Annotated[str, _setting("served_model_name")]
 MaxQueue = Annotated[int, _setting("max_queue")]
 GraceS = Annotated[float, _setting("grace_s")]
 Level = Annotated[LogLevel, _setting("log_level")]
+Lines = Annotated[LogFormat, _setting("log_format")]
 Model = Annotated[
     str | None,
     typer.Option(envvar="GLIMMER_MODEL", help="Checkpoint folder or hub id; without it the small one that is shipped."),
@@ -105,6 +107,7 @@ def serve(
     redis_url: RedisUrl = None,
     grace_s: GraceS = _FIELDS["grace_s"].default,
     log_level: Level = _FIELDS["log_level"].default,
+    log_format: Lines = _FIELDS["log_format"].default,
 ) -> None:
     """Everything on one machine: the API, the engines and a Redis. Ctrl+C finishes what runs, then stops."""
     from server.keys import KeyFileError
@@ -112,15 +115,15 @@ def serve(
     from server.serving import StartError
 
     settings = _server_settings(context)
-    logs.configure(log_level)
+    logs.configure(log_level, log_format)
     environment = {"GLIMMER_DEVICE": device, "GLIMMER_DTYPE": dtype, "GLIMMER_LOG_LEVEL": log_level}
-    environment["GLIMMER_GRACE_S"] = str(grace_s)
+    environment |= {"GLIMMER_LOG_FORMAT": log_format, "GLIMMER_GRACE_S": str(grace_s)}
     if model is not None:
         environment["GLIMMER_MODEL"] = model
     plan = EnginePlan(engines, data_dir or default_data_dir(), device, environment)
     try:
         code = run_all(settings, plan)
-    except (StartError, QueueUnavailable, KeyFileError) as error:
+    except (StartError, QueueUnavailable, KeyFileError, TracingError) as error:
         _stop(str(error))
     raise typer.Exit(code)
 
@@ -139,6 +142,7 @@ def api(
     served_model_name: ServedModelName = _FIELDS["served_model_name"].default,
     grace_s: GraceS = _FIELDS["grace_s"].default,
     log_level: Level = _FIELDS["log_level"].default,
+    log_format: Lines = _FIELDS["log_format"].default,
 ) -> None:
     """The HTTP API alone; engines reach it through the same Redis."""
     from server.keys import KeyFileError
@@ -148,10 +152,10 @@ def api(
     settings = _server_settings(context)
     if settings.redis_url is None:
         _stop("glimmer api needs a Redis: set --redis-url or GLIMMER_REDIS_URL")
-    logs.configure(log_level)
+    logs.configure(log_level, log_format)
     try:
         run_api(settings)
-    except (StartError, KeyFileError) as error:
+    except (StartError, KeyFileError, TracingError) as error:
         _stop(str(error))
 
 
@@ -194,9 +198,10 @@ def engine(
         float, typer.Option(envvar="GLIMMER_GRACE_S", min=0, help="Seconds running jobs get after SIGTERM.")
     ] = EngineSettings.grace_s,
     log_level: Level = EngineSettings.log_level,
+    log_format: Lines = EngineSettings.log_format,
 ) -> None:
     """One engine process alone: takes jobs from Redis, plans and renders. Needs `pip install glimmer[engine]`."""
-    logs.configure(log_level)
+    logs.configure(log_level, log_format)
     if not sys.stderr.isatty():
         _no_progress_bars()
     settings = EngineSettings(
@@ -214,6 +219,7 @@ def engine(
         plan_cache_s=plan_cache_s,
         grace_s=grace_s,
         log_level=log_level,
+        log_format=log_format,
     )
     try:
         from engine.process import main as run_engine

@@ -54,6 +54,7 @@ def run_api(settings: ServerSettings) -> None:
     Raises:
         StartError: the address cannot be listened on.
         KeyFileError: the file of keys cannot be used.
+        TracingError: the environment asks for traces that cannot be had.
     """
     server = DrainingServer(create_app(settings), settings.grace_s)
     listener = listen(settings.host, settings.port)
@@ -69,6 +70,7 @@ def run_all(settings: ServerSettings, engines: EnginePlan) -> int:
         StartError: the address cannot be listened on.
         QueueUnavailable: a Redis of our own cannot be started.
         KeyFileError: the file of keys cannot be used.
+        TracingError: the environment asks for traces that cannot be had.
     """
     with listen(settings.host, settings.port) as listener:
         _warn_if_open(settings, listener)

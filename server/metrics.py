@@ -5,13 +5,13 @@ Labels are bounded: routes by template, methods from a list, never a path, a key
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.jobs.job import QueueStats
+from engine.jobs.job import ENGINE_STATES, TERMINAL_STATES, EngineInfo, QueueStats
 from engine.logs import event
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -39,6 +39,8 @@ class Metrics:
         self.jobs = Counter(
             "glimmer_api_jobs", "Jobs this API process saw end, by end state.", ("state",), registry=self.registry
         )
+        for state in TERMINAL_STATES:  # from 0, or Prometheus does not see the first one
+            self.jobs.labels(state)
         self.rewrites = Counter(
             "glimmer_prompt_rewrites",
             "Prompts sent to the rewriter: rewritten, dropped (not fit for use) or failed.",
@@ -46,6 +48,13 @@ class Metrics:
             registry=self.registry,
         )
         self._queue = Gauge("glimmer_queue_jobs", "Jobs in the queue.", ("state",), registry=self.registry)
+        self._queue_cap = Gauge("glimmer_queue_cap", "Jobs that may wait.", registry=self.registry)
+        self._given_up = Gauge(
+            "glimmer_queue_jobs_given_up",
+            "Jobs given up because they brought their engines down, since the queue was made.",
+            registry=self.registry,
+        )
+        self._engines = Gauge("glimmer_engines", "Engines with a heartbeat.", ("state",), registry=self.registry)
         self._source_bytes = Gauge(
             "glimmer_queue_source_bytes", "Memory in Redis of the pictures of edits.", registry=self.registry
         )
@@ -56,14 +65,19 @@ class Metrics:
         self._requests.labels(route, method, status).inc()
         self._seconds.labels(route, method).observe(seconds)
 
-    def queue(self, stats: QueueStats | None) -> None:
-        """The queue's depth now; None when Redis did not say, and then no depth is shown rather than an old one."""
+    def queue(self, stats: QueueStats | None, engines: Sequence[EngineInfo], max_queue: int) -> None:
+        """The queue and its engines now; None when Redis did not say, and then none are shown rather than old ones."""
         self._redis_up.set(stats is not None)
+        self._queue_cap.set(max_queue)
         self._queue.clear()
+        self._engines.clear()
         self._source_bytes.set(math.nan if stats is None else stats.source_bytes)
+        self._given_up.set(math.nan if stats is None else stats.given_up)
         if stats is not None:
             self._queue.labels("waiting").set(stats.waiting)
             self._queue.labels("running").set(stats.running)
+            for state in ENGINE_STATES:
+                self._engines.labels(state).set(sum(engine.state == state for engine in engines))
 
 
 class _Families:

@@ -1,4 +1,4 @@
-"""Around every request: an id, the time it took, one log line, the metrics, and no exception that gets out.
+"""Around every request: an id, the time it took, one log line, a span, the metrics, and no exception that gets out.
 
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
 """
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.logs import event, where
+from engine.jobs.job import Origin
+from engine.logs import bind, bound, event, where
+from engine.tracing import Span, Tracing
 from server.errors import internal_error
 from server.metrics import Metrics
 
@@ -27,6 +29,7 @@ class _Exchange:
     """One request as it goes by. `status` is 0 until the answer starts."""
 
     request_id: str
+    span: Span
     started: float = field(default_factory=time.perf_counter)
     status: int = 0
 
@@ -36,19 +39,21 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Gives each request its id (`request.state.request_id`) and reports it when it is over. What a route puts into
-    `request.state.answer_headers` goes onto the answer, whatever that is."""
+    """Gives each request its id and its span (`request.state.origin`) and reports it when it is over. What a route puts
+    into `request.state.answer_headers` goes onto the answer, whatever that is."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
-        self._metrics = metrics
+        self._metrics, self._tracing = metrics, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(_request_id(Headers(scope=scope)))
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        headers = Headers(scope=scope)
+        exchange = _Exchange(_request_id(headers), self._span(scope, headers))
+        bind(request=exchange.request_id, job=None)  # a connection's next request may start in the task of its last
+        scope.setdefault("state", {})["origin"] = Origin(exchange.request_id, exchange.span.traceparent)
         with self._metrics.in_flight.track_inprogress():
             try:
                 await self._serve(scope, receive, send, exchange)
@@ -71,7 +76,7 @@ class RequestObserver:
             await self._app(scope, receive, send_stamped)
         except Exception as error:
             kind, frames = type(error).__name__, where(error)
-            event(logger, "unhandled", logging.ERROR, id=exchange.request_id, error=kind, where=frames)
+            event(logger, "unhandled", logging.ERROR, error=kind, where=frames)
             if exchange.status:
                 raise  # too late for an answer; the server closes the connection
             await internal_error().response()(scope, receive, send_stamped)
@@ -79,18 +84,31 @@ class RequestObserver:
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.request(route, scope["method"], exchange.status, exchange.seconds)
+        exchange.span.end(
+            name=f"{scope['method']} {route}",
+            error=str(exchange.status) if exchange.status >= 500 else None,
+            attributes={
+                "http.route": route,
+                "http.response.status_code": exchange.status or None,
+                "glimmer.request_id": exchange.request_id,
+                "glimmer.job_id": bound().get("job"),
+            },
+        )
         event(
             logger,
             "request",
             logging.DEBUG if route in _QUIET_ROUTES else logging.INFO,
-            id=exchange.request_id,
             method=scope["method"],
             route=route,
             status=exchange.status,
             ms=exchange.seconds * 1000,
-            job=scope["state"].get("job_id"),
             key=getattr(scope["state"].get("caller"), "owner", None) or None,
         )
+
+    def _span(self, scope: Scope, headers: Headers) -> Span:
+        if scope["path"] in _QUIET_ROUTES:
+            return Span()
+        return self._tracing.request(scope["method"], headers.get("traceparent", ""))
 
 
 def _request_id(headers: Headers) -> str:

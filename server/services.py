@@ -40,6 +40,6 @@ class Services:
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     """A dependency: the services of the app that serves `request`."""
     return request.app.state.services

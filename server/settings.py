@@ -8,7 +8,7 @@ import httpx
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from engine.config import LogLevel
+from engine.config import LogFormat, LogLevel
 from engine.geometry import MAX_SIDE
 
 _ORIGIN = re.compile(r"https?://[^/@\s]+")
@@ -71,6 +71,7 @@ class ServerSettings(BaseSettings):
     max_timeout: float = Field(default=3600.0, gt=0, description="The longest `timeout` a request may ask for.")
     grace_s: float = Field(default=30.0, ge=0, description="Time that running requests get to finish after SIGTERM.")
     log_level: LogLevel = Field(default="info", description="Events below it are not logged.")
+    log_format: LogFormat = Field(default="text", description="How a line of the log is written: text or json.")
 
     @field_validator("served_model_name")
     @classmethod

@@ -14,6 +14,7 @@ from engine.jobs.job import (
     JobSources,
     JobSpec,
     JobState,
+    Origin,
     Plan,
     Priority,
 )
@@ -44,18 +45,20 @@ def decode_record(job_id: str, values: Sequence[Any], position: int | None = Non
 
 def decode_claim(reply: Sequence[Any]) -> Claim:
     """The claim from the reply of the script that granted it."""
-    job_id, epoch, runs, suspect, spec, submitted_at, deadline, plans = reply
+    job_id, epoch, runs, suspect, spec, submitted_at, deadline, claimed_at, plans, origin = reply
     return Claim(
         job_id=job_id.decode(),
         epoch=epoch,
         spec=JobSpec.from_dict(orjson.loads(spec)),
         submitted_at=int(submitted_at),
         deadline=int(deadline),
+        claimed_at=claimed_at,
         runs=runs,
         plans={
             int(index): Plan.from_dict(orjson.loads(plan)) for index, plan in zip(plans[::2], plans[1::2], strict=True)
         },
         exclusive=bool(suspect),
+        origin=Origin.from_dict(orjson.loads(origin or b"{}")),  # an API of an older version writes none
     )
 
 

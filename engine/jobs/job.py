@@ -155,6 +155,19 @@ class JobSources:
 
 
 @dataclass(frozen=True)
+class Origin(_Record):
+    """The request that a job came with, for whoever follows it through logs and traces. Nothing else depends on it.
+
+    Args:
+        request_id: as the API's answer and log lines name it.
+        traceparent: its span as W3C Trace Context writes it; empty where it has none.
+    """
+
+    request_id: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True)
 class JobError(_Record):
     """Why a job failed, in the terms of the HTTP contract.
 
@@ -235,7 +248,8 @@ class Claim:
     """The right to run a job, valid while the lease is renewed and the record's epoch is still `epoch`.
 
     `plans` holds the checkpointed plans of an earlier run, by image index. `exclusive` jobs brought an engine down
-    before: they run alone, so that nobody is harmed if they do it again.
+    before: they run alone, so that nobody is harmed if they do it again. Times are milliseconds of Redis' clock, which
+    need not agree with the engine's.
     """
 
     job_id: str
@@ -243,9 +257,11 @@ class Claim:
     spec: JobSpec
     submitted_at: int
     deadline: int
+    claimed_at: int
     runs: int
     plans: dict[int, Plan]
     exclusive: bool = False
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True)
@@ -263,6 +279,9 @@ class Budget:
     idle: bool
 
 
+ENGINE_STATES = ("starting", "ready", "draining", "stuck")
+
+
 @dataclass(frozen=True)
 class EngineInfo(_Record):
     """What an engine says of itself with every heartbeat.
@@ -270,7 +289,7 @@ class EngineInfo(_Record):
     A default stands for what an engine of an older version does not say.
 
     Args:
-        state: starting, ready, draining or stuck.
+        state: one of `ENGINE_STATES`.
         default_size: "WxH" in pixels, for size=auto.
         default_steps, default_guidance: for a request that names neither steps nor a quality, or no guidance.
     """
@@ -290,8 +309,10 @@ class EngineInfo(_Record):
 
 @dataclass(frozen=True)
 class QueueStats:
-    """Jobs nobody runs yet, jobs under a lease, and the memory in Redis of the pictures that all of them edit."""
+    """Jobs nobody runs yet, jobs under a lease, the memory in Redis of the pictures that all of them edit, and how many
+    jobs were given up so far because they brought their engines down."""
 
     waiting: int
     running: int
     source_bytes: int = 0
+    given_up: int = 0

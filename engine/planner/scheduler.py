@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from engine.allowance import Allowance
 from engine.errors import RequestError
 from engine.planner.block_allocator import BlockAllocator
 from engine.request import Image, Request
@@ -84,7 +85,8 @@ class PlannerScheduler:
         self.block_size = block_size
         self.slots = slots
         self.max_prompt_tokens = max_prompt_tokens
-        self.prefill_tokens = prefill_tokens
+        self.prefill_budget = Allowance(prefill_tokens)
+        self.decode_budget = Allowance(slots)
         self._free_slots = list(range(slots))[::-1]
         self._prefill: deque[PromptGroup] = deque()
         self._decode: list[Sequence] = []
@@ -105,7 +107,8 @@ class PlannerScheduler:
     @property
     def steps_left(self) -> int:
         """Steps until every plan under way is written."""
-        return max((sequence.total - sequence.written for sequence in self.sequences), default=0)
+        left = [sequence.total - sequence.written for sequence in self.sequences]
+        return max(max(left, default=0), -(-sum(left) // self.decode_budget.now))
 
     def previewed(self) -> list[Sequence]:
         """Sequences whose preview has been written and is to be shown, but is not known to their images yet."""
@@ -156,15 +159,16 @@ class PlannerScheduler:
         self._prefill.append(PromptGroup(request, sequences))
 
     def schedule(self) -> PlannerStep:
-        """The next step: as many waiting prompts as the budget allows, and every sequence that is under way."""
+        """The next step: as many waiting prompts as the budget allows, and every sequence that is under way, unless
+        memory is short: then those that came first, so that each is written in the end."""
         prefill: list[PromptGroup] = []
-        tokens = 0
+        tokens, budget = 0, self.prefill_budget.take() if self._prefill else 0
         for group in self._prefill:
             tokens += len(group.request.prompt_ids)
-            if prefill and tokens > self.prefill_tokens:
+            if prefill and tokens > budget:
                 break
             prefill.append(group)
-        return PlannerStep(prefill, list(self._decode))
+        return PlannerStep(prefill, self._decode[: self.decode_budget.take()] if self._decode else [])
 
     def prefilled(self, group: PromptGroup) -> None:
         """The runner has prefilled the group's prompt and chosen the first token of each sequence."""

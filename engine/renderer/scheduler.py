@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from engine.allowance import Allowance
+
 
 class Work(Protocol):
     """What the scheduler needs to know of an image being rendered."""
@@ -45,11 +47,11 @@ class RenderScheduler(Generic[W]):
     """Shortest remaining work first, with ageing; an image about to miss its deadline goes before the others.
 
     Args:
-        token_budget: packed tokens of a tick; one image always goes, however large.
+        token_budget: packed tokens of a tick, at most; one image always goes, however large.
     """
 
     def __init__(self, token_budget: int):
-        self.token_budget = token_budget
+        self.budget = Allowance(token_budget)
         self._entries: list[_Entry[W]] = []
         self._seconds_per_token = 0.0
 
@@ -73,11 +75,13 @@ class RenderScheduler(Generic[W]):
     def pick(self, now: float | None = None) -> list[W]:
         """The images of the next tick. Every image waits a bounded number of ticks: each tick it is passed over takes
         a whole budget off the work it is judged by."""
-        moment = time.monotonic() if now is None else now
+        if not self._entries:
+            return []
+        moment, budget = time.monotonic() if now is None else now, self.budget.take()
         picked: list[_Entry[W]] = []
         tokens = 0
         for entry in sorted(self._entries, key=lambda entry: self._rank(entry, moment)):
-            if not picked or tokens + entry.work.tokens <= self.token_budget:
+            if not picked or tokens + entry.work.tokens <= budget:
                 picked.append(entry)
                 tokens += entry.work.tokens
         for entry in self._entries:
@@ -96,4 +100,4 @@ class RenderScheduler(Generic[W]):
         slack = entry.work.deadline - now - needed
         if slack < needed:  # as urgent as it is long: it must run at least every other tick from now on
             return False, entry.work.deadline
-        return True, entry.remaining - entry.waited * self.token_budget
+        return True, entry.remaining - entry.waited * self.budget.now

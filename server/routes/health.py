@@ -51,11 +51,13 @@ def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats) -> str
 async def metrics(app: Annotated[Services, Depends(services)]) -> Response:
     """Prometheus text: this process, the queue, and every live engine under its `engine` label."""
     try:
-        stats, engines = await in_time(asyncio.gather(app.queue.stats(), app.queue.engine_metrics()))
+        stats, engines, texts = await in_time(
+            asyncio.gather(app.queue.stats(), app.queue.engines(), app.queue.engine_metrics())
+        )
     except QueueUnavailable:
-        stats, engines = None, {}
-    app.metrics.queue(stats)
-    return Response(exposition(app.metrics.registry, engines), media_type=CONTENT_TYPE_LATEST)
+        stats, engines, texts = None, [], {}
+    app.metrics.queue(stats, engines, app.settings.max_queue)
+    return Response(exposition(app.metrics.registry, texts), media_type=CONTENT_TYPE_LATEST)
 
 
 def _health(reason: str | None, engines: list[EngineInfo], stats: QueueStats | None) -> Response:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from starlette.background import BackgroundTask
 
 from engine.errors import QueueUnavailable
-from engine.logs import event
+from engine.logs import bind, event
 from server import openapi
 from server.admission import Admitted, Idempotency, in_time
 from server.answers import Notes, new_file_tokens, render_answer, render_job
@@ -86,7 +86,7 @@ async def _serve(request: Request, app: Services, held: ExitStack, order: Order,
         job = Admitted(earlier, attached=True) if earlier else None
     if job is None:
         job = await _admit(request, app, order, upload, idempotency, is_watched=order.request.stream or wants_job)
-    request.state.job_id = job.job_id
+    bind(job=job.job_id)
     attendance = held.enter_context(
         Attendance(
             app.queue,
@@ -141,12 +141,12 @@ async def _admit(
         sources=edit.files if edit else None,
         notes=notes.to_dict(),
         idempotency=idempotency,
+        origin=request.state.origin,
     )
     if not job.attached:
         event(
             logger,
             "job_accepted",
-            id=request.state.request_id,
             job=job.job_id,
             n=spec.n,
             size=f"{spec.width}x{spec.height}",

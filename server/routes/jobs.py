@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 
 from engine.jobs.job import JobRecord
+from engine.logs import bind
 from server import openapi
 from server.admission import in_time
 from server.answers import render_job
@@ -53,6 +54,7 @@ async def _own(job_id: str, request: Request, app: Services) -> JobRecord:
     record = await in_time(app.queue.get(job_id))
     if record is None or record.owner != request.state.caller.owner:
         raise ApiError(404, "There is no such job, or not any more.", code="job_not_found", param="job_id")
+    bind(job=job_id)
     if not record.state.is_terminal and await in_time(app.queue.expire(job_id)):  # if its time is over
         record = await in_time(app.queue.get(job_id)) or record
     return record

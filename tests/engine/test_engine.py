@@ -1,6 +1,7 @@
 """The engine from Python: what a request gets depends on nobody else, and whatever happens, nothing leaks."""
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from engine.encoding import encode
 from engine.engine import Engine
-from engine.errors import RequestError
+from engine.errors import DeadlinePassed, RequestError
 from engine.geometry import Geometry
 from engine.jobs.job import JobSpec, Plan
 from engine.request import Event, Failed, Finished, Planned, Progress, Rendered, Request
@@ -166,52 +167,98 @@ def test_what_cannot_be_served_fails_alone_and_says_why(
     assert {event.request.id for event in events if isinstance(event, Finished)} == {"good", "good2"}
 
 
-@pytest.mark.parametrize("place", ["encode", "prefill", "decode", "prepare", "advance", "vae"])
+FOUR = [JobSpec(f"{i} 'w{i}'", 64, 64, seed=10 * i, num_inference_steps=6, n=1 + i % 2 * 2) for i in range(4)]
+VICTIM = FOUR[3]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: GlmImage) -> list[list[bytes]]:
+    return pngs(small_engine(model), FOUR)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "tokenizer",
+        "prefill",
+        "decode",
+        "read",
+        "glyphs",
+        "prepare",
+        "prepare preview",
+        "advance",
+        "partial",
+        "vae",
+    ],
+)
 def test_a_failure_anywhere_ends_one_request_and_leaves_the_others_bytes(
-    model: GlmImage, place: str, monkeypatch: pytest.MonkeyPatch
+    model: GlmImage, undisturbed: list[list[bytes]], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The victim, of three images, makes every batch it is in fail; each request is then tried alone."""
-    specs = [JobSpec(f"{i} 'w'", 64, 64, seed=10 * i, num_inference_steps=3, n=1 + i % 2 * 2) for i in range(4)]
-    engine = small_engine(model)
-    expected = pngs(engine, specs)
-    victim = specs[3].prompt
+    engine = small_engine(model, render_token_budget=20_000)  # room for previews, so that they come first
+    planner, renderer = engine.planner_runner, engine.renderer_runner
+    showing = (2, 3) if place in ("prepare preview", "partial") else ()
     target, name, prompts_of = {
-        "encode": (model.prompts, "encode", lambda prompt, *_: [prompt]),
-        "prefill": (engine.planner_runner, "prefill", lambda groups: [g.request.spec.prompt for g in groups]),
-        "decode": (engine.planner_runner, "decode", lambda items: [s.request.spec.prompt for s in items]),
-        "prepare": (engine.renderer_runner, "prepare", lambda image: [image.request.spec.prompt]),
-        "advance": (engine.renderer_runner, "advance", lambda items: [r.request.spec.prompt for r in items]),
-        "vae": (engine.renderer_runner, "decode", lambda rendering: [rendering.request.spec.prompt]),
+        "tokenizer": (model.prompts, "encode", lambda prompt, *_: [prompt]),
+        "prefill": (planner, "prefill", lambda groups: [g.request.spec.prompt for g in groups]),
+        "decode": (planner, "decode", lambda items: [s.request.spec.prompt for s in items]),
+        "read": (planner, "read", lambda sequence: [sequence.request.spec.prompt]),
+        "glyphs": (model.glyphs, "encode", lambda strings: [VICTIM.prompt] if "w3" in strings else []),
+        "prepare": (renderer, "prepare", lambda image: [image.request.spec.prompt]),
+        "prepare preview": (renderer, "prepare_preview", lambda image: [image.request.spec.prompt]),
+        "advance": (renderer, "advance", lambda items: [r.request.spec.prompt for r in items]),
+        "partial": (renderer, "decode", lambda rendering: [rendering.request.spec.prompt] * rendering.is_preview),
+        "vae": (renderer, "decode", lambda rendering: [rendering.request.spec.prompt]),
     }[place]
     real = getattr(target, name)
 
     def fails_for_the_victim(*args):
-        if victim in prompts_of(*args):
-            raise torch.OutOfMemoryError("planted")
+        if VICTIM.prompt in prompts_of(*args):
+            raise RuntimeError("planted")
         return real(*args)
 
     monkeypatch.setattr(target, name, fails_for_the_victim)
+    specs = [replace(spec, partial_images=int(i in showing)) for i, spec in enumerate(FOUR)]
     events = run(engine, [Request(str(i), spec) for i, spec in enumerate(specs)])
     [failed] = [event for event in events if isinstance(event, Failed)]
     assert failed.request.id == "3"
-    assert isinstance(failed.error, torch.OutOfMemoryError)
+    assert str(failed.error) == "planted"
     got: dict[str, list[bytes]] = {}
     for event in events:
         if isinstance(event, Rendered) and event.image.request is not failed.request:
             got.setdefault(event.image.request.id, []).append(encode(event.pixels, "png", 100))
-    assert {number: set(images) for number, images in got.items()} == {str(i): set(expected[i]) for i in range(3)}
+    assert {number: set(images) for number, images in got.items()} == {str(i): set(undisturbed[i]) for i in range(3)}
 
 
-def test_a_lost_device_is_nobody_s_fault(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("device lost"), RuntimeError("CUDA error: device-side assert triggered")]
+)
+def test_a_lost_device_is_nobody_s_fault(model: GlmImage, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = small_engine(model)
 
     def lost(items: list) -> None:
-        raise torch.AcceleratorError("device lost")
+        raise error
 
     monkeypatch.setattr(engine.planner_runner, "prefill", lost)
     engine.submit(Request("a", SPECS[0]))
-    with pytest.raises(torch.AcceleratorError):
+    with pytest.raises(type(error), match=str(error)):
         engine.step()
+
+
+def test_a_request_past_its_deadline_does_not_begin_nor_hold_others_up(model: GlmImage) -> None:
+    """Its deadline comes while it waits for room, before others."""
+    engine = small_engine(model, kv_tokens=400)
+    first, late, last = (Request(name, replace(FOUR[0], seed=7)) for name in ("first", "late", "last"))
+    for request in (first, late, last):
+        engine.submit(request)
+    events = engine.step()
+    assert not any(isinstance(event, Failed) for event in events)
+    late.deadline = time.monotonic()
+    [failed] = [event for event in engine.step() if isinstance(event, Failed)]
+    assert failed.request is late
+    assert isinstance(failed.error, DeadlinePassed)
+    events = run(engine, [])
+    assert [event.request.id for event in events if isinstance(event, Finished)] == ["first", "last"]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 150, 261, 262, 263])

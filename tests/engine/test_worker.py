@@ -20,6 +20,7 @@ from engine.engine import Engine
 from engine.jobs.job import Budget, EngineInfo, JobRecord, JobSpec, JobState, PartialImage, Plan
 from engine.jobs.queue import JobQueue
 from engine.request import Planned, Request
+from engine.tracing import Tracing
 from engine.worker import Worker
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
@@ -28,11 +29,13 @@ SPEC = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
 
 
 @asynccontextmanager
-async def working(queue: JobQueue, engine: Engine, **settings: float) -> AsyncIterator[Worker]:
+async def working(
+    queue: JobQueue, engine: Engine, tracing: Tracing = Tracing(), **settings: float
+) -> AsyncIterator[Worker]:
     """A worker that is drained at the end."""
     config = EngineSettings(redis_url="", engine_id=f"engine-{time.monotonic_ns()}", **settings)  # type: ignore[arg-type]
     info = EngineInfo(config.engine_id, 1, "all", "ready", "m", "64x64", 512, 2048)
-    worker = Worker(engine, queue, info, config)
+    worker = Worker(engine, queue, info, config, tracing)
     running = asyncio.ensure_future(worker.run())
     try:
         yield worker

@@ -7,9 +7,9 @@ import pytest
 import redis.asyncio
 
 from engine.errors import QueueFull
-from engine.jobs.job import Budget, JobSources, QueueStats
+from engine.jobs.job import Budget, JobSources, JobState, Priority, QueueStats
 from engine.jobs.queue import JobQueue
-from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, spec, submit
+from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
 
 
 async def test_the_cap_is_exact(queue: JobQueue):
@@ -87,6 +87,46 @@ async def test_interactive_goes_first_and_batch_does_not_starve(queue: JobQueue)
     assert drawn[:24] == [0, 0, 0, 1] * 6
     assert sum(drawn[:27]) == 7, "once the interactive jobs are out, batch jobs get every turn"
     assert drawn[27:] == [1] * 13
+
+
+@pytest.mark.parametrize("claims_before", range(4))
+async def test_a_batch_job_starts_within_four_claims_of_any_engines(queue: JobQueue, claims_before: int):
+    """However many interactive jobs come meanwhile, whenever it comes, and also when it is handed back."""
+    await submit(queue)
+    for number in range(claims_before):
+        await submit(queue)
+        await claim(queue, f"engine-{number % 2}")
+    batch = await submit(queue, priority="batch")
+    for _ in range(2):
+        for claims in range(1, 5):
+            for _ in range(2):
+                await submit(queue)
+            granted = await claim(queue, f"engine-{claims % 2}")
+            if granted.job_id == batch:
+                break
+        else:
+            pytest.fail("passed over four times")
+        await queue.release(f"engine-{claims % 2}", granted)
+
+
+@pytest.mark.parametrize("priority", ["interactive", "batch"])
+@pytest.mark.parametrize("state", ["new", "handed back", "its engine died"])
+@pytest.mark.parametrize("alone", [True, False])
+async def test_nothing_starts_past_its_deadline(queue: JobQueue, priority: Priority, state: str, alone: bool):
+    late = await submit(queue, priority=priority)
+    if state == "handed back":
+        await queue.release("engine-1", await claim(queue))
+    elif state == "its engine died":
+        await claim(queue)
+        await queue.surrender("engine-1")
+    other = None if alone else await submit(queue)
+    await pass_deadline(queue, late)
+    granted = await queue.claim("engine-2", IDLE)
+    assert (granted.job_id if granted else None) == other
+    assert await queue.claim("engine-2", IDLE) is None
+    record = await queue.get(late)
+    assert record is not None
+    assert (record.state, record.runs) == (JobState.EXPIRED, int(state == "its engine died"))
 
 
 async def test_a_large_batch_job_gets_its_turn_under_interactive_load(queue: JobQueue):

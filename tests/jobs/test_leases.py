@@ -149,6 +149,7 @@ async def test_a_job_that_brings_engines_down_runs_alone_and_is_given_up(queue: 
     assert (record.state, record.runs) == (JobState.FAILED, 3)
     assert record.error is not None
     assert (record.error.type, "3 times" in record.error.message) == ("server_error", True)
+    assert (await queue.stats()).given_up == 1
 
 
 async def test_a_suspect_that_was_only_a_neighbour_succeeds(queue: JobQueue):

@@ -9,9 +9,9 @@ import redis.asyncio
 
 from engine.errors import QueueUnavailable
 from engine.jobs import following
-from engine.jobs.job import JobError, JobState
+from engine.jobs.job import JobError, JobState, QueueStats
 from engine.jobs.queue import JobQueue
-from tests.jobs.helpers import IDLE, RESULT, claim, submit
+from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, submit
 
 
 @pytest.fixture
@@ -182,3 +182,19 @@ async def test_waiting_for_work_has_a_limit(queue: JobQueue):
     started = time.monotonic()
     await queue.wait_for_work(0.2)
     assert 0.15 < time.monotonic() - started < 0.5
+
+
+async def test_many_jobs_are_asked_after_at_once(queue: JobQueue):
+    done, running, cancelled, late, queued = [await submit(queue) for _ in range(5)]
+    await queue.commit(await claim(queue), RESULT)
+    await claim(queue)
+    await queue.cancel(cancelled)
+    await pass_deadline(queue, late)
+    assert await queue.ended_among([running, done, queued, late, cancelled, "never was"]) == {
+        done: JobState.SUCCEEDED,
+        late: JobState.EXPIRED,
+        cancelled: JobState.CANCELLED,
+        "never was": None,
+    }
+    assert await queue.stats() == QueueStats(waiting=1, running=1)
+    assert await queue.ended_among([]) == {}

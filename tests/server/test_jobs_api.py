@@ -191,6 +191,14 @@ class TestJobs:
         await submitted(client)
         await until(lambda: _counted(client, "succeeded"))
 
+    async def test_a_job_that_nobody_asks_after_expires_and_is_counted(
+        self, client: httpx.AsyncClient, queue: JobQueue
+    ) -> None:
+        await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
+        await submitted(client, timeout=0.2)
+        await until(lambda: _counted(client, "expired"))
+        assert (await queue.stats()).waiting == 0
+
     async def test_nobody_s_job(self, client: httpx.AsyncClient) -> None:
         for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
             response = await client.request(method, f"/v1/jobs/job_none{path}")

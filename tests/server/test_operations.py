@@ -1,8 +1,12 @@
 """/health, /live, /metrics, the logs, and what importing the API brings in."""
 
+import asyncio
+import json
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -135,7 +139,9 @@ async def test_no_prompt_and_no_image_in_the_logs(
     glimmer = [record.getMessage() for record in caplog.records if record.name.startswith("glimmer")]
     assert not any(secret in line for line in lines if not line.startswith("HTTP Request:"))  # httpx logs the URL
     assert not any(answer.json()["data"][0]["b64_json"][:40] in line for line in lines)
-    assert any(line.startswith("request id=request-7 method=POST route=/v1/images/gen") for line in glimmer)
+    assert any(
+        re.match("request request=request-7 job=job_[0-9a-f]+ method=POST route=/v1/im", line) for line in glimmer
+    )
     assert any(line.startswith("unhandled") and "error=RuntimeError" in line for line in glimmer)
 
 
@@ -153,6 +159,42 @@ class TestLogLines:
         assert "\n" not in line
         assert "event a b" in line
         assert "ValueError" in line
+        assert "lines" not in line  # an error's text may quote a prompt
+
+    def test_json(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        logs.event(logging.getLogger("glimmer.t"), "went", logging.WARNING, ms=1.25, left_out=None, path=Path("/a b"))
+        line = json.loads(logs.JsonFormatter().format(caplog.records[-1]))
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+        assert line == {"level": "warning", "logger": "glimmer.t", "event": "went", "ms": 1.25, "path": "/a b"}
+
+    def test_json_of_what_others_log(self) -> None:
+        try:
+            raise ValueError("secret")
+        except ValueError:
+            record = logging.LogRecord("x", logging.ERROR, "", 0, "a\n%s", ("b",), sys.exc_info())
+        line = json.loads(logs.JsonFormatter().format(record))
+        assert (line["message"], line["error"]) == ("a\nb", "ValueError")
+        assert line["where"].endswith(":test_json_of_what_others_log")
+        assert "secret" not in str(line)
+
+    async def test_bound_fields_are_in_the_lines_of_a_task_and_of_those_it_starts(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+
+        async def tell(name: str) -> None:
+            logs.event(logging.getLogger("t"), name, n=1)
+
+        async def with_ids() -> None:
+            logs.bind(request="r", job=None)
+            logs.bind(job="j")
+            await asyncio.gather(tell("inside"), asyncio.to_thread(asyncio.run, tell("in_thread")))
+
+        await asyncio.create_task(with_ids())
+        await tell("outside")
+        told = {record.getMessage() for record in caplog.records if record.name == "t"}
+        assert told == {"inside request=r job=j n=1", "in_thread request=r job=j n=1", "outside n=1"}
 
     def test_values_are_quoted_where_a_reader_would_split_them(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)

@@ -14,8 +14,8 @@ withdrawn:{id}    marks a job that was withdrawn before its submit got here
 file:{token}      hash, a picture handed out by its URL; plan:{key}, a plan kept for the same request
 waiting           sorted set of queued jobs by submit sequence: its size is what the cap is held against
 running           set of running jobs
-counters          hash, `submitted` (source of the sequence), `granted` (claims, for the turn of the batch queue) and
-                  `source_bytes` (size of all `sources:{id}`)
+counters          hash, `submitted` (source of the sequence), `granted` (claims, for the turn of the batch queue),
+                  `source_bytes` (size of all `sources:{id}`) and `given_up` (jobs that brought too many engines down)
 engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
 events, wake      pub/sub channels; losing a message only costs time
 

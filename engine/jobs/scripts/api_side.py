@@ -12,7 +12,7 @@ SUBMIT = (
     PRELUDE
     + """
 local id, priority, spec, images, kv_tokens, source_tokens, timeout_ms, max_queue, owner, max_owned, notes, key,
-  fingerprint, source_bytes, max_source_bytes = unpack(ARGV, 3, 17)
+  fingerprint, origin, source_bytes, max_source_bytes = unpack(ARGV, 3, 18)
 local job, key_of_key = job_key(id), PREFIX .. ':idempotency:' .. key
 if redis.call('EXISTS', job, withdrawn_key(id)) > 0 then return 'known' end
 if key ~= '' then
@@ -24,7 +24,7 @@ if key ~= '' then
   end
 end
 if redis.call('ZCARD', WAITING) >= tonumber(max_queue) then return 'full' end
-local has_sources = #ARGV > 17
+local has_sources = #ARGV > 18
 if has_sources and max_source_bytes ~= '' then
   local held = tonumber(redis.call('HGET', COUNTERS, 'source_bytes') or 0)
   if held > 0 and held + tonumber(source_bytes) > tonumber(max_source_bytes) then return 'full of sources' end
@@ -35,9 +35,10 @@ local sequence = redis.call('HINCRBY', COUNTERS, 'submitted', 1)
 local entry = redis.call('XADD', queue_key(priority), '*', 'job', id)
 redis.call('HSET', job, 'state', 'queued', 'priority', priority, 'spec', spec, 'sequence', sequence, 'entry', entry,
   'images', images, 'kv_tokens', kv_tokens, 'source_tokens', source_tokens, 'submitted_at', now,
-  'deadline', now + timeout_ms, 'epoch', 0, 'runs', 0, 'owner', owner, 'notes', notes)
+  'deadline', now + timeout_ms, 'epoch', 0, 'runs', 0, 'owner', owner, 'notes', notes,
+  'origin', origin)
 if has_sources then
-  redis.call('HSET', sources_key(id), unpack(ARGV, 18))
+  redis.call('HSET', sources_key(id), unpack(ARGV, 19))
   redis.call('HSET', job, 'source_bytes', source_bytes)
   redis.call('HINCRBY', COUNTERS, 'source_bytes', source_bytes)
 end
@@ -59,6 +60,28 @@ if not is_live(current) then return 0 end
 if state == 'expired' and now_ms() < tonumber(deadline) then return 0 end
 finish(id, state)
 return 1
+"""
+)
+
+# ARGV goes on with ids. Those whose deadline has passed end here. -> [id, state, ...] of those that have ended, with an
+# empty state where the job is not known
+ENDED = (
+    PRELUDE
+    + """
+local now, ended = now_ms(), {}
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  local state, deadline = unpack(redis.call('HMGET', job_key(id), 'state', 'deadline'))
+  if is_live(state) and now >= tonumber(deadline) then
+    finish(id, 'expired')
+    state = 'expired'
+  end
+  if not is_live(state) then
+    table.insert(ended, id)
+    table.insert(ended, state or '')
+  end
+end
+return ended
 """
 )
 
@@ -93,13 +116,13 @@ return 1
 """
 )
 
-# -> [waiting, running, source bytes]
+# -> [waiting, running, source bytes, given up]
 STATS = (
     PRELUDE
     + """
 return {
   redis.call('ZCARD', WAITING), redis.call('SCARD', RUNNING),
-  tonumber(redis.call('HGET', COUNTERS, 'source_bytes') or 0)}
+  tonumber(redis.call('HGET', COUNTERS, 'source_bytes') or 0), tonumber(redis.call('HGET', COUNTERS, 'given_up') or 0)}
 """
 )
 

@@ -7,7 +7,7 @@ from engine.jobs.scripts import PRELUDE
 # the other, would keep the engine full and let it starve.
 #
 # -> nil (nothing to take) | 1 (cleared away MAX_LOOKS dead entries: call again)
-#    | [id, epoch, runs, suspect, spec, submitted_at, deadline, plans]
+#    | [id, epoch, runs, suspect, spec, submitted_at, deadline, claimed_at, plans, origin]
 CLAIM = (
     PRELUDE
     + """
@@ -58,9 +58,11 @@ local function grant(id)
   redis.call('HSET', job, 'state', 'running', 'engine', consumer)
   redis.call('HDEL', job, 'progress')
   announce(id, 'running')
-  local spec, submitted_at, deadline = unpack(redis.call('HMGET', job, 'spec', 'submitted_at', 'deadline'))
+  local spec, submitted_at, deadline, origin = unpack(
+    redis.call('HMGET', job, 'spec', 'submitted_at', 'deadline', 'origin'))
   local suspect = runs > SUSPECT_RUNS and 1 or 0
-  return {id, epoch, runs, suspect, spec, submitted_at, deadline, redis.call('HGETALL', plans_key(id))}
+  local plans = redis.call('HGETALL', plans_key(id))
+  return {id, epoch, runs, suspect, spec, submitted_at, deadline, now_ms(), plans, origin}
 end
 
 local order = {queue_key('interactive'), queue_key('batch')}
@@ -78,7 +80,10 @@ for _, queue in ipairs(order) do
     draw(queue, entry, pending)
     if verdict == 'fits' then return grant(id) end
     if verdict == 'expired' then finish(id, 'expired') end
-    if verdict == 'poison' then finish(id, 'failed', poison_error) end
+    if verdict == 'poison' then
+      finish(id, 'failed', poison_error)
+      redis.call('HINCRBY', COUNTERS, 'given_up', 1)
+    end
     if verdict == 'dead' then
       redis.call('XACK', queue, GROUP, entry)
       redis.call('XDEL', queue, entry)

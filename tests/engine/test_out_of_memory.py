@@ -1,0 +1,182 @@
+"""Device memory that is too little: for a batch, which is split, or for a request, which fails and is told why."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.allowance import RECOVERY_BATCHES, Allowance
+from engine.encoding import encode
+from engine.engine import Engine
+from engine.errors import RequestError, WriteRefused
+from engine.failures import is_lost_device, is_out_of_memory, told_of
+from engine.jobs.job import JobSpec
+from engine.request import Event, Failed, Rendered, Request
+from models.glm_image.model import GlmImage
+from tests.checkpoints import small_engine
+
+SPECS = [JobSpec(f"{i} 'w'", 64, 64, seed=10 * i, num_inference_steps=6, n=1 + i % 2) for i in range(4)]
+TOO_LITTLE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def run(engine: Engine, specs: list[JobSpec]) -> list[Event]:
+    for number, spec in enumerate(specs):
+        engine.submit(Request(str(number), spec))
+    events: list[Event] = []
+    while not engine.is_idle:
+        events += engine.step()
+    engine.check_integrity()
+    return events
+
+
+def pictures(events: list[Event]) -> dict[tuple[str, int], bytes]:
+    return {
+        (event.request.id, event.image.index): encode(event.pixels, "png", 100)
+        for event in events
+        if isinstance(event, Rendered)
+    }
+
+
+def counted(engine: Engine, whose: str) -> float:
+    return engine.metrics.out_of_memory.labels(whose)._value.get()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: GlmImage) -> dict[tuple[str, int], bytes]:
+    return pictures(run(small_engine(model), SPECS))
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, target: object, name: str, fails: Callable[[list[Any]], bool]) -> list[int]:
+    """Has a step raise for want of memory. Returns the sizes of all batches, those that failed negative."""
+    real, sizes = getattr(target, name), list[int]()
+
+    def step(items: list[Any]) -> None:
+        fits = not fails(items)
+        sizes.append(len(items) if fits else -len(items))
+        if not fits:
+            raise TOO_LITTLE
+        real(items)
+
+    monkeypatch.setattr(target, name, step)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("stage", "most", "budget"),
+    [
+        ("prefill", 1, lambda engine: engine.planner.prefill_budget),
+        ("decode", 2, lambda engine: engine.planner.decode_budget),
+        ("advance", 2, lambda engine: engine.renderer.budget),
+    ],
+)
+def test_a_batch_too_large_is_split_and_those_after_it_are_smaller(
+    model: GlmImage,
+    undisturbed: dict[tuple[str, int], bytes],
+    stage: str,
+    most: int,
+    budget: Callable[[Engine], Allowance],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = small_engine(model)
+    emptied: list[int] = []
+    target = engine.renderer_runner if stage == "advance" else engine.planner_runner
+    sizes = plant(monkeypatch, target, stage, lambda items: len(items) > most)
+    monkeypatch.setattr(engine, "_empty_cache", lambda: emptied.append(len(sizes)))
+    events = run(engine, SPECS)
+    assert pictures(events) == undisturbed
+    assert not any(isinstance(event, Failed) for event in events)
+    failures = [at for at, size in enumerate(sizes) if size < 0]
+    assert 1 <= len(failures) <= 4, "the limit finds its place in a few halvings"
+    assert emptied == [at + 1 for at in failures], "before each is tried alone"
+    assert budget(engine).now < budget(engine).most
+    assert (counted(engine, "batch"), counted(engine, "request")) == (len(failures), 0)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode", "advance"])
+def test_a_request_too_large_alone_fails_alone(
+    model: GlmImage, undisturbed: dict[tuple[str, int], bytes], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others' batches stay as they were: those were not too large."""
+    engine = small_engine(model)
+    target = engine.renderer_runner if stage == "advance" else engine.planner_runner
+    plant(monkeypatch, target, stage, lambda items: any(item.request.id == "2" for item in items))
+    events = run(engine, SPECS)
+    [failed] = [event for event in events if isinstance(event, Failed)]
+    assert (failed.request.id, failed.error) == ("2", TOO_LITTLE)
+    assert pictures(events) == {key: data for key, data in undisturbed.items() if key[0] != "2"}
+    assert counted(engine, "request") == 1
+    for budget in (engine.renderer.budget, engine.planner.decode_budget, engine.planner.prefill_budget):
+        assert budget.now == budget.most
+
+
+def test_the_news_of_a_failure_holds_no_tensors(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take up what is missing until somebody has read it."""
+    engine, held = small_engine(model), list[weakref.ref[torch.Tensor]]()
+
+    def advance(_: object) -> None:
+        large = torch.zeros(9)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(engine.renderer_runner, "advance", advance)
+    events = run(engine, SPECS[:1])
+    assert any(isinstance(event, Failed) for event in events)
+    assert [reference() for reference in held] == [None]
+
+
+def test_an_allowance_is_halved_by_what_was_used_and_comes_back() -> None:
+    allowance = Allowance(100)
+    allowance.ran_out(40)
+    assert allowance.take() == 20
+    allowance.ran_out(90)
+    assert allowance.take() == 10, "never up"
+    limits = [allowance.take() for _ in range(5 * RECOVERY_BATCHES)]
+    assert sorted(set(limits)) == [10, 20, 40, 80, 100]
+    assert limits == sorted(limits)
+    for _ in range(10):
+        allowance.ran_out(1)
+    assert allowance.take() == 1, "something always goes"
+
+
+LOST = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    RuntimeError("HIP error: an illegal memory access was encountered"),
+    RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+]
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    MemoryError(),
+]
+NEITHER = [RuntimeError("shape mismatch"), ValueError("CUDA error: says a prompt"), RequestError("no")]
+
+
+def test_what_an_error_says_of_the_device() -> None:
+    assert [(is_lost_device(error), is_out_of_memory(error)) for error in (*LOST, *NO_MEMORY, *NEITHER)] == [
+        *[(True, False)] * len(LOST),
+        *[(False, True)] * len(NO_MEMORY),
+        *[(False, False)] * len(NEITHER),
+    ]
+
+
+def test_who_asks_for_too_much_hears_what_would_help() -> None:
+    spec = JobSpec("secret", 2048, 1024, seed=1)
+    one, many = told_of(TOO_LITTLE, spec), told_of(TOO_LITTLE, replace(spec, n=3, sources=2))
+    assert (one.code, one.type) == ("out_of_memory", "server_error")
+    assert one.message == (
+        "The engine's device has not enough memory for an image of 2048x1024. Ask for a smaller size."
+    )
+    assert many.message.endswith(
+        "3 images of 2048x1024. Ask for a smaller size or fewer images (n) or an edit of fewer or smaller pictures."
+    )
+    refused = told_of(WriteRefused("x"), spec)
+    assert refused.code == "result_too_large"
+    assert "jpeg" in refused.message
+    assert told_of(ValueError("secret"), spec).message == "The engine failed on this request."

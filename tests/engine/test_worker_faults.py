@@ -1,0 +1,207 @@
+"""What goes wrong around the engine, before it and after it, is one job's affair. Redis has a server of its own."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import encoding
+from engine import worker as worker_module
+from engine.encoding import encode, metadata
+from engine.engine import Engine
+from engine.errors import QueueUnavailable
+from engine.jobs.connection import connect
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.job import Claim, JobResult, JobSources, JobSpec, JobState, OutputFormat
+from engine.jobs.queue import JobQueue
+from models.glm_image.model import GlmImage
+from tests.checkpoints import small_engine
+from tests.engine.test_worker import submit, working
+from tests.jobs.helpers import pass_deadline
+from tests.pictures import picture, sources
+
+GOOD = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
+VICTIM = replace(GOOD, seed=9, output_format="webp")
+EDIT = JobSpec("make it 'RED'", 64, 64, seed=2, num_inference_steps=3, sources=1)
+
+
+@pytest.fixture
+async def own(tmp_path: Path) -> AsyncIterator[JobQueue]:
+    """A queue whose Redis nobody else uses."""
+    with EmbeddedRedis(tmp_path, fsync="no") as server:
+        client = connect(server.url)
+        queue = JobQueue(client)
+        yield queue
+        await queue.close()
+        await client.aclose()
+
+
+def expected(engine: Engine) -> bytes:
+    [[pixels]] = engine.generate([GOOD])
+    return encode(pixels, "png", 100, metadata(GOOD, GOOD.seed))
+
+
+async def picture_of(queue: JobQueue, job_id: str) -> bytes:
+    record, result = await queue.wait(job_id), await queue.result(job_id)
+    assert record.state is JobState.SUCCEEDED, record.error
+    assert result is not None
+    return result.images[0].data
+
+
+async def error_code(queue: JobQueue, job_id: str) -> str | None:
+    record = await queue.wait(job_id)
+    assert record.state is JobState.FAILED
+    assert record.error is not None
+    assert record.error.type == "server_error"
+    return record.error.code
+
+
+@pytest.mark.parametrize(
+    ("stage", "planted", "code"),
+    [
+        ("read_pictures", MemoryError(), "out_of_memory"),
+        ("read_pictures", RuntimeError("planted"), "engine_error"),
+        ("encode", OSError("planted"), "engine_error"),
+        ("covered", ValueError("planted"), "engine_error"),
+    ],
+)
+async def test_a_failure_around_the_engine_ends_one_job(
+    queue: JobQueue, model: GlmImage, stage: str, planted: Exception, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The victim is an edit under an overlay, as a WebP; the others come before and after it."""
+    engine = small_engine(model)
+    target = engine if stage == "read_pictures" else worker_module
+    real = getattr(target, stage)
+
+    def fails_for_the_victim(given: Any, *rest: Any) -> Any:
+        if stage != "encode" or rest[0] == "webp":
+            raise planted
+        return real(given, *rest)
+
+    want = expected(engine)
+    monkeypatch.setattr(target, stage, fails_for_the_victim)
+    async with working(queue, engine):
+        await submit(queue, GOOD, "before")
+        await queue.submit(
+            replace(EDIT, output_format="webp"),
+            job_id="victim",
+            timeout_s=60,
+            priority="interactive",
+            max_queue=9,
+            sources=sources(picture(1, 64, 64), overlay=picture(2, 64, 64).convert("RGBA")),
+        )
+        await submit(queue, GOOD, "after")
+        assert await error_code(queue, "victim") == code
+        assert [await picture_of(queue, job_id) for job_id in ("before", "after")] == [want, want]
+
+
+async def test_a_partial_image_that_fails_is_only_lost(
+    queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("planted")
+
+    engine = small_engine(model)
+    want = expected(engine)
+    monkeypatch.setattr(worker_module, "resized", broken)
+    async with working(queue, engine):
+        await submit(queue, replace(GOOD, partial_images=2), "j")
+        assert await picture_of(queue, "j") == want
+    assert engine.metrics.partial_images._value.get() == 2
+
+
+async def test_a_result_that_is_refused_once_is_written_later(
+    own: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, attempts = own.commit, 0
+
+    async def commit(claim: Claim, result: JobResult) -> bool:
+        nonlocal attempts
+        attempts += 1
+        await own.client.config_set("maxmemory", 1 if attempts == 1 else 0)
+        try:
+            return await real(claim, result)
+        finally:
+            await own.client.config_set("maxmemory", 0)
+
+    engine = small_engine(model)
+    want = expected(engine)
+    monkeypatch.setattr(own, "commit", commit)
+    async with working(own, engine):
+        await submit(own, GOOD, "j")
+        assert await picture_of(own, "j") == want
+    assert attempts == 2
+
+
+async def _values_are_small(queue: JobQueue) -> None:
+    await queue.client.config_set("proto-max-bulk-len", 1 << 20)
+
+
+async def _memory_is_short(queue: JobQueue) -> None:
+    await queue.client.config_set("maxmemory", (await queue.client.info("memory"))["used_memory"] + (6 << 20))
+
+
+@pytest.mark.parametrize("limit", [_values_are_small, _memory_is_short])
+async def test_a_result_redis_has_no_room_for_fails_its_job_alone(
+    own: JobQueue, model: GlmImage, limit: Callable[[JobQueue], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is tried, the others' results and heartbeats find their way."""
+
+    def large(pixels: Any, output_format: OutputFormat, *rest: Any) -> bytes:
+        return bytes(8 << 20) if output_format == "webp" else encoding.encode(pixels, output_format, *rest)
+
+    engine = small_engine(model)
+    want = expected(engine)
+    monkeypatch.setattr(worker_module, "encode", large)
+    monkeypatch.setattr(worker_module, "REFUSALS", 2)
+    async with working(own, engine):
+        await limit(own)
+        await submit(own, VICTIM, "victim")
+        await submit(own, GOOD, "good")
+        assert await picture_of(own, "good") == want
+        assert await error_code(own, "victim") == "result_too_large"
+        assert await own.result("victim") is None
+        await _submit_when_there_is_room(own, "later")
+        assert await picture_of(own, "later") == want
+    assert (await own.stats()).running == 0
+
+
+async def _submit_when_there_is_room(queue: JobQueue, job_id: str) -> None:
+    """The last attempt's buffer takes up memory in Redis for a second or two."""
+    async with asyncio.timeout(20):
+        while True:
+            with suppress(QueueUnavailable):
+                return await submit(queue, GOOD, job_id)
+            await asyncio.sleep(0.2)
+
+
+async def test_a_job_whose_deadline_comes_before_the_engine_has_it_does_not_begin(
+    queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its lease is renewed, which would end it, too."""
+    engine, loop, seen, left = small_engine(model), asyncio.get_running_loop(), list[object](), list[float]()
+
+    def too_late(given: JobSources) -> list[Any]:
+        [job] = worker._jobs.values()
+        left.append(job.request.deadline - time.monotonic())
+        asyncio.run_coroutine_threadsafe(pass_deadline(queue, "late"), loop).result(20)
+        job.request.deadline = time.monotonic()
+        return [model.pictures.read(file) for file in given.pictures]
+
+    monkeypatch.setattr(engine, "read_pictures", too_late)
+    monkeypatch.setattr(model, "see", seen.append)
+    async with working(queue, engine, lease_s=300.0) as worker:
+        given = sources(picture(1, 64, 64))
+        await queue.submit(EDIT, job_id="late", timeout_s=600, priority="interactive", max_queue=9, sources=given)
+        async with asyncio.timeout(20):
+            while (record := await queue.get("late")) is None or not record.state.is_terminal:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    assert (record.state, record.runs) == (JobState.EXPIRED, 1)
+    assert not seen
+    assert engine.metrics.jobs.labels("expired")._value.get() == 1
+    assert 500 < left[0] <= 600, "as Redis' clock has it"

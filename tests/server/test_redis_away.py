@@ -1,0 +1,142 @@
+"""A Redis that refuses, dies, or does not answer, seen over HTTP, with a worker and its engine on the other side.
+
+Whatever it is: a new request hears soon that it should come back, what runs goes on, and whoever waits for it gets the
+picture of an undisturbed run once Redis is back.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import httpx
+import pytest
+import redis.asyncio
+
+from engine.engine import Engine
+from engine.jobs.connection import connect
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.job import QueueStats
+from engine.jobs.queue import JobQueue
+from models.glm_image.model import GlmImage
+from server import admission
+from server.app import create_app
+from server.settings import ServerSettings
+from tests.checkpoints import small_engine
+from tests.engine.test_worker import until, working
+from tests.jobs.helpers import kill, restart
+from tests.jobs.test_faults import CURES, TROUBLES
+from tests.proxy import Proxy
+
+URL = "/v1/images/generations"
+LONG = {"prompt": 'a poster "HELLO"', "size": "128x128", "seed": 3, "num_inference_steps": 100}
+
+
+@dataclass
+class Site:
+    """API and engine share a link to a Redis of their own; `direct` is another way to it."""
+
+    server: EmbeddedRedis
+    direct: redis.asyncio.Redis
+    link: Proxy
+    queue: JobQueue
+    engine: Engine
+    http: httpx.AsyncClient
+
+    async def begin(self, trouble: str) -> None:
+        if trouble == "killed":
+            kill(self.server)
+        elif trouble == "silent":
+            self.link.swallow()
+        else:
+            await TROUBLES[trouble](self.server, self.direct)
+
+    async def end(self, trouble: str) -> None:
+        if trouble == "killed":
+            restart(self.server)
+        elif trouble == "silent":
+            self.link.flow()
+        else:
+            await CURES[trouble](self.direct)
+
+    async def post(self, body: dict[str, Any]) -> httpx.Response:
+        return await self.http.post(URL, json=body, timeout=60)
+
+
+@pytest.fixture
+async def site(tmp_path: Path, model: GlmImage) -> AsyncIterator[Site]:
+    engine = small_engine(model)
+    with EmbeddedRedis(tmp_path) as server:
+        async with Proxy(Path(unquote(server.url.removeprefix("unix://")))) as link:
+            direct, client = connect(server.url), connect(link.url)
+            queue = JobQueue(client)
+            app = create_app(ServerSettings(), queue)
+            async with (
+                working(queue, engine, plan_cache_s=0),
+                app.router.lifespan_context(app),
+                httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as http,
+            ):
+                async with asyncio.timeout(10):
+                    while (await http.get("/health")).status_code != 200:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+                yield Site(server, direct, link, queue, engine, http)
+            for closing in (queue.close(), client.aclose(), direct.aclose()):
+                await closing
+
+
+@pytest.mark.parametrize("trouble", ["killed", "silent", *CURES])
+async def test_new_work_is_refused_and_what_runs_gets_its_picture(
+    site: Site, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.5)
+    undisturbed = await site.post(LONG)
+    assert undisturbed.status_code == 200, undisturbed.text
+    posted = asyncio.create_task(site.post(LONG))
+    await until(lambda: not site.engine.is_idle, seconds=20)
+    await site.begin(trouble)
+    refused = await asyncio.wait_for(site.post({"prompt": "another"}), 20)
+    assert refused.status_code == 503, refused.text
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "service_unavailable")
+    assert error["message"]
+    assert 1 <= int(refused.headers["retry-after"]) <= 10
+    await until(lambda: site.engine.is_idle, seconds=60)  # the work went on
+    assert not posted.done()
+    await site.end(trouble)
+    answer = await asyncio.wait_for(posted, 60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"] == undisturbed.json()["data"]
+    await _work_is_taken_again(site)
+    assert await site.queue.stats() == QueueStats(0, 0)
+
+
+async def _work_is_taken_again(site: Site) -> None:
+    async with asyncio.timeout(60):
+        while (answer := await site.post({"prompt": "later", "num_inference_steps": 1})).status_code == 503:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert answer.status_code == 200, answer.text
+
+
+async def test_a_slow_redis_only_makes_things_slow(site: Site) -> None:
+    undisturbed = await site.post(LONG)
+    site.link.delay_s = 0.03
+    slow = await site.post(LONG)
+    assert slow.status_code == 200, slow.text
+    assert slow.json()["data"] == undisturbed.json()["data"]
+
+
+async def test_a_submit_that_redis_answers_too_late_leaves_no_job(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client has been told to come back, and will."""
+    await site.post({"prompt": "x", "num_inference_steps": 1})
+    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.2)
+    site.link.delay_s = 0.3
+    refused = await site.post(LONG)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+    site.link.delay_s = 0.0
+    await _work_is_taken_again(site)
+    async with asyncio.timeout(20):
+        while await site.queue.stats() != QueueStats(0, 0):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    await until(lambda: site.engine.is_idle, seconds=20)

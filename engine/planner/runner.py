@@ -4,6 +4,8 @@ Tokens stay on the device: a step reads the last token of every sequence from a 
 The host learns a plan only when it is complete.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -21,6 +23,7 @@ from models.row_blocks import padded, row_block
 DECODE_ROWS = 16  # rows of a decode step's matrix products on CPU; more sequences take more blocks
 FEWER_ROWS = (4, 8)  # for fewer sequences, where that changes no bit of a row
 PREFILL_ROWS = 128
+ONE_THREAD_UP_TO = 16_000_000  # parameters: threads of a CPU would wait for each other longer than they compute
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # batch sizes elsewhere: each can be captured once
 
 
@@ -54,6 +57,8 @@ class PlannerRunner:
         self._temperature = torch.zeros(slots, device=self.device)
         self._top_p = torch.ones(slots, device=self.device)
         self._tables: dict[int, BlockTable] = {}  # by slot
+        parameters = sum(weight.numel() for weight in model.parameters())
+        self._decode_threads = 1 if self.device.type == "cpu" and parameters <= ONE_THREAD_UP_TO else None
         self._decode_sizes = DECODE_SIZES if self.decode_block is None else (*self._agreeing_sizes(), DECODE_ROWS)
 
     @torch.inference_mode()
@@ -75,7 +80,8 @@ class PlannerRunner:
         self._share_last_block(groups)
         sequences = [sequence for group in groups for sequence in group.sequences]
         last = [end - 1 for end, group in zip(accumulate(lengths), groups, strict=True) for _ in group.sequences]
-        self._choose(sequences, hidden[self._to_device(_pad(last, self._decode_rows(len(last))))])
+        with _threads(self._decode_threads):
+            self._choose(sequences, hidden[self._to_device(_pad(last, self._decode_rows(len(last))))])
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> None:
@@ -89,8 +95,9 @@ class PlannerRunner:
             self.kv, lengths, [self._tables[s.slot] for s in sequences], self._to_device(places)
         )
         rotary = self.rotary.at(self._positions[slots, steps], self.dtype)
-        hidden = self.model(self._tokens[slots, steps], rotary, attention, self._block(rows))
-        self._choose(sequences, hidden)
+        with _threads(self._decode_threads):
+            hidden = self.model(self._tokens[slots, steps], rotary, attention, self._block(rows))
+            self._choose(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
         """The tokens of a plan, grid by grid; from number `written` on they mean nothing. Waits for the device."""
@@ -146,15 +153,28 @@ class PlannerRunner:
             own = rotary[0][some], rotary[1][some]
             return self.model.logits(self.model(tokens[some], own, lambda layer, q, k, v: q, rows), rows)
 
-        among_all = scores(0, DECODE_ROWS)
-        return [
-            rows
-            for rows in FEWER_ROWS
-            if all(torch.equal(scores(i, rows), among_all[i : i + rows]) for i in range(0, DECODE_ROWS, rows))
-        ]
+        with _threads(self._decode_threads):
+            among_all = scores(0, DECODE_ROWS)
+            return [
+                rows
+                for rows in FEWER_ROWS
+                if all(torch.equal(scores(i, rows), among_all[i : i + rows]) for i in range(0, DECODE_ROWS, rows))
+            ]
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long).to(self.device, non_blocking=True)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Computes on so many threads, None: on as many as otherwise. It costs less than a microsecond."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pad(numbers: list[int], length: int) -> list[int]:

@@ -1,7 +1,11 @@
-"""The queue against a small model of it: any calls by two engines and an API, in any order."""
+"""The queue against a small model of it: any calls by two engines and an API, in any order.
+
+Time passes only where a rule says so: leases and lives are hours long, and a lapsed lease or a deadline that has come
+is written into Redis. `tests.jobs.planted_bugs` tries whether this finds bugs.
+"""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -16,85 +20,36 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from redis.exceptions import ResponseError
 
-from engine.errors import QueueFull, SourcesFull
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import TERMINAL_STATES, Budget, Claim, JobError, JobSources, Plan, QueueStats
+from engine.jobs.job import TERMINAL_STATES, Budget, Claim, JobError, JobSources, PartialImage, Plan, QueueStats
 from engine.jobs.queue import JobQueue
-from tests.jobs.helpers import IDLE, RESULT, submit
+from tests.jobs.helpers import IDLE, RESULT, ROOMY, pass_deadline, spec, submit
+from tests.jobs.queue_model import CAP, MAX_RUNS, OWNED_CAP, SOURCES_CAP, Job, Model
 
-CAP, SOURCES_CAP, MAX_RUNS = 5, 8, 3
+LEASE_MS = 3_600_000
+LITTLE_KV = spec(n=3, sources=1, source_tokens=9).prompt_tokens_bound + 12  # for any edit here, and no generation
+BUDGETS = st.sampled_from(
+    [
+        IDLE,
+        IDLE,
+        IDLE,
+        ROOMY,
+        ROOMY,
+        ROOMY,
+        replace(ROOMY, images=1),
+        replace(ROOMY, kv_tokens=LITTLE_KV),
+        replace(ROOMY, source_tokens=0),
+    ]
+)
 ENGINES = st.sampled_from(["engine-1", "engine-2"])
-RECENT = st.integers(0, 3)  # how many jobs or claims to go back: mostly live ones, sometimes stale ones
-
-
-@dataclass
-class Job:
-    """What the model knows of a job, and of its entry in the stream."""
-
-    id: str
-    images: int
-    late: bool  # its deadline was over when it was submitted
-    sources: int  # bytes
-    state: str = "queued"
-    runs: int = 0
-    epoch: int = 0
-    owner: str | None = None
-    drawn: bool = False
-    handed_back: bool = False
-    plans: dict[int, Plan] = field(default_factory=dict)
-
-    @property
-    def live(self) -> bool:
-        return self.state in ("queued", "running")
-
-
-@dataclass
-class Model:
-    """Jobs by stream, oldest first; a job leaves its list when its stream entry is deleted."""
-
-    streams: dict[str, list[Job]] = field(default_factory=lambda: {"interactive": [], "batch": []})
-    granted: int = 0
-
-    def count(self, state: str) -> int:
-        return sum(job.state == state for jobs in self.streams.values() for job in jobs)
-
-    @property
-    def sources(self) -> int:
-        return sum(job.sources for jobs in self.streams.values() for job in jobs if job.live)
-
-    def end(self, job: Job, state: str) -> None:
-        """An entry no engine has drawn stays in the stream."""
-        job.state = state
-        if job.drawn:
-            self.delete(job)
-
-    def delete(self, job: Job) -> None:
-        for jobs in self.streams.values():
-            jobs[:] = [other for other in jobs if other is not job]
-
-    def draw(self, budget: Budget, all_lapsed: bool) -> Job | None:
-        """The job a claim must be granted, after all that it must clear away."""
-        order = ["batch", "interactive"] if (self.granted + 1) % 4 == 0 else ["interactive", "batch"]
-        for priority in order:
-            while (job := self._head(priority, all_lapsed)) is not None:
-                if not job.live:
-                    self.delete(job)
-                elif job.late or job.runs >= MAX_RUNS:
-                    job.drawn = True
-                    self.end(job, "expired" if job.late else "failed")
-                elif budget.idle or (job.runs < 2 and job.images <= budget.images):
-                    job.drawn = True
-                    return job
-                else:
-                    return None
-        return None
-
-    def _head(self, priority: str, all_lapsed: bool) -> Job | None:
-        jobs = self.streams[priority]
-        lapsed = (job for job in jobs if job.drawn and (all_lapsed or job.handed_back))
-        return next(lapsed, None) or next((job for job in jobs if not job.drawn), None)
+PRIORITIES = st.sampled_from(["interactive", "batch"])
+RECENT = st.sampled_from(
+    [0, 0, 1, 2, 3, 3]
+)  # how many jobs or claims to go back: mostly live ones, sometimes stale ones
+SIZES = settings(max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -105,9 +60,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.run = self.runner.run
         self.model = Model()
-        self.jobs: list[Job] = []
         self.claims: list[tuple[str, Job, Claim]] = []
         self.touched: list[Job] = []  # by the last call, as far as it named a job
+        self.submits = 0
 
     @initialize()
     def open(self):
@@ -116,8 +71,7 @@ class QueueMachine(RuleBasedStateMachine):
     async def _open(self):
         self.client = connect(self.server.url)
         await self.client.flushdb()
-        self.queue = JobQueue(self.client, max_runs=MAX_RUNS)
-        self.impatient = JobQueue(self.client, max_runs=MAX_RUNS, lease_ms=0)
+        self.queue = JobQueue(self.client, max_runs=MAX_RUNS, lease_ms=LEASE_MS, result_ttl_s=3600)
         self.events = self.client.pubsub()
         await self.events.subscribe("glimmer:events")
 
@@ -135,97 +89,177 @@ class QueueMachine(RuleBasedStateMachine):
         await self.events.aclose()
         await self.client.flushdb()
         await self.client.aclose()
-        assert sorted(ends) == sorted(job.id for job in self.jobs if not job.live)
+        assert sorted(ends) == sorted(job.id for job in self.model.jobs if not job.live)
 
     # --- API ----------------------------------------------------------------------------------------------------
 
     @rule(
-        priority=st.sampled_from(["interactive", "batch"]),
+        priority=PRIORITIES,
         images=st.integers(1, 3),
         late=st.sampled_from([False] * 9 + [True]),
-        sources=st.sampled_from([0, 0, 1, 3, 5, 9]),
+        sources=st.sampled_from([0, 0, 0, 1, 3, 5, 9]),
+        owner=st.sampled_from(["anna", "bob"]),
+        key=st.sampled_from(["", "", "k"]),
+        fingerprint=st.sampled_from(["f", "f", "g"]),
     )
-    def submit(self, priority: Any, images: int, late: bool, sources: int):
-        job = Job(f"job-{len(self.jobs)}", images, late, sources)
+    def submit(self, priority: Any, images: int, late: bool, sources: int, owner: str, key: str, fingerprint: str):
+        self.submits += 1
+        job = Job(f"job-{self.submits}", priority, images, late, sources, owner)
         call = submit(
             self.queue,
             job_id=job.id,
-            timeout_s=0 if late else 600,
+            timeout_s=0 if late else 3600,
             priority=priority,
             max_queue=CAP,
             sources=JobSources([b"x" * sources]) if sources else None,
+            source_tokens=sources,
             max_source_bytes=SOURCES_CAP,
+            owner=owner,
+            max_owned=OWNED_CAP,
+            idempotency_key=key,
+            fingerprint=fingerprint,
             n=images,
         )
-        refusal = None
-        if sources and self.model.sources and self.model.sources + sources > SOURCES_CAP:
-            refusal = SourcesFull
-        if self.model.count("queued") >= CAP:
-            refusal = QueueFull
-        if refusal:
-            with pytest.raises(refusal):
+        answer = self.model.answer(job, key, fingerprint)
+        if isinstance(answer, Job):
+            assert self.run(call) == answer.id
+            self.touched = [answer]
+        else:
+            with pytest.raises(answer) as raised:
                 self.run(call)
-            return
-        self.run(call)
-        self.model.streams[priority].append(job)
-        self.jobs.append(job)
+            assert raised.type is answer
 
-    @precondition(lambda self: self.jobs)
-    @rule(back=RECENT, call=st.sampled_from(["cancel", "expire", "submit again"]))
+    @precondition(lambda self: self.model.jobs)
+    @rule(
+        back=RECENT,
+        call=st.sampled_from(
+            [
+                "cancel",
+                "withdraw",
+                "withdraw a result",
+                "withdraw what comes later",
+                "expire",
+                "submit again",
+                "time passes",
+            ]
+        ),
+    )
     def call_api(self, back: int, call: str):
-        job = self.jobs[-1 - back % len(self.jobs)]
+        job = self.model.jobs[-1 - back % len(self.model.jobs)]
+        if call == "withdraw a result":
+            call, job = "withdraw", next((job for job in reversed(self.model.jobs) if job.has_result), job)
         self.touched = [job]
-        if call == "cancel":
-            assert self.run(self.queue.cancel(job.id)) == job.live
-            if job.live:
-                self.model.end(job, "cancelled")
-        elif call == "expire":
+        if call == "expire":
             assert self.run(self.queue.expire(job.id)) == (job.live and job.late)
             if job.live and job.late:
                 self.model.end(job, "expired")
-        else:
+        elif call == "submit again":
             self.run(submit(self.queue, job_id=job.id, max_queue=CAP, sources=JobSources([b"again"])))
+        elif call == "withdraw what comes later":
+            self.submits += 1
+            late = f"job-{self.submits}"
+            assert not self.run(self.queue.withdraw(late))
+            self.run(submit(self.queue, job_id=late, max_queue=10**6))
+            assert self.run(self.queue.get(late)) is None
+        elif call == "time passes":
+            self._pass_deadline(job)
+        else:
+            assert self.run(self.queue.cancel(job.id) if call == "cancel" else self.queue.withdraw(job.id)) == job.live
+            if call == "withdraw":
+                job.has_result, job.partials = False, set()
+            if job.live:
+                self.model.end(job, "cancelled")
 
     # --- engines ------------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: any(self.model.streams.values()))
-    @rule(engine=ENGINES, images=st.integers(1, 3), idle=st.sampled_from([True, True, False]))
-    def claim(self, engine: str, images: int, idle: bool):
-        self._claim(self.queue, engine, Budget(images, 10**9, 0, idle))
+    @precondition(lambda self: self.model.can_draw)
+    @rule(engine=ENGINES, budget=BUDGETS)
+    def claim(self, engine: str, budget: Budget):
+        self._claim(engine, budget)
 
-    @precondition(lambda self: self.model.count("running"))
-    @rule(engine=ENGINES)
-    def claim_when_leases_have_lapsed(self, engine: str):
-        self._claim(self.impatient, engine, IDLE)
+    @precondition(lambda self: self.model.can_draw)
+    @rule(engine=ENGINES, budget=BUDGETS)
+    def claim_more(self, engine: str, budget: Budget):
+        """The same, so that it is done as often as jobs come."""
+        self._claim(engine, budget)
 
-    def _claim(self, queue: JobQueue, engine: str, budget: Budget):
-        granted = self.run(queue.claim(engine, budget))
-        job = self.model.draw(budget, all_lapsed=queue is self.impatient)
+    def _claim(self, engine: str, budget: Budget):
+        granted = self.run(self.queue.claim(engine, budget))
+        job = self.model.draw(budget)
+        self.touched = self.model.cleared
         if job is None:
             assert granted is None
             return
-        self.model.granted += 1
-        job.runs, job.epoch, job.owner = job.runs + 1, job.epoch + 1, engine
-        job.state, job.handed_back = "running", False
+        self.model.grant(job, engine)
         assert granted is not None
         assert (granted.job_id, granted.epoch, granted.runs) == (job.id, job.epoch, job.runs)
         assert (granted.exclusive, granted.plans) == (job.runs > 2, job.plans)
         self.claims.append((engine, job, granted))
-        self.touched = [job]
+        self.touched = [job, *self.model.cleared]
+
+    @precondition(lambda self: self.model.count("running"))
+    @rule(back=RECENT, what=st.sampled_from(["lease", "all leases", "deadline"]))
+    def time_passes(self, back: int, what: str):
+        running = [job for job in self.model.jobs if job.state == "running"]
+        self.touched = running if what == "all leases" else [running[-1 - back % len(running)]]
+        for job in self.touched:
+            if what == "deadline":
+                self._pass_deadline(job)
+            else:
+                self._pass_lease(job)
+
+    def _pass_deadline(self, job: Job):
+        self.run(pass_deadline(self.queue, job.id))
+        job.late = True
+
+    def _pass_lease(self, job: Job):
+        self.run(self._lapse(job))
+        job.lapsed = True
+
+    async def _lapse(self, job: Job):
+        queue, entry = f"glimmer:queue:{job.priority}", await self._entry(job)
+        await self.client.xclaim(queue, "engines", job.engine or "", 0, [entry], idle=LEASE_MS + 1, justid=True)
+
+    async def _entry(self, job: Job) -> Any:
+        return await self.client.hget(f"glimmer:job:{job.id}", "entry")  # type: ignore[misc]
 
     @precondition(lambda self: self.claims)
-    @rule(back=RECENT, call=st.sampled_from(["renew", "progress", "checkpoint"]), index=st.integers(0, 2))
-    def write(self, back: int, call: str, index: int):
-        engine, job, claim, holds = self._claim_back(back)
-        if call == "renew":
-            assert self.run(self.queue.renew(engine, [claim])) == ([] if holds else [claim])
-        elif call == "progress":
-            assert self.run(self.queue.progress(claim, {"step": 1})) == holds
-        else:
-            plan = Plan(1, 1, [claim.epoch])
-            assert self.run(self.queue.checkpoint_plan(claim, index, plan)) == holds
-            if holds:
-                job.plans[index] = plan
+    @rule(back=RECENT, index=st.integers(0, 2))
+    def write(self, back: int, index: int):
+        _, job, claim, holds = self._claim_back(back)
+        plan, partial = Plan(1, 1, [claim.epoch]), PartialImage(index, 0, b"x", {})
+        assert self.run(self.queue.progress(claim, {"step": index})) == holds
+        assert self.run(self.queue.checkpoint_plan(claim, index, plan)) == holds
+        assert self.run(self.queue.partial_image(claim, partial)) == holds
+        if holds:
+            job.progress = {"step": index}
+            job.plans[index] = plan
+            job.partials.add(f"{index}:0")
+
+    @precondition(lambda self: self.claims)
+    @rule(
+        backs=st.lists(RECENT, min_size=1, max_size=3, unique=True),
+        by_itself=st.sampled_from([True, True, False]),
+        when=st.sampled_from(["in time", "at the last moment", "too late"]),
+    )
+    def renew(self, backs: list[int], by_itself: bool, when: str):
+        chosen = {id(self._claim_back(back)[2]): self._claim_back(back) for back in backs}.values()
+        engine, first, _, holds = next(iter(chosen))
+        if holds and when == "at the last moment":
+            self._pass_lease(first)
+        elif holds and when == "too late":
+            self._pass_deadline(first)
+        engine = engine if by_itself else "engine-3"
+        lost: list[Claim] = []
+        for holder, job, claim, holds in chosen:
+            if not holds or holder != engine or job.late:
+                lost.append(claim)
+            else:
+                job.lapsed = False
+            if holds and holder == engine and job.late:
+                self.model.end(job, "expired")
+        assert self.run(self.queue.renew(engine, [claim for _, _, claim, _ in chosen])) == lost
+        self.touched = [job for _, job, _, _ in chosen]
 
     @precondition(lambda self: self.claims)
     @rule(back=RECENT, how=st.sampled_from(["succeeded", "failed"]))
@@ -235,66 +269,100 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.run(call) == holds
         if holds:
             self.model.end(job, how)
+            job.has_result = how == "succeeded"
 
     @precondition(lambda self: self.claims)
-    @rule(back=RECENT)
-    def release(self, back: int):
+    @rule(back=RECENT, by_itself=st.sampled_from([True, True, False]))
+    def release(self, back: int, by_itself: bool):
         engine, job, claim, holds = self._claim_back(back)
-        assert self.run(self.queue.release(engine, claim)) == holds
-        if holds:
-            job.state, job.handed_back, job.runs = "queued", True, job.runs - 1
+        assert self.run(self.queue.release(engine if by_itself else "engine-3", claim)) == (holds and by_itself)
+        if holds and by_itself:
+            self.model.hand_back(job)
+            job.runs -= 1
 
     def _claim_back(self, back: int) -> tuple[str, Job, Claim, bool]:
-        """A recent claim, and whether it is still good."""
-        engine, job, claim = self.claims[-1 - back % len(self.claims)]
+        """A recent claim, and whether it is still good; mostly it is, if there is such a one."""
+
+        def holds(job: Job, claim: Claim) -> bool:
+            return job.state == "running" and job.epoch == claim.epoch
+
+        good = [claimed for claimed in self.claims if holds(*claimed[1:])]
+        stale = [claimed for claimed in self.claims if not holds(*claimed[1:])]
+        chosen = (stale or good) if back == 3 else (good or stale)
+        engine, job, claim = chosen[-1 - back % len(chosen)]
         self.touched = [job]
-        return engine, job, claim, job.state == "running" and job.epoch == claim.epoch
+        return engine, job, claim, holds(job, claim)
 
     @precondition(lambda self: self.model.count("running"))
-    @rule(engine=ENGINES)
-    def crash(self, engine: str):
-        lost = [job for job in self.jobs if job.state == "running" and job.owner == engine]
+    @rule(back=RECENT)
+    def crash(self, back: int):
+        running = [job for job in self.model.jobs if job.state == "running"]
+        engine = running[-1 - back % len(running)].engine
+        assert engine is not None
+        lost = [job for job in self.model.jobs if job.state == "running" and job.engine == engine]
         assert self.run(self.queue.surrender(engine)) == len(lost)
         for job in lost:
-            job.state, job.handed_back = "queued", True
+            self.model.hand_back(job)
         self.touched = lost
 
     # --- always -------------------------------------------------------------------------------------------------
 
     @invariant()
-    def counts_agree(self):
-        waiting, running = self.model.count("queued"), self.model.count("running")
-        assert self.run(self.queue.stats()) == QueueStats(waiting, running, self.model.sources)
-
-    @invariant()
-    def streams_hold_what_is_not_finished(self):
-        for priority, jobs in self.model.streams.items():
-            entries: Any = self.run(self._range(priority))
-            assert [fields[b"job"].decode() for _, fields in entries] == [job.id for job in jobs]
-
-    async def _range(self, priority: str) -> Any:
-        return await self.client.xrange(f"glimmer:queue:{priority}")
-
-    @invariant()
-    def records_agree(self):
-        self.run(self._check_records())
-
-    async def _check_records(self):
+    def redis_agrees(self):
+        self.run(self._check_counts())
         for job in self.touched:
-            record = await self.queue.get(job.id)
-            assert record is not None
-            assert (record.state, record.runs) == (job.state, job.runs)
-            assert (await self.queue.result(job.id) is not None) == (job.state == "succeeded")
-            assert await self.client.hlen(f"glimmer:plans:{job.id}") == (len(job.plans) if job.live else 0)
-            assert await self.client.exists(f"glimmer:sources:{job.id}") == bool(job.live and job.sources)
+            self.run(self._check_job(job))
+        self.touched = []
+
+    async def _check_counts(self):
+        model = self.model
+        counts = QueueStats(model.count("queued"), model.count("running"), model.sources, model.given_up)
+        assert await self.queue.stats() == counts
+        async with self.client.pipeline(transaction=False) as pipe:
+            for priority in model.streams:
+                pipe.xrange(f"glimmer:queue:{priority}")
+                pipe.xpending(f"glimmer:queue:{priority}", "engines")
+            pipe.smembers("glimmer:owned:anna")
+            pipe.smembers("glimmer:owned:bob")
+            *streams, annas, bobs = await pipe.execute(raise_on_error=False)
+        for entries, group, jobs in zip(streams[::2], streams[1::2], model.streams.values(), strict=True):
+            assert [fields[b"job"].decode() for _, fields in entries] == [job.id for job in jobs]
+            pending = 0 if isinstance(group, ResponseError) else group["pending"]  # the first claim makes the group
+            assert pending == sum(job.drawn for job in jobs)
+        assert {name.decode() for name in annas} == model.owned("anna")
+        assert {name.decode() for name in bobs} == model.owned("bob")
+
+    async def _check_job(self, job: Job):
+        """The record, and what is kept beside it: only of live jobs for ever."""
+        record, result = await self.queue.get(job.id), await self.queue.result(job.id)
+        assert record is not None
+        before = [other for other in self.model.jobs if other.state == "queued"]
+        assert record.position == (before.index(job) if job.state == "queued" else None)
+        assert (record.state, record.runs, record.owner) == (job.state, job.runs, job.owner)
+        assert not job.live or record.progress == job.progress
+        assert (record.error is not None) == (job.state == "failed")
+        assert result == (RESULT if job.has_result else None)
+        if job.live and job.drawn:
+            queue, entry = f"glimmer:queue:{job.priority}", await self._entry(job)
+            lease: Any
+            [lease] = await self.client.xpending_range(queue, "engines", entry, entry, 1)
+            assert lease["consumer"].decode() == (job.engine or "handed-back")
+            assert (lease["time_since_delivered"] > LEASE_MS) == job.lapsed
+        names = ("job", "result", "partials", "plans", "sources")
+        async with self.client.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hlen(f"glimmer:{name}:{job.id}")
+                pipe.pttl(f"glimmer:{name}:{job.id}")
+            found: list[int] = await pipe.execute()
+        held, lives = dict(zip(names, found[::2], strict=True)), dict(zip(names, found[1::2], strict=True))
+        assert held["plans"] == (len(job.plans) if job.live else 0)
+        assert held["sources"] == (1 if job.live and job.sources else 0)
+        assert held["partials"] == 2 * len(job.partials)
+        for name in names:
+            assert not held[name] or (lives[name] == -1) == job.live, f"how long {name} lives"
 
 
 @pytest.mark.timeout(600)  # a failure takes Hypothesis up to five minutes to make small
 def test_any_order_of_calls_keeps_the_queue_right(redis_server: EmbeddedRedis):
     QueueMachine.server = redis_server
-    run_state_machine_as_test(
-        QueueMachine,
-        settings=settings(
-            max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-        ),
-    )
+    run_state_machine_as_test(QueueMachine, settings=SIZES)

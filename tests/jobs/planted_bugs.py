@@ -1,0 +1,337 @@
+"""Does the stateful test find bugs? Each of these is planted in a copy of the code, and that test alone is run on it.
+
+    python -m tests.jobs.planted_bugs [WORDS OF A NAME ...]
+
+Prints a line for each bug, with the number of the call sequence that found it, and exits with 1 if one was found by
+nobody: neither by the stateful test nor by the other test that is named for it. Nothing may be found without a bug.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from engine.jobs.embedded import EmbeddedRedis
+from tests.jobs.test_any_order import SIZES, QueueMachine
+
+ROOT = Path(__file__).parents[2]
+PRELUDE, ENGINE, API = (f"engine/jobs/scripts/{name}.py" for name in ("__init__", "engine_side", "api_side"))
+ANYWHERE = "tests/jobs/test_any_order.py"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old` becomes `new` in a file, once.
+
+    Args:
+        found_by: the test that finds it, where the stateful one cannot.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    found_by: str = ANYWHERE
+
+
+XDEL_IF_ACKED = "if redis.call('XACK', queue, GROUP, entry) == 1 then redis.call('XDEL', queue, entry) end"
+BUGS = [
+    # whose word counts
+    Bug("no epoch check", PRELUDE, "state == 'running' and current == epoch", "state == 'running'"),
+    Bug("no check whether the job still runs", PRELUDE, "state == 'running' and current == epoch", "current == epoch"),
+    *(
+        Bug(f"{name} takes any claim", ENGINE, f"if not holds(id, epoch) then return 0 end\n{then}", then)
+        for name, then in (
+            ("progress", "redis.call('HSET', job_key(id), 'progress'"),
+            ("checkpoint", "redis.call('HSET', plans_key(id)"),
+            ("partial image", "local name = image"),
+            ("commit", "redis.call('HSET', result_key(id)"),
+            ("fail", "finish(id, 'failed', error)"),
+        )
+    ),
+    Bug("claim does not raise the epoch", ENGINE, "redis.call('HINCRBY', job, 'epoch', 1)", "1"),
+    Bug("release raises the epoch", ENGINE, "'runs', -1)", "'epoch', redis.call('HINCRBY', job_key(id), 'runs', -1))"),
+    Bug("renew by anybody", ENGINE, "epoch) or engine ~= consumer then\n", "epoch) then\n"),
+    Bug("release by anybody", ENGINE, "epoch) or engine ~= consumer then return 0", "epoch) then return 0"),
+    # leases
+    Bug("claim ignores leases", ENGINE, "'IDLE', lease_ms, '-'", "'IDLE', 0, '-'"),
+    Bug(
+        "claim does not start the lease anew",
+        ENGINE,
+        "consumer, 0, entry, 'JUSTID')\n  else",
+        "consumer, 9e9, entry)\n  else",
+    ),
+    Bug(
+        "renew renews nothing", ENGINE, "redis.call('XCLAIM', queue_key(priority), GROUP, consumer", "tostring(consumer"
+    ),
+    Bug("what is handed back waits for its lease", PRELUDE, "'TIME', 0, 'JUSTID'", "'JUSTID'"),
+    Bug(
+        "surrender of one priority",
+        ENGINE,
+        "{'interactive', 'batch'}) do\n  local queue",
+        "{'interactive'}) do\n  local queue",
+    ),
+    Bug("surrender takes everybody's jobs", ENGINE, "10000, consumer)", "10000)"),
+    # the streams
+    Bug("no XDEL at the end", PRELUDE, XDEL_IF_ACKED, "redis.call('XACK', queue, GROUP, entry)"),
+    Bug(
+        "no XACK at the end",
+        PRELUDE,
+        "redis.call('XACK', queue, GROUP, entry) == 1",
+        "#redis.call('XPENDING', queue, GROUP, entry, entry, 1) == 1",
+    ),
+    Bug("XDEL of what was not delivered", PRELUDE, XDEL_IF_ACKED, "redis.call('XDEL', queue, entry)"),
+    Bug("dead entries are not deleted", ENGINE, "entry)\n      redis.call('XDEL', queue, entry)", "entry)"),
+    Bug("the group begins at the end of the stream", PRELUDE, "GROUP, '0', 'MKSTREAM'", "GROUP, '$', 'MKSTREAM'"),
+    # places in the queue
+    Bug("cap one too high", API, ">= tonumber(max_queue)", "> tonumber(max_queue)"),
+    Bug(
+        "running jobs count against the cap",
+        API,
+        "('ZCARD', WAITING) >=",
+        "('ZCARD', WAITING) + redis.call('SCARD', RUNNING) >=",
+    ),
+    Bug(
+        "an end does not free the place",
+        PRELUDE,
+        "redis.call('ZREM', WAITING, id)\n  redis.call('SREM'",
+        "redis.call('SREM'",
+    ),
+    Bug(
+        "an end leaves the job running",
+        PRELUDE,
+        "  redis.call('SREM', RUNNING, id)\n  redis.call('DEL'",
+        "  redis.call('DEL'",
+    ),
+    Bug("a claim does not free the place", ENGINE, "redis.call('ZREM', WAITING, id)", ""),
+    Bug(
+        "what is handed back takes no place",
+        PRELUDE,
+        "redis.call('ZADD', WAITING, redis.call('HGET', job, 'sequence'), id)",
+        "",
+    ),
+    Bug("what is handed back goes to the end", PRELUDE, "redis.call('HGET', job, 'sequence'), id)", "now_ms(), id)"),
+    Bug("owner's cap one too high", API, ">= tonumber(max_owned)", "> tonumber(max_owned)"),
+    Bug("an end does not free the owner's place", PRELUDE, "redis.call('SREM', owned_key(owner), id)", "owner = ''"),
+    # who is drawn next
+    Bug("batch has no turn", ENGINE, "if (granted + 1) % BATCH_TURN == 0 then", "if false then"),
+    Bug("claims are not counted", ENGINE, "redis.call('HINCRBY', COUNTERS, 'granted', 1)", ""),
+    Bug(
+        "what does not fit is passed over",
+        ENGINE,
+        "if verdict == 'waits' then return false end",
+        "if verdict == 'waits' then break end",
+    ),
+    Bug("images do not count", ENGINE, "tonumber(job_images) <= tonumber(images)", "true"),
+    Bug("KV tokens do not count", ENGINE, "tonumber(job_kv_tokens) <= tonumber(kv_tokens)", "true"),
+    Bug(
+        "tokens of sources do not count", ENGINE, "tonumber(job_source_tokens or 0) <= tonumber(source_tokens)", "true"
+    ),
+    # jobs that bring engines down
+    Bug(
+        "runs are not counted", ENGINE, "redis.call('HINCRBY', job, 'runs', 1)", "redis.call('HINCRBY', job, 'runs', 0)"
+    ),
+    Bug("a release counts as a run", ENGINE, "redis.call('HINCRBY', job_key(id), 'runs', -1)\n", ""),
+    Bug("suspects run with others", ENGINE, "if runs < SUSPECT_RUNS and ", "if "),
+    Bug("suspects are not called so", ENGINE, "runs > SUSPECT_RUNS and 1 or 0", "0"),
+    Bug("poison is never given up", ENGINE, "if runs >= tonumber(max_runs) then return 'poison' end", ""),
+    Bug("poison has no error", ENGINE, "finish(id, 'failed', poison_error)", "finish(id, 'failed')"),
+    # deadlines and ends
+    Bug("a claim ignores the deadline", ENGINE, "if now_ms() >= tonumber(deadline) then return 'expired' end", ""),
+    Bug("renew ignores the deadline", ENGINE, "elseif now >= tonumber(deadline) then", "elseif false then"),
+    Bug("expire comes early", API, "if state == 'expired' and now_ms() < tonumber(deadline) then return 0 end", ""),
+    Bug(
+        "an ended job can end again",
+        API,
+        "if not is_live(current) then return 0 end",
+        "if not current then return 0 end",
+    ),
+    Bug(
+        "an end is not announced",
+        PRELUDE,
+        "redis.call('PEXPIRE', job, RESULT_TTL_MS)\n  announce(id, state)",
+        "redis.call('PEXPIRE', job, RESULT_TTL_MS)",
+    ),
+    Bug("an error is not kept", PRELUDE, "if error then redis.call('HSET', job, 'error', error) end", ""),
+    Bug(
+        "a withdrawn result stays",
+        API,
+        "redis.call('DEL', result_key(id), partials_key(id))",
+        "redis.call('DEL', partials_key(id))",
+    ),
+    Bug(
+        "a withdrawal that comes first is forgotten",
+        API,
+        "redis.call('SET', withdrawn_key(id), 1, 'PX', RESULT_TTL_MS)",
+        "",
+    ),
+    Bug(
+        "a submit overwrites its job",
+        API,
+        "redis.call('EXISTS', job, withdrawn_key(id))",
+        "redis.call('EXISTS', withdrawn_key(id))",
+    ),
+    # what is kept beside the job
+    Bug(
+        "plans stay", PRELUDE, "redis.call('DEL', plans_key(id), sources_key(id))", "redis.call('DEL', sources_key(id))"
+    ),
+    Bug(
+        "sources stay", PRELUDE, "redis.call('DEL', plans_key(id), sources_key(id))", "redis.call('DEL', plans_key(id))"
+    ),
+    Bug("partial images stay", PRELUDE, "redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS)", ""),
+    Bug("results stay", ENGINE, "redis.call('PEXPIRE', result_key(id), RESULT_TTL_MS)", ""),
+    Bug("records stay", PRELUDE, "redis.call('PEXPIRE', job, RESULT_TTL_MS)", ""),
+    Bug(
+        "old progress stays",
+        PRELUDE,
+        "redis.call('HDEL', job, 'engine', 'progress')",
+        "redis.call('HDEL', job, 'engine')",
+    ),
+    Bug("bytes of sources are not given back", PRELUDE, "'source_bytes', -source_bytes)", "'source_bytes', 0)"),
+    Bug("bytes of sources are not counted", API, "redis.call('HINCRBY', COUNTERS, 'source_bytes', source_bytes)", ""),
+    Bug("sources are let in until they are too many", API, "held + tonumber(source_bytes) >", "held >"),
+    Bug("a large edit never finds room", API, "if held > 0 and held +", "if held +"),
+    # idempotency keys
+    Bug("a key is not kept", API, "if key ~= '' then redis.call('SET'", "if false then redis.call('SET'"),
+    Bug(
+        "a key is kept by a refused request",
+        API,
+        "then return 'full' end",
+        "then redis.call('SET', key_of_key, fingerprint .. ' ' .. id) return 'full' end",
+    ),
+    Bug(
+        "a key leads to a job without a result",
+        API,
+        "if is_live(state) or state == 'succeeded' and redis.call('EXISTS', result_key(known)) == 1 then",
+        "if state then",
+    ),
+    Bug("a key takes any request", API, "if first and first ~= fingerprint then return 'reused' end", ""),
+    # Python
+    Bug(
+        "renew names the wrong claims",
+        "engine/jobs/engine_side.py",
+        "return [claims[index] for index in await self._run(scripts.RENEW, consumer, *pairs)]",
+        "return claims[: len(await self._run(scripts.RENEW, consumer, *pairs))]",
+    ),
+    Bug(
+        "plans come back under another index",
+        "engine/jobs/codec.py",
+        "int(index): Plan.from_dict",
+        "int(index) + 1: Plan.from_dict",
+    ),
+    Bug(
+        "an attached request gets its own id",
+        "engine/jobs/api_side.py",
+        'return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id',
+        "return job_id",
+    ),
+    Bug("expire cancels", "engine/jobs/api_side.py", "JobState.EXPIRED.value", "JobState.CANCELLED.value"),
+    Bug(
+        "many dead entries end a claim",
+        "engine/jobs/engine_side.py",
+        "if reply is None:",
+        "if not isinstance(reply, list):",
+        "tests/jobs/test_admission.py",
+    ),
+    Bug(
+        "only the first image is committed",
+        "engine/jobs/codec.py",
+        "in enumerate(result.images):\n        fields",
+        "in enumerate(result.images[:1]):\n        fields",
+        "tests/jobs/test_life_cycle.py",
+    ),
+    Bug(
+        "a wake-up is lost between claim and wait",
+        "engine/jobs/events.py",
+        "                await self._work.wait()\n        self._work.clear()",
+        "                self._work.clear()\n                await self._work.wait()",
+        "tests/jobs/test_waiting.py",
+    ),
+]
+
+
+def main() -> int:
+    wanted = sys.argv[1:]
+    clean = try_bug(Bug("no bug", ENGINE, "", ""))
+    print(f"no bug: {clean}", flush=True)
+    missed = int("nobody" not in clean)
+    for bug in BUGS:
+        if all(word in bug.name for word in wanted):
+            found = try_bug(bug)
+            missed += "nobody" in found
+            print(f"{bug.name}: {found}", flush=True)
+    return 1 if missed else 0
+
+
+def try_bug(bug: Bug) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("engine", "server", "models", "tests"):
+            shutil.copytree(
+                ROOT / name, copy / name, ignore=shutil.ignore_patterns("node_modules", "__pycache__", "nano")
+            )
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        plant(bug, copy)
+        if bug.found_by == ANYWHERE:
+            command = ["-m", "tests.jobs.planted_bugs", "--run"]
+        else:
+            command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", bug.found_by]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        ran = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
+        if bug.found_by == ANYWHERE:
+            return ran.stdout.strip() or f"nobody knows: {ran.stderr[-500:]}"
+        return f"found by {bug.found_by}" if ran.returncode == 1 else "found by nobody"
+
+
+def plant(bug: Bug, root: Path) -> None:
+    """Raises AssertionError where the code has changed, so that the bug cannot be planted."""
+    file = root / bug.file
+    code = file.read_text()
+    assert bug.old in code, f"{bug.name}: {bug.file} does not say {bug.old!r}"
+    file.write_text(code.replace(bug.old, bug.new, 1) if bug.old else code)
+
+
+def run() -> None:
+    """In the copy: the stateful test, without the search for a smaller example."""
+    sequences = itertools.count(1)
+    failed: list[int] = []
+
+    class Counted(QueueMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.number = next(sequences)
+
+        def teardown(self) -> None:
+            kind = sys.exc_info()[0]
+            broken = kind is not None and not kind.__module__.startswith("hypothesis")  # whose own only stop a sequence
+            try:
+                super().teardown()
+            except BaseException:
+                broken = True
+                raise
+            finally:
+                if broken:
+                    failed.append(self.number)
+
+    with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder), fsync="no") as server:
+        QueueMachine.server = server
+        try:
+            sizes = settings(
+                SIZES, phases=[Phase.generate], database=None, print_blob=False, report_multiple_bugs=False
+            )
+            run_state_machine_as_test(Counted, settings=sizes)
+        except BaseException as error:  # `pytest.raises` fails with one that is no Exception
+            print(f"found by call sequence {failed[0]} ({type(error).__name__})")
+        else:
+            print("found by nobody")
+
+
+if __name__ == "__main__":
+    sys.exit(run() if "--run" in sys.argv else main())

@@ -1,0 +1,133 @@
+"""What the queue should do, as far as a test can see it: a small model without Redis, leases and bytes."""
+
+from dataclasses import dataclass, field
+
+from engine.errors import KeyReused, QueueFull, SourcesFull, TooManyJobs
+from engine.jobs.job import Budget, Plan
+from tests.jobs.helpers import spec
+
+CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 3, 3, 8, 3
+
+
+@dataclass
+class Job:
+    """What the model knows of a job, and of its entry in the stream."""
+
+    id: str
+    priority: str
+    images: int
+    late: bool  # its deadline has passed
+    sources: int  # bytes, and tokens
+    owner: str = ""
+    state: str = "queued"
+    runs: int = 0
+    epoch: int = 0
+    engine: str | None = None
+    drawn: bool = False
+    lapsed: bool = False  # nobody holds its entry, or its lease has run out
+    has_result: bool = False
+    progress: dict[str, int] = field(default_factory=dict)
+    plans: dict[int, Plan] = field(default_factory=dict)
+    partials: set[str] = field(default_factory=set)
+
+    @property
+    def live(self) -> bool:
+        return self.state in ("queued", "running")
+
+    def fits(self, budget: Budget) -> bool:
+        if budget.idle:
+            return True
+        cost = spec(n=self.images, sources=int(self.sources > 0), source_tokens=self.sources)
+        return (
+            self.runs < 2
+            and self.images <= budget.images
+            and cost.plan_tokens + cost.prompt_tokens_bound <= budget.kv_tokens
+            and self.sources <= budget.source_tokens
+        )
+
+
+@dataclass
+class Model:
+    """Jobs by stream, oldest first; a job leaves its list when its stream entry is deleted."""
+
+    streams: dict[str, list[Job]] = field(default_factory=lambda: {"interactive": [], "batch": []})
+    jobs: list[Job] = field(default_factory=list)
+    keys: dict[str, tuple[str, Job]] = field(default_factory=dict)  # idempotency key: fingerprint, job
+    granted: int = 0
+    given_up: int = 0
+    cleared: list[Job] = field(default_factory=list)  # ended by the last claim, which met them
+
+    def count(self, state: str) -> int:
+        return sum(job.state == state for job in self.jobs)
+
+    def owned(self, owner: str) -> set[str]:
+        return {job.id for job in self.jobs if job.live and job.owner == owner}
+
+    @property
+    def sources(self) -> int:
+        return sum(job.sources for job in self.jobs if job.live)
+
+    def answer(self, job: Job, key: str, fingerprint: str) -> Job | type[Exception]:
+        """What a submit comes to: this job or an earlier one, or a refusal."""
+        known = self.keys.get(key)
+        if known and known[0] != fingerprint:
+            return KeyReused
+        if known and (known[1].live or known[1].has_result):
+            return known[1]
+        if self.count("queued") >= CAP:
+            return QueueFull
+        if job.sources and self.sources and self.sources + job.sources > SOURCES_CAP:
+            return SourcesFull
+        if len(self.owned(job.owner)) >= OWNED_CAP:
+            return TooManyJobs
+        if key:
+            self.keys[key] = fingerprint, job
+        self.streams[job.priority].append(job)
+        self.jobs.append(job)
+        return job
+
+    def end(self, job: Job, state: str) -> None:
+        """An entry no engine has drawn stays in the stream."""
+        job.state = state
+        if job.drawn:
+            self.delete(job)
+
+    def delete(self, job: Job) -> None:
+        self.streams[job.priority].remove(job)
+
+    def hand_back(self, job: Job) -> None:
+        job.state, job.lapsed, job.engine, job.progress = "queued", True, None, {}
+
+    @property
+    def can_draw(self) -> bool:
+        return any(self._head(priority) for priority in self.streams)
+
+    def draw(self, budget: Budget) -> Job | None:
+        """The job a claim must be granted, after all that it must clear away."""
+        order = ["batch", "interactive"] if (self.granted + 1) % 4 == 0 else ["interactive", "batch"]
+        self.cleared = []
+        for priority in order:
+            while (job := self._head(priority)) is not None:
+                if not job.live:
+                    self.delete(job)
+                elif job.late or job.runs >= MAX_RUNS:
+                    job.drawn = True
+                    self.given_up += not job.late
+                    self.end(job, "expired" if job.late else "failed")
+                    self.cleared.append(job)
+                elif job.fits(budget):
+                    return job
+                else:
+                    return None
+        return None
+
+    def grant(self, job: Job, engine: str) -> None:
+        self.granted += 1
+        job.runs, job.epoch = job.runs + 1, job.epoch + 1
+        job.state, job.engine, job.progress = "running", engine, {}
+        job.drawn, job.lapsed = True, False
+
+    def _head(self, priority: str) -> Job | None:
+        jobs = self.streams[priority]
+        lapsed = (job for job in jobs if job.drawn and job.lapsed)
+        return next(lapsed, None) or next((job for job in jobs if not job.drawn), None)

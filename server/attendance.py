@@ -87,8 +87,10 @@ class Attendance:
             self._endings.watch(self.job_id)
         self.kept = True
 
-    def __exit__(self, *_: object) -> None:
-        if not self._has_ended and not self.kept:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # Who leaves just as the job ends leaves its pictures behind.
+        was_left = not self._has_ended or isinstance(error, ClientDisconnect)
+        if was_left and not self.kept:
             self._withdrawals.start(self.job_id)
 
     async def end(self) -> tuple[JobRecord, JobResult]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
+from server.serving import KEEP_ALIVE_S
 from tests.chaos.cases import MIXED, Cases, Kind
 from tests.chaos.inside import Inside
 from tests.chaos.processes import StackSettings
@@ -125,8 +126,8 @@ async def _work(here: Scene, seed: int, weights: Mapping[Kind, int], seconds: fl
 
 
 async def _at_rest(here: Scene) -> Sample:
-    """The quantities without clients, once what was delivered is gone."""
-    await asyncio.sleep(DELIVERED_S)
+    """The quantities without clients, once what was delivered is gone and unused connections are closed."""
+    await asyncio.sleep(DELIVERED_S + KEEP_ALIVE_S)
 
     async def is_idle() -> bool:
         return (await Inside.look(here.stack.client)).is_idle

@@ -8,11 +8,17 @@ import socket
 import httpx
 import pytest
 import redis.asyncio
+from starlette.requests import ClientDisconnect
 
 from engine.jobs.job import JobRecord
 from engine.jobs.queue import JobQueue
+from server.admission import Admitted, Pace
+from server.attendance import Attendance, Endings
+from server.metrics import Metrics
 from server.serving import listen
 from server.settings import ServerSettings
+from server.withdrawals import Withdrawals
+from tests.jobs.helpers import submit
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
 from tests.server.test_admission import until
@@ -75,6 +81,26 @@ async def test_a_picture_whose_client_left_does_not_stay_in_redis(
 async def _stats_are(queue: JobQueue, waiting: int, running: int) -> bool:
     stats = await queue.stats()
     return (stats.waiting, stats.running) == (waiting, running)
+
+
+async def test_a_picture_whose_client_left_just_as_it_was_done_does_not_stay_either(
+    queue: JobQueue, stub: StubEngine, redis_client: redis.asyncio.Redis
+) -> None:
+    metrics = Metrics()
+    withdrawals = Withdrawals(queue, metrics)
+    job = Admitted(await submit(queue))
+    endings = Endings(queue, metrics, Pace())
+
+    async def wait_and_leave() -> None:
+        with Attendance(queue, job, kept=False, withdrawals=withdrawals, endings=endings) as attendance:
+            await attendance.end()
+            assert await redis_client.keys("glimmer:result:*")
+            raise ClientDisconnect
+
+    with pytest.raises(ClientDisconnect):
+        await wait_and_leave()
+    await withdrawals.close()
+    assert not await redis_client.keys("glimmer:result:*")
 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body(live_server: LiveServer, queue: JobQueue) -> None:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from engine.errors import KeyReused, QueueFull, SourcesFull, TooManyJobs
-from engine.jobs.job import Budget, Plan
+from engine.jobs.job import Budget, Plan, Priority
 from tests.jobs.helpers import spec
 
-CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 3, 3, 8, 3
+CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 3, 8, 3
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Job:
     """What the model knows of a job, and of its entry in the stream."""
 
     id: str
-    priority: str
+    priority: Priority
     images: int
     late: bool  # its deadline has passed
     sources: int  # bytes, and tokens

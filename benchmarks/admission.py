@@ -37,6 +37,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.quantile import quantile
 from engine.child import tied_to_us
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
@@ -309,8 +310,8 @@ def print_table(loads: Sequence[Load], plan: Plan) -> None:
     Console(width=120).print(table)
 
 
-def _milliseconds(latencies: Sequence[float], quantile: float) -> str:
-    return f"{1e3 * sorted(latencies)[round(quantile * (len(latencies) - 1))]:.1f}" if latencies else ""
+def _milliseconds(latencies: Sequence[float], share: float) -> str:
+    return f"{1e3 * quantile(latencies, share):.1f}" if latencies else ""
 
 
 def run(plan: Plan) -> list[Load]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.quantile import quantile
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
 from engine.metrics import EngineMetrics
@@ -32,7 +33,7 @@ class Measurement:
 
     @property
     def p95(self) -> float:
-        return sorted(self.latencies)[round(0.95 * (len(self.latencies) - 1))]
+        return quantile(self.latencies, 0.95)
 
 
 def drive(engine: Engine, specs: Sequence[JobSpec], concurrency: int) -> Measurement:

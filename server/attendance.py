@@ -14,6 +14,7 @@ from engine.errors import QueueUnavailable
 from engine.jobs.job import JobRecord, JobResult, JobState
 from engine.jobs.queue import JobQueue
 from engine.logs import event
+from engine.tasks import stop
 from server.admission import Admitted, Pace
 from server.answers import failure
 from server.errors import internal_error
@@ -51,16 +52,6 @@ async def with_client(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 async def _client_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def stop(task: asyncio.Future[Any]) -> None:
-    """Returns when the task has ended. Once may not do: on Python 3.11 `asyncio.wait_for`, which the Redis client uses,
-    swallows a cancellation that comes just as it finishes."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=0.1)
-    if not task.cancelled():
-        task.exception()  # whoever stops it has left its failure behind
 
 
 class Attendance:

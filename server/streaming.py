@@ -21,9 +21,10 @@ from engine.errors import QueueUnavailable
 from engine.jobs.job import JobRecord, JobResult, JobState, PartialImage
 from engine.jobs.queue import JobQueue
 from engine.logs import event, where
+from engine.tasks import stop
 from server.admission import Pace
 from server.answers import Notes, image_fields, job_body, picture_facts, render_job, usage
-from server.attendance import REDIS_PATIENCE_S, Attendance, stop, with_client
+from server.attendance import REDIS_PATIENCE_S, Attendance, with_client
 from server.errors import ApiError, internal_error, queue_unavailable
 
 PING_EVERY_S = 10.0  # proxies close what stays silent for a minute, some for less

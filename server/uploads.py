@@ -15,11 +15,11 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from engine.geometry import MAX_SOURCES
 from server.body import media_type, read_chunks, read_json_object
 from server.errors import ApiError, invalid, invalid_image
 from server.schemas import UNSUPPORTED, EditRequest, ImageReference, PlanBody, parse, unsupported
 
-MAX_IMAGES = 4
 MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, 4352 at most
 
 _IMAGE_NAMES, _MASK_NAMES = {"image", "image[]"}, {"mask", "mask[]"}
@@ -60,8 +60,10 @@ async def read_edit(request: Request, max_bytes: int) -> Upload:
         raise invalid(None, "The body must be multipart/form-data, or JSON with Content-Type: application/json.")
     if not upload.images:
         raise invalid("image", "The field image is required: the picture to edit.", "missing_required_parameter")
-    if len(upload.images) > MAX_IMAGES:
-        raise invalid("image", f"Invalid value for image: it takes 1..{MAX_IMAGES} pictures, not {len(upload.images)}.")
+    if len(upload.images) > MAX_SOURCES:
+        raise invalid(
+            "image", f"Invalid value for image: it takes 1..{MAX_SOURCES} pictures, not {len(upload.images)}."
+        )
     return upload
 
 

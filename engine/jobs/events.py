@@ -14,6 +14,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from engine.jobs.job import TERMINAL_STATES
+from engine.tasks import stop
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,9 @@ class Subscription:
 
     async def close(self) -> None:
         """Ends the reading; `start` may follow."""
-        if self._task is None:
-            return
-        # Once may not do: redis-py sends through `asyncio.wait_for`, which on Python 3.11 swallows a cancellation that
-        # comes just as it finishes.
-        while not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=0.1)
-        self._task = None
+        if self._task is not None:
+            await stop(self._task)
+            self._task = None
 
     async def _stay_subscribed(self) -> None:
         pause = _FIRST_PAUSE_S

@@ -25,7 +25,7 @@ from tests import pictures
 from tests.browser.conftest import open_page
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, partial_image, picture
-from tests.server.test_admission import until
+from tests.waiting import until
 
 Colour = tuple[int, int, int]
 

@@ -23,7 +23,7 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.queue import JobQueue
 from tests.chaos.stub import StubSettings, run_engine
-from tests.chaos.waiting import until
+from tests.waiting import until
 
 START_S, STOP_S = 120.0, 60.0
 LOOK_S = 0.02

@@ -14,7 +14,7 @@ from tests.chaos.processes import StackSettings
 from tests.chaos.report import Figure
 from tests.chaos.scene import Scene, scene
 from tests.chaos.stub import HANG, POISON
-from tests.chaos.waiting import until
+from tests.waiting import until
 
 REDELIVERY_S = 2.0  # beyond the lease
 CONSUMING_AGAIN_S = 10.0
@@ -68,7 +68,7 @@ async def kills(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
         here.load(iter(Cases(seed)), sizes.concurrency, sizes.jobs),
     ):
         for number in range(1, sizes.kills + 1):
-            await until(lambda n=number: here.ledger.ended >= n * sizes.jobs // (sizes.kills + 1))
+            await until(lambda n=number: here.ledger.ended >= n * sizes.jobs // (sizes.kills + 1), None)
             await here.faults.kill_engine(planned=number % 2 == 0)
         in_metrics = await here.metric("glimmer_plans_resumed_total")
     evidence = Evidence.read(folder)

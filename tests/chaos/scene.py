@@ -21,7 +21,7 @@ from tests.chaos.inside import PREFIX, Inside
 from tests.chaos.ledger import Ledger, quantile
 from tests.chaos.processes import Stack, StackSettings
 from tests.chaos.report import Report
-from tests.chaos.waiting import until
+from tests.waiting import until
 
 SETTLE_S = 30.0  # in which a queue without clients must run empty
 DELIVERED_S = 6.0  # after which a result that was handed over is gone

@@ -28,7 +28,7 @@ from tests.chaos.inside import Inside
 from tests.chaos.processes import StackSettings
 from tests.chaos.report import Figure, print_table
 from tests.chaos.scene import DELIVERED_S, Scene, scene
-from tests.chaos.waiting import until
+from tests.waiting import until
 
 KEPT_S = 620.0  # as long as records and results are kept, and a bit
 WARM_UP_S = 60.0

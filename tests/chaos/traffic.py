@@ -18,7 +18,7 @@ from tests.chaos.report import Figure
 from tests.chaos.scenarios import Sizes
 from tests.chaos.scene import DELIVERED_S, Scene, scene
 from tests.chaos.stub import StubSettings
-from tests.chaos.waiting import until
+from tests.waiting import until
 
 FREED_S = 1.0  # beyond one step
 OVERLOAD = 10
@@ -36,7 +36,7 @@ async def leavers(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
             pass  # so that it is known how long a picture takes
         cases = iter(Cases(seed + 1, {"leaves": 3, "plain": 1}, steps=(10, 40)))
         async with here.load(cases, max(sizes.concurrency, slots * 3 // 2)):
-            await until(lambda: here.ledger.count("left") >= sizes.leavers)
+            await until(lambda: here.ledger.count("left") >= sizes.leavers, None)
         await asyncio.sleep(DELIVERED_S)
         blobs = (await Inside.look(here.stack.client)).results
     _judge_leavers(here, Evidence.read(folder))

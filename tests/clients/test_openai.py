@@ -14,8 +14,8 @@ from tests.clients.client import Client, Raised, serving
 from tests.server.conftest import LiveServer
 from tests.server.picture_files import file_of, plain
 from tests.server.stub_engine import StubEngine, partial_image, picture
-from tests.server.test_admission import until
 from tests.server.test_edits import PICTURE, data_url
+from tests.waiting import until
 
 GENERATE, EDIT = "images.generate", "images.edit"
 

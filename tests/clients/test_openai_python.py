@@ -13,8 +13,8 @@ from engine.jobs.queue import JobQueue
 from server.schemas import UNSUPPORTED, EditRequest, GenerationRequest
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, picture
-from tests.server.test_admission import until
 from tests.server.test_edits import PICTURE
+from tests.waiting import until
 
 
 def sdk(server: LiveServer, **options: Any) -> openai.AsyncOpenAI:

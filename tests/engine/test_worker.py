@@ -4,7 +4,7 @@ import asyncio
 import io
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from engine.tracing import Tracing
 from engine.worker import Worker
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
+from tests.waiting import until
 
 SPEC = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
 
@@ -167,13 +168,6 @@ async def test_plans_are_kept_and_a_later_run_starts_from_them(queue: JobQueue, 
     assert result is not None
     assert result.images[0].data == _file(expected, SPEC)
     assert engine.metrics.planner_tokens._value.get() == written
-
-
-async def until(condition: Callable[[], bool], seconds: float) -> None:
-    """Returns when the condition holds; fails after so many seconds."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 (what it looks at lives on another thread)
-            await asyncio.sleep(0.01)
 
 
 def _file(pixels: torch.Tensor, spec: JobSpec, index: int = 0) -> bytes:

@@ -18,7 +18,7 @@ from server.settings import ServerSettings
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import working
 from tests.packaging.files import ROOT
-from tests.server.test_admission import until
+from tests.waiting import until
 
 RULES = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())
 PAGE = (ROOT / "docs/operations.md").read_text()

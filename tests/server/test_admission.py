@@ -27,18 +27,9 @@ from tests.jobs.helpers import kill
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 from tests.server.test_errors import error_of
+from tests.waiting import until
 
 URL = "/v1/images/generations"
-
-
-async def until(condition, seconds: float = 5.0) -> None:
-    """Waits for a condition to hold, and fails when it does not come to hold in time."""
-    async with asyncio.timeout(seconds):
-        while True:
-            held = condition()
-            if await held if asyncio.iscoroutine(held) else held:
-                return
-            await asyncio.sleep(0.01)
 
 
 async def test_over_the_cap_is_429_with_retry_after(make_client: MakeClient, queue: JobQueue) -> None:

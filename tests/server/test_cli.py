@@ -28,7 +28,7 @@ from tests import pictures
 from tests.packaging.files import ROOT
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, partial_image, picture, plan_for
-from tests.server.test_admission import until
+from tests.waiting import until
 
 
 def glimmer(*args: str, **environment: str) -> Result:

@@ -16,9 +16,9 @@ from server.settings import ServerSettings
 from tests.server.conftest import LiveServer, MakeClient
 from tests.server.events import events_of
 from tests.server.stub_engine import StubEngine, partial_image, picture
-from tests.server.test_admission import until
 from tests.server.test_edits import PICTURE, upload
 from tests.server.test_errors import error_of
+from tests.waiting import until
 
 URL, EDITS = "/v1/images/generations", "/v1/images/edits"
 ASYNC = {"prefer": "respond-async"}

@@ -27,9 +27,9 @@ from server.withdrawals import Withdrawals
 from tests.jobs.helpers import kill
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
-from tests.server.test_admission import until
 from tests.server.test_errors import error_of
 from tests.server.test_keys import bearer, table
+from tests.waiting import until
 
 URL = "/v1/images/generations"
 SPEC = JobSpec("x", 64, 64, 1)

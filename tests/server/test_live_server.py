@@ -21,7 +21,7 @@ from server.withdrawals import Withdrawals
 from tests.jobs.helpers import submit
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
-from tests.server.test_admission import until
+from tests.waiting import until
 
 URL = "/v1/images/generations"
 

@@ -25,10 +25,11 @@ from server import admission
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.checkpoints import small_engine
-from tests.engine.test_worker import until, working
+from tests.engine.test_worker import working
 from tests.jobs.helpers import kill, restart
 from tests.jobs.test_faults import CURES, TROUBLES
 from tests.proxy import Proxy
+from tests.waiting import until
 
 URL = "/v1/images/generations"
 LONG = {"prompt": 'a poster "HELLO"', "size": "128x128", "seed": 3, "num_inference_steps": 100}

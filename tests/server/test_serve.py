@@ -23,8 +23,8 @@ from server.launch import EnginePlan
 from server.serving import listen, url_of
 from server.settings import ServerSettings
 from tests.jobs.helpers import kill
-from tests.server.test_admission import until
 from tests.server.test_supervisor import FAKE_ENGINE, Starts, alive
+from tests.waiting import until
 
 URL = "/v1/images/generations"
 SERVE = """

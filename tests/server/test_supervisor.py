@@ -13,7 +13,7 @@ from engine.jobs.queue import JobQueue
 from server import supervisor as supervisor_module
 from server.supervisor import Backoff, EngineMisconfigured, Supervisor, engine_environments
 from tests.jobs.helpers import IDLE
-from tests.server.test_admission import until
+from tests.waiting import until
 
 FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
 

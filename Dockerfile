@@ -16,7 +16,7 @@ COPY pyproject.toml README.md LICENSE ./
 # Dependencies come before the code, so that a change of code rebuilds only the last layer: without the packages beside
 # it, pyproject.toml installs what it depends on and an empty Glimmer, which the last step replaces.
 FROM build AS build-api
-RUN pip --python /opt/venv install .
+RUN pip --python /opt/venv install "./[otel]"
 COPY server ./server
 COPY engine ./engine
 RUN pip --python /opt/venv install --no-deps --force-reinstall .
@@ -25,7 +25,7 @@ FROM build AS build-engine
 # Looked at beside PyPI, if given. Its builds have a local version, such as 2.13.0+cpu, which pip takes for newer.
 ARG TORCH_INDEX_URL=""
 ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX_URL}
-RUN pip --python /opt/venv install "./[engine]"
+RUN pip --python /opt/venv install "./[engine,otel]"
 COPY server ./server
 COPY engine ./engine
 COPY models ./models

@@ -58,3 +58,7 @@ class WriteRefused(GlimmerError):
 
 class QueueUnavailable(GlimmerError):
     """Redis cannot be reached or does not accept writes."""
+
+
+class QueueReadOnly(QueueUnavailable):
+    """Redis answers and does not accept writes: its memory or its disk is full, or it has become a replica."""

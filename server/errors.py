@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from engine.errors import QueueUnavailable, RequestError
+from engine.errors import QueueReadOnly, QueueUnavailable, RequestError
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's code: nobody is left to read it, but log and metrics show it
 
@@ -99,6 +99,10 @@ async def _queue_unavailable(_: Request, error: Exception) -> Response:
     return queue_unavailable().response()
 
 
+async def _queue_read_only(_: Request, error: Exception) -> Response:
+    return unavailable("The job queue takes no jobs right now; try again shortly.", REDIS_RETRY_S).response()
+
+
 async def _client_left(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -128,6 +132,7 @@ _HANDLERS: dict[type[Exception], Any] = {
     ApiError: _api_error,
     RequestError: _request_error,
     QueueUnavailable: _queue_unavailable,
+    QueueReadOnly: _queue_read_only,
     ClientDisconnect: _client_left,
     HTTPException: _http_error,
 }

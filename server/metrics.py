@@ -59,15 +59,21 @@ class Metrics:
             "glimmer_queue_source_bytes", "Memory in Redis of the pictures of edits.", registry=self.registry
         )
         self._redis_up = Gauge("glimmer_redis_up", "1 when Redis answered this scrape.", registry=self.registry)
+        self._redis_takes_writes = Gauge(
+            "glimmer_redis_takes_writes", "1 when Redis took a small write at this scrape.", registry=self.registry
+        )
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
         method = method if method in _METHODS else "other"
         self._requests.labels(route, method, status).inc()
         self._seconds.labels(route, method).observe(seconds)
 
-    def queue(self, stats: QueueStats | None, engines: Sequence[EngineInfo], max_queue: int) -> None:
+    def queue(
+        self, stats: QueueStats | None, engines: Sequence[EngineInfo], max_queue: int, *, takes_writes: bool
+    ) -> None:
         """The queue and its engines now; None when Redis did not say, and then none are shown rather than old ones."""
         self._redis_up.set(stats is not None)
+        self._redis_takes_writes.set(takes_writes)
         self._queue_cap.set(max_queue)
         self._queue.clear()
         self._engines.clear()

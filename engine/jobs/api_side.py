@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from engine.errors import KeyReused, QueueFull, QueueUnavailable, SourcesFull, TooManyJobs
+from engine.errors import KeyReused, QueueFull, QueueReadOnly, QueueUnavailable, SourcesFull, TooManyJobs
 from engine.jobs.base import QueueBase
 from engine.jobs.codec import RECORD_FIELDS, decode_record, decode_result, encode_sources
 from engine.jobs.connection import redis_errors
@@ -175,6 +175,15 @@ class ApiSide(QueueBase):
             stored: list[Any] = await self._redis.hmget(self._key("file", token), ["data", "type"])
         data, media_type = stored
         return None if data is None else (data, media_type.decode())
+
+    async def takes_writes(self) -> bool:
+        """Whether Redis would take a job now, for all that can be told from a small write."""
+        try:
+            with redis_errors():
+                await self._redis.set(self._key("probe"), b"", px=1000)
+        except QueueReadOnly:
+            return False
+        return True
 
     async def stats(self) -> QueueStats:
         return QueueStats(*await self._run(scripts.STATS))

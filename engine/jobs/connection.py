@@ -11,7 +11,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from engine.errors import QueueUnavailable
+from engine.errors import QueueReadOnly, QueueUnavailable
 
 # Enough to keep Redis busy from one process. More callers than that take turns instead of failing.
 _MAX_CONNECTIONS = 64
@@ -45,12 +45,12 @@ def connect(url: str) -> redis.asyncio.Redis:
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
-    """Raises `QueueUnavailable` for every way in which Redis can be away or refuse writes for now."""
+    """Raises `QueueUnavailable` for every way in which Redis can be away, `QueueReadOnly` where it refuses writes."""
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
         raise QueueUnavailable(f"Redis cannot be reached: {error}") from error
     except ResponseError as error:
         if isinstance(error, _REFUSAL_CLASSES) or any(code in str(error) for code in _REFUSAL_CODES):
-            raise QueueUnavailable(f"Redis does not accept writes: {error}") from error
+            raise QueueReadOnly(f"Redis does not accept writes: {error}") from error
         raise

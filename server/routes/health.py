@@ -30,10 +30,13 @@ async def live() -> dict[str, str]:
 async def health(app: Annotated[Services, Depends(services)]) -> Response:
     """200 when a request sent now would be served, otherwise 503 with the `reason`."""
     try:
-        engines, stats = await in_time(asyncio.gather(app.queue.engines(), app.queue.stats()))
+        engines, stats, takes_writes = await in_time(
+            asyncio.gather(app.queue.engines(), app.queue.stats(), app.queue.takes_writes())
+        )
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
-    return _health(_why_not(app, engines, stats), engines, stats)
+    refuses = None if takes_writes else "The job queue (Redis) refuses writes: memory or disk full, or a replica."
+    return _health(refuses or _why_not(app, engines, stats), engines, stats)
 
 
 def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats) -> str | None:
@@ -51,12 +54,12 @@ def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats) -> str
 async def metrics(app: Annotated[Services, Depends(services)]) -> Response:
     """Prometheus text: this process, the queue, and every live engine under its `engine` label."""
     try:
-        stats, engines, texts = await in_time(
-            asyncio.gather(app.queue.stats(), app.queue.engines(), app.queue.engine_metrics())
+        stats, engines, texts, takes_writes = await in_time(
+            asyncio.gather(app.queue.stats(), app.queue.engines(), app.queue.engine_metrics(), app.queue.takes_writes())
         )
     except QueueUnavailable:
-        stats, engines, texts = None, [], {}
-    app.metrics.queue(stats, engines, app.settings.max_queue)
+        stats, engines, texts, takes_writes = None, [], {}, False
+    app.metrics.queue(stats, engines, app.settings.max_queue, takes_writes=takes_writes)
     return Response(exposition(app.metrics.registry, texts), media_type=CONTENT_TYPE_LATEST)
 
 

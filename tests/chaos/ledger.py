@@ -33,6 +33,11 @@ class Entry:
     def seconds(self) -> float:
         return self.ended - self.started
 
+    @property
+    def failed(self) -> bool:
+        """Whether the client got neither what it asked for nor what it brought about itself."""
+        return self.outcome not in GOOD
+
 
 GOOD = frozenset({"pictures", "cancelled", "left", "refused"})
 
@@ -75,8 +80,7 @@ class Ledger:
 
     @property
     def failed(self) -> list[Entry]:
-        """Whose client got neither what it asked for nor what it brought about itself."""
-        return [entry for entry in self.entries if entry.outcome not in GOOD]
+        return [entry for entry in self.entries if entry.failed]
 
     @property
     def told_to_retry(self) -> Counter[str]:

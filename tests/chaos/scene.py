@@ -146,7 +146,7 @@ def judge(here: Scene, inside: Inside, kv_blocks_used: float, evidence: Evidence
 
 
 def _judge_clients(report: Report, ledger: Ledger) -> None:
-    outcomes = Counter(entry.outcome if entry not in ledger.failed else "failed" for entry in ledger.entries)
+    outcomes = Counter("failed" if entry.failed else entry.outcome for entry in ledger.entries)
     report.tell("cases", f"{len(ledger.entries)} ({', '.join(f'{n} {o}' for o, n in outcomes.most_common())})")
     latencies = ledger.latencies()
     report.tell("latency p50, p99, max s", ", ".join(f"{quantile(latencies, q):.2f}" for q in (0.5, 0.99, 1)))

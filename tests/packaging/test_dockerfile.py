@@ -37,8 +37,8 @@ def test_the_linter_would_find_something(tmp_path: Path) -> None:
 
 
 def test_the_api_image_has_no_engine_extra_and_the_engine_image_no_development_tools() -> None:
-    assert set(installs("api")) == {"."}
-    assert set(installs("engine")) == {".", "./[engine]"}
+    assert set(installs("api")) == {".", "./[otel]"}
+    assert set(installs("engine")) == {".", "./[engine,otel]"}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -21,7 +21,8 @@ from server.withdrawals import Withdrawals
 
 ENGINES_FRESH_S = 1.0  # how long the list of live engines may be reused
 MIN_RETRY_S, MAX_RETRY_S = 1, 60
-REDIS_PATIENCE_S = 1.5  # a Redis that is cut off without a reset would otherwise hold clients for many seconds
+REDIS_PATIENCE_S = 0.8  # of a Redis that is cut off without a reset: a client hears within a second
+SOURCE_BYTES_PER_S = 20e6  # that a link to Redis carries at least: large pictures get so much more time
 
 _NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # stands for one where none is to be put into the queue
 _FULL = "The queue is full"
@@ -30,17 +31,21 @@ _FULL_OF_PICTURES = "The pictures of the edits in the queue take all the memory 
 T = TypeVar("T")
 
 
-async def in_time(asked: Awaitable[T]) -> T:
+async def in_time(asked: Awaitable[T], size: int = 0) -> T:
     """What Redis says, if it says it while a client or a probe can wait.
 
+    Args:
+        size: of what it is sent, in bytes, where that is large.
+
     Raises:
-        QueueUnavailable: it took longer than `REDIS_PATIENCE_S`.
+        QueueUnavailable: it took longer than `REDIS_PATIENCE_S`, and what the size takes.
     """
+    patience_s = REDIS_PATIENCE_S + size / SOURCE_BYTES_PER_S
     try:
-        async with asyncio.timeout(REDIS_PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             return await asked
     except TimeoutError:
-        raise QueueUnavailable(f"no answer from Redis within {REDIS_PATIENCE_S} s") from None
+        raise QueueUnavailable(f"no answer from Redis within {patience_s:.1f} s") from None
 
 
 class Gate:
@@ -296,18 +301,28 @@ class Admission:
             await self._refund(charge)
         return Admitted(found, attached=found != job_id)
 
-    async def _put(self, spec: JobSpec, caller: Caller, idempotency: Idempotency | None, **how: Any) -> str:
+    async def _put(
+        self,
+        spec: JobSpec,
+        caller: Caller,
+        idempotency: Idempotency | None,
+        *,
+        sources: JobSources | None = None,
+        **how: Any,
+    ) -> str:
         """`JobQueue.submit` on behalf of a caller."""
         try:
             return await in_time(
                 self._queue.submit(
                     spec,
+                    sources=sources,
                     owner=caller.owner,
                     max_owned=caller.max_concurrent,
                     idempotency_key=idempotency.scoped(caller) if idempotency else "",
                     fingerprint=idempotency.fingerprint if idempotency else "",
                     **how,
-                )
+                ),
+                sources.size if sources else 0,
             )
         except KeyReused:
             raise ApiError(

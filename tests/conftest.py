@@ -1,5 +1,6 @@
 """What tests share: a real Redis, one server for the session, emptied after each test; a small random checkpoint."""
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +12,17 @@ from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.queue import JobQueue
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load, write_variant
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process sends the logs where they should go for the command."""
+    root, ours = logging.getLogger(), logging.getLogger("glimmer")
+    handlers, level, our_level = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    ours.setLevel(our_level)
 
 
 @pytest.fixture(scope="session")

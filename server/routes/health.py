@@ -1,4 +1,4 @@
-"""What probes and Prometheus ask. These routes answer within two seconds, whatever state Redis is in."""
+"""What probes and Prometheus ask. These routes answer within a second, whatever state Redis is in."""
 
 import asyncio
 from typing import Annotated, Any

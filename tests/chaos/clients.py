@@ -142,11 +142,11 @@ class Clients:
                     yield response
                     return
                 await response.aread()
-                if response.status_code == 429:
-                    self._ledger.refusals.append(time.monotonic() - began)
-                    if not self._patient:
-                        yield None
-                        return
+                if response.status_code in self._ledger.refusals:
+                    self._ledger.refusals[response.status_code].append(time.monotonic() - began)
+                if response.status_code == 429 and not self._patient:
+                    yield None
+                    return
             finally:
                 await response.aclose()
             await self._told_off(entry, response)

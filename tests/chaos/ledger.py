@@ -47,7 +47,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.refusals: list[float] = []  # seconds that a 429 took
+        self.refusals: dict[int, list[float]] = {429: [], 503: []}  # seconds that each took
         self.under_way = 0
         self._latest: deque[float] = deque(maxlen=50)
 

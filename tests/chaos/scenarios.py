@@ -18,6 +18,7 @@ from tests.waiting import until
 
 REDELIVERY_S = 2.0  # beyond the lease
 CONSUMING_AGAIN_S = 10.0
+REFUSED_S = 1.0  # while Redis is away
 LIVENESS_S = 15.0
 LONG = (80, 160)  # steps that take some seconds
 
@@ -123,6 +124,9 @@ async def redis_kills(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
         await asyncio.sleep(2.0)
     evidence = Evidence.read(folder)
     _consuming_again(here, evidence)
+    refusals = sorted(here.ledger.refusals[503])
+    told = f"{quantile(refusals, 0.5):.2f}, {quantile(refusals, 1):.2f} ({len(refusals)})"
+    here.report.hold("503 p50, max s", told, f"<= {REFUSED_S:g}", quantile(refusals, 1) <= REFUSED_S, timed=True)
     here.report.tell("runs beyond the first that they cost", sum(claim.runs > 1 for claim in evidence.all_claims()))
     here.report.hold("engines that died of it", here.stack.crashes, "0", not here.stack.crashes)
     return here.report.figures

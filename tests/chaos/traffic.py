@@ -155,7 +155,7 @@ def _judge_overload(here: Scene, ledger: Ledger, depth: Depth, best: float, seco
     began = min(entry.started for entry in ledger.entries)
     in_time = (began + FILLING_S, began + seconds)
     served = sum(e.outcome == "pictures" and in_time[0] < e.ended <= in_time[1] for e in ledger.entries)
-    goodput, refusals, latencies = served / (seconds - FILLING_S), sorted(ledger.refusals), ledger.latencies()
+    goodput, refusals, latencies = served / (seconds - FILLING_S), sorted(ledger.refusals[429]), ledger.latencies()
     bound = 1.5 * (cap + slots) / best + 1.0
     report.tell("requests a second, for seconds", f"{len(ledger.entries) / seconds:.0f}, {seconds:.0f}")
     report.tell("answered 429", f"{len(refusals)} of {len(ledger.entries)}")

@@ -15,7 +15,7 @@ import pytest
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import EngineInfo, JobRecord, JobSpec
+from engine.jobs.job import EngineInfo, JobRecord, JobSources, JobSpec
 from engine.jobs.queue import JobQueue
 from server import admission, withdrawals
 from server.admission import Pace
@@ -205,6 +205,25 @@ async def test_a_submit_that_is_cut_short_is_withdrawn(queue: JobQueue, monkeypa
     await asyncio.wait([submitting])
     await withdrawing.close()  # waits for it, as the end of the server does
     assert await _stats_are_zero(queue)
+
+
+async def test_large_pictures_have_more_time(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = queue.submit
+
+    async def slow(*args: Any, **kwargs: Any) -> str:
+        await asyncio.sleep(0.3)
+        return await submit(*args, **kwargs)
+
+    monkeypatch.setattr(queue, "submit", slow)
+    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.1)
+    monkeypatch.setattr(admission, "SOURCE_BYTES_PER_S", 1.0)
+    withdrawing = withdrawals.Withdrawals(queue, Metrics())
+    door = admission.Admission(queue, Limits(queue), 10, withdrawing)
+    edit = JobSpec("x", 64, 64, 1, sources=1)
+    assert not (await door.submit(edit, 60.0, "batch", sources=JobSources([b"a picture"]))).attached
+    with pytest.raises(QueueUnavailable, match=r"within 0\.1 s"):
+        await door.submit(JobSpec("x", 64, 64, 1), 60.0, "batch")
+    await withdrawing.close()
 
 
 async def test_withdrawals_do_not_hold_up_the_end(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ browser: ## Have a Chromium for the tests of the playground: Debian's, where the
 			"chromium, or Google Chrome, to run them." >&2
 
 test: check browser $(NODE_STAMP) ## All checks and all tests; what continuous integration runs
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 chaos: $(STAMP) ## Kill, freeze and flood real processes and count what was lost; about half an hour, see docs/reliability.md
 	@$(BIN)/python -m tests.chaos $(ARGS)

@@ -56,8 +56,9 @@ browser: ## Have a Chromium for the tests of the playground: Debian's, where the
 		echo "There is no Chromium, so there are no tests of the playground. Install Debian's or Ubuntu's package" \
 			"chromium, or Google Chrome, to run them." >&2
 
+# Two processes with a thread each: with two each, threads that share a core would wait for each other.
 test: check browser $(NODE_STAMP) ## All checks and all tests; what continuous integration runs
-	$(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 chaos: $(STAMP) ## Kill, freeze and flood real processes and count what was lost; about half an hour, see docs/reliability.md
 	@$(BIN)/python -m tests.chaos $(ARGS)

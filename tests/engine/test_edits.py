@@ -15,6 +15,8 @@ from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.pictures import picture, png, sources
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 Work = tuple[JobSpec, JobSources | None]
 
 

@@ -16,6 +16,8 @@ from engine.request import Event, Failed, Finished, Planned, Progress, Rendered,
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 PROMPTS = ['a poster "HELLO"', "red 'A' and \"BB\" " * 9, "plain", 'footer "\u00e9t\u00e9" \u300c\u6771\u4eac\u300d']
 
 

@@ -14,6 +14,8 @@ from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_engine import pixels_of, run
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SPEC = JobSpec('a poster "HELLO"', 96, 64, seed=3, num_inference_steps=6)
 
 

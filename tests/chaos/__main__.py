@@ -1,7 +1,6 @@
 """A campaign against real processes with a stub model; prints figures against goals, exits with 1 if one is not met."""
 
 import argparse
-import signal
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ from tests.chaos.scenarios import SHORT, Sizes
 
 def main() -> int:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended then, as after Ctrl+C
     default = SHORT if arguments.short else Sizes()
     given = {size.name: getattr(arguments, size.name) for size in fields(Sizes)}
     sizes = Sizes(**{name: getattr(default, name) if value is None else value for name, value in given.items()})

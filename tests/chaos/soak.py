@@ -10,7 +10,6 @@ jobs might have taken, and are left out: that each of them has an end is looked 
 import argparse
 import asyncio
 import math
-import signal
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import httpx
 from rich.console import Console
 
 from server.serving import KEEP_ALIVE_S
+from tests.chaos.campaign import stoppable
 from tests.chaos.cases import MIXED, Cases, Kind
 from tests.chaos.inside import Inside
 from tests.chaos.processes import StackSettings
@@ -189,10 +189,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keeps logs and journals there; it should be empty")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended then, as after Ctrl+C
     with tempfile.TemporaryDirectory(prefix="glimmer-soak-") as temporary:
         folder = arguments.folder or Path(temporary)
-        figures = asyncio.run(soak(folder, arguments.seed, arguments.minutes, arguments.concurrency))
+        figures = asyncio.run(stoppable(soak(folder, arguments.seed, arguments.minutes, arguments.concurrency)))
     print_table(figures, Console())
     return int(any(figure.held is False for figure in figures))
 

@@ -80,7 +80,7 @@ class PlannerRunner:
         self._share_last_block(groups)
         sequences = [sequence for group in groups for sequence in group.sequences]
         last = [end - 1 for end, group in zip(accumulate(lengths), groups, strict=True) for _ in group.sequences]
-        with _threads(self._decode_threads):
+        with threads(self._decode_threads):
             self._choose(sequences, hidden[self._to_device(_pad(last, self._decode_rows(len(last))))])
 
     @torch.inference_mode()
@@ -95,7 +95,7 @@ class PlannerRunner:
             self.kv, lengths, [self._tables[s.slot] for s in sequences], self._to_device(places)
         )
         rotary = self.rotary.at(self._positions[slots, steps], self.dtype)
-        with _threads(self._decode_threads):
+        with threads(self._decode_threads):
             hidden = self.model(self._tokens[slots, steps], rotary, attention, self._block(rows))
             self._choose(sequences, hidden)
 
@@ -153,7 +153,7 @@ class PlannerRunner:
             own = rotary[0][some], rotary[1][some]
             return self.model.logits(self.model(tokens[some], own, lambda layer, q, k, v: q, rows), rows)
 
-        with _threads(self._decode_threads):
+        with threads(self._decode_threads):
             among_all = scores(0, DECODE_ROWS)
             return [
                 rows
@@ -166,7 +166,7 @@ class PlannerRunner:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """Computes on so many threads, None: on as many as otherwise. It costs less than a microsecond."""
     before = torch.get_num_threads()
     if count is not None:

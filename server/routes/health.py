@@ -35,12 +35,13 @@ async def health(app: Annotated[Services, Depends(services)]) -> Response:
         )
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
-    refuses = None if takes_writes else "The job queue (Redis) refuses writes: memory or disk full, or a replica."
-    return _health(refuses or _why_not(app, engines, stats), engines, stats)
+    return _health(_why_not(app, engines, stats, takes_writes=takes_writes), engines, stats)
 
 
-def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats) -> str | None:
+def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool) -> str | None:
     """Why a request sent now would not be served; None if it would."""
+    if not takes_writes:
+        return "The job queue (Redis) refuses writes: memory or disk full, or a replica."
     if app.gate.closed:
         return "This server is shutting down."
     if not ready_engines(engines):

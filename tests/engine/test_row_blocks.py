@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.planner.runner import threads
 from models.glm_image.model import GlmImage
 from models.row_blocks import GRAIN, Linear, elementwise, padded
 from tests.checkpoints import small_engine
@@ -11,12 +12,10 @@ from tests.checkpoints import small_engine
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+@pytest.fixture(name="threads", params=[1, 2, 3])
+def on_threads(request: pytest.FixtureRequest):
+    with threads(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -142,10 +142,7 @@ class QueueMachine(RuleBasedStateMachine):
         return False
 
     @precondition(lambda self: any(job.live or job.has_result for job in self.model.jobs))
-    @rule(
-        back=RECENT,
-        call=st.sampled_from(CALLS),
-    )
+    @rule(back=RECENT, call=st.sampled_from(CALLS))
     def call_api(self, back: int, call: str):
         live = [job for job in self.model.jobs if job.live]
         chosen = live if live and back < 3 else self.model.jobs

@@ -36,7 +36,7 @@ help: ## List the targets
 install: $(STAMP) ## Install Glimmer with everything for development into .venv
 
 demo: $(STAMP) ## Start a server, make a picture through HTTP into out/demo.png, stop the server
-	@$(BIN)/python -m server.demo $(ARGS)
+	@$(BIN)/python -m server.cli.demo $(ARGS)
 
 serve: $(STAMP) ## Serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/glimmer serve $(ARGS)
@@ -73,7 +73,7 @@ score-nano: $(STAMP) ## Whether the default checkpoint draws held-out prompts as
 	@$(BIN)/python -m benchmarks.nano_quality $(ARGS)
 
 train-nano: $(STAMP) ## Train the default checkpoint again, into out/nano-checkpoint; hours on a CPU, resumable
-	@$(BIN)/python -m models.nano.train --out out/nano-checkpoint $(ARGS)
+	@$(BIN)/python -m models.nano.recipe --out out/nano-checkpoint $(ARGS)
 
 format: $(STAMP) ## Format the code and apply the lint fixes that are safe
 	$(BIN)/ruff check --fix-only

@@ -44,7 +44,7 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo
 from engine.jobs.queue import JobQueue
-from server.keys import hash_of, new_key
+from server.admission.keys import hash_of, new_key
 
 PATH = "/v1/images/generations"
 ACCEPTED, REFUSED, FAILED = 202, 429, 503

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.quantile import quantile
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
-from engine.metrics import EngineMetrics
+from engine.observability.metrics import EngineMetrics
 from engine.request import Failed, Finished, Request
 
 

@@ -6,9 +6,9 @@
     python -m benchmarks.nano_quality --blank-glyphs         from the server, the letters kept from the renderer
     python -m benchmarks.nano_quality --edits 50             edits of held-out posters, from either
 
-No word and no combination of these prompts was in the training data (models/nano/prompts.py splits by hash). Pictures
-are read by template matching against the drawing code (models/nano/reading.py), which assumes nothing of what was
-asked. A wrong or missing line is a wrong word, so is one that nobody asked for.
+No word and no combination of these prompts was in the training data (models/nano/recipe/prompts.py splits by hash).
+Pictures are read by template matching against the drawing code (models/nano/recipe/reading.py), which assumes nothing
+of what was asked. A wrong or missing line is a wrong word, so is one that nobody asked for.
 """
 
 import argparse
@@ -32,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from models.nano import CHECKPOINT, prompts, reading
-from models.nano.world import Line, Poster, draw
-from server.demo import running_server
+from models.nano import CHECKPOINT
+from models.nano.recipe import prompts, reading
+from models.nano.recipe.world import Line, Poster, draw
+from server.cli.demo import running_server
 
 SIZES = ((256, 256),) * 12 + ((384, 256),) * 3 + ((256, 384),) * 3 + ((512, 512),) * 2
 CONCURRENCY = 8

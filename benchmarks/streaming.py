@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from server.demo import running_server
+from server.cli.demo import running_server
 
 PROMPT = 'a blue poster, top headline "GLIMMER", center a large yellow star, bottom footer "HELLO" on a red bar'
 SIZES, CONCURRENCY, PARTIALS = ("256x256", "512x512"), (1, 8), 3

@@ -31,7 +31,7 @@ from benchmarks.measure import Measurement, drive, merge
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
 from models.glm_image.model import GlmImage
-from models.glm_image.random_checkpoint import cached_random_checkpoint
+from models.glm_image.random_weights import cached_random_checkpoint
 
 SIZES = ((256, 256), (384, 256), (512, 512))
 STEPS = (8, 12, 20)

@@ -10,7 +10,7 @@ request as far as it goes for now:
 
 What happens is told in events: `Planned`, `Partial`, `Rendered` and `Progress`, at last `Finished` or `Failed`. Nobody
 fails with a neighbour: a batch that raises is tried again, each request alone (`_guarded`). And nobody's picture is
-changed by a neighbour, not in its last bit (`models.row_blocks`). The engine needs neither Redis nor HTTP:
+changed by a neighbour, not in its last bit (`models.batch_invariant`). The engine needs neither Redis nor HTTP:
 
     engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
     [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from engine.checks import check_pictures, check_plan
+from engine.device_errors import is_lost_device, is_out_of_memory
 from engine.errors import DeadlinePassed, RequestError
-from engine.failures import is_lost_device, is_out_of_memory
 from engine.jobs.job import JobSources, JobSpec, Plan, TokenGrid
 from engine.limits import EngineLimits
-from engine.metrics import EngineMetrics
+from engine.observability.metrics import EngineMetrics
 from engine.planner import scheduler as planning
 from engine.planner.runner import PlannerRunner
 from engine.planner.scheduler import PlannerScheduler
@@ -42,7 +42,7 @@ from models.errors import PictureError, PromptError
 from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV
 from models.glm_image.prompt import fill_in_codes, place_sources
-from models.glm_image.sources import Picture
+from models.glm_image.source_images import Picture
 
 PROGRESS_SECONDS = 0.2  # between two reports
 PLANNING_MARGIN = 1.5  # while both stages work, each is slower than alone

@@ -12,7 +12,7 @@ from engine.jobs.job import JobSources, JobSpec, Plan, TokenGrid
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.glm_image.sources import Picture, Source
+    from models.glm_image.source_images import Picture, Source
 
 
 @dataclass(eq=False)

@@ -9,20 +9,20 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.jobs.connection import connect
 from engine.jobs.queue import JobQueue
-from engine.tracing import open_tracing
+from engine.observability.tracing import open_tracing
 from server import openapi
-from server.admission import Admission, EngineDirectory, Gate
-from server.attendance import Endings
+from server.admission.abandoned_jobs import Withdrawals
+from server.admission.admission import Admission, EngineDirectory, Gate
+from server.admission.keys import KeyRing
+from server.admission.rate_limits import Limits
 from server.errors import install_handlers
-from server.keys import KeyRing
-from server.limits import Limits
 from server.metrics import Metrics
 from server.middleware import RequestObserver
-from server.rewriter import open_rewriter
-from server.routes import files, health, images, jobs, models, playground
+from server.requests.prompt_rewriter import open_rewriter
+from server.responses.job_wait import Endings
+from server.routes import files, health, images, jobs, models, pages
 from server.services import Services
 from server.settings import ServerSettings
-from server.withdrawals import Withdrawals
 
 _HEADERS_FOR_SCRIPTS = (
     "x-request-id",
@@ -102,7 +102,7 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
             expose_headers=_HEADERS_FOR_SCRIPTS,
         )
     install_handlers(app)
-    for module in (images, jobs, files, models, health, playground):
+    for module in (images, jobs, files, models, health, pages):
         app.include_router(module.router)
     app.openapi = lambda: openapi.document(app, open_to_all=keys.open_to_all)  # the hook FastAPI documents for this
     return app

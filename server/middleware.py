@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.jobs.job import Origin
-from engine.logs import bind, bound, event, where
-from engine.tracing import Span, Tracing
+from engine.observability.logs import bind, bound, event, where
+from engine.observability.tracing import Span, Tracing
 from server.errors import internal_error
 from server.metrics import Metrics
 

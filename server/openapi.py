@@ -1,11 +1,11 @@
-"""The OpenAPI document: what the routes declare, and the bodies that `server.schemas` and `server.uploads` check."""
+"""The OpenAPI document: what the routes declare, and the bodies that are checked by hand."""
 
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from server.schemas import (
+from server.requests.schemas import (
     EDIT_FIELDS,
     CompletedEvent,
     EditRequest,

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from engine.jobs.queue import JobQueue
-from server.admission import Admission, EngineDirectory, Gate
-from server.attendance import Endings
-from server.keys import KeyRing
+from server.admission.abandoned_jobs import Withdrawals
+from server.admission.admission import Admission, EngineDirectory, Gate
+from server.admission.keys import KeyRing
 from server.metrics import Metrics
-from server.rewriter import Rewriter
+from server.requests.prompt_rewriter import Rewriter
+from server.responses.job_wait import Endings
 from server.settings import ServerSettings
-from server.withdrawals import Withdrawals
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from engine.engine import Engine
 from engine.limits import EngineLimits
 from models.glm_image.model import GlmImage
-from models.glm_image.random_checkpoint import write_random_checkpoint
+from models.glm_image.random_weights import write_random_checkpoint
 
 SMALL_PLANNER = {
     "hidden_size": 64,

@@ -30,7 +30,16 @@ class Server:
     def __init__(self, folder: Path, *arguments: str):
         self.log = folder / "serve.log"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("GLIMMER_")}
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(folder / "data")]
+        command = [
+            sys.executable,
+            "-m",
+            "server.cli",
+            "serve",
+            "--port",
+            "0",
+            "--data-dir",
+            str(folder / "data"),
+        ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -148,7 +157,16 @@ def test_without_a_model_the_small_one_that_is_shipped_draws_as_it_is_meant_to(t
 def test_a_checkpoint_that_cannot_be_loaded_ends_serve_with_the_reason(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        "--port",
+        "0",
+        "--data-dir",
+        str(tmp_path / "data"),
+    ]
     ended = subprocess.run([*command, "--model", str(broken)], capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0
     assert "model_index.json is missing" in ended.stderr

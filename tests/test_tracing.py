@@ -15,15 +15,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from engine import process
 from engine.config import EXIT_CONFIGURATION, EngineSettings
 from engine.engine import Engine
 from engine.jobs.job import Budget, JobState, Origin
 from engine.jobs.queue import JobQueue
-from engine.tracing import Tracing, TracingError, open_tracing
+from engine.observability.tracing import Tracing, TracingError, open_tracing
+from engine.worker import process
 from models.glm_image.model import GlmImage
-from server import cli
 from server.app import create_app
+from server.cli import commands as cli
 from server.settings import ServerSettings
 from tests.checkpoints import small_engine
 from tests.collector import Collector, Received
@@ -240,7 +240,7 @@ class TestSettings:
         with Collector() as gone:
             pass
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", gone.url)
-        monkeypatch.setattr("engine.tracing.LAST_SPANS_S", 0.2)
+        monkeypatch.setattr("engine.observability.tracing.LAST_SPANS_S", 0.2)
         tracing = open_tracing("glimmer-api")
         tracing.request("GET", "").end()
         began = time.monotonic()
@@ -267,8 +267,8 @@ def test_nothing_is_loaded_where_no_traces_are_asked_for() -> None:
     loaded by us alone."""
     code = """
 import sys
-import engine.worker, server.app
-from engine.tracing import open_tracing
+import engine.worker.worker, server.app
+from engine.observability.tracing import open_tracing
 from server.settings import ServerSettings
 server.app.create_app(ServerSettings(redis_url="redis://nowhere"))
 assert open_tracing("glimmer-engine").request("GET", "").traceparent == ""

@@ -15,10 +15,10 @@ from torch import Tensor
 from engine.planner.sampler import sample, uniforms
 from engine.planner.scheduler import PromptGroup, Sequence
 from engine.request import Request
+from models.batch_invariant import padded, row_block
 from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, RotaryTable, plan_positions
-from models.row_blocks import padded, row_block
 
 DECODE_ROWS = 16  # rows of a decode step's matrix products on CPU; more sequences take more blocks
 FEWER_ROWS = (4, 8)  # for fewer sequences, where that changes no bit of a row

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from engine.allowance import Allowance
+from engine.batch_limit import Allowance
 from engine.errors import RequestError
 from engine.planner.block_allocator import BlockAllocator
 from engine.request import Image, Request

@@ -9,12 +9,12 @@ from torch import Tensor
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import TokenGrid
 from engine.quotes import quoted_strings
-from engine.renderer.sources import SourceKeys
+from engine.renderer.source_kv import SourceKeys
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
+from models.batch_invariant import elementwise, padded, row_block
 from models.glm_image.model import GlmImage
 from models.glm_image.renderer import MODULATION_ROWS, RowLayout, patchify, rotary_angles, unpatchify
-from models.row_blocks import elementwise, padded, row_block
 
 ROWS = 256  # rows of a matrix product on CPU
 PREVIEW_STEPS = 4  # without guidance: it is to be seen early, not finished

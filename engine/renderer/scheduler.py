@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from engine.allowance import Allowance
+from engine.batch_limit import Allowance
 
 
 class Work(Protocol):

@@ -28,9 +28,9 @@ from models.glm_image.config import (
 )
 from models.glm_image.planner import Planner
 from models.glm_image.prompt import GlyphEncoder, PromptEncoder
-from models.glm_image.random_checkpoint import byte_level_processor
+from models.glm_image.random_weights import byte_level_processor
 from models.glm_image.renderer import Renderer
-from models.glm_image.sources import Picture, PictureReader, Source
+from models.glm_image.source_images import Picture, PictureReader, Source
 from models.glm_image.vision import VisionTokenizer, vision_key
 
 M = TypeVar("M", bound=nn.Module)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import PlannerConfig
-from models.row_blocks import Linear, elementwise
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R] of every row's position
 
@@ -98,7 +98,7 @@ class Planner(nn.Module):
             tokens: [T] token ids.
             rotary: cosines and sines [T, R], from `RotaryTable.at`.
             attend: attention over each row's own sequence.
-            block: rows per matrix product, see `models.row_blocks`; T is a multiple of it.
+            block: rows per matrix product, see `models.batch_invariant`; T is a multiple of it.
 
         Returns:
             [T, C] final hidden states; `logits` turns the rows that need it into scores.

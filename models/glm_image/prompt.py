@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, GlmImageProcessor, T5EncoderModel
 
 from models.errors import PromptError
-from models.glm_image.sources import CODE_CELL
+from models.glm_image.source_images import CODE_CELL
 
 MAX_GLYPH_TOKENS_PER_STRING = 2048
 MAX_GLYPH_TOKENS = 8192

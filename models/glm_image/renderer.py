@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import RendererConfig
-from models.row_blocks import Linear, elementwise
 
 MODULATION_ROWS = 16  # images per block of the modulations' matrix products
 ROPE_THETA = 10000.0
@@ -248,7 +248,7 @@ class Renderer(nn.Module):
             x: [T, dim] glyph tokens and patches (plan added) of all rows.
             temb: [n, E] time embedding of every image, padded to a multiple of `temb_block`.
             layout: which token is whose.
-            block, temb_block: rows per matrix product, see `models.row_blocks`.
+            block, temb_block: rows per matrix product, see `models.batch_invariant`.
 
         Returns:
             [T, P] predicted velocity; meaningless on glyph tokens and padding.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GlmImageConfig
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 
-from models.glm_image.sources import Picture
+from models.glm_image.source_images import Picture
 
 ROWS_AT_ONCE = 1024  # compared with the whole codebook; each takes 4 bytes a code
 

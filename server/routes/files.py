@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Response
 
 from engine.jobs.job import OutputFormat
 from server import openapi
-from server.admission import in_time
+from server.admission.admission import in_time
 from server.errors import ApiError
 from server.services import Services, services
 

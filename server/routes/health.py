@@ -10,9 +10,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, QueueStats
-from server.admission import in_time, ready_engines, why_not_ready
+from server.admission.admission import in_time, ready_engines, why_not_ready
 from server.metrics import exposition
-from server.schemas import HealthBody
+from server.requests.schemas import HealthBody
 from server.services import Services, services
 
 router = APIRouter(tags=["operations"])

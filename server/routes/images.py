@@ -13,20 +13,20 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from starlette.background import BackgroundTask
 
 from engine.errors import QueueUnavailable
-from engine.logs import bind, event
+from engine.observability.logs import bind, event
 from server import openapi
-from server.admission import Admitted, Idempotency, in_time
-from server.answers import Notes, new_file_tokens, render_answer, render_job
-from server.attendance import Attendance, with_client
-from server.auth import require_key
-from server.body import read_json_object
+from server.admission.admission import Admitted, Idempotency, in_time
+from server.admission.auth import require_key
 from server.errors import invalid, queue_unavailable
-from server.generation import Order, check, to_spec
-from server.pictures import EditSources, prepare
-from server.schemas import GenerationRequest, parse
+from server.requests.body import read_json_object
+from server.requests.images import EditSources, prepare
+from server.requests.schemas import GenerationRequest, parse
+from server.requests.uploads import Upload, read_edit
+from server.requests.validation import Order, check, to_spec
+from server.responses.events import EventStream, image_events
+from server.responses.images import Notes, new_file_tokens, render_answer, render_job
+from server.responses.job_wait import Attendance, with_client
 from server.services import Services, services
-from server.streaming import EventStream, image_events
-from server.uploads import Upload, read_edit
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 

@@ -6,15 +6,15 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 
 from engine.jobs.job import JobRecord
-from engine.logs import bind
+from engine.observability.logs import bind
 from server import openapi
-from server.admission import in_time
-from server.answers import render_job
-from server.auth import require_key
+from server.admission.admission import in_time
+from server.admission.auth import require_key
 from server.errors import ApiError
-from server.schemas import JobBody
+from server.requests.schemas import JobBody
+from server.responses.events import EventStream, job_events
+from server.responses.images import render_job
 from server.services import Services, services
-from server.streaming import EventStream, job_events
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(require_key)])
 

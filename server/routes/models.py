@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from server.auth import require_key
-from server.generation import model_not_found
-from server.schemas import ErrorBody
+from server.admission.auth import require_key
+from server.requests.schemas import ErrorBody
+from server.requests.validation import model_not_found
 from server.services import Services, services
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])

@@ -19,7 +19,7 @@ from playwright.async_api import Browser, Locator, Page, expect
 from engine.geometry import Geometry
 from engine.jobs.job import Claim, JobError, JobSpec
 from engine.jobs.queue import JobQueue
-from server.admission import ENGINES_FRESH_S
+from server.admission.admission import ENGINES_FRESH_S
 from server.settings import ServerSettings
 from tests import pictures
 from tests.browser.conftest import open_page

@@ -127,7 +127,13 @@ class Api:
             "--max-queue": settings.max_queue,
             "--grace-s": settings.grace_s,
         }
-        command = [sys.executable, "-m", "server.cli", "api", *(str(word) for pair in options.items() for word in pair)]
+        command = [
+            sys.executable,
+            "-m",
+            "server.cli",
+            "api",
+            *(str(word) for pair in options.items() for word in pair),
+        ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

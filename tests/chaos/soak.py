@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from server.serving import KEEP_ALIVE_S
+from server.processes.serving import KEEP_ALIVE_S
 from tests.chaos.campaign import stoppable
 from tests.chaos.cases import MIXED, Cases, Kind
 from tests.chaos.inside import Inside

@@ -29,9 +29,7 @@ import torch
 from PIL import Image as PillowImage
 from torch import Tensor, nn
 
-from engine import process
 from engine.config import EngineSettings
-from engine.encoding import encode, metadata
 from engine.engine import Engine
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import JobSources, JobSpec, TokenGrid
@@ -41,9 +39,11 @@ from engine.planner.scheduler import Sequence as PlanSequence
 from engine.renderer.runner import PREVIEW_STEPS, Rendering
 from engine.renderer.timesteps import partial_steps
 from engine.request import Image, Request
+from engine.worker import process
+from engine.worker.encoding import encode, metadata
 from models.glm_image.config import RequestDefaults
 from models.glm_image.model import GlmImage
-from models.glm_image.sources import Picture, Source
+from models.glm_image.source_images import Picture, Source
 from tests.chaos.journal import Journal, WitnessedQueue
 
 POISON, HANG = "POISON", "HANG"

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from engine.jobs.queue import JobQueue
-from server.schemas import UNSUPPORTED, EditRequest, GenerationRequest
+from server.requests.schemas import UNSUPPORTED, EditRequest, GenerationRequest
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, picture
 from tests.server.test_edits import PICTURE

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.encoding import encode
 from engine.engine import Engine
 from engine.errors import RequestError
 from engine.jobs.job import JobSources, JobSpec
 from engine.request import Event, Failed, Finished, Planned, Progress, Rendered, Request
+from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.pictures import picture, png, sources

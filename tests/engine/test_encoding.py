@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.encoding import encode, metadata
 from engine.jobs.job import JobSpec
+from engine.worker.encoding import encode, metadata
 
 SPEC = JobSpec("größer: 一只狐狸", 96, 64, seed=7, model="zai-org/GLM-Image")
 PIXELS = torch.arange(64 * 96 * 3).reshape(64, 96, 3).remainder(251).to(torch.uint8)

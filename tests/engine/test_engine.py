@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.encoding import encode
 from engine.engine import Engine
 from engine.errors import DeadlinePassed, RequestError
 from engine.geometry import Geometry
 from engine.jobs.job import JobSpec, Plan
 from engine.request import Event, Failed, Finished, Planned, Progress, Rendered, Request
+from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 

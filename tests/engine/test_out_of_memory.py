@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine.allowance import RECOVERY_BATCHES, Allowance
-from engine.encoding import encode
+from engine.batch_limit import RECOVERY_BATCHES, Allowance
+from engine.device_errors import is_lost_device, is_out_of_memory, told_of
 from engine.engine import Engine
 from engine.errors import RequestError, WriteRefused
-from engine.failures import is_lost_device, is_out_of_memory, told_of
 from engine.jobs.job import JobSpec
 from engine.request import Event, Failed, Rendered, Request
+from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.jobs.job import JobSources, JobSpec, Plan
 from engine.jobs.queue import JobQueue
-from engine.plan_cache import PlanCache
+from engine.worker.plan_cache import PlanCache
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import process
 from engine.config import EngineSettings
 from engine.jobs.job import EngineInfo
+from engine.worker import process
 from models.glm_image.config import RequestDefaults
 from models.glm_image.model import GlmImage
 

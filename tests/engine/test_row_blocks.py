@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.planner.runner import threads
+from models.batch_invariant import GRAIN, Linear, elementwise, padded
 from models.glm_image.model import GlmImage
-from models.row_blocks import GRAIN, Linear, elementwise, padded
 from tests.checkpoints import small_engine
 
 CPU = torch.device("cpu")

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image as PillowImage
 
-from engine import worker as worker_module
 from engine.config import EXIT_STUCK, EngineSettings
-from engine.encoding import encode, metadata
 from engine.engine import Engine
 from engine.jobs.job import Budget, EngineInfo, JobRecord, JobSpec, JobState, PartialImage, Plan
 from engine.jobs.queue import JobQueue
+from engine.observability.tracing import Tracing
 from engine.request import Planned, Request
-from engine.tracing import Tracing
-from engine.worker import Worker
+from engine.worker import worker as worker_module
+from engine.worker.encoding import encode, metadata
+from engine.worker.worker import Worker
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.waiting import until
@@ -124,7 +124,7 @@ async def test_a_broken_encoder_fails_the_job_alone(
             raise OSError("planted")
         return b"png"
 
-    monkeypatch.setattr("engine.worker.encode", broken)
+    monkeypatch.setattr("engine.worker.worker.encode", broken)
     async with working(queue, small_engine(model)):
         await submit(queue, replace(SPEC, output_format="webp"), "bad")
         await submit(queue, SPEC, "good")
@@ -335,7 +335,10 @@ async def test_a_plan_is_kept_for_whatever_would_be_planned_the_same(queue: JobQ
     engine = small_engine(model)
     again = [replace(SPEC, num_inference_steps=5, guidance_scale=3.0), replace(SPEC, seed=0, n=2)]
     expected = engine.generate([SPEC, *again])
-    written, hits = engine.metrics.planner_tokens._value, engine.metrics.plan_cache_hits._value
+    written, hits = (
+        engine.metrics.planner_tokens._value,
+        engine.metrics.plan_cache_hits._value,
+    )
     before, tokens = written.get(), SPEC.image_plan_tokens
     async with working(queue, engine):
         for number, (spec, new) in enumerate(zip([SPEC, *again], [1, 0, 1], strict=True)):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.encoding import covered, encode, metadata
 from engine.jobs.job import JobSources, JobSpec, JobState, QueueStats
 from engine.jobs.queue import JobQueue
+from engine.worker.encoding import covered, encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import until_running, working
@@ -150,7 +150,10 @@ async def test_the_plan_of_an_edit_is_kept_for_the_same_pictures(queue: JobQueue
     again = replace(spec, num_inference_steps=2)
     pairs = [sources(one, two), sources(one, two), sources(two, one)]
     expected = engine.generate([spec, again, again], pairs)
-    written, hits = engine.metrics.planner_tokens._value, engine.metrics.plan_cache_hits._value
+    written, hits = (
+        engine.metrics.planner_tokens._value,
+        engine.metrics.plan_cache_hits._value,
+    )
     async with working(queue, engine):
         for number, (asked, given, known) in enumerate(zip([spec, again, again], pairs, [0, 1, 1], strict=True)):
             before = written.get()

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from engine import encoding
-from engine import worker as worker_module
-from engine.encoding import encode, metadata
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import Claim, JobResult, JobSources, JobSpec, JobState, OutputFormat
 from engine.jobs.queue import JobQueue
+from engine.worker import encoding
+from engine.worker import worker as worker_module
+from engine.worker.encoding import encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import submit, working

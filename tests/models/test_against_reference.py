@@ -13,7 +13,7 @@ from engine.request import Planned, Rendered, Request
 from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.model import GlmImage, planner_key
 from models.glm_image.planner import Planner
-from models.glm_image.random_checkpoint import VISION, VQ
+from models.glm_image.random_weights import VISION, VQ
 from models.glm_image.renderer import Renderer, RowLayout, patchify, rotary_angles, unpatchify
 from models.glm_image.vision import VisionTokenizer, vision_key
 from tests.checkpoints import VARIANTS, load, small_engine, write_variant

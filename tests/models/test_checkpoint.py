@@ -14,10 +14,10 @@ from engine.quotes import quoted_strings
 from models.errors import CheckpointError, PromptError
 from models.glm_image.config import RequestDefaults, SamplingDefaults
 from models.glm_image.model import GlmImage
-from models.glm_image.random_checkpoint import cached_random_checkpoint
+from models.glm_image.random_weights import cached_random_checkpoint
 from server.errors import ApiError
-from server.generation import check
-from server.schemas import GenerationRequest, parse
+from server.requests.schemas import GenerationRequest, parse
+from server.requests.validation import check
 from server.settings import ServerSettings
 from tests.checkpoints import load
 

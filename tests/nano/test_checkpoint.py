@@ -11,8 +11,9 @@ from PIL import Image
 from benchmarks.nano_quality import Case, Score, compare, held_out_cases, without_strings
 from engine.jobs.job import JobSpec
 from models.glm_image.model import GlmImage
-from models.nano import CHECKPOINT, codes, reading, world
-from models.nano.world import Line, Poster, Shape
+from models.nano import CHECKPOINT
+from models.nano.recipe import codes, reading, world
+from models.nano.recipe.world import Line, Poster, Shape
 from tests.checkpoints import load, small_engine
 
 POSTER = Poster(5, Line("GLIMMER"), Line("HELLO", 0), (Shape(3, 2, large=True),))

@@ -7,8 +7,9 @@ import pytest
 
 from engine.quotes import quoted_strings
 from models.glm_image.prompt import PromptEncoder
-from models.nano import CHECKPOINT, codes, prompts
-from models.nano.tokenizer import OTHER, in_bytes, string_token
+from models.nano import CHECKPOINT
+from models.nano.recipe import codes, prompts
+from models.nano.recipe.tokenizer import OTHER, in_bytes, string_token
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from transformers import GlmImageForConditionalGeneration
 
 from engine.jobs.job import JobSpec
-from models.nano import world
-from models.nano.tokenizer import make_tokenizer
-from models.nano.train import autoencoder, batches, glyphs, latents, planner, renderer, samples, vision
-from models.nano.train.assemble import assemble
-from models.nano.train.loop import Losses, train, trained
+from models.nano.recipe import autoencoder, batches, glyphs, latents, planner, renderer, samples, vision, world
+from models.nano.recipe.assemble import assemble
+from models.nano.recipe.loop import Losses, train, trained
+from models.nano.recipe.tokenizer import make_tokenizer
 from tests.checkpoints import load, small_engine
 
 # What torch's compiler imports when it is first used.
@@ -51,7 +50,7 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(
 ) -> None:
     straight = small_training(tmp_path / "straight", 12, average)
     original = torch.save
-    monkeypatch.setattr("models.nano.train.loop.SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr("models.nano.recipe.loop.SAVE_EVERY_S", -1.0)
 
     class Stop(Exception): ...
 

@@ -6,8 +6,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from models.nano import codes, prompts, reading, world
-from models.nano.world import Line, Poster, Shape
+from models.nano.recipe import codes, prompts, reading, world
+from models.nano.recipe.world import Line, Poster, Shape
 
 SIZES = [(256, 256), (384, 256), (256, 384), (512, 512)]
 

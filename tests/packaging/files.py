@@ -9,7 +9,7 @@ from typing import Any
 import typer.main
 import yaml
 
-from server.cli import app
+from server.cli.commands import app
 from server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]

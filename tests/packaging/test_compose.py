@@ -17,7 +17,7 @@ from redis.retry import Retry
 
 from engine.config import HAND_BACK_S
 from engine.jobs.embedded import find_redis_server
-from server.serving import LAST_BYTES_S
+from server.processes.serving import LAST_BYTES_S
 from server.settings import ServerSettings
 from tests.packaging.files import COMPOSE_FILES, ROOT, compose, dockerfile, image_environment, last, variables_of
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from engine.jobs.job import EngineInfo
-from models.nano.prompts import describe, random_poster
-from server import demo
-from server.launch import _announce
+from models.nano.recipe.prompts import describe, random_poster
+from server.cli import demo
+from server.processes.launch import _announce
 from tests.packaging.files import ROOT
 
 # `serve` says that it is ready and waits for SIGTERM; `generate` ends, or waits, as FAKE says.

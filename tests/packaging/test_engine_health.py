@@ -59,12 +59,12 @@ async def test_the_ids_that_engines_choose_start_with_the_host_name() -> None:
     engine = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "import sys, types, server.cli\n"
-        "worker = types.ModuleType('engine.process')\n"
+        "import sys, types, server.cli.commands\n"
+        "worker = types.ModuleType('engine.worker.process')\n"
         "worker.main = lambda settings: print(settings.engine_id) or 0\n"
-        "sys.modules['engine.process'] = worker\n"
+        "sys.modules['engine.worker.process'] = worker\n"
         "sys.argv = ['glimmer', 'engine', '--redis-url', 'redis://nowhere']\n"
-        "server.cli.main()\n",
+        "server.cli.commands.main()\n",
         stdout=asyncio.subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")},
     )

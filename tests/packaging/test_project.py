@@ -30,7 +30,7 @@ IMPORT_API = textwrap.dedent("""
             if name.partition(".")[0] in refused:
                 raise ModuleNotFoundError(f"{name} is not among the base dependencies", name=name)
     sys.meta_path.insert(0, Refuse())
-    import server.app, server.cli, server.client, server.launch, server.settings
+    import server.app, server.cli.commands, server.cli.client, server.processes.launch, server.settings
     server.app.create_app(server.settings.ServerSettings(redis_url="redis://nowhere")).openapi()
     print("imported")
     import torch

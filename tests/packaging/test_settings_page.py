@@ -9,7 +9,7 @@ import typer.main
 from pydantic import SecretStr
 
 from engine.config import EngineSettings
-from server.cli import app
+from server.cli.commands import app
 from server.settings import ServerSettings
 from tests.packaging.files import ROOT, server_variables, variables_of
 

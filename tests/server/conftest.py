@@ -11,7 +11,7 @@ import pytest
 
 from engine.jobs.queue import JobQueue
 from server.app import create_app
-from server.serving import DrainingServer, listen, url_of
+from server.processes.serving import DrainingServer, listen, url_of
 from server.settings import ServerSettings
 from tests.server.stub_engine import StubEngine
 

@@ -17,10 +17,11 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo, JobRecord, JobSources, JobSpec
 from engine.jobs.queue import JobQueue
-from server import admission, withdrawals
-from server.admission import Pace
+from server.admission import abandoned_jobs as withdrawals
+from server.admission import admission
+from server.admission.admission import Pace
+from server.admission.rate_limits import Limits
 from server.app import create_app
-from server.limits import Limits
 from server.metrics import Metrics
 from server.settings import ServerSettings
 from tests.jobs.helpers import kill

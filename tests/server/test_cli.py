@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 from engine.config import EngineSettings
 from engine.jobs.job import JobError
 from engine.jobs.queue import JobQueue
-from server import cli
-from server.client import GenerateError, format_of
-from server.terminal import Display, half_blocks
+from server.cli import commands as cli
+from server.cli.client import GenerateError, format_of
+from server.cli.terminal import Display, half_blocks
 from tests import pictures
 from tests.packaging.files import ROOT
 from tests.server.conftest import LiveServer
@@ -357,7 +357,7 @@ def test_no_progress_bars_in_the_engine_s_log(monkeypatch: pytest.MonkeyPatch) -
             seen.update({name: os.environ.get(name) for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")})
             return lambda settings: 0
 
-    monkeypatch.setitem(sys.modules, "engine.process", Worker("engine.process"))
+    monkeypatch.setitem(sys.modules, "engine.worker.process", Worker("engine.worker.process"))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # somebody's choice, and it stays
     answer = glimmer("engine", "--redis-url", "unix:///nowhere")

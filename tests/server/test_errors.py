@@ -179,7 +179,7 @@ async def test_body_size_is_bounded_while_reading(
             await asyncio.sleep(0.001)
             yield b" " * 1000
 
-    monkeypatch.setattr("server.body.LINGER_S", 0.1)
+    monkeypatch.setattr("server.requests.body.LINGER_S", 0.1)
     async with make_client(max_body_bytes=4096) as client:
         declared = await client.post(URL, content=b" " * 5000, headers={"content-type": "application/json"})
         streamed = await client.post(URL, content=endless(), headers={"content-type": "application/json"})

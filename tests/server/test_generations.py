@@ -11,8 +11,8 @@ from PIL import Image
 
 from engine.jobs.job import JobError, JobRecord, JobSpec
 from engine.jobs.queue import JobQueue
-from server.generation import STEPS_BY_QUALITY
-from server.schemas import UNSUPPORTED
+from server.requests.schemas import UNSUPPORTED
+from server.requests.validation import STEPS_BY_QUALITY
 from tests.server.stub_engine import CODEBOOK_SIZE, DEFAULT_SIZE, StubEngine, picture, plan_for
 
 URL = "/v1/images/generations"
@@ -251,7 +251,7 @@ async def test_plans_that_do_not_fit(
 async def test_large_answers_are_whole(
     client: httpx.AsyncClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.answers.LARGE_ANSWER_BYTES", 10)
+    monkeypatch.setattr("server.responses.images.LARGE_ANSWER_BYTES", 10)
     body = (await client.post(URL, json={"prompt": "x", "n": 3, "seed": 1})).json()
     assert [base64.b64decode(image["b64_json"]) for image in body["data"]] == [
         picture(stub.specs[0], seed) for seed in (1, 2, 3)

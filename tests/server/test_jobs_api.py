@@ -217,7 +217,7 @@ class TestJobs:
     async def test_redis_away(
         self, client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("server.admission.REDIS_PATIENCE_S", 0.1)
+        monkeypatch.setattr("server.admission.admission.REDIS_PATIENCE_S", 0.1)
         monkeypatch.setattr(queue, "get", lambda _: asyncio.sleep(60))
         assert (await client.get("/v1/jobs/a")).status_code == 503
         assert (await client.get("/v1/jobs/a/events")).status_code == 503

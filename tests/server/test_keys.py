@@ -10,9 +10,9 @@ import pytest
 import redis.asyncio
 
 from engine.jobs.queue import JobQueue
-from server import keys
-from server.keys import THE_ONE_KEY, Caller, KeyFileError, KeyRing, hash_of, new_key, parse_key_file, table_of
-from server.launch import _warn_if_open
+from server.admission import keys
+from server.admission.keys import THE_ONE_KEY, Caller, KeyFileError, KeyRing, hash_of, new_key, parse_key_file, table_of
+from server.processes.launch import _warn_if_open
 from server.settings import ServerSettings
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine

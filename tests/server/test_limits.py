@@ -15,15 +15,15 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import JobSpec
 from engine.jobs.queue import JobQueue
-from server import admission
-from server.admission import Admission, Idempotency
+from server.admission import admission
+from server.admission.abandoned_jobs import Withdrawals
+from server.admission.admission import Admission, Idempotency
+from server.admission.keys import ANYBODY, Caller
+from server.admission.rate_limits import Limits
 from server.app import create_app
 from server.errors import ApiError
-from server.keys import ANYBODY, Caller
-from server.limits import Limits
 from server.metrics import Metrics
 from server.settings import ServerSettings
-from server.withdrawals import Withdrawals
 from tests.jobs.helpers import kill
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine

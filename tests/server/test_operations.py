@@ -14,9 +14,9 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine import logs
 from engine.jobs.job import JobSpec
 from engine.jobs.queue import JobQueue
+from engine.observability import logs
 from server.metrics import exposition
 from server.middleware import _request_id
 from tests.server.conftest import MakeClient
@@ -207,7 +207,9 @@ def test_request_ids_that_could_break_a_log_are_replaced() -> None:
         assert _request_id({"x-request-id": sent}).startswith("req_")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("module", ["server.app", "server.cli", "server.launch", "engine.jobs.queue", "engine.config"])
+@pytest.mark.parametrize(
+    "module", ["server.app", "server.cli.commands", "server.processes.launch", "engine.jobs.queue", "engine.config"]
+)
 def test_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

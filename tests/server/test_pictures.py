@@ -9,9 +9,9 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from engine.geometry import edit_size, source_tokens
-from server import pictures
 from server.errors import ApiError
-from server.pictures import EditSources, prepare
+from server.requests import images as pictures
+from server.requests.images import EditSources, prepare
 from tests.server.picture_files import (
     animation,
     chunk,
@@ -211,7 +211,7 @@ def test_a_jpeg_of_countless_scans() -> None:
 BOMBS = """
 import resource, sys, time
 from pathlib import Path
-from server.pictures import prepare
+from server.requests.images import prepare
 from server.errors import ApiError
 file = Path(sys.argv[1]).read_bytes()
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

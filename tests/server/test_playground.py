@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
-from server.routes.playground import FOLDER
-from server.schemas import EditRequest
+from server.requests.schemas import EditRequest
+from server.routes.pages import FOLDER
 from tests.server.conftest import MakeClient
 
 PAGES = {"/": "index.html", "/docs": "reference.html"}

@@ -21,7 +21,7 @@ from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import QueueStats
 from engine.jobs.queue import JobQueue
 from models.glm_image.model import GlmImage
-from server import admission
+from server.admission import admission
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.checkpoints import small_engine

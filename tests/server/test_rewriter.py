@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 from pydantic import ValidationError
 
-from server import rewriter
 from server.metrics import Metrics
-from server.rewriter import Rewriter, is_usable, open_rewriter
+from server.requests import prompt_rewriter as rewriter
+from server.requests.prompt_rewriter import Rewriter, is_usable, open_rewriter
 from server.settings import ServerSettings
 
 PROMPT = "a shop sign that says 'OPEN'"

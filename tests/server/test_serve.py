@@ -17,10 +17,10 @@ import pytest
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import QueueStats
 from engine.jobs.queue import JobQueue
-from server import launch, supervisor
-from server import serving as serving_module
-from server.launch import EnginePlan
-from server.serving import listen, url_of
+from server.processes import launch, supervisor
+from server.processes import serving as serving_module
+from server.processes.launch import EnginePlan
+from server.processes.serving import listen, url_of
 from server.settings import ServerSettings
 from tests.jobs.helpers import kill
 from tests.server.test_supervisor import FAKE_ENGINE, Starts, alive
@@ -30,8 +30,8 @@ URL = "/v1/images/generations"
 SERVE = """
 import sys
 from pathlib import Path
-from engine import logs
-from server.launch import EnginePlan, run_all
+from engine.observability import logs
+from server.processes.launch import EnginePlan, run_all
 from server.settings import ServerSettings
 logs.configure("info")
 data_dir, *command = sys.argv[1:]
@@ -198,7 +198,16 @@ async def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> No
     with listen("127.0.0.1", 0) as taken:
         port = url_of(taken).rsplit(":", 1)[1]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.cli", "serve", "--port", port, "--data-dir", str(tmp_path / "data")),
+            *(
+                sys.executable,
+                "-m",
+                "server.cli",
+                "serve",
+                "--port",
+                port,
+                "--data-dir",
+                str(tmp_path / "data"),
+            ),
             stderr=PIPE,
         )
         _, log = await asyncio.wait_for(process.communicate(), 20)

@@ -10,8 +10,8 @@ import pytest
 
 from engine.jobs.job import JobSpec
 from engine.jobs.queue import JobQueue
-from server import supervisor as supervisor_module
-from server.supervisor import Backoff, EngineMisconfigured, Supervisor, engine_environments
+from server.processes import supervisor as supervisor_module
+from server.processes.supervisor import Backoff, EngineMisconfigured, Supervisor, engine_environments
 from tests.jobs.helpers import IDLE
 from tests.waiting import until
 

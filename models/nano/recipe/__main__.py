@@ -1,0 +1,114 @@
+"""Trains the nano checkpoint from nothing: `make train-nano`, or part by part.
+
+    python -m models.nano.recipe                    all parts, one after the other, then the checkpoint
+    python -m models.nano.recipe planner            one part; those of one line below can run side by side
+    python -m models.nano.recipe assemble           the checkpoint from the parts that have been trained
+
+        autoencoder  glyphs  planner  vision
+        latents                                    needs the autoencoder
+        renderer  decoder                          need the latents; the renderer also the glyphs
+        samples                                    needs the renderer and the decoder, which it trains further
+
+Every part is taken up again where it was stopped. State is kept in --work, the checkpoint is written to --out.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import GlmImageForConditionalGeneration
+
+from models.nano import CHECKPOINT
+from models.nano.recipe import autoencoder, glyphs, latents, planner, renderer, samples, vision
+from models.nano.recipe.assemble import assemble
+from models.nano.recipe.loop import trained
+from models.nano.recipe.tokenizer import make_tokenizer
+
+CROP_STEPS, DECODER_STEPS = 2500, 3000
+GLYPH_STEPS = 1000
+PLANNER_STEPS, LINE_STEPS, WHOLE_PLANNER_STEPS = 1500, 700, 1000
+VISION_STEPS = 2500
+READING_STEPS, RENDERER_STEPS = 400, 5000
+SHARDS = {(256, 256): 40, (384, 256): 4, (256, 384): 4, (512, 512): 6}
+EDIT_SHARDS = 12
+SAMPLE_SHARDS = {(256, 256): 10, (384, 256): 1, (256, 384): 1, (512, 512): 1}
+SAMPLE_STEPS = 1200
+
+
+class Training:
+    """The parts, each of which trains what is missing and returns it."""
+
+    def __init__(self, work: Path, out: Path):
+        self.work, self.out = work, out
+        self.tokenizer = make_tokenizer()
+
+    def autoencoder(self) -> AutoencoderKL:
+        return autoencoder.train_on_crops(self.work, CROP_STEPS)
+
+    def glyphs(self) -> nn.Module:
+        return glyphs.train_glyphs(self.work, GLYPH_STEPS)
+
+    def planner(self) -> planner.TrainedPlanner:
+        return planner.train_planner(self.tokenizer, self.work, PLANNER_STEPS, LINE_STEPS, WHOLE_PLANNER_STEPS)
+
+    def vision(self) -> vision.TrainedTokenizer:
+        model = GlmImageForConditionalGeneration(planner.make_config(self.tokenizer))
+        return vision.train_vision(model, self.work, VISION_STEPS)
+
+    def latents(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [c] of the latents, which are computed if they are missing."""
+        model = autoencoder.make()
+        model.load_state_dict(trained(self.work, "autoencoder-crops"))
+        for (width, height), count in SHARDS.items():
+            for index in range(count):
+                latents.make_shard(model, self.work, width, height, False, index)
+        for index in range(EDIT_SHARDS):
+            latents.make_shard(model, self.work, 256, 256, True, index)
+        return latents.statistics(self.work)
+
+    def renderer(self) -> renderer.TrainedRenderer:
+        encoder = glyphs.trained_encoder(self.work)
+        return renderer.train_renderer(
+            encoder, self.work, *latents.statistics(self.work), READING_STEPS, RENDERER_STEPS
+        )
+
+    def decoder(self) -> AutoencoderKL:
+        model = autoencoder.make()
+        model.load_state_dict(trained(self.work, "autoencoder-crops"))
+        return autoencoder.train_decoder(model, self.work, DECODER_STEPS)
+
+    def samples(self) -> AutoencoderKL:
+        mean, std = latents.statistics(self.work)
+        trained_renderer = self.renderer().eval()
+        for size, count in SAMPLE_SHARDS.items():
+            for index in range(count):
+                samples.make_shard(trained_renderer, self.work, size, index, mean, std)
+        return samples.train_decoder(self.decoder(), self.work, SAMPLE_SHARDS, SAMPLE_STEPS)
+
+    def assemble(self) -> None:
+        mean, std = latents.statistics(self.work)
+        assemble(self.out, self.planner(), self.vision(), self.renderer(), self.samples(), mean, std)
+        print(f"The checkpoint is {self.out}")
+
+
+def main() -> None:
+    parts = ("autoencoder", "glyphs", "planner", "vision", "latents", "renderer", "decoder", "samples", "assemble")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", choices=[*parts, []], help="default: all")
+    parser.add_argument("--work", type=Path, default=Path("out/nano"))
+    parser.add_argument("--out", type=Path, default=CHECKPOINT)
+    parser.add_argument("--threads", type=int, help="of the CPU; default: all cores")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    training = Training(arguments.work, arguments.out)
+    for name in arguments.part or parts:
+        part: Callable[[], object] = getattr(training, name)
+        part()
+
+
+if __name__ == "__main__":
+    main()

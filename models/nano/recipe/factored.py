@@ -1,0 +1,62 @@
+"""Embedding tables made of parts.
+
+A code says several things at once: that it is a line's cell, which cell, on red. Training shares one vector for "red"
+between all codes that say it, and with the prompt's word "red"; so what is learnt for one code holds for all. The table
+that the checkpoint gets is the sum.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from models.nano.recipe import codes, prompts
+from models.nano.recipe.tokenizer import OTHER, in_bytes, string_token
+from models.nano.recipe.world import MAX_LETTERS
+
+
+class FactoredTable(nn.Module):
+    """[rows, dim]: per row the sum of one vector per factor, plus a part of its own."""
+
+    def __init__(self, factors: Tensor, dim: int, std: float, own_std: float):
+        super().__init__()
+        self.factors: Tensor
+        self.register_buffer("factors", factors)  # [rows, factors] int64, 0 for none
+        self.parts = nn.ParameterList([torch.randn(n, dim) * std for n in codes.FACTORS.values()])
+        self.own = nn.Parameter(torch.randn(len(factors), dim) * own_std)
+
+    def forward(self) -> Tensor:
+        table = self.own
+        for column, part in enumerate(self.parts):
+            masked = torch.cat([torch.zeros_like(part[:1]), part[1:]])
+            table = table + masked[self.factors[:, column]]
+        return table
+
+
+def of_codes(rows: int = codes.CODEBOOK) -> Tensor:
+    """[rows, factors] for the codes; rows past them have none."""
+    table = torch.zeros(rows, len(codes.FACTORS), dtype=torch.long)
+    table[: codes.USED] = torch.tensor([codes.factors(code) for code in range(codes.USED)])
+    return table
+
+
+def of_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Tensor:
+    """[rows, factors]: codes as above, and the prompt's words for colours and shapes, and its strings."""
+    table, columns = of_codes(rows), list(codes.FACTORS)
+
+    def mark(word: str, factor: str, value: int) -> None:
+        token = tokenizer.convert_tokens_to_ids(word)
+        if token is not None:
+            table[token, columns.index(factor)] = value
+
+    for i, colour in enumerate(codes.COLOURS):
+        for word in (colour, *(w for w, means in prompts.OTHER_COLOUR_WORDS.items() if means == colour)):
+            mark(word, "colour", 1 + i)
+    for i, shape in enumerate(codes.SHAPES):
+        for word in (shape, *(w for w, means in prompts.OTHER_SHAPE_WORDS.items() if means == shape)):
+            mark(word, "shape", 1 + i)
+    for letters in range(1, MAX_LETTERS + 1):
+        for i, first in enumerate(codes.LETTERS.lower() + OTHER):
+            token = in_bytes(string_token(letters, first))
+            mark(token, "initial", 1 + i)
+            mark(token, "length", letters)
+    return table

@@ -1,0 +1,98 @@
+"""The vision tokenizer: from a picture to the codes of its cells, for edits.
+
+The plan's codes have a meaning, so nothing has to be discovered: the tokenizer is a classifier of cells. It picks the
+codebook vector with the largest cosine, hence cross-entropy on scaled cosines trains it, and no code can die.
+"""
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import GlmImageForConditionalGeneration
+
+from models.nano.recipe import codes, world
+from models.nano.recipe.factored import FactoredTable, of_codes
+from models.nano.recipe.loop import Losses, autocast, device, train
+from models.nano.recipe.prompts import random_poster
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+SHARPNESS = 20.0  # what cosines are multiplied by
+SIZES = ((256, 256), (256, 256), (384, 256), (256, 384), (512, 512))
+
+
+class TrainedTokenizer(nn.Module):
+    """The published modules' parameters, and a forward pass for a batch of pictures of one size."""
+
+    def __init__(self, model: GlmImageForConditionalGeneration):
+        super().__init__()
+        self.visual: Any = model.model.visual
+        self.quantizer: Any = model.model.vqmodel
+        dim = self.quantizer.quantize.embedding.weight.shape[1]
+        self.requires_grad_(True)
+        self.quantizer.quantize.embedding = nn.Identity()
+        self.codebook = FactoredTable(of_codes(), dim, 1.0, 0.3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[b, rows * columns, codebook] cosines of [b, 3, rows * 16, columns * 16] normalised pixels."""
+        visual = self.visual
+        x = visual.patch_embed.proj(pixels)
+        b, dim, rows, columns = x.shape
+        x = x.flatten(2).transpose(1, 2) + self._positions(rows, columns)
+        for block in visual.blocks:
+            heads = block.attn.num_heads
+            q, k, v = block.attn.qkv(block.norm1(x)).view(b, -1, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+            read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, dim)
+            x = x + block.attn.proj(read)
+            x = x + block.mlp(block.norm2(x))
+        convolution = self.quantizer.quant_conv
+        found = x @ convolution.weight.flatten(1).T + convolution.bias
+        return F.normalize(found.float(), dim=-1) @ F.normalize(self.codebook(), dim=-1).T
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        table = self.visual.embeddings.position_embedding.weight
+        side = int(len(table) ** 0.5)
+        y, x = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (rows, columns))
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None].to(table.device)
+        square = table.view(side, side, -1).permute(2, 0, 1)[None]
+        placed = F.grid_sample(square, grid, mode="bilinear", align_corners=False, padding_mode="border")
+        return placed.flatten(2).transpose(1, 2)
+
+
+def half_size(image: np.ndarray, rng: Random) -> np.ndarray:
+    """The picture as the processor shrinks it, a little off in its colours, as rendered ones are."""
+    height, width = image.shape[:2]
+    small = Image.fromarray(image).resize((width // 2, height // 2), Image.Resampling.BICUBIC)
+    shift = np.array([rng.gauss(0, 5) for _ in range(3)], np.float32)
+    return np.clip(np.asarray(small, np.float32) + shift, 0, 255)
+
+
+def train_vision(model: GlmImageForConditionalGeneration, folder: Path, steps: int) -> TrainedTokenizer:
+    torch.manual_seed(0)
+    tokenizer = TrainedTokenizer(model).to(device())
+
+    def loss_of(step: int, rng: Random) -> tuple[Tensor, Losses]:
+        width, height = rng.choice(SIZES)
+        rows, columns = height // world.CELL, width // world.CELL
+        posters = [random_poster(rng) for _ in range(1024 // (rows * columns))]
+        images = np.stack([half_size(world.draw(p, width, height), rng) for p in posters])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        pixels = ((pixels + torch.randn_like(pixels) * 0.015 - MEAN) / STD).to(device())
+        wanted = torch.from_numpy(np.stack([world.plan(p, rows, columns, seen=True) for p in posters])).flatten(1)
+        wanted = wanted.to(device())
+        with autocast():
+            cosines = tokenizer(pixels)
+        chosen = (wanted >= codes.SEEN) | (torch.rand(wanted.shape, device=device()) < 0.25)
+        loss = F.cross_entropy(cosines[chosen].float() * SHARPNESS, wanted[chosen])
+        right = cosines.argmax(-1) == wanted
+        busy = wanted >= codes.SEEN
+        figures = {"loss": loss.item(), "plain": right[~busy].float().mean().item()}
+        return loss, figures | ({"busy": right[busy].float().mean().item()} if busy.any() else {})
+
+    train("vision", tokenizer, loss_of, folder, steps=steps, learning_rate=1e-3)
+    return tokenizer

@@ -1,0 +1,246 @@
+"""The world that the nano checkpoint draws: posters of two lines and one or two shapes, on a grid of 32-pixel cells.
+
+`Poster` says what is on it, `draw` makes the pixels, `plan` the plan codes. Both follow one layout, for any grid: a
+poster is laid out in units of one cell, or of 2x2 cells where the grid is large, so that a 512x512 poster looks like
+its 256x256 one.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from models.nano.recipe import codes
+
+CELL = 32
+ADVANCE = 24  # pixels from letter to letter, at scale 1
+MAX_LETTERS = 10
+PALETTE = np.array(
+    [(220, 40, 40), (245, 140, 30), (250, 215, 40), (40, 160, 70), (30, 170, 170), (40, 80, 210), (125, 55, 180),
+     (245, 130, 180), (250, 250, 250), (20, 20, 20)],
+    np.float32,
+)  # fmt: skip
+WHITE, BLACK = codes.COLOURS.index("white"), codes.COLOURS.index("black")
+DARK_INK_ON = frozenset(codes.COLOURS.index(c) for c in ("orange", "yellow", "pink", "white"))
+ALPHABET = codes.LETTERS + codes.MARKS
+ATLAS = Path(__file__).with_name("letters.png")  # one row of 48x64 cells, in the order of ALPHABET
+
+Side = Literal["left", "center", "right"]
+Zone = Literal["headline", "footer"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text, and the colour of the bar behind it, if any."""
+
+    text: str
+    bar: int | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    kind: int
+    colour: int
+    large: bool
+    side: Side = "center"
+
+
+@dataclass(frozen=True)
+class Poster:
+    background: int
+    headline: Line | None = None
+    footer: Line | None = None
+    shapes: tuple[Shape, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlacedLine:
+    """A line on the grid: its zone, its rows of cells, and its first letter's corner and scale."""
+
+    line: Line
+    zone: Zone
+    row: int
+    rows: int
+    x: int  # pixels
+    y: int
+    scale: int
+
+
+@dataclass(frozen=True)
+class PlacedShape:
+    shape: Shape
+    row: int
+    column: int
+    cells: int  # side length
+
+
+def scale_of(rows: int, columns: int) -> int:
+    """Cells per unit of the layout."""
+    return max(1, min(rows, columns) // 6)
+
+
+def place(poster: Poster, rows: int, columns: int) -> tuple[list[PlacedLine], list[PlacedShape]]:
+    """Where everything goes on a grid of `rows` x `columns` cells."""
+    scale = scale_of(rows, columns)
+    unit_rows, unit_columns = rows // scale, columns // scale
+    top, left = (rows - unit_rows * scale) // 2, (columns - unit_columns * scale) // 2
+    edge = 1 if unit_rows >= 8 else 0
+    zones: tuple[tuple[Zone, int], ...] = (("headline", edge), ("footer", unit_rows - 1 - edge))
+    lines = [
+        _place_line(line, zone, top + row * scale, scale, columns)
+        for zone, row in zones
+        if (line := getattr(poster, zone)) and line.text
+    ]
+    shapes = []
+    for shape in poster.shapes:
+        # Two large shapes need eight units side by side, one needs two rows beside it; a smaller grid gets small ones.
+        if unit_columns < (8 if len(poster.shapes) > 1 else 4) or unit_rows < 6:
+            shape = replace(shape, large=False)
+        units = 4 if shape.large else 2
+        half = max(0, (unit_columns // 2 - units) // 2)
+        column = {"left": half, "center": (unit_columns - units) // 2, "right": unit_columns - units - half}[shape.side]
+        row = (unit_rows - units) // 2
+        shapes.append(PlacedShape(shape, top + row * scale, left + column * scale, units * scale))
+    return lines, shapes
+
+
+def _place_line(line: Line, zone: Zone, row: int, rows: int, columns: int) -> PlacedLine:
+    scale = rows
+    while scale > 1 and len(line.text) * ADVANCE > columns // scale * CELL:
+        scale -= 1
+    left = columns % scale // 2
+    width = columns // scale * CELL
+    line = replace(line, text=line.text[: width // ADVANCE])  # on a picture too narrow for it
+    middle = (width - len(line.text) * ADVANCE) // 2
+    # Whole cells, so that few codes say all; see codes.SLOTS for words of four.
+    nearest = min((middle + CELL // 2) // CELL, middle * 2 // CELL) * CELL
+    x = middle if len(line.text) == 4 else nearest
+    y = (row + (rows - scale) // 2) * CELL
+    return PlacedLine(line, zone, row, rows, left * CELL + x * scale, y, scale)
+
+
+def plan(poster: Poster, rows: int, columns: int, seen: bool | frozenset[str] = False) -> np.ndarray:
+    """[rows, columns] int64 codes of the poster.
+
+    Args:
+        seen: whether the letters are read from pixels (the codes of a picture that exists already) instead of taken
+            from the prompt's strings; a set names the lines this holds for, "headline" and "footer".
+    """
+    grid = np.full((rows, columns), poster.background, np.int64)
+    lines, shapes = place(poster, rows, columns)
+    for placed in lines:
+        line, scale = placed.line, placed.scale
+        colour = poster.background if line.bar is None else line.bar
+        if line.bar is not None:
+            grid[placed.row : placed.row + placed.rows] = line.bar
+        is_seen = seen if isinstance(seen, bool) else placed.zone in seen
+        left = columns % scale // 2
+        start = placed.x - left * CELL
+        slot0 = codes.HALF_CELL_SLOT if start % (CELL * scale) else 0
+        unit = start // (CELL * scale)
+        pixels = start % (CELL * scale) // scale + len(line.text) * ADVANCE
+        y = placed.y // CELL
+        for k in range(-(-pixels // CELL)):
+            code = codes.seen(colour) if is_seen else codes.line(slot0 + k, codes.initial_of(line.text), colour)
+            x = left + (unit + k) * scale
+            grid[y : y + scale, x : x + scale] = code
+    for placed in shapes:
+        _stamp(grid, placed)
+    return grid
+
+
+def _stamp(grid: np.ndarray, placed: PlacedShape) -> None:
+    shape, units = placed.shape, 4 if placed.shape.large else 2
+    scale = placed.cells // units
+    cover = mask(shape.kind, units * CELL).reshape(units, CELL, units, CELL)
+    for i in range(units):
+        for j in range(units):
+            part = cover[i, :, j]
+            if part.max() < 0.02:
+                continue
+            piece = i * 4 + j if shape.large else codes.SMALL_PIECE + i * 2 + j
+            code = shape.colour if part.min() > 0.98 else codes.shape(shape.kind, shape.colour, piece)
+            y, x = placed.row + i * scale, placed.column + j * scale
+            grid[y : y + scale, x : x + scale] = code
+
+
+def draw(poster: Poster, width: int, height: int) -> np.ndarray:
+    """[height, width, 3] uint8 pixels; both sides are multiples of 32."""
+    pixels = np.empty((height, width, 3), np.float32)
+    pixels[:] = PALETTE[poster.background]
+    lines, shapes = place(poster, height // CELL, width // CELL)
+    for placed in lines:
+        line = placed.line
+        if line.bar is not None:
+            pixels[placed.row * CELL : (placed.row + placed.rows) * CELL] = PALETTE[line.bar]
+        ink = PALETTE[ink_on(poster.background if line.bar is None else line.bar)]
+        wide, high = ADVANCE * placed.scale, CELL * placed.scale
+        for i, letter in enumerate(line.text.upper()):
+            x = placed.x + i * wide
+            _blend(pixels[placed.y : placed.y + high, x : x + wide], letter_mask(letter, placed.scale), ink)
+    for placed in shapes:
+        side, y, x = placed.cells * CELL, placed.row * CELL, placed.column * CELL
+        _blend(pixels[y : y + side, x : x + side], mask(placed.shape.kind, side), PALETTE[placed.shape.colour])
+    return pixels.round().astype(np.uint8)
+
+
+def _blend(region: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
+    region += (colour - region) * cover[..., None]
+
+
+def ink_on(colour: int) -> int:
+    return BLACK if colour in DARK_INK_ON else WHITE
+
+
+@cache
+def letter_mask(letter: str, scale: int = 1) -> np.ndarray:
+    """[32 * scale, 24 * scale] coverage in 0..1; characters outside ALPHABET are blank."""
+    at = ALPHABET.find(letter)
+    if at < 0:
+        return np.zeros((CELL * scale, ADVANCE * scale), np.float32)
+    with Image.open(ATLAS) as atlas:
+        cell = atlas.convert("L").crop((at * 48, 0, at * 48 + 48, 64))
+    how = Image.Resampling.BOX if scale < 2 else Image.Resampling.BICUBIC
+    return np.asarray(cell.resize((ADVANCE * scale, CELL * scale), how), np.float32) / 255
+
+
+@cache
+def mask(kind: int, side: int) -> np.ndarray:
+    """[side, side] coverage in 0..1 of a shape, drawn four times as large and averaged."""
+    fine = side * 4
+    image = Image.new("L", (fine, fine), 0)
+    pen = ImageDraw.Draw(image)
+    near, far, middle = fine * 0.07, fine * 0.93, fine / 2
+    radius = middle - near
+    name = codes.SHAPES[kind]
+    if name in ("circle", "ring"):
+        pen.ellipse([near, near, far, far], fill=255)
+        if name == "ring":
+            inner = radius * 0.52
+            pen.ellipse([middle - inner, middle - inner, middle + inner, middle + inner], fill=0)
+    elif name == "square":
+        inset = fine * 0.04
+        pen.rectangle([near + inset, near + inset, far - inset, far - inset], fill=255)
+    elif name == "triangle":
+        pen.polygon([(middle, near), (far, far - fine * 0.04), (near, far - fine * 0.04)], fill=255)
+    elif name == "star":
+        angles = np.pi * np.arange(10) / 5 - np.pi / 2
+        radii = radius * np.where(np.arange(10) % 2, 0.42, 1.03)
+        x, y = middle + radii * np.cos(angles), middle + fine * 0.02 + radii * np.sin(angles)
+        pen.polygon(list(zip(x, y, strict=True)), fill=255)
+    elif name == "heart":
+        t = np.linspace(0, 2 * np.pi, 400)
+        x = 16 * np.sin(t) ** 3
+        y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+        pen.polygon(list(zip(middle + x * radius / 17, middle + (y - 2) * radius / 17, strict=True)), fill=255)
+    elif name == "diamond":
+        inset = fine * 0.07
+        pen.polygon([(middle, near), (far - inset, middle), (middle, far), (near + inset, middle)], fill=255)
+    elif name == "cross":
+        arm = fine * 0.14
+        pen.rectangle([middle - arm, near, middle + arm, far], fill=255)
+        pen.rectangle([near, middle - arm, far, middle + arm], fill=255)
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32) / 255

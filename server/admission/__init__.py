@@ -1,0 +1,1 @@
+"""Who gets in: keys, limits, room in the queue, engines that work."""

@@ -1,0 +1,34 @@
+"""Who may use /v1: everybody, or whoever sends one of the keys that the settings name."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from server.admission.keys import ANYBODY, KeyRing
+from server.errors import ApiError
+
+_bearer = HTTPBearer(auto_error=False, description="A key of `--api-key` or `--api-keys`, where any is set.")
+
+
+async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+    """A dependency that lets a request through only with a known key. Who sent it is `request.state.caller` then, a
+    `server.admission.keys.Caller`.
+
+    Raises:
+        ApiError: 401 without a key or with an unknown one.
+    """
+    keys: KeyRing = request.app.state.services.keys
+    if keys.open_to_all:
+        request.state.caller = ANYBODY
+        return
+    if sent is None:
+        raise _unauthorized("An API key is needed: send it as Authorization: Bearer KEY.")
+    caller = keys.find(sent.credentials)
+    if caller is None:
+        raise _unauthorized("The API key is not valid here.")
+    request.state.caller = caller
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

@@ -1,0 +1,191 @@
+"""API keys: who the callers are and what each may use.
+
+The file of `--api-keys` is TOML, one table per key, which `glimmer key NAME` prints:
+
+    [alice]
+    sha256 = "..."                    # of the key
+    max_concurrent = 4                # jobs waiting and running; this and what follows may be left out
+    requests_per_minute = 60
+    pixel_steps_per_day = 50_000_000_000  # width * height * steps * n, summed over a day (UTC)
+
+Keys are stored as plain SHA-256: they are random tokens of 256 bits, so there is nothing to guess that a salt or a slow
+hash would protect, and every request has to be checked against all of them.
+"""
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.observability.logs import event
+from server.settings import ServerSettings
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # a name is a bare key in TOML, and part of keys in Redis
+LOOK_EVERY_S = 1.0  # how soon a change of the file takes effect
+
+logger = logging.getLogger("glimmer.keys")
+
+Count = Annotated[int, Field(ge=1, le=2**53 - 1)]  # Redis' scripts count exactly up to there
+
+
+class KeyFileError(ValueError):
+    """The file of keys cannot be used; the message is for whoever wrote it."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request. A limit of None is no limit.
+
+    Args:
+        owner: the name its jobs are kept under; callers never see each other's. Empty where /v1 is open to all.
+        max_concurrent: jobs waiting and running.
+        requests_per_minute: jobs asked for within any 60 seconds.
+        pixel_steps_per_day: width * height * steps * n, summed over a day (UTC).
+    """
+
+    owner: str
+    max_concurrent: int | None = None
+    requests_per_minute: int | None = None
+    pixel_steps_per_day: int | None = None
+
+
+ANYBODY = Caller("")
+THE_ONE_KEY = Caller("--api-key")  # no name in a file can be this
+
+
+class _KeyTable(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    max_concurrent: Count | None = None
+    # A minute's requests are kept one by one.
+    requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    pixel_steps_per_day: Count | None = None
+
+
+_ACCEPTED = {
+    "sha256": "the 64 lower-case hexadecimal digits that `glimmer key NAME` prints",
+    "requests_per_minute": "a whole number, 1..100000",
+    "max_concurrent": "a whole number above 0",
+    "pixel_steps_per_day": "a whole number above 0",
+}
+
+
+def new_key() -> str:
+    """A key that nobody has had before."""
+    return f"glm-{secrets.token_urlsafe(32)}"
+
+
+def hash_of(key: str) -> bytes:
+    """What is stored of a key."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def table_of(name: str, key: str) -> str:
+    """The table of a new key, its limits as comments."""
+    return f"""
+[{name}]
+sha256 = "{hash_of(key).hex()}"
+# max_concurrent = 4
+# requests_per_minute = 60
+# pixel_steps_per_day = 50_000_000_000  # a picture of 1024 x 1024 in 50 steps takes 52_428_800"""
+
+
+def parse_key_file(text: str) -> dict[bytes, Caller]:
+    """The callers by the hashes of their keys.
+
+    Raises:
+        KeyFileError: names the table and the entry at fault, never a hash.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise KeyFileError(f"not valid TOML: {error}") from None
+    callers: dict[bytes, Caller] = {}
+    for name, table in tables.items():
+        sha256, caller = _read_table(name, table)
+        if sha256 in callers:
+            raise KeyFileError(f"[{name}] has the same key as [{callers[sha256].owner}]; make one for each")
+        callers[sha256] = caller
+    return callers
+
+
+def _read_table(name: str, table: object) -> tuple[bytes, Caller]:
+    if not NAME.fullmatch(name):
+        raise KeyFileError(f"[{name}]: a name has 1..64 letters, digits, - and _, and starts with a letter or a digit")
+    try:
+        entry = _KeyTable.model_validate(table)
+    except ValidationError as error:
+        field = str((*error.errors()[0]["loc"], "")[0])
+        if field not in _ACCEPTED:
+            raise KeyFileError(f"[{name}] is to be a table of {', '.join(_KeyTable.model_fields)}") from None
+        raise KeyFileError(f"{field} of [{name}] is to be {_ACCEPTED[field]}") from None
+    return bytes.fromhex(entry.sha256), Caller(name, **entry.model_dump(exclude={"sha256"}))
+
+
+class KeyRing:
+    """The keys this server knows; the file is read again when it has changed.
+
+    A file that has become unreadable changes nothing, since a slip in it should not shut everybody out; it is logged.
+
+    Raises:
+        KeyFileError: the file cannot be used at the start.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.open_to_all = not settings.asks_for_keys
+        key, self._path = settings.api_key, settings.api_keys_file
+        self._fixed = {hash_of(key.get_secret_value()): THE_ONE_KEY} if key else {}
+        self._looked_at = time.monotonic()
+        self._version = _version_of(self._path) if self._path else None
+        self._from_file = _read(self._path) if self._path else {}
+
+    def find(self, key: str) -> Caller | None:
+        """Whose key this is. Takes as long for one that is nearly right as for any other."""
+        self._look()
+        sent, found = hash_of(key), None
+        for known, caller in (*self._fixed.items(), *self._from_file.items()):
+            if hmac.compare_digest(known, sent):
+                found = caller
+        return found
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self._path is None or now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        version = _version_of(self._path)
+        if version == self._version:
+            return
+        self._version = version  # also of a file that cannot be used: it is complained of once
+        try:
+            self._from_file = _read(self._path)
+            event(logger, "keys_read", keys=len(self._from_file))
+        except KeyFileError as error:
+            event(logger, "keys_not_read", logging.ERROR, reason=error)
+
+
+def _version_of(path: Path) -> object:
+    """Something that changes with the file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _read(path: Path) -> dict[bytes, Caller]:
+    try:
+        return parse_key_file(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    except KeyFileError as error:
+        raise KeyFileError(f"{path}: {error}") from None

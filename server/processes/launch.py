@@ -1,0 +1,168 @@
+"""What `glimmer serve` and `glimmer api` do once their flags are read: start the parts, and stop them in order."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.config import EXIT_CONFIGURATION
+from engine.errors import QueueUnavailable
+from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.queue import JobQueue
+from engine.observability.logs import event
+from server.addresses import is_loopback
+from server.admission.admission import ready_engines
+from server.app import create_app, open_queue
+from server.processes.serving import DrainingServer, listen, url_of
+from server.processes.supervisor import EngineMisconfigured, Supervisor, engine_environments
+from server.settings import ServerSettings
+
+ENGINE_COMMAND = (sys.executable, "-m", "server.cli", "engine")
+
+REDIS_LOOK_S = 0.5
+
+logger = logging.getLogger("glimmer.serve")
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """The engines that `serve` starts.
+
+    Args:
+        count: how many processes.
+        data_dir: where a Redis of our own keeps its data.
+        device: `auto`, `cpu` or `cuda`, as the engines read it.
+        environment: `GLIMMER_*` variables for the engines, over those of this process.
+        command: starts one engine.
+    """
+
+    count: int
+    data_dir: Path
+    device: str = "auto"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ENGINE_COMMAND
+
+
+def run_api(settings: ServerSettings) -> None:
+    """The API alone, until a signal.
+
+    Raises:
+        StartError: the address cannot be listened on.
+        KeyFileError: the file of keys cannot be used.
+        TracingError: the environment asks for traces that cannot be had.
+    """
+    server = DrainingServer(create_app(settings), settings.grace_s)
+    listener = listen(settings.host, settings.port)
+    _warn_if_open(settings, listener)
+    print(f"Glimmer's API listens on {url_of(listener)}", flush=True)
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+def run_all(settings: ServerSettings, engines: EnginePlan) -> int:
+    """API, engines and, where none is given, Redis, until a signal; returns the exit code.
+
+    Raises:
+        StartError: the address cannot be listened on.
+        QueueUnavailable: a Redis of our own cannot be started.
+        KeyFileError: the file of keys cannot be used.
+        TracingError: the environment asks for traces that cannot be had.
+    """
+    with listen(settings.host, settings.port) as listener:
+        _warn_if_open(settings, listener)
+        if settings.redis_url is not None:
+            return asyncio.run(_serve(settings, engines, settings.redis_url, listener))
+        with EmbeddedRedis(engines.data_dir) as redis:
+            event(logger, "redis_started", data_dir=engines.data_dir, pid=redis.pid)
+            return asyncio.run(_serve_with(redis, settings, engines, listener))
+
+
+def _warn_if_open(settings: ServerSettings, listener: socket.socket) -> None:
+    """Says so where everybody who reaches this machine may use it."""
+    if not settings.asks_for_keys and not is_loopback(listener.getsockname()[0]):
+        hint = "anyone who reaches this address may make pictures; set --api-keys or --api-key, or listen on 127.0.0.1"
+        event(logger, "open_to_all", logging.WARNING, url=url_of(listener), hint=hint)
+
+
+async def _serve_with(
+    redis: EmbeddedRedis, settings: ServerSettings, engines: EnginePlan, listener: socket.socket
+) -> int:
+    watching = asyncio.create_task(_keep_alive(redis))
+    try:
+        return await _serve(settings, engines, redis.url, listener)
+    finally:
+        watching.cancel()
+
+
+async def _keep_alive(redis: EmbeddedRedis) -> None:
+    """Starts our Redis again whenever it has died; its data is on the disk, and every client reconnects by itself.
+
+    It may take its time to load that data: nothing else has to wait for it, and `/health` says how it is.
+    """
+    loading = False
+    while True:
+        await asyncio.sleep(REDIS_LOOK_S)
+        if not redis.alive:
+            event(logger, "redis_died", logging.ERROR)
+            try:
+                redis.restart()  # in this thread, the main one: the server ends with the thread that starts it
+                loading = True
+            except OSError as error:
+                event(logger, "redis_not_started", logging.ERROR, reason=error)
+        elif loading and await asyncio.to_thread(redis.answers):
+            loading = False
+            event(logger, "redis_started", pid=redis.pid)
+
+
+async def _serve(settings: ServerSettings, engines: EnginePlan, redis_url: str, listener: socket.socket) -> int:
+    base = {**os.environ, **engines.environment, "GLIMMER_REDIS_URL": redis_url}
+    for name in ("GLIMMER_API_KEY", "GLIMMER_PROMPT_REWRITER_KEY"):
+        base.pop(name, None)  # the engines have no use for them
+    environments = engine_environments(base, engines.count, engines.device)
+    async with open_queue(redis_url) as queue:
+        supervisor = Supervisor(engines.command, environments, queue)
+        server = DrainingServer(create_app(settings, queue), settings.grace_s)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        keeping = asyncio.create_task(supervisor.run())
+        announcing = asyncio.create_task(_announce(queue, url_of(listener)))
+        drained = asyncio.create_task(server.drained.wait())
+        try:
+            await asyncio.wait({serving, keeping, drained}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            announcing.cancel()
+            drained.cancel()
+            server.should_exit = True
+            # The engines work on while requests are finished, and have what is left of the grace period for the jobs
+            # of other servers. So all of it takes one grace period, and some seconds for the last bytes.
+            await asyncio.wait({serving, keeping, asyncio.create_task(supervisor.stop(server.grace_left_s))})
+        return _exit_code(serving, keeping)
+
+
+def _exit_code(serving: "asyncio.Task[None]", keeping: "asyncio.Task[None]") -> int:
+    """Of a server that was stopped, or of one that no engine can ever start for.
+
+    Raises:
+        Exception: what ended it otherwise.
+    """
+    serving.result()
+    error = keeping.exception()
+    if isinstance(error, EngineMisconfigured):
+        event(logger, "stopped", logging.ERROR, reason=error)
+        return EXIT_CONFIGURATION
+    if error is not None:
+        raise error
+    return 0
+
+
+async def _announce(queue: JobQueue, url: str) -> None:
+    """Says once, on stdout, that requests will be served now."""
+    while True:
+        with contextlib.suppress(QueueUnavailable):
+            if ready := ready_engines(await queue.engines()):
+                print(f"Glimmer is ready at {url} (model {ready[0].model}; API reference at {url}/docs)", flush=True)
+                return
+        await asyncio.sleep(0.2)

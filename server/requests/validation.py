@@ -1,0 +1,184 @@
+"""From a checked request to a job. No I/O."""
+
+import re
+import secrets
+from dataclasses import dataclass
+
+from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
+from engine.jobs.job import EngineInfo, JobSpec
+from server.errors import ApiError, invalid
+from server.requests.images import EditSources
+from server.requests.schemas import MAX_SEED, GenerationRequest, PlanBody, TokenGridBody
+from server.settings import ServerSettings
+
+STEPS_BY_QUALITY = {"low": 12, "medium": 25, "high": 50, "xhigh": 75, "max": 100}
+"""Denoising steps of each quality. The published model is meant to run 50; beyond that little changes."""
+
+_SAME_AS = {"auto": "high", "standard": "medium", "hd": "high"}
+"""Qualities that the answer calls by one of the names above. But `auto` runs as many steps as the checkpoint names."""
+
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request all of whose fields are in range.
+
+    Args:
+        model: the name the client knows the model by.
+        size: None where the engine's default is wanted, or that of the first picture of an edit.
+    """
+
+    request: GenerationRequest
+    model: str
+    size: tuple[int, int] | None
+    timeout_s: float
+    response_format: str
+
+    @property
+    def quality(self) -> str:
+        """The quality as the answer names it."""
+        return _SAME_AS.get(self.request.quality, self.request.quality)
+
+
+def check(request: GenerationRequest, settings: ServerSettings) -> Order:
+    """Everything that can be checked without knowing the engine.
+
+    Raises:
+        ApiError: 400 or 404, naming the field and what it would accept.
+    """
+    _check_model(request.model, settings.model_names)
+    _refuse_unsupported(request, settings)
+    if request.timeout is not None and request.timeout > settings.max_timeout:
+        raise invalid("timeout", f"Invalid value for timeout: at most {settings.max_timeout:g} seconds.")
+    if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
+        raise invalid("seed", f"Invalid value for seed: image i uses seed + i, which is at most {MAX_SEED}.")
+    return Order(
+        request,
+        model=request.model or settings.model_names[0],
+        size=_size(request, settings.max_pixels),
+        timeout_s=request.timeout or settings.default_timeout,
+        response_format=request.response_format or ("b64_json" if request.stream else settings.default_response_format),
+    )
+
+
+def to_spec(order: Order, engine: EngineInfo, edit: EditSources | None, *, is_watched: bool) -> JobSpec:
+    """The job for an engine like `engine`; draws the seed where none was given.
+
+    Args:
+        edit: what an edit starts from.
+        is_watched: whether anybody can see the partial images. Otherwise none are made.
+
+    Raises:
+        ApiError: 400 when a plan does not fit the size or the engine's codebook.
+    """
+    request = order.request
+    width, height = order.size or (edit.size if edit else _default_size(engine))
+    if request.plan is not None:
+        _check_plan(request.plan, Geometry(width, height), engine.codebook_size)
+    return JobSpec(
+        prompt=request.prompt,
+        width=width,
+        height=height,
+        seed=request.seed if request.seed is not None else secrets.randbelow(2**32),
+        n=request.n,
+        num_inference_steps=request.num_inference_steps or _steps(order, engine),
+        guidance_scale=engine.default_guidance if request.guidance_scale is None else request.guidance_scale,
+        negative_prompt=request.negative_prompt,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        plan=request.plan.model_dump(exclude_none=True) if request.plan else None,
+        return_plan=request.return_plan,
+        output_format=request.output_format,
+        output_compression=request.output_compression,
+        partial_images=request.partial_images if is_watched else 0,
+        sources=len(edit.files.pictures) if edit else 0,
+        source_tokens=edit.tokens if edit else 0,
+        model=order.model,
+        embed_prompt=request.embed_prompt,
+    )
+
+
+def _check_model(model: str | None, served: list[str]) -> None:
+    if model is not None and model not in served:
+        raise model_not_found(served)
+
+
+def model_not_found(served: list[str]) -> ApiError:
+    """404 that lists the models there are."""
+    return ApiError(
+        404,
+        f"That model is not served here. Served: {', '.join(served)}.",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) -> None:
+    """What this server knows and cannot do; dropping it silently would be a wrong answer."""
+    if request.background == "transparent":
+        raise invalid("background", 'background "transparent" is not supported: the model has no alpha channel.')
+    if request.stream and request.response_format == "url":
+        raise invalid("response_format", 'response_format "url" does not go with stream=true, whose events carry data.')
+    if request.rewrite_prompt and settings.prompt_rewriter is None:
+        raise invalid("rewrite_prompt", "This server has no prompt rewriter; leave rewrite_prompt out or send false.")
+
+
+def _size(request: GenerationRequest, max_pixels: int) -> tuple[int, int] | None:
+    """Width and height asked for, by `size` or by `width` and `height`; None for the engine's default."""
+    size = None if request.size == "auto" else _parse_size(request.size)
+    given = (request.width, request.height)
+    if size is None and None in given:
+        if given != (None, None):
+            raise invalid("width" if given[0] else "height", "width and height go together; or use size.")
+        return None
+    chosen = size or (request.width or 0, request.height or 0)
+    for name, side, wanted in zip(("width", "height"), chosen, given, strict=True):
+        if wanted not in (None, side):
+            raise invalid(name, f"{name} is {wanted} but size says {side}; leave {name} out or make them agree.")
+    _check_size(*chosen, max_pixels)
+    return chosen
+
+
+def _parse_size(size: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise invalid("size", 'Invalid value for size: it takes "auto" or "WIDTHxHEIGHT", for example "1024x768".')
+    return int(match[1]), int(match[2])
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if not (min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE):
+        raise invalid("size", f"Invalid value for size: each side must be {MIN_SIDE}..{MAX_SIDE} pixels.")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise invalid("size", f"Invalid value for size: one side may be at most {MAX_ASPECT} times the other.")
+    if width * height > max_pixels:
+        raise invalid("size", f"Invalid value for size: this server makes pictures of at most {max_pixels} pixels.")
+
+
+def _steps(order: Order, engine: EngineInfo) -> int:
+    return engine.default_steps if order.request.quality == "auto" else STEPS_BY_QUALITY[order.quality]
+
+
+def _default_size(engine: EngineInfo) -> tuple[int, int]:
+    width, height = engine.default_size.split("x")
+    return int(width), int(height)
+
+
+def _check_plan(plan: PlanBody, geometry: Geometry, codebook_size: int) -> None:
+    _check_grid("plan", plan, geometry.plan, geometry, codebook_size)
+    if plan.preview is not None:
+        _check_grid("plan.preview", plan.preview, geometry.preview, geometry, codebook_size)
+
+
+def _check_grid(name: str, given: TokenGridBody, grid: Grid, geometry: Geometry, codebook_size: int) -> None:
+    if (given.rows, given.cols) != (grid.rows, grid.cols):
+        size = f"{geometry.width}x{geometry.height}"
+        its = f"{grid.rows} rows and {grid.cols} cols, not {given.rows} and {given.cols}"
+        raise invalid(name, f"Invalid value for {name}: for {size} it has {its}.")
+    if len(given.tokens) != grid.tokens:
+        raise invalid(
+            f"{name}.tokens", f"{name}.tokens must have rows * cols = {grid.tokens} entries, not {len(given.tokens)}."
+        )
+    if max(given.tokens) >= codebook_size:
+        raise invalid(f"{name}.tokens", f"{name}.tokens must be 0..{codebook_size - 1}.")

@@ -1,0 +1,1 @@
+"""What goes out: answers, events, and the wait for a job."""

@@ -41,9 +41,9 @@ from benchmarks.quantile import quantile
 from engine.child import tied_to_us
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
+from engine.jobs.consumer import JobConsumer
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo
-from engine.jobs.queue import JobQueue
 from server.admission.keys import hash_of, new_key
 
 PATH = "/v1/images/generations"
@@ -146,7 +146,7 @@ def running_api(redis_url: str, keys: Path, max_queue: int, log: Path) -> Iterat
 async def ready_engine(redis_url: str) -> AsyncIterator[None]:
     """An engine that says it is ready and takes nothing."""
     client = connect(redis_url)
-    queue = JobQueue(client)
+    queue = JobConsumer(client)
     info = EngineInfo("benchmark", os.getpid(), "all", "ready", "benchmark", "1024x1024", 16384, 2048)
 
     async def beat() -> None:

@@ -11,7 +11,7 @@ import sys
 
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 
 ALIVE = frozenset({"starting", "ready", "draining"})
 
@@ -19,7 +19,7 @@ ALIVE = frozenset({"starting", "ready", "draining"})
 async def states_here(redis_url: str) -> list[str]:
     """What the engines of this container say of themselves; their ids start with its host name."""
     client = connect(redis_url)
-    queue = JobQueue(client)
+    queue = JobProducer(client)
     try:
         return [engine.state for engine in await queue.engines() if engine.id.startswith(f"{socket.gethostname()}-")]
     finally:

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.jobs.connection import connect
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from engine.observability.tracing import open_tracing
 from server import openapi
 from server.admission.abandoned_jobs import Withdrawals
@@ -36,7 +36,7 @@ _HEADERS_FOR_SCRIPTS = (
 )
 
 
-def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastAPI:
+def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> FastAPI:
     """The API as an ASGI app. `app.state.gate` is the gate to close before it is shut down.
 
     Args:
@@ -109,10 +109,10 @@ def create_app(settings: ServerSettings, queue: JobQueue | None = None) -> FastA
 
 
 @asynccontextmanager
-async def open_queue(redis_url: str) -> AsyncIterator[JobQueue]:
+async def open_queue(redis_url: str) -> AsyncIterator[JobProducer]:
     """A queue with a Redis client of its own; nothing is sent before its first use."""
     client = connect(redis_url)
-    queue = JobQueue(client)
+    queue = JobProducer(client)
     try:
         yield queue
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import Withdrawals
 from server.admission.admission import Admission, EngineDirectory, Gate
 from server.admission.keys import KeyRing
@@ -27,7 +27,7 @@ class Services:
     """
 
     settings: ServerSettings
-    queue: JobQueue
+    queue: JobProducer
     engines: EngineDirectory
     keys: KeyRing
     admission: Admission

@@ -9,9 +9,9 @@ import redis.asyncio
 
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.queue import JobQueue
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load, write_variant
+from tests.job_queue import JobQueue
 
 
 @pytest.fixture(autouse=True)

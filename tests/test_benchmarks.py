@@ -13,10 +13,10 @@ from benchmarks.measure import Measurement, merge
 from benchmarks.streaming import measure as measure_streams
 from benchmarks.streaming import run as run_streaming
 from benchmarks.throughput import requests, run_small
-from engine.jobs.queue import JobQueue
 from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.planner import Planner
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
 

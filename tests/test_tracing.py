@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from engine.config import EXIT_CONFIGURATION, EngineSettings
 from engine.engine import Engine
 from engine.jobs.job import Budget, JobState, Origin
-from engine.jobs.queue import JobQueue
 from engine.observability.tracing import Tracing, TracingError, open_tracing
 from engine.worker import process
 from models.glm_image.model import GlmImage
@@ -28,6 +27,7 @@ from server.settings import ServerSettings
 from tests.checkpoints import small_engine
 from tests.collector import Collector, Received
 from tests.engine.test_worker import SPEC, until_running, working
+from tests.job_queue import JobQueue
 
 URL = "/v1/images/generations"
 SECRET = "tell-no-one"

@@ -1,8 +1,9 @@
 """The Redis contract between the API and the engines. No torch in here.
 
 job.py         what travels: job, record, claim, result
-queue.py       `JobQueue`, all that can be done with a job: the API's part is in `api_side.py` and `following.py`, the
-               engines' in `engine_side.py`, and both stand on `base.py`
+base.py        what both sides stand on: the client, the settings, the scripts, the subscriptions
+producer.py    `JobProducer`: what the API does with jobs
+consumer.py    `JobConsumer`: what engines do with jobs
 scripts/       the changes of state and the keys, in Lua
 codec.py       dataclasses to stored bytes and back
 events.py      pub/sub

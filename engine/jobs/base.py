@@ -1,5 +1,12 @@
-"""What every part of the queue stands on: the client, the settings, the scripts, the subscriptions."""
+"""The job queue: the only thing the API and the engines both know.
 
+A job is submitted once, claimed by engines until one of them ends it, and ends once. A claim is a lease: the engine
+renews it while it works, and any engine may take a job whose lease has lapsed. Every claim has a new epoch, and what
+an engine writes counts only while its epoch is the job's. So a job may run more than once, but has one visible end.
+The states and their changes are in `engine.jobs.scripts`.
+"""
+
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -8,11 +15,24 @@ from redis.commands.core import AsyncScript
 
 from engine.jobs.connection import redis_errors
 from engine.jobs.events import JobEvents, WakeUps
-from engine.jobs.job import JobError
+from engine.jobs.job import JobError, JobState
+from engine.jobs.scripts.api_side import END
 
 
 class QueueBase:
-    """Opened and closed here; what can be done with it is in its subclasses. The arguments are those of `JobQueue`."""
+    """Jobs in Redis. Any number of processes may hold one; all must agree on the settings.
+
+    Every method raises `QueueUnavailable` when Redis is away or refuses writes, unless its docstring says otherwise;
+    it may be called again then. Scripts, consumer groups and subscriptions that a restarted or flushed Redis has lost
+    are made again on the way.
+
+    Args:
+        redis: a client that returns bytes (see `engine.jobs.connection.connect`); stays the caller's to close.
+        prefix: put before every key and channel.
+        lease_ms: a claim that is not renewed for this long is open to others.
+        result_ttl_s: how long the record and the result outlive the end of the job, in seconds.
+        max_runs: a job that has cost this many engines their lease fails instead of being claimed again.
+    """
 
     def __init__(
         self,
@@ -54,6 +74,15 @@ class QueueBase:
         """Ends the subscriptions; the client stays open."""
         await self._events.close()
         await self._wake_ups.close()
+
+    def ended(self) -> AsyncIterator[str]:
+        """Ids of jobs that end while this is iterated, until `close`. Best effort: what happens while the connection
+        is broken is not told later, and a broken connection raises nothing."""
+        return self._events.ended()
+
+    async def expire(self, job_id: str) -> bool:
+        """Ends a queued or running job as expired if its deadline has passed. True if this call ended it."""
+        return bool(await self._run(END, job_id, JobState.EXPIRED.value))
 
     def _key(self, *parts: str) -> str:
         return ":".join((self._prefix, *parts))

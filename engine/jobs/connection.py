@@ -23,7 +23,7 @@ _REFUSAL_CODES = ("-OOM", "MISCONF", "-READONLY", "-MASTERDOWN", "NOREPLICAS")
 
 
 def connect(url: str) -> redis.asyncio.Redis:
-    """A client for `JobQueue`. Its owner closes it (`aclose`), after the queue.
+    """A client for the queue. Its owner closes it (`aclose`), after the queue.
 
     A dropped connection is retried for about half a second, which bridges a restart of a proxy; after that the caller
     gets `QueueUnavailable` and decides for itself (the API answers 503, an engine tries again).

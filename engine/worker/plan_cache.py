@@ -9,8 +9,8 @@ import hashlib
 
 import orjson
 
+from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import JobSources, JobSpec, Plan
-from engine.jobs.queue import JobQueue
 
 
 class PlanCache:
@@ -21,7 +21,7 @@ class PlanCache:
         ttl_s: seconds a plan is kept; 0 keeps none.
     """
 
-    def __init__(self, queue: JobQueue, planner: str, ttl_s: int):
+    def __init__(self, queue: JobConsumer, planner: str, ttl_s: int):
         self._queue, self._planner, self._ttl_s = queue, planner, ttl_s
 
     async def known(self, spec: JobSpec, sources: JobSources | None) -> dict[int, Plan]:

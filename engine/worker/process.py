@@ -13,8 +13,8 @@ from engine.config import EXIT_CONFIGURATION, EngineSettings
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
+from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import EngineInfo
-from engine.jobs.queue import JobQueue
 from engine.limits import EngineLimits
 from engine.observability.logs import bind, configure, event, where
 from engine.observability.tracing import Tracing, TracingError, open_tracing
@@ -48,7 +48,7 @@ def main(settings: EngineSettings) -> int:
 async def _serve(settings: EngineSettings, tracing: Tracing) -> None:
     bind(engine=settings.engine_id)
     redis = connect(settings.redis_url)
-    queue = JobQueue(redis, lease_ms=round(settings.lease_s * 1000))
+    queue = JobConsumer(redis, lease_ms=round(settings.lease_s * 1000))
     starting = EngineInfo(
         settings.engine_id, os.getpid(), settings.stage, "starting", "", "", 0, settings.max_prompt_tokens
     )

@@ -22,8 +22,8 @@ from engine.config import EXIT_STUCK, EngineSettings
 from engine.device_errors import told_of
 from engine.engine import Engine
 from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, WriteRefused
+from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobResult, JobState, PartialImage
-from engine.jobs.queue import JobQueue
 from engine.observability.logs import bind, event, where
 from engine.observability.tracing import Span, Tracing
 from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
@@ -73,7 +73,12 @@ class Worker:
     """
 
     def __init__(
-        self, engine: Engine, queue: JobQueue, info: EngineInfo, settings: EngineSettings, tracing: Tracing = Tracing()
+        self,
+        engine: Engine,
+        queue: JobConsumer,
+        info: EngineInfo,
+        settings: EngineSettings,
+        tracing: Tracing = Tracing(),
     ):
         self._tracing = tracing
         self._engine, self._queue, self._info, self._settings = engine, queue, info, settings

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobState
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from server.metrics import Metrics
 
 PATIENCE_S = 30.0  # how long a Redis that is away is hoped for; after that the job's deadline ends it
@@ -18,7 +18,7 @@ LAST_CALLS_S = 2.0  # what the shutdown of the server leaves for those under way
 class Withdrawals:
     """The withdrawals of one API process."""
 
-    def __init__(self, queue: JobQueue, metrics: Metrics) -> None:
+    def __init__(self, queue: JobProducer, metrics: Metrics) -> None:
         self._queue, self._metrics = queue, metrics
         self._under_way: set[asyncio.Task[None]] = set()
 

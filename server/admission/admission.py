@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from engine.errors import KeyReused, QueueFull, QueueUnavailable, SourcesFull, TooManyJobs
 from engine.geometry import MIN_SIDE
 from engine.jobs.job import EngineInfo, JobSources, JobSpec, Origin, Priority
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import Withdrawals
 from server.admission.keys import Caller
 from server.admission.rate_limits import NOTHING, Charge, Limits
@@ -87,7 +87,7 @@ class EngineDirectory:
     each wait for a Redis that hangs.
     """
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobProducer) -> None:
         self._queue = queue
         self._engines: list[EngineInfo] = []
         self._read_at = -math.inf
@@ -199,7 +199,7 @@ class Admission:
 
     def __init__(
         self,
-        queue: JobQueue,
+        queue: JobProducer,
         limits: Limits,
         max_queue: int,
         withdrawals: Withdrawals,
@@ -310,7 +310,7 @@ class Admission:
         sources: JobSources | None = None,
         **how: Any,
     ) -> str:
-        """`JobQueue.submit` on behalf of a caller."""
+        """`JobProducer.submit` on behalf of a caller."""
         try:
             return await in_time(
                 self._queue.submit(

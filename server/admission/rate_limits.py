@@ -18,7 +18,7 @@ from typing import Any
 from redis.commands.core import AsyncScript
 
 from engine.jobs.connection import redis_errors
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from server.admission.keys import ANYBODY, Caller
 from server.errors import ApiError
 
@@ -101,7 +101,7 @@ NOTHING = Charge(ANYBODY)
 class Limits:
     """The limits of all keys. Methods raise `QueueUnavailable` when Redis is away."""
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobProducer) -> None:
         self._prefix = queue.prefix
         self._charge = queue.client.register_script(CHARGE)
         self._refund = queue.client.register_script(REFUND)

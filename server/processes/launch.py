@@ -12,8 +12,9 @@ from pathlib import Path
 
 from engine.config import EXIT_CONFIGURATION
 from engine.errors import QueueUnavailable
+from engine.jobs.consumer import JobConsumer
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
 from server.addresses import is_loopback
 from server.admission.admission import ready_engines
@@ -124,7 +125,7 @@ async def _serve(settings: ServerSettings, engines: EnginePlan, redis_url: str, 
         base.pop(name, None)  # the engines have no use for them
     environments = engine_environments(base, engines.count, engines.device)
     async with open_queue(redis_url) as queue:
-        supervisor = Supervisor(engines.command, environments, queue)
+        supervisor = Supervisor(engines.command, environments, JobConsumer(queue.client))
         server = DrainingServer(create_app(settings, queue), settings.grace_s)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         keeping = asyncio.create_task(supervisor.run())
@@ -158,7 +159,7 @@ def _exit_code(serving: "asyncio.Task[None]", keeping: "asyncio.Task[None]") -> 
     return 0
 
 
-async def _announce(queue: JobQueue, url: str) -> None:
+async def _announce(queue: JobProducer, url: str) -> None:
     """Says once, on stdout, that requests will be served now."""
     while True:
         with contextlib.suppress(QueueUnavailable):

@@ -19,7 +19,7 @@ from pathlib import Path
 from engine.child import tied_to_us
 from engine.config import EXIT_CONFIGURATION, HAND_BACK_S
 from engine.errors import QueueUnavailable
-from engine.jobs.queue import JobQueue
+from engine.jobs.consumer import JobConsumer
 from engine.observability.logs import event
 from server.admission.admission import in_time
 
@@ -57,7 +57,7 @@ class Supervisor:
         self,
         command: Sequence[str],
         environments: Sequence[Mapping[str, str]],
-        queue: JobQueue,
+        queue: JobConsumer,
         *,
         backoff: Backoff = Backoff(),
     ) -> None:

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobRecord, JobResult, JobState, PartialImage
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from engine.observability.logs import event, where
 from engine.tasks import stop
 from server.admission.admission import Pace
@@ -78,7 +78,7 @@ def to_event(name: str | None, data: bytes) -> bytes:
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
 
 
-async def image_events(queue: JobQueue, attendance: Attendance) -> AsyncGenerator[bytes]:
+async def image_events(queue: JobProducer, attendance: Attendance) -> AsyncGenerator[bytes]:
     """The events of a request with `stream: true`, as OpenAI's clients read them."""
     record = await _record(queue, attendance.job_id)
     async with aclosing(queue.follow(attendance.job_id)) as happenings:
@@ -94,7 +94,7 @@ async def image_events(queue: JobQueue, attendance: Attendance) -> AsyncGenerato
                     yield to_event(f"{Notes.of(happened).event_type}.completed", data)
 
 
-async def job_events(queue: JobQueue, job_id: str, pace: Pace) -> AsyncGenerator[bytes]:
+async def job_events(queue: JobProducer, job_id: str, pace: Pace) -> AsyncGenerator[bytes]:
     """The events of `GET /v1/jobs/{id}/events`: status, progress, partial_image; at the end completed or failed."""
     record = await _record(queue, job_id)
     told: JobRecord | None = None
@@ -113,7 +113,7 @@ async def job_events(queue: JobQueue, job_id: str, pace: Pace) -> AsyncGenerator
             told = happened
 
 
-async def _record(queue: JobQueue, job_id: str) -> JobRecord:
+async def _record(queue: JobProducer, job_id: str) -> JobRecord:
     record = await queue.get(job_id, patience_s=REDIS_PATIENCE_S)
     if record is None:
         raise QueueUnavailable(f"Redis has no record of job {job_id}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import orjson
 
 from engine.jobs.job import ImageResult, JobRecord, JobResult, JobState
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from server.admission.admission import Pace
 from server.errors import ApiError, internal_error
 
@@ -56,7 +56,7 @@ def new_file_tokens(count: int) -> list[str]:
     return [secrets.token_urlsafe(24) for _ in range(count)]
 
 
-async def render_answer(queue: JobQueue, record: JobRecord, result: JobResult) -> bytes:
+async def render_answer(queue: JobProducer, record: JobRecord, result: JobResult) -> bytes:
     """The JSON answer to a job that has succeeded, its pictures handed out if that is how they were asked for.
 
     Raises:
@@ -66,7 +66,7 @@ async def render_answer(queue: JobQueue, record: JobRecord, result: JobResult) -
     return await _rendered(result, lambda: images_body(record, result))
 
 
-async def render_job(queue: JobQueue, record: JobRecord, pace: Pace) -> bytes:
+async def render_job(queue: JobProducer, record: JobRecord, pace: Pace) -> bytes:
     """The job as JSON, with the answer once it has succeeded.
 
     Raises:
@@ -165,7 +165,7 @@ def failure(record: JobRecord) -> ApiError | None:
     return ApiError(status, error.message, type=error.type, code=error.code, param=error.param)
 
 
-async def _hand_out(queue: JobQueue, record: JobRecord, result: JobResult) -> None:
+async def _hand_out(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
     notes = Notes.of(record)
     if notes.response_format == "url":
         for token, image in zip(notes.file_tokens, result.images, strict=True):

@@ -12,7 +12,7 @@ from starlette.types import Receive
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobRecord, JobResult, JobState
-from engine.jobs.queue import JobQueue
+from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
 from engine.tasks import stop
 from server.admission.abandoned_jobs import Withdrawals
@@ -59,7 +59,7 @@ class Attendance:
     its result stays, for those who come back for it."""
 
     def __init__(
-        self, queue: JobQueue, job: Admitted, *, kept: bool, withdrawals: Withdrawals, endings: "Endings"
+        self, queue: JobProducer, job: Admitted, *, kept: bool, withdrawals: Withdrawals, endings: "Endings"
     ) -> None:
         self._queue, self._withdrawals, self._endings = queue, withdrawals, endings
         self.job_id, self.kept = job.job_id, False
@@ -113,7 +113,7 @@ class Endings:
     """Counts how jobs end, those included that no request waits for. However many these are, they are looked after
     together: a task and a look a second for each would cost more than to admit them."""
 
-    def __init__(self, queue: JobQueue, metrics: Metrics, pace: Pace) -> None:
+    def __init__(self, queue: JobProducer, metrics: Metrics, pace: Pace) -> None:
         self._queue, self._metrics, self._pace = queue, metrics, pace
         self._watched: dict[str, float] = {}  # when each was submitted
         self._watching: list[asyncio.Task[None]] = []

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
-from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.conftest import _no_settings_from_outside as _no_settings_from_outside
 

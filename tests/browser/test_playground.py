@@ -18,11 +18,11 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 from engine.geometry import Geometry
 from engine.jobs.job import Claim, JobError, JobSpec
-from engine.jobs.queue import JobQueue
 from server.admission.admission import ENGINES_FRESH_S
 from server.settings import ServerSettings
 from tests import pictures
 from tests.browser.conftest import open_page
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, partial_image, picture
 from tests.waiting import until

@@ -7,11 +7,11 @@ import httpx
 import pytest
 from playwright.async_api import Browser, Locator, Page, expect
 
-from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
 from tests import pictures
 from tests.browser.conftest import open_page
 from tests.browser.test_playground import VIEWPORTS, run_curl, run_python
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import orjson
 
+from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import Budget, Claim, JobError, JobResult, PartialImage, Plan
-from engine.jobs.queue import JobQueue
 
 
 class Journal:
@@ -33,7 +33,7 @@ class Journal:
         os.write(self._file, orjson.dumps([time.monotonic(), *facts]) + b"\n")
 
 
-class WitnessedQueue(JobQueue):
+class WitnessedConsumer(JobConsumer):
     """The queue, with every claim and every write of the engine in a journal.
 
     The times around a write are enough to tell a stale one that took effect: it began after a newer claim on the same

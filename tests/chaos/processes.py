@@ -21,8 +21,8 @@ from engine.config import EngineSettings
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.queue import JobQueue
 from tests.chaos.stub import StubSettings, run_engine
+from tests.job_queue import JobQueue
 from tests.waiting import until
 
 START_S, STOP_S = 120.0, 60.0

@@ -44,7 +44,7 @@ from engine.worker.encoding import encode, metadata
 from models.glm_image.config import RequestDefaults
 from models.glm_image.model import GlmImage
 from models.glm_image.source_images import Picture, Source
-from tests.chaos.journal import Journal, WitnessedQueue
+from tests.chaos.journal import Journal, WitnessedConsumer
 
 POISON, HANG = "POISON", "HANG"
 FATAL_STEP = 3
@@ -253,8 +253,8 @@ def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> No
         engines.append(_engine(stub, journal))
         return engines[0]
 
-    WitnessedQueue.journal = journal
-    with patch.multiple(process, _load=load, JobQueue=WitnessedQueue):
+    WitnessedConsumer.journal = journal
+    with patch.multiple(process, _load=load, JobConsumer=WitnessedConsumer):
         code = process.main(settings)
     if code == 0 and engines:
         journal.write("integrity", _integrity(engines[0]))

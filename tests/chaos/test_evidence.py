@@ -7,13 +7,13 @@ import orjson
 import pytest
 import redis.asyncio
 
-from engine.jobs.queue import JobQueue
 from tests.chaos.cases import Case
 from tests.chaos.evidence import Evidence
 from tests.chaos.inside import Inside
 from tests.chaos.ledger import Ledger
 from tests.chaos.report import Report
 from tests.chaos.soak import Slack
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import RESULT, claim, submit
 
 Line = tuple[Any, ...]

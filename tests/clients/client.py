@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 
 FOLDER = Path(__file__).parent

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from engine.jobs.job import JobError
-from engine.jobs.queue import JobQueue
 from tests.clients.client import ClientProcess, Raised, serving
 from tests.clients.test_openai import MASK
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, picture
 from tests.server.test_edits import PICTURE

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from engine.jobs.job import JobError
-from engine.jobs.queue import JobQueue
 from tests.clients.client import Client, Raised, serving
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.picture_files import file_of, plain
 from tests.server.stub_engine import StubEngine, partial_image, picture

@@ -9,8 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from engine.jobs.queue import JobQueue
 from server.requests.schemas import UNSUPPORTED, EditRequest, GenerationRequest
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, picture
 from tests.server.test_edits import PICTURE

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from engine.jobs.job import JobSources, JobSpec, Plan
-from engine.jobs.queue import JobQueue
 from engine.worker.plan_cache import PlanCache
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load
+from tests.job_queue import JobQueue
 
 SPEC = JobSpec("make it 'RED'", 96, 64, seed=1, n=2, sources=2)
 SOURCES = JobSources([b"first", b"second"], overlay=b"mask")

@@ -16,7 +16,6 @@ from PIL import Image as PillowImage
 from engine.config import EXIT_STUCK, EngineSettings
 from engine.engine import Engine
 from engine.jobs.job import Budget, EngineInfo, JobRecord, JobSpec, JobState, PartialImage, Plan
-from engine.jobs.queue import JobQueue
 from engine.observability.tracing import Tracing
 from engine.request import Planned, Request
 from engine.worker import worker as worker_module
@@ -24,6 +23,7 @@ from engine.worker.encoding import encode, metadata
 from engine.worker.worker import Worker
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
+from tests.job_queue import JobQueue
 from tests.waiting import until
 
 SPEC = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)

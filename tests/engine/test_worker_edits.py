@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from engine.jobs.job import JobSources, JobSpec, JobState, QueueStats
-from engine.jobs.queue import JobQueue
 from engine.worker.encoding import covered, encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import until_running, working
+from tests.job_queue import JobQueue
 from tests.pictures import picture, png, sources
 
 SPEC = JobSpec("make it 'RED'", 100, 64, seed=1, num_inference_steps=3, sources=1)

@@ -15,13 +15,13 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import Claim, JobResult, JobSources, JobSpec, JobState, OutputFormat
-from engine.jobs.queue import JobQueue
 from engine.worker import encoding
 from engine.worker import worker as worker_module
 from engine.worker.encoding import encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import submit, working
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import pass_deadline
 from tests.pictures import picture, sources
 

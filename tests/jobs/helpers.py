@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import Budget, Claim, ImageResult, JobResult, JobSources, JobSpec, Priority
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 
 ROOMY = Budget(images=100, kv_tokens=10**9, source_tokens=10**9, idle=False)
 IDLE = Budget(images=0, kv_tokens=0, source_tokens=0, idle=True)

@@ -216,7 +216,7 @@ BUGS = [
     # Python
     Bug(
         "renew names the wrong claims",
-        "engine/jobs/engine_side.py",
+        "engine/jobs/consumer.py",
         "return [claims[index] for index in await self._run(scripts.RENEW, consumer, *pairs)]",
         "return claims[: len(await self._run(scripts.RENEW, consumer, *pairs))]",
     ),
@@ -228,14 +228,14 @@ BUGS = [
     ),
     Bug(
         "an attached request gets its own id",
-        "engine/jobs/api_side.py",
+        "engine/jobs/producer.py",
         'return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id',
         "return job_id",
     ),
-    Bug("expire cancels", "engine/jobs/api_side.py", "JobState.EXPIRED.value", "JobState.CANCELLED.value"),
+    Bug("expire cancels", "engine/jobs/base.py", "JobState.EXPIRED.value", "JobState.CANCELLED.value"),
     Bug(
         "many dead entries end a claim",
-        "engine/jobs/engine_side.py",
+        "engine/jobs/consumer.py",
         "if reply is None:",
         "if not isinstance(reply, list):",
         "tests/jobs/test_admission.py",

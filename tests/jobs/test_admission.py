@@ -8,7 +8,7 @@ import redis.asyncio
 
 from engine.errors import QueueFull
 from engine.jobs.job import Budget, JobSources, JobState, Priority, QueueStats
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
 
 

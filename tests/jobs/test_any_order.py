@@ -25,7 +25,7 @@ from redis.exceptions import ResponseError
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import TERMINAL_STATES, Budget, Claim, JobError, JobSources, PartialImage, Plan, QueueStats
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, pass_deadline, spec, submit
 from tests.jobs.queue_model import CAP, MAX_RUNS, OWNED_CAP, SOURCES_CAP, Job, Model
 

@@ -12,7 +12,7 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo, JobError, JobState, Plan, QueueStats
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, kill, restart, submit
 
 

@@ -9,7 +9,7 @@ import redis.asyncio
 
 from engine.errors import KeyReused, QueueUnavailable, TooManyJobs
 from engine.jobs.job import JobRecord, JobSources, JobState, PartialImage
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import RESULT, claim, submit
 
 SOURCES = JobSources([b"\x89PNG one", b"\x89PNG two"], b"overlay")

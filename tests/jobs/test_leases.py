@@ -7,7 +7,7 @@ import pytest
 import redis.asyncio
 
 from engine.jobs.job import Claim, JobError, JobState, Plan, QueueStats
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, submit
 
 LEASE_MS = 150

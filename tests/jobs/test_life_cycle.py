@@ -18,7 +18,7 @@ from engine.jobs.job import (
     QueueStats,
     TokenGrid,
 )
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
 
 

@@ -8,7 +8,7 @@ import redis.asyncio
 
 from engine.errors import QueueFull, SourcesFull
 from engine.jobs.job import JobError, JobSources
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, submit
 
 SOURCES = JobSources([b"x" * 600, b"y" * 300], b"z" * 100)

@@ -8,16 +8,16 @@ import pytest
 import redis.asyncio
 
 from engine.errors import QueueUnavailable
-from engine.jobs import following
+from engine.jobs import producer
 from engine.jobs.job import JobError, JobState, QueueStats
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, submit
 
 
 @pytest.fixture
 def events_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """`wait` does not look by itself, so only an event can wake it."""
-    monkeypatch.setattr(following, "_LOOK_EVERY_S", 3600.0)
+    monkeypatch.setattr(producer, "_LOOK_EVERY_S", 3600.0)
 
 
 async def _fail(queue: JobQueue, job_id: str) -> None:

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.jobs.queue import JobQueue
 from models.glm_image.model import GlmImage
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import working
+from tests.job_queue import JobQueue
 from tests.packaging.files import ROOT
 from tests.waiting import until
 

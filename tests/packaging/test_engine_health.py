@@ -9,7 +9,7 @@ import pytest
 
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.packaging.files import ROOT
 
 SCRIPT = ROOT / "deploy" / "engine_health.py"

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.jobs.queue import JobQueue
 from server.app import create_app
 from server.processes.serving import DrainingServer, listen, url_of
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.stub_engine import StubEngine
 
 MakeClient = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.jobs.connection import connect
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.server.stub_engine import StubEngine
 
 

@@ -25,7 +25,7 @@ from engine.jobs.job import (
     Plan,
     TokenGrid,
 )
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 
 CODEBOOK_SIZE = 128
 DEFAULT_SIZE = "96x64"

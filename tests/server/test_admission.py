@@ -16,7 +16,6 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo, JobRecord, JobSources, JobSpec
-from engine.jobs.queue import JobQueue
 from server.admission import abandoned_jobs as withdrawals
 from server.admission import admission
 from server.admission.admission import Pace
@@ -24,6 +23,7 @@ from server.admission.rate_limits import Limits
 from server.app import create_app
 from server.metrics import Metrics
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import kill
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine

@@ -20,11 +20,11 @@ from typer.testing import CliRunner, Result
 
 from engine.config import EngineSettings
 from engine.jobs.job import JobError
-from engine.jobs.queue import JobQueue
 from server.cli import commands as cli
 from server.cli.client import GenerateError, format_of
 from server.cli.terminal import Display, half_blocks
 from tests import pictures
+from tests.job_queue import JobQueue
 from tests.packaging.files import ROOT
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine, partial_image, picture, plan_for

@@ -4,8 +4,8 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 from tests.server.test_errors import error_of

@@ -9,7 +9,7 @@ import pytest
 
 from engine.geometry import source_tokens
 from engine.jobs.job import JobSpec
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 from tests.server.picture_files import file_of, opened, patterned, plain
 from tests.server.stub_engine import StubEngine, picture, plan_for

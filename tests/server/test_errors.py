@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.jobs.queue import JobQueue
+from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 

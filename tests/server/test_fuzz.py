@@ -23,8 +23,8 @@ from schemathesis.transport.serialization import Binary
 
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.picture_files import file_of, patterned, plain
 from tests.server.stub_engine import StubEngine

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from engine.jobs.job import JobError, JobRecord, JobSpec
-from engine.jobs.queue import JobQueue
 from server.requests.schemas import UNSUPPORTED
 from server.requests.validation import STEPS_BY_QUALITY
+from tests.job_queue import JobQueue
 from tests.server.stub_engine import CODEBOOK_SIZE, DEFAULT_SIZE, StubEngine, picture, plan_for
 
 URL = "/v1/images/generations"

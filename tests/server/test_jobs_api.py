@@ -11,8 +11,8 @@ import redis.asyncio
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobError
-from engine.jobs.queue import JobQueue
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer, MakeClient
 from tests.server.events import events_of
 from tests.server.stub_engine import StubEngine, partial_image, picture

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 
-from engine.jobs.queue import JobQueue
 from server.admission import keys
 from server.admission.keys import THE_ONE_KEY, Caller, KeyFileError, KeyRing, hash_of, new_key, parse_key_file, table_of
 from server.processes.launch import _warn_if_open
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 from tests.server.test_cli import glimmer

@@ -14,7 +14,6 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import JobSpec
-from engine.jobs.queue import JobQueue
 from server.admission import admission
 from server.admission.abandoned_jobs import Withdrawals
 from server.admission.admission import Admission, Idempotency
@@ -24,6 +23,7 @@ from server.app import create_app
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import kill
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine

@@ -11,13 +11,13 @@ import redis.asyncio
 from starlette.requests import ClientDisconnect
 
 from engine.jobs.job import JobRecord
-from engine.jobs.queue import JobQueue
 from server.admission.abandoned_jobs import Withdrawals
 from server.admission.admission import Admitted, Pace
 from server.metrics import Metrics
 from server.processes.serving import listen
 from server.responses.job_wait import Attendance, Endings
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import submit
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine

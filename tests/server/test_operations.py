@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.jobs.job import JobSpec
-from engine.jobs.queue import JobQueue
 from engine.observability import logs
 from server.metrics import exposition
 from server.middleware import _request_id
+from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 

@@ -19,13 +19,13 @@ from engine.engine import Engine
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import QueueStats
-from engine.jobs.queue import JobQueue
 from models.glm_image.model import GlmImage
 from server.admission import admission
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import working
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import kill, restart
 from tests.jobs.test_faults import CURES, TROUBLES
 from tests.proxy import Proxy

@@ -16,12 +16,12 @@ import pytest
 
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import QueueStats
-from engine.jobs.queue import JobQueue
 from server.processes import launch, supervisor
 from server.processes import serving as serving_module
 from server.processes.launch import EnginePlan
 from server.processes.serving import listen, url_of
 from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import kill
 from tests.server.test_supervisor import FAKE_ENGINE, Starts, alive
 from tests.waiting import until

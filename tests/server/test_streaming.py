@@ -15,8 +15,8 @@ from starlette.types import Message
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobError, JobRecord, PartialImage
-from engine.jobs.queue import JobQueue
 from server.responses.events import EventStream
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import submit
 from tests.server.conftest import LiveServer, MakeClient
 from tests.server.events import events_of

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from engine.jobs.job import JobSpec
-from engine.jobs.queue import JobQueue
 from server.processes import supervisor as supervisor_module
 from server.processes.supervisor import Backoff, EngineMisconfigured, Supervisor, engine_environments
+from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE
 from tests.waiting import until
 

@@ -1,6 +1,6 @@
 """The engines' side of the queue: take jobs, keep their leases, write down what comes of them."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -12,8 +12,8 @@ from engine.jobs.job import Budget, Claim, EngineInfo, JobError, JobResult, JobS
 from engine.jobs.scripts import engine_side as scripts
 
 
-class EngineSide(QueueBase):
-    """See `JobQueue`."""
+class JobConsumer(QueueBase):
+    """The engines' side of the queue."""
 
     async def claim(self, consumer: str, budget: Budget) -> Claim | None:
         """Takes the next job, if there is one and it fits the budget. Jobs whose lease has lapsed come first.
@@ -118,11 +118,6 @@ class EngineSide(QueueBase):
         """Takes the heartbeat back; the index forgets the engine with the next look at it."""
         with redis_errors():
             await self._redis.delete(self._key("engine", engine_id))
-
-    def ended(self) -> AsyncIterator[str]:
-        """Ids of jobs that end while this is iterated, until `close`. Best effort: what happens while the connection
-        is broken is not told later, and a broken connection raises nothing."""
-        return self._events.ended()
 
     async def wait_for_work(self, timeout_s: float) -> None:
         """Returns when a job was submitted or handed back since the last call returned, or after `timeout_s`.

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quantile import quantile
-from engine.child import tied_to_us
+from engine.child import die_with_parent
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.consumer import JobConsumer
@@ -126,7 +126,7 @@ def running_api(redis_url: str, keys: Path, max_queue: int, log: Path) -> Iterat
     """
     options = {"--port": 0, "--redis-url": redis_url, "--max-queue": max_queue, "--api-keys": keys}
     words = [str(word) for pair in options.items() for word in pair]
-    command = tied_to_us([sys.executable, "-m", "server.cli", "api", *words], signal.SIGKILL)
+    command = die_with_parent([sys.executable, "-m", "server.cli", "api", *words], signal.SIGKILL)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")}
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)

@@ -3,7 +3,7 @@
 RECOVERY_BATCHES = 1000
 
 
-class Allowance:
+class BatchLimit:
     """A limit on a batch that comes down when a batch runs out of memory.
 
     It is halved then, and doubled again after every `RECOVERY_BATCHES` batches without that, up to where it was. So

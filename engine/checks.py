@@ -8,8 +8,8 @@ from engine.request import Image, Request
 
 def check_pictures(request: Request, limits: EngineLimits) -> None:
     """The pictures of an edit: as many as it says, and room for all of them."""
-    if len(request.pictures) != request.spec.sources:
-        raise RequestError(f"this edit of {request.spec.sources} pictures came with {len(request.pictures)}")
+    if len(request.preprocessed) != request.spec.num_sources:
+        raise RequestError(f"this edit of {request.spec.num_sources} pictures came with {len(request.preprocessed)}")
     needed, room = request.source_patches, limits.source_patches
     if needed > room:
         raise RequestError(

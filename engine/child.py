@@ -19,7 +19,7 @@ os.execv(argv[0], argv)
 """
 
 
-def tied_to_us(command: Sequence[str], number: signal.Signals) -> list[str]:
+def die_with_parent(command: Sequence[str], number: signal.Signals) -> list[str]:
     """The command line that runs `command` as a child which the kernel sends signal `number` when we are gone.
 
     "We" is the thread that starts the child: the kernel sends the signal when that thread ends, so start it in the main

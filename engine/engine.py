@@ -29,7 +29,7 @@ from torch import Tensor
 from engine.checks import check_pictures, check_plan
 from engine.device_errors import is_lost_device, is_out_of_memory
 from engine.errors import DeadlinePassed, RequestError
-from engine.jobs.job import JobSources, JobSpec, Plan, TokenGrid
+from engine.jobs.job import JobSpec, Plan, SourceImages, TokenGrid
 from engine.limits import EngineLimits
 from engine.observability.metrics import EngineMetrics
 from engine.planner import scheduler as planning
@@ -38,11 +38,11 @@ from engine.planner.scheduler import PlannerScheduler
 from engine.renderer.runner import RendererRunner, Rendering
 from engine.renderer.scheduler import RenderScheduler
 from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
-from models.errors import PictureError, PromptError
+from models.errors import PromptError, SourceImageError
 from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV
 from models.glm_image.prompt import fill_in_codes, place_sources
-from models.glm_image.source_images import Picture
+from models.glm_image.source_images import PreprocessedImage
 
 PROGRESS_SECONDS = 0.2  # between two reports
 PLANNING_MARGIN = 1.5  # while both stages work, each is slower than alone
@@ -107,19 +107,19 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def read_pictures(self, sources: JobSources) -> list[Picture]:
-        """The pictures of an edit as `Request.pictures` has them. Any thread may do this.
+    def preprocess_images(self, sources: SourceImages) -> list[PreprocessedImage]:
+        """The pictures of an edit as `Request.files` has them. Any thread may do this.
 
         Raises:
             RequestError: one of them cannot be edited.
         """
         try:
-            return [self.model.pictures.read(file) for file in sources.pictures]
-        except PictureError as error:
+            return [self.model.preprocessor.read(file) for file in sources.files]
+        except SourceImageError as error:
             raise RequestError(str(error), param="image", code="invalid_image_file") from error
 
     def generate(
-        self, specs: Sequence[JobSpec], sources: Sequence[JobSources | None] | None = None
+        self, specs: Sequence[JobSpec], sources: Sequence[SourceImages | None] | None = None
     ) -> list[list[Tensor]]:
         """Run requests to the end. Returns pixels [height, width, 3], uint8, for every image of every spec.
 
@@ -131,8 +131,8 @@ class Engine:
         """
         pixels = [[torch.empty(0)] * spec.n for spec in specs]
         for number, (spec, edited) in enumerate(zip(specs, sources or [None] * len(specs), strict=True)):
-            pictures = self.read_pictures(edited) if edited else []
-            self.submit(Request(str(number), spec, sources=edited, pictures=pictures))
+            pictures = self.preprocess_images(edited) if edited else []
+            self.submit(Request(str(number), spec, source_images=edited, preprocessed=pictures))
         while not self.is_idle:
             for event in self.step():
                 if isinstance(event, Failed):
@@ -145,7 +145,7 @@ class Engine:
         """Raise AssertionError if memory leaked, or if an idle engine still holds anything."""
         self.planner.check_integrity()
         assert not self.is_idle or (self.planner.is_idle and not len(self.renderer) and not self._waiting)
-        assert not self.is_idle or not len(self.renderer_runner.source_keys)
+        assert not self.is_idle or not len(self.renderer_runner.source_kv)
 
     # --- the parts of a step ------------------------------------------------------------------------------------------
 
@@ -165,12 +165,12 @@ class Engine:
         One edit a step: looking at its pictures takes a while, and those under way should not wait for several. What
         is past its deadline does not begin any more, nor does it keep others waiting.
         """
-        for request in [r for r in self._waiting if r.deadline <= time.monotonic()]:
+        for request in [r for r in self._waiting if r.deadline_at <= time.monotonic()]:
             self._fail(request, DeadlinePassed("the deadline came before there was room"))
         while self._waiting and self._fits(self._waiting[0]):
             request = self._waiting.popleft()
             self._guarded_each([request], self._begin)
-            if request.spec.sources:
+            if request.spec.num_sources:
                 break
 
     def _plan(self) -> None:
@@ -222,7 +222,7 @@ class Engine:
         self.metrics.renderer_rows.observe(rows)
         self.metrics.renderer_tokens.inc(tokens)
         self.metrics.renderer_padding.inc(self.renderer_runner.padding(tokens))
-        self._guarded_each([r for r in advanced if r.is_to_be_shown and not self._waits_for_preview(r)], self._show)
+        self._guarded_each([r for r in advanced if r.has_partial_due and not self._waits_for_preview(r)], self._show)
         self._guarded_each([r for r in advanced if not r.steps_left], self._finish_rendering)
 
     def _report(self) -> None:
@@ -238,8 +238,8 @@ class Engine:
         """Tokenize, take over the plans that are known, refuse what could never be served."""
         spec, geometry = request.spec, request.spec.geometry
         check_pictures(request, self.limits)
-        ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width, spec.sources)
-        grids = [(picture.rows, picture.cols) for picture in request.pictures]
+        ids = self.model.prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width, spec.num_sources)
+        grids = [(picture.rows, picture.cols) for picture in request.preprocessed]
         request.prompt_ids, request.prompt_positions = place_sources(ids, self.model.prompts.image_token, grids)
         for image in request.images:
             image.plan = Plan.from_dict(spec.plan) if spec.plan else request.plans.get(image.index)
@@ -256,10 +256,10 @@ class Engine:
         """Everything has room: see the sources, render what is planned, plan the rest."""
         for image in request.images:
             image.admitted_at = time.monotonic()
-        request.seen = [self.model.see(picture) for picture in request.pictures]
-        codes = torch.cat([source.codes.flatten() for source in request.seen]).tolist() if request.seen else []
+        request.encoded = [self.model.encode_source(picture) for picture in request.preprocessed]
+        codes = torch.cat([source.codes.flatten() for source in request.encoded]).tolist() if request.encoded else []
         request.prompt_ids = fill_in_codes(request.prompt_ids, self.model.prompts.image_token, codes)
-        request.pictures = []
+        request.preprocessed = []
         self._start_rendering([image for image in request.images if image.plan])
         if not request.is_planned:
             self.planner.add(request)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from engine.jobs.job import JobSources, JobSpec, Plan, TokenGrid
+from engine.jobs.job import JobSpec, Plan, SourceImages, TokenGrid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.glm_image.source_images import Picture, Source
+    from models.glm_image.source_images import EncodedImage, PreprocessedImage
 
 
 @dataclass(eq=False)
@@ -20,19 +20,19 @@ class Request:
     """`spec.n` images of one prompt, which share the prompt's keys and values.
 
     Args:
-        deadline: `time.monotonic()` seconds after which nobody wants the answer.
+        deadline_at: `time.monotonic()` seconds after which nobody wants the answer.
         plans: plans that need not be made again, by image index.
         sources: what an edit starts from, filled before the engine gets the request.
-        pictures: its pictures, laid out for the model (`Engine.read_pictures`), filled before, too.
+        pictures: its pictures, laid out for the model (`Engine.preprocess_images`), filled before, too.
     """
 
     id: str
     spec: JobSpec
-    deadline: float = float("inf")
+    deadline_at: float = float("inf")
     plans: dict[int, Plan] = field(default_factory=dict)
-    sources: JobSources | None = None
-    pictures: list[Picture] = field(default_factory=list)  # emptied once the model has seen them
-    seen: list[Source] = field(default_factory=list)  # what it saw; filled at admission
+    source_images: SourceImages | None = None
+    preprocessed: list[PreprocessedImage] = field(default_factory=list)  # emptied once the model has seen them
+    encoded: list[EncodedImage] = field(default_factory=list)  # what it saw; filled at admission
     prompt_ids: list[int] = field(default_factory=list)  # filled on arrival, the codes of sources at admission
     prompt_positions: Tensor | None = None  # [tokens, 3], filled on arrival
 
@@ -48,12 +48,12 @@ class Request:
     @property
     def source_tokens(self) -> int:
         """Tokens of the prompt that are codes of the sources."""
-        return sum(source.tokens for source in self.seen or self.pictures)
+        return sum(source.tokens for source in self.encoded or self.preprocessed)
 
     @property
     def source_patches(self) -> int:
         """Renderer tokens of the sources."""
-        return sum(source.patches for source in self.seen or self.pictures)
+        return sum(source.patches for source in self.encoded or self.preprocessed)
 
     @property
     def is_planned(self) -> bool:

@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         return out
 
 
-def row_block(rows: int, device: torch.device) -> int | None:
+def tile_height(rows: int, device: torch.device) -> int | None:
     """`rows` where products must run in blocks, None where they need not."""
     return rows if device.type == "cpu" else None
 

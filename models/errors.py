@@ -9,5 +9,5 @@ class PromptError(ValueError):
     """A prompt the model cannot take; the message says why, to the person who wrote it."""
 
 
-class PictureError(ValueError):
+class SourceImageError(ValueError):
     """A picture the model cannot take; the message says why, to the person who sent it."""

@@ -11,15 +11,17 @@ from engine.jobs.connection import connect
 from engine.jobs.producer import JobProducer
 from engine.observability.tracing import open_tracing
 from server import openapi
-from server.admission.abandoned_jobs import Withdrawals
-from server.admission.admission import Admission, EngineDirectory, Gate
+from server.admission.abandoned_jobs import AbandonedJobs
+from server.admission.admission import Admission
+from server.admission.engine_directory import EngineDirectory
+from server.admission.gate import Gate
 from server.admission.keys import KeyRing
-from server.admission.rate_limits import Limits
+from server.admission.rate_limits import RateLimits
 from server.errors import install_handlers
 from server.metrics import Metrics
 from server.middleware import RequestObserver
 from server.requests.prompt_rewriter import open_rewriter
-from server.responses.job_wait import Endings
+from server.responses.outcomes import JobOutcomes
 from server.routes import files, health, images, jobs, models, pages
 from server.services import Services
 from server.settings import ServerSettings
@@ -58,11 +60,11 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
             nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as job_queue,
             open_rewriter(settings, metrics) as rewriter,
         ):
-            withdrawals = Withdrawals(job_queue, metrics)
+            abandoned_jobs = AbandonedJobs(job_queue, metrics)
             admission = Admission(
-                job_queue, Limits(job_queue), settings.max_queue, withdrawals, settings.max_source_bytes
+                job_queue, RateLimits(job_queue), settings.max_queue, abandoned_jobs, settings.max_source_bytes
             )
-            endings = Endings(job_queue, metrics, admission.pace)
+            outcomes = JobOutcomes(job_queue, metrics, admission.pace)
             app.state.services = Services(
                 settings=settings,
                 queue=job_queue,
@@ -70,14 +72,14 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
                 keys=keys,
                 admission=admission,
                 rewriter=rewriter,
-                withdrawals=withdrawals,
-                endings=endings,
+                abandoned_jobs=abandoned_jobs,
+                outcomes=outcomes,
                 gate=gate,
                 metrics=metrics,
             )
             yield
-            await endings.close()
-            await withdrawals.close()
+            await outcomes.close()
+            await abandoned_jobs.close()
         await asyncio.to_thread(tracing.close)
 
     app = FastAPI(

@@ -78,7 +78,7 @@ class Metrics:
         self._queue.clear()
         self._engines.clear()
         self._source_bytes.set(math.nan if stats is None else stats.source_bytes)
-        self._given_up.set(math.nan if stats is None else stats.given_up)
+        self._given_up.set(math.nan if stats is None else stats.dead_lettered)
         if stats is not None:
             self._queue.labels("waiting").set(stats.waiting)
             self._queue.labels("running").set(stats.running)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from engine.jobs.producer import JobProducer
-from server.admission.abandoned_jobs import Withdrawals
-from server.admission.admission import Admission, EngineDirectory, Gate
+from server.admission.abandoned_jobs import AbandonedJobs
+from server.admission.admission import Admission
+from server.admission.engine_directory import EngineDirectory
+from server.admission.gate import Gate
 from server.admission.keys import KeyRing
 from server.metrics import Metrics
 from server.requests.prompt_rewriter import Rewriter
-from server.responses.job_wait import Endings
+from server.responses.outcomes import JobOutcomes
 from server.settings import ServerSettings
 
 
@@ -32,8 +34,8 @@ class Services:
     keys: KeyRing
     admission: Admission
     rewriter: Rewriter | None
-    withdrawals: Withdrawals
-    endings: Endings
+    abandoned_jobs: AbandonedJobs
+    outcomes: JobOutcomes
     gate: Gate
     metrics: Metrics
     decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from engine.jobs.job import JobSources
+from engine.jobs.job import SourceImages
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
@@ -20,5 +20,5 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def sources(*images: Image.Image, overlay: Image.Image | None = None) -> JobSources:
-    return JobSources([png(image) for image in images], png(overlay) if overlay else None)
+def sources(*images: Image.Image, overlay: Image.Image | None = None) -> SourceImages:
+    return SourceImages([png(image) for image in images], png(overlay) if overlay else None)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from engine.config import EXIT_CONFIGURATION, EngineSettings
 from engine.engine import Engine
-from engine.jobs.job import Budget, JobState, Origin
+from engine.jobs.job import FreeCapacity, JobState, Origin
 from engine.observability.tracing import Tracing, TracingError, open_tracing
 from engine.worker import process
 from models.glm_image.model import GlmImage
@@ -147,10 +147,10 @@ async def test_further_runs_are_in_the_same_trace(
     """One job is taken over from an engine that died, one is cancelled, one comes from an API that knows no traces."""
     how = {"timeout_s": 60, "priority": "interactive", "max_queue": 9}
     await queue.submit(SPEC, job_id="again", origin=ORIGIN, **how)
-    claim = await queue.claim("first", Budget(8, 100_000, 0, True))
+    claim = await queue.claim("first", FreeCapacity(8, 100_000, 0, True))
     assert claim is not None
     assert claim.origin == ORIGIN
-    await queue.surrender("first")
+    await queue.requeue_all("first")
     await queue.submit(SPEC, job_id="untraced", **how)
     await queue.client.hdel(f"{queue.prefix}:job:untraced", "origin")  # type: ignore[misc]
     async with working(queue, small_engine(model), tracing):

@@ -11,12 +11,12 @@ from engine.jobs.job import (
     JobError,
     JobRecord,
     JobResult,
-    JobSources,
     JobSpec,
     JobState,
     Origin,
     Plan,
     Priority,
+    SourceImages,
 )
 
 RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs", "progress", "error", "owner", "notes")
@@ -33,7 +33,7 @@ def decode_record(job_id: str, values: Sequence[Any], position: int | None = Non
         spec=JobSpec.from_dict(orjson.loads(stored["spec"])),
         priority=cast(Priority, stored["priority"].decode()),
         submitted_at=int(stored["submitted_at"]),
-        deadline=int(stored["deadline"]),
+        deadline_ms=int(stored["deadline"]),
         runs=int(stored["runs"]),
         progress=orjson.loads(stored.get("progress", b"{}")),
         error=JobError.from_dict(orjson.loads(stored["error"])) if "error" in stored else None,
@@ -51,33 +51,33 @@ def decode_claim(reply: Sequence[Any]) -> Claim:
         epoch=epoch,
         spec=JobSpec.from_dict(orjson.loads(spec)),
         submitted_at=int(submitted_at),
-        deadline=int(deadline),
+        deadline_ms=int(deadline),
         claimed_at=claimed_at,
         runs=runs,
         plans={
             int(index): Plan.from_dict(orjson.loads(plan)) for index, plan in zip(plans[::2], plans[1::2], strict=True)
         },
-        exclusive=bool(suspect),
+        quarantined=bool(suspect),
         origin=Origin.from_dict(orjson.loads(origin or b"{}")),  # an API of an older version writes none
     )
 
 
-def encode_sources(sources: JobSources | None) -> list[str | bytes]:
+def encode_sources(sources: SourceImages | None) -> list[str | bytes]:
     """Field names and values in turn: each picture by its index, and `overlay`."""
     if sources is None:
         return []
     fields: list[str | bytes] = []
-    for index, picture in enumerate(sources.pictures):
+    for index, picture in enumerate(sources.files):
         fields += [str(index), picture]
     return fields if sources.overlay is None else [*fields, "overlay", sources.overlay]
 
 
-def decode_sources(stored: Mapping[Any, Any]) -> JobSources | None:
+def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
     """The sources from their hash, None where there is none."""
     if not stored:
         return None
     count = len(stored) - (b"overlay" in stored)
-    return JobSources([stored[b"%d" % index] for index in range(count)], stored.get(b"overlay"))
+    return SourceImages([stored[b"%d" % index] for index in range(count)], stored.get(b"overlay"))
 
 
 def encode_result(result: JobResult) -> list[str | bytes]:

@@ -8,18 +8,18 @@ import orjson
 from engine.jobs.base import QueueBase
 from engine.jobs.codec import decode_claim, decode_sources, encode_result
 from engine.jobs.connection import redis_errors
-from engine.jobs.job import Budget, Claim, EngineInfo, JobError, JobResult, JobSources, PartialImage, Plan
+from engine.jobs.job import Claim, EngineInfo, FreeCapacity, JobError, JobResult, PartialImage, Plan, SourceImages
 from engine.jobs.scripts import engine_side as scripts
 
 
 class JobConsumer(QueueBase):
     """The engines' side of the queue."""
 
-    async def claim(self, consumer: str, budget: Budget) -> Claim | None:
+    async def claim(self, consumer: str, budget: FreeCapacity) -> Claim | None:
         """Takes the next job, if there is one and it fits the budget. Jobs whose lease has lapsed come first.
 
         A job that does not fit is not passed over: nothing is granted until it fits here or another engine takes it.
-        So large jobs do not starve, nor do jobs that must run alone (`Claim.exclusive`), for which an engine has to
+        So large jobs do not starve, nor do jobs that must run alone (`Claim.quarantined`), for which an engine has to
         run dry. The engine's own lapsed leases count too: renew before claiming.
 
         Args:
@@ -64,7 +64,7 @@ class JobConsumer(QueueBase):
             await self._run(scripts.CHECKPOINT_PLAN, claim.job_id, claim.epoch, index, orjson.dumps(plan.to_dict()))
         )
 
-    async def sources(self, claim: Claim) -> JobSources | None:
+    async def source_images(self, claim: Claim) -> SourceImages | None:
         """What an edit starts from; None for a job that is no edit, or has ended."""
         with redis_errors():
             return decode_sources(await self._redis.hgetall(self._key("sources", claim.job_id)))
@@ -97,11 +97,11 @@ class JobConsumer(QueueBase):
         """Ends the job as failed."""
         return bool(await self._run(scripts.FAIL, claim.job_id, claim.epoch, orjson.dumps(error.to_dict())))
 
-    async def release(self, consumer: str, claim: Claim) -> bool:
+    async def requeue(self, consumer: str, claim: Claim) -> bool:
         """Hands the job back to its old place in the queue; this run does not count against it."""
         return bool(await self._run(scripts.RELEASE, consumer, claim.job_id, claim.epoch))
 
-    async def surrender(self, consumer: str) -> int:
+    async def requeue_all(self, consumer: str) -> int:
         """Hands back every job of a consumer that is known to be dead, instead of waiting for its leases to lapse,
         and removes the consumer. The runs count. Returns how many jobs it held."""
         return await self._run(scripts.SURRENDER, consumer)
@@ -114,7 +114,7 @@ class JobConsumer(QueueBase):
         """
         await self._run(scripts.HEARTBEAT, info.id, round(ttl_s * 1000), orjson.dumps(info.to_dict()), metrics)
 
-    async def retire(self, engine_id: str) -> None:
+    async def deregister(self, engine_id: str) -> None:
         """Takes the heartbeat back; the index forgets the engine with the next look at it."""
         with redis_errors():
             await self._redis.delete(self._key("engine", engine_id))

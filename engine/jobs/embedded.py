@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from engine.child import tied_to_us
+from engine.child import die_with_parent
 from engine.errors import QueueUnavailable
 
 # sun_path holds 108 bytes with its final zero on Linux, 104 on BSD and macOS.
@@ -147,7 +147,7 @@ class EmbeddedRedis:
         }
         server = [str(self._binary), *(word for name, value in settings.items() for word in (f"--{name}", value))]
         return subprocess.Popen(
-            tied_to_us(server, signal.SIGTERM),
+            die_with_parent(server, signal.SIGTERM),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -29,17 +30,23 @@ class JobState(enum.StrEnum):
 TERMINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
 
 
+@functools.cache
+def _wire_names(record: type) -> dict[str, str]:
+    """Return the JSON name of every field: its own, or the one its metadata gives as `wire`."""
+    return {field.name: field.metadata.get("wire", field.name) for field in dataclasses.fields(record)}
+
+
 class _Record:
     """JSON-ready dict in and out, for flat dataclasses. Unknown keys are dropped, so that a newer API or engine can
     add fields while an older one is still running."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[arg-type]
+        names = _wire_names(type(self))
+        return {names[name]: value for name, value in dataclasses.asdict(self).items()}  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        return cls(**{k: v for k, v in data.items() if k in names})
+        return cls(**{name: data[wire] for name, wire in _wire_names(cls).items() if wire in data})
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class JobSpec(_Record):
         temperature, top_p: planner sampling; None takes the checkpoint's. Temperature 0 is greedy.
         plan: a plan of the same size to render instead of planning (`Plan.to_dict`).
         partial_images: pictures to show of each image on its way, 0..3.
-        sources: pictures to edit, 0..4; they travel beside the spec (`JobSources`).
+        sources: pictures to edit, 0..4; they travel beside the spec (`SourceImages`).
         source_tokens: an upper bound of the prompt's tokens that stand for them.
         model: the name the client knows the model by, for the metadata of a PNG.
         embed_prompt: whether the prompt goes into that metadata, too.
@@ -105,7 +112,7 @@ class JobSpec(_Record):
     output_format: OutputFormat = "png"
     output_compression: int = 100
     partial_images: int = 0
-    sources: int = 0
+    num_sources: int = field(default=0, metadata={"wire": "sources"})
     source_tokens: int = 0
     model: str = ""
     embed_prompt: bool = False
@@ -123,7 +130,7 @@ class JobSpec(_Record):
     def grids(self) -> list[Grid]:
         """What the planner writes for an image, in order: the preview, then the plan; of an edit the plan alone."""
         geometry = self.geometry
-        return [geometry.plan] if self.sources else [geometry.preview, geometry.plan]
+        return [geometry.plan] if self.num_sources else [geometry.preview, geometry.plan]
 
     @property
     def image_plan_tokens(self) -> int:
@@ -137,7 +144,7 @@ class JobSpec(_Record):
 
 
 @dataclass(frozen=True)
-class JobSources:
+class SourceImages:
     """The pictures an edit starts from.
 
     Args:
@@ -145,13 +152,13 @@ class JobSources:
         overlay: an RGBA PNG of the size asked for: what covers the finished picture wherever the mask says "keep".
     """
 
-    pictures: list[bytes]
+    files: list[bytes]
     overlay: bytes | None = None
 
     @property
     def size(self) -> int:
         """In bytes."""
-        return sum(map(len, self.pictures)) + len(self.overlay or b"")
+        return sum(map(len, self.files)) + len(self.overlay or b"")
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ class JobRecord:
     spec: JobSpec
     priority: Priority
     submitted_at: int
-    deadline: int
+    deadline_ms: int
     runs: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
     error: JobError | None = None
@@ -247,7 +254,7 @@ class JobRecord:
 class Claim:
     """The right to run a job, valid while the lease is renewed and the record's epoch is still `epoch`.
 
-    `plans` holds the checkpointed plans of an earlier run, by image index. `exclusive` jobs brought an engine down
+    `plans` holds the checkpointed plans of an earlier run, by image index. `quarantined` jobs brought an engine down
     before: they run alone, so that nobody is harmed if they do it again. Times are milliseconds of Redis' clock, which
     need not agree with the engine's.
     """
@@ -256,16 +263,16 @@ class Claim:
     epoch: int
     spec: JobSpec
     submitted_at: int
-    deadline: int
+    deadline_ms: int
     claimed_at: int
     runs: int
     plans: dict[int, Plan]
-    exclusive: bool = False
+    quarantined: bool = False
     origin: Origin = Origin()
 
 
 @dataclass(frozen=True)
-class Budget:
+class FreeCapacity:
     """What an engine can admit right now. An idle engine takes any job: only it can say what is wrong with it.
 
     Args:
@@ -315,4 +322,4 @@ class QueueStats:
     waiting: int
     running: int
     source_bytes: int = 0
-    given_up: int = 0
+    dead_lettered: int = 0

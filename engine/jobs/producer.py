@@ -16,19 +16,19 @@ from engine.jobs.job import (
     EngineInfo,
     JobRecord,
     JobResult,
-    JobSources,
     JobSpec,
     JobState,
     Origin,
     PartialImage,
     Priority,
     QueueStats,
+    SourceImages,
 )
 from engine.jobs.scripts import api_side as scripts
 
 T = TypeVar("T")
-_TRY_EVERY_S = 0.5  # how often a patient call tries to reach a Redis that is away
-_LOOK_EVERY_S = 1.0  # how often `wait` looks by itself, should an event have been lost
+_RETRY_INTERVAL_S = 0.5  # how often a patient call tries to reach a Redis that is away
+_POLL_INTERVAL_S = 1.0  # how often `wait` looks by itself, should an event have been lost
 _PATIENCE_S = 30.0  # how long past the deadline `wait` hopes for Redis to come back
 _DELIVERED_TTL_S = 5.0  # leaves time to ask for a result once more, should its answer have been lost on the way
 
@@ -44,7 +44,7 @@ class JobProducer(QueueBase):
         timeout_s: float,
         priority: Priority,
         max_queue: int,
-        sources: JobSources | None = None,
+        source_images: SourceImages | None = None,
         notes: dict[str, Any] | None = None,
         owner: str = "",
         max_owned: int | None = None,
@@ -59,7 +59,7 @@ class JobProducer(QueueBase):
         Args:
             timeout_s: seconds from now to the deadline.
             max_queue: how many jobs may wait, over both priorities.
-            sources: what an edit starts from, `spec.sources` pictures.
+            sources: what an edit starts from, `spec.num_sources` pictures.
             notes: found again in the job's record.
             owner: whose job it is.
             max_owned: how many jobs the owner may have waiting and running.
@@ -94,9 +94,9 @@ class JobProducer(QueueBase):
             idempotency_key,
             fingerprint,
             orjson.dumps(origin.to_dict()),
-            sources.size if sources else 0,
+            source_images.size if source_images else 0,
             "" if max_source_bytes is None else max_source_bytes,
-            *encode_sources(sources),
+            *encode_sources(source_images),
         )
         if reply == b"full":
             raise QueueFull(f"{max_queue} jobs are waiting already")
@@ -135,7 +135,7 @@ class JobProducer(QueueBase):
         values, position = await _patiently(ask, patience_s)
         return decode_record(job_id, values, position)
 
-    async def withdraw(self, job_id: str) -> bool:
+    async def discard(self, job_id: str) -> bool:
         """Takes back a job whose result nobody wants. True if this call ended it.
 
         Unlike `cancel` it is also for a submit whose answer never came: should that still be under way, it will not
@@ -152,7 +152,7 @@ class JobProducer(QueueBase):
         key = self._key("result", job_id)
         return decode_result(await _patiently(lambda: self._redis.hgetall(key), patience_s))
 
-    async def delivered(self, job_id: str) -> None:
+    async def shorten_ttl(self, job_id: str) -> None:
         """Says that the result of an ended job has been handed over: its record and its result, which may be megabytes,
         live for some seconds more instead of `result_ttl_s`."""
         left_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
@@ -219,12 +219,12 @@ class JobProducer(QueueBase):
                 except QueueUnavailable:
                     if time.monotonic() > give_up_at:
                         raise
-                    pause = _LOOK_EVERY_S
+                    pause = _POLL_INTERVAL_S
                 else:
                     if left_s is None:
                         return _known(record, job_id)
                     give_up_at = time.monotonic() + left_s + _PATIENCE_S
-                    pause = min(_LOOK_EVERY_S, left_s)
+                    pause = min(_POLL_INTERVAL_S, left_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await woken.wait()
@@ -242,7 +242,7 @@ class JobProducer(QueueBase):
         with self._events.waiter(job_id, every_change=True) as woken:
             while True:
                 woken.clear()
-                pause = _LOOK_EVERY_S
+                pause = _POLL_INTERVAL_S
                 try:
                     left_s = await self._time_left(job_id) or 0.0
                     record = await self.get(job_id)
@@ -260,7 +260,7 @@ class JobProducer(QueueBase):
                     if record.state.is_terminal:
                         return
                     give_up_at = time.monotonic() + left_s + _PATIENCE_S
-                    pause = min(_LOOK_EVERY_S, left_s)
+                    pause = min(_POLL_INTERVAL_S, left_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await woken.wait()
@@ -317,4 +317,4 @@ async def _patiently(ask: Callable[[], Awaitable[T]], patience_s: float) -> T:
         except QueueUnavailable:
             if time.monotonic() >= give_up_at:
                 raise
-        await asyncio.sleep(_TRY_EVERY_S)
+        await asyncio.sleep(_RETRY_INTERVAL_S)

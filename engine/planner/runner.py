@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.planner.sampler import sample, uniforms
 from engine.planner.scheduler import PromptGroup, Sequence
 from engine.request import Request
-from models.batch_invariant import padded, row_block
+from models.batch_invariant import padded, tile_height
 from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, RotaryTable, plan_positions
@@ -49,8 +49,8 @@ class PlannerRunner:
         self.model, self.kv, self.sampling = model, kv, sampling
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.rotary = RotaryTable(model.config, max_positions, self.device)
-        self.decode_block = row_block(DECODE_ROWS, self.device)
-        self.prefill_block = row_block(PREFILL_ROWS, self.device)
+        self.decode_block = tile_height(DECODE_ROWS, self.device)
+        self.prefill_block = tile_height(PREFILL_ROWS, self.device)
         self._tokens = torch.zeros(slots, max_plan_tokens, dtype=torch.long, device=self.device)
         self._uniforms = torch.zeros(slots, max_plan_tokens, device=self.device)
         self._positions = torch.zeros(slots, max_plan_tokens, 3, dtype=torch.long, device=self.device)

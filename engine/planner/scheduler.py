@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from engine.batch_limit import Allowance
+from engine.batch_limit import BatchLimit
 from engine.errors import RequestError
 from engine.planner.block_allocator import BlockAllocator
 from engine.request import Image, Request
@@ -85,8 +85,8 @@ class PlannerScheduler:
         self.block_size = block_size
         self.slots = slots
         self.max_prompt_tokens = max_prompt_tokens
-        self.prefill_budget = Allowance(prefill_tokens)
-        self.decode_budget = Allowance(slots)
+        self.prefill_budget = BatchLimit(prefill_tokens)
+        self.decode_budget = BatchLimit(slots)
         self._free_slots = list(range(slots))[::-1]
         self._prefill: deque[PromptGroup] = deque()
         self._decode: list[Sequence] = []

@@ -9,10 +9,10 @@ from torch import Tensor
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import TokenGrid
 from engine.quotes import quoted_strings
-from engine.renderer.source_kv import SourceKeys
+from engine.renderer.source_kv import SourceKVCache
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
-from models.batch_invariant import elementwise, padded, row_block
+from models.batch_invariant import elementwise, padded, tile_height
 from models.glm_image.model import GlmImage
 from models.glm_image.renderer import MODULATION_ROWS, RowLayout, patchify, rotary_angles, unpatchify
 
@@ -74,7 +74,7 @@ class Rendering:
         return sum(step <= self.step for step in self.shown_after) if self.is_preview or self.steps_left else 0
 
     @property
-    def is_to_be_shown(self) -> bool:
+    def has_partial_due(self) -> bool:
         """Whether the picture as it is now goes out as a partial image."""
         return self.due > self.shown
 
@@ -97,8 +97,8 @@ class Rendering:
         return sum(len(glyphs) + self.patches for glyphs in self.rows)
 
     @property
-    def deadline(self) -> float:
-        return self.image.request.deadline
+    def deadline_at(self) -> float:
+        return self.image.request.deadline_at
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ class RendererRunner:
 
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer
-        self.block = row_block(ROWS, model.device)
-        self.modulation_block = row_block(MODULATION_ROWS, model.device)
-        self.source_keys = SourceKeys(model, self.block, self.modulation_block)
+        self.block = tile_height(ROWS, model.device)
+        self.modulation_block = tile_height(MODULATION_ROWS, model.device)
+        self.source_kv = SourceKVCache(model, self.block, self.modulation_block)
         self._batch: PackedBatch | None = None
         self._angles = lru_cache(maxsize=64)(self._rotary_angles)
         self._glyphs = lru_cache(maxsize=64)(self._glyph_tokens)
@@ -176,12 +176,12 @@ class RendererRunner:
             ),
             sigmas=sigmas,
             angles=self._angles(geometry.patches.rows, geometry.patches.cols),
-            sources=self.source_keys.of(image.request),
+            sources=self.source_kv.of(image.request),
         )
 
     def release(self, request: Request) -> None:
         """The request has ended: let go of what its images shared, and of a layout that still names them."""
-        self.source_keys.release(request)
+        self.source_kv.release(request)
         if self._batch is not None and any(r.request is request for r in self._batch.renderings):
             self._batch = None
 

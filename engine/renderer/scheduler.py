@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from engine.batch_limit import Allowance
+from engine.batch_limit import BatchLimit
 
 
 class Work(Protocol):
@@ -25,7 +25,7 @@ class Work(Protocol):
     def steps_left(self) -> int: ...
 
     @property
-    def deadline(self) -> float:
+    def deadline_at(self) -> float:
         """`time.monotonic()` seconds, infinite if there is none."""
         ...
 
@@ -51,7 +51,7 @@ class RenderScheduler(Generic[W]):
     """
 
     def __init__(self, token_budget: int):
-        self.budget = Allowance(token_budget)
+        self.budget = BatchLimit(token_budget)
         self._entries: list[_Entry[W]] = []
         self._seconds_per_token = 0.0
 
@@ -97,7 +97,7 @@ class RenderScheduler(Generic[W]):
 
     def _rank(self, entry: _Entry[W], now: float) -> tuple[bool, float]:
         needed = entry.remaining * self._seconds_per_token
-        slack = entry.work.deadline - now - needed
+        slack = entry.work.deadline_at - now - needed
         if slack < needed:  # as urgent as it is long: it must run at least every other tick from now on
-            return False, entry.work.deadline
+            return False, entry.work.deadline_at
         return True, entry.remaining - entry.waited * self.budget.now

@@ -12,10 +12,10 @@ from engine.request import Request
 from models.batch_invariant import elementwise, padded
 from models.glm_image.model import GlmImage
 from models.glm_image.renderer import RowLayout, patchify, rotary_angles
-from models.glm_image.source_images import CODE_CELL, Source
+from models.glm_image.source_images import CODE_CELL, EncodedImage
 
 
-class SourceKeys:
+class SourceKVCache:
     """Keys and values [layers, 2, heads, S, D] of the requests that have sources.
 
     Args:
@@ -34,15 +34,15 @@ class SourceKeys:
     @torch.inference_mode()
     def of(self, request: Request) -> Tensor | None:
         """The request's, in the order of its sources; None if it has none."""
-        if request.seen and request not in self._kept:
-            self._kept[request] = self._read(request.seen)
+        if request.encoded and request not in self._kept:
+            self._kept[request] = self._read(request.encoded)
         return self._kept.get(request)
 
     def release(self, request: Request) -> None:
         """The request has ended; harmless if it had no sources."""
         self._kept.pop(request, None)
 
-    def _read(self, sources: list[Source]) -> Tensor:
+    def _read(self, sources: list[EncodedImage]) -> Tensor:
         config, patches = self._renderer.config, [source.patches for source in sources]
         shape = (config.num_layers, 2, config.num_attention_heads, sum(patches), config.attention_head_dim)
         kept = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -50,7 +50,7 @@ class SourceKeys:
             self._read_one(source, keep)
         return kept
 
-    def _read_one(self, source: Source, keep: Tensor) -> None:
+    def _read_one(self, source: EncodedImage, keep: Tensor) -> None:
         """Every source on its own: what it leaves depends on no other, and its positions start anew."""
         renderer, (rows, cols), patches = self._renderer, source.codes.shape, source.patches
         latents = patchify(source.latents, renderer.config.patch_size).to(self._dtype)

@@ -10,7 +10,7 @@ import hashlib
 import orjson
 
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import JobSources, JobSpec, Plan
+from engine.jobs.job import JobSpec, Plan, SourceImages
 
 
 class PlanCache:
@@ -24,7 +24,7 @@ class PlanCache:
     def __init__(self, queue: JobConsumer, planner: str, ttl_s: int):
         self._queue, self._planner, self._ttl_s = queue, planner, ttl_s
 
-    async def known(self, spec: JobSpec, sources: JobSources | None) -> dict[int, Plan]:
+    async def known(self, spec: JobSpec, sources: SourceImages | None) -> dict[int, Plan]:
         """The plans that are kept for the images of a request, by image index.
 
         Raises:
@@ -35,7 +35,7 @@ class PlanCache:
         plans = await self._queue.cached_plans([self._key(spec, sources, index) for index in range(spec.n)])
         return {index: plan for index, plan in enumerate(plans) if plan is not None}
 
-    async def keep(self, spec: JobSpec, sources: JobSources | None, index: int, plan: Plan) -> None:
+    async def keep(self, spec: JobSpec, sources: SourceImages | None, index: int, plan: Plan) -> None:
         """Keeps a plan that was written for image number `index`.
 
         Raises:
@@ -44,9 +44,9 @@ class PlanCache:
         if self._ttl_s:
             await self._queue.cache_plan(self._key(spec, sources, index), plan, self._ttl_s)
 
-    def _key(self, spec: JobSpec, sources: JobSources | None, index: int) -> str:
+    def _key(self, spec: JobSpec, sources: SourceImages | None, index: int) -> str:
         geometry = spec.geometry
-        pictures = [hashlib.sha256(picture).hexdigest() for picture in sources.pictures] if sources else []
+        pictures = [hashlib.sha256(picture).hexdigest() for picture in sources.files] if sources else []
         decides = [
             self._planner, spec.prompt, pictures, geometry.canvas_width, geometry.canvas_height, spec.seed + index,
             spec.temperature, spec.top_p,

@@ -1,7 +1,7 @@
 """An engine process: takes jobs from the queue, runs them on the engine, commits what comes out.
 
 The engine has a thread of its own and does nothing else. Everything that waits is here, on an event loop: claiming,
-renewing leases, encoding, committing, heartbeats. Every job has one task (`_conduct`) that sees it to its end, so that
+renewing leases, encoding, committing, heartbeats. Every job has one task (`_run_job`) that sees it to its end, so that
 a failure is that job's alone.
 """
 
@@ -19,21 +19,21 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from engine.config import EXIT_STUCK, EngineSettings
-from engine.device_errors import told_of
 from engine.engine import Engine
 from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, WriteRefused
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import Budget, Claim, EngineInfo, ImageResult, JobResult, JobState, PartialImage
+from engine.jobs.job import Claim, EngineInfo, FreeCapacity, ImageResult, JobResult, JobState, PartialImage
 from engine.observability.logs import bind, event, where
 from engine.observability.tracing import Span, Tracing
 from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
 from engine.worker.encoding import covered, encode, metadata, resized
+from engine.worker.job_errors import to_job_error
 from engine.worker.plan_cache import PlanCache
 
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
-LOOK_FOR_WORK_S = 0.5  # should a wake-up have been lost
+CLAIM_POLL_INTERVAL_S = 0.5  # should a wake-up have been lost
 REDIS_RETRY_S = 0.3
-REFUSALS = 10  # of one write, with small ones taken in between: more would not help
+MAX_WRITE_ATTEMPTS = 10  # of one write, with small ones taken in between: more would not help
 STUCK_AFTER_S = 11.0  # a step that takes longer than this is taken for a hang,
 CPU_PATIENCE_S = 15.0  # on a CPU so much longer for each megapixel under way: there a step may take that long
 
@@ -85,7 +85,7 @@ class Worker:
         planner = engine.model.planning_fingerprint() if settings.plan_cache_s else ""
         self._plan_cache = PlanCache(queue, planner, settings.plan_cache_s)
         self._jobs: dict[str, RunningJob] = {}  # by the request's id, which is new with every claim
-        self._conductors: set[asyncio.Task[None]] = set()
+        self._job_tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # room was made, or the drain began
         self._draining = asyncio.Event()
         self._hand_back = asyncio.Event()  # the grace period is over
@@ -104,7 +104,7 @@ class Worker:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.drain)
-        thread = asyncio.ensure_future(asyncio.to_thread(self._drive))
+        thread = asyncio.ensure_future(asyncio.to_thread(self._engine_loop))
         loops = [asyncio.ensure_future(loop()) for loop in (self._renew, self._watch_ends, self._heartbeat)]
         claiming = asyncio.ensure_future(self._claim())
         try:
@@ -116,17 +116,17 @@ class Worker:
         finally:
             self._stopping.set()
             self._work.set()
-            for task in (claiming, *loops, *self._conductors):
+            for task in (claiming, *loops, *self._job_tasks):
                 task.cancel()
-            await asyncio.gather(claiming, *loops, *self._conductors, return_exceptions=True)
+            await asyncio.gather(claiming, *loops, *self._job_tasks, return_exceptions=True)
             with suppress(QueueUnavailable):
-                await self._queue.retire(self._info.id)
-                await self._queue.surrender(self._info.id)  # only after a crash is there anything left to surrender
+                await self._queue.deregister(self._info.id)
+                await self._queue.requeue_all(self._info.id)  # only after a crash is there anything left to surrender
         await thread
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
-    def _drive(self) -> None:
+    def _engine_loop(self) -> None:
         while not self._stopping.is_set():
             self._stepped_at = time.monotonic()
             if self._engine.is_idle:
@@ -151,7 +151,7 @@ class Worker:
                 self._start(claim)
                 continue
             waits: set[asyncio.Task] = {
-                asyncio.create_task(self._queue.wait_for_work(LOOK_FOR_WORK_S)),
+                asyncio.create_task(self._queue.wait_for_work(CLAIM_POLL_INTERVAL_S)),
                 asyncio.create_task(self._changed.wait()),
             }
             _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -161,11 +161,11 @@ class Worker:
     async def _next_claim(self) -> Claim | None:
         try:
             if self._redis_was_away or time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
-                await self._let_all_renew()
+                await self._wait_for_lease_renewals()
             budget = self._budget()
             if budget.images <= 0 or self._draining.is_set() or self._is_stuck:
                 return None
-            if any(job.claim.exclusive for job in self._jobs.values()):
+            if any(job.claim.quarantined for job in self._jobs.values()):
                 return None
             return await self._queue.claim(self._info.id, budget)
         except QueueUnavailable as error:
@@ -174,7 +174,7 @@ class Worker:
             await asyncio.sleep(REDIS_RETRY_S)
             return None
 
-    async def _let_all_renew(self) -> None:
+    async def _wait_for_lease_renewals(self) -> None:
         """After an outage every lease may have lapsed. We would be handed our own jobs as new ones, and those of living
         engines, each of which renews within this time."""
         await self._queue.ping()
@@ -196,13 +196,13 @@ class Worker:
 
     async def _renew_leases(self) -> None:
         for claim in await self._queue.renew(self._info.id, [job.claim for job in self._jobs.values()]):
-            self._lose(_request_id(claim))
+            self._drop(_request_id(claim))
         self._renewed_at = time.monotonic()
 
     async def _watch_ends(self) -> None:
         async for job_id in self._queue.ended():
             for job in [job for job in self._jobs.values() if job.claim.job_id == job_id]:
-                self._lose(job.request.id)
+                self._drop(job.request.id)
 
     async def _heartbeat(self) -> None:
         stuck_in: float | None = None  # the step, by when it began, that was taken for a hang last time
@@ -223,31 +223,31 @@ class Worker:
         seconds = time.monotonic() - self._stepped_at
         event(logger, "engine_stuck", logging.CRITICAL, jobs=len(self._jobs), seconds=seconds)
         with suppress(QueueUnavailable):
-            await self._queue.surrender(self._info.id)
+            await self._queue.requeue_all(self._info.id)
         os._exit(EXIT_STUCK)
 
     # --- one job ------------------------------------------------------------------------------------------------------
 
     def _start(self, claim: Claim) -> None:
-        deadline = time.monotonic() + (claim.deadline - claim.claimed_at) / 1000
-        request = Request(_request_id(claim), claim.spec, deadline, plans=dict(claim.plans))
+        deadline_at = time.monotonic() + (claim.deadline_ms - claim.claimed_at) / 1000
+        request = Request(_request_id(claim), claim.spec, deadline_at, plans=dict(claim.plans))
         self._engine.metrics.plans_resumed.inc(len(claim.plans))
         self._engine.metrics.queued.observe((claim.claimed_at - claim.submitted_at) / 1000)
         job = self._jobs[request.id] = RunningJob(claim, request, self._tracing.run(claim, self._info.id))
-        conductor = asyncio.ensure_future(self._conduct(job))
-        self._conductors.add(conductor)
-        conductor.add_done_callback(self._conductors.discard)
+        conductor = asyncio.ensure_future(self._run_job(job))
+        self._job_tasks.add(conductor)
+        conductor.add_done_callback(self._job_tasks.discard)
 
-    async def _conduct(self, job: RunningJob) -> None:
+    async def _run_job(self, job: RunningJob) -> None:
         """See a job to its end."""
         claim, state = job.claim, None
         bind(**_ids(claim))
         event(logger, "job_claimed", run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans))
         try:
-            await self._equip(job)
+            await self._load_inputs(job)
             self._engine.submit(job.request)
             self._work.set()
-            state = await self._follow(job)
+            state = await self._handle_events(job)
         except Exception as error:
             state = await self._fail(job, error)
         finally:
@@ -260,29 +260,31 @@ class Worker:
             self._engine.metrics.jobs.labels(state.value).inc()
         event(logger, "job_ended", state=ended, seconds=time.monotonic() - job.started)
 
-    async def _equip(self, job: RunningJob) -> None:
+    async def _load_inputs(self, job: RunningJob) -> None:
         """Fetch what is kept beside the job: an edit's pictures, and plans of earlier requests that were the same."""
         claim, request = job.claim, job.request
-        if claim.spec.sources:
-            request.sources = await self._insist(job, lambda: self._queue.sources(claim))
-        if request.sources is not None:  # otherwise the job has ended, or is no edit
-            request.pictures = await asyncio.to_thread(self._engine.read_pictures, request.sources)
+        if claim.spec.num_sources:
+            request.source_images = await self._write_with_retry(job, lambda: self._queue.source_images(claim))
+        if request.source_images is not None:  # otherwise the job has ended, or is no edit
+            request.preprocessed = await asyncio.to_thread(self._engine.preprocess_images, request.source_images)
             self._changed.set()  # they may be smaller than was thought
         with suppress(QueueUnavailable):
-            kept = await self._plan_cache.known(claim.spec, request.sources)
+            kept = await self._plan_cache.known(claim.spec, request.source_images)
             self._engine.metrics.plan_cache_hits.inc(len(kept.keys() - claim.plans.keys()))
             request.plans = kept | request.plans
 
-    async def _follow(self, job: RunningJob) -> JobState | None:
+    async def _handle_events(self, job: RunningJob) -> JobState | None:
         """Act on what the engine tells of the job. Returns the state it ended in; None if it was lost."""
         while True:
             match happened := await job.events.get():
                 case Planned(index=index, plan=plan):
                     image = job.request.images[index]
                     job.span.child("plan", image.admitted_at, image.planned_at or None, index)
-                    await self._insist(job, lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p))
+                    await self._write_with_retry(
+                        job, lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p)
+                    )
                     with suppress(QueueUnavailable):
-                        await self._plan_cache.keep(job.claim.spec, job.request.sources, index, plan)
+                        await self._plan_cache.keep(job.claim.spec, job.request.source_images, index, plan)
                 case Partial():
                     job.partials.append(asyncio.ensure_future(self._show(job, happened)))
                 case Rendered(image=image, pixels=pixels):
@@ -318,22 +320,22 @@ class Worker:
         request = job.request
         result = JobResult(images, len(request.prompt_ids), job.claim.spec.plan_tokens, request.source_tokens)
         began = time.monotonic()
-        written = await self._insist(job, lambda: self._queue.commit(job.claim, result))
+        written = await self._write_with_retry(job, lambda: self._queue.commit(job.claim, result))
         job.span.child("commit", began)
         return JobState.SUCCEEDED if written else None
 
     async def _fail(self, job: RunningJob, error: Exception) -> JobState | None:
         if isinstance(error, DeadlinePassed):
-            ended = await self._insist(job, lambda: self._queue.expire(job.claim.job_id))
+            ended = await self._write_with_retry(job, lambda: self._queue.expire(job.claim.job_id))
             return JobState.EXPIRED if ended else None
         if not isinstance(error, RequestError):
             _log_failure("job_failed", logging.ERROR, error)
-        told = told_of(error, job.claim.spec)
+        told = to_job_error(error, job.claim.spec)
         job.error_code = told.code or told.type
-        written = await self._insist(job, lambda: self._queue.fail(job.claim, told))
+        written = await self._write_with_retry(job, lambda: self._queue.fail(job.claim, told))
         return JobState.FAILED if written else None
 
-    async def _insist(self, job: RunningJob, write: Callable[[], Awaitable[T]]) -> T:
+    async def _write_with_retry(self, job: RunningJob, write: Callable[[], Awaitable[T]]) -> T:
         """Write to the queue, however long Redis is away or full: the work is done, and its epoch says if it counts.
 
         Where it is this job alone that Redis has no room for, that would be for ever, and each attempt would take
@@ -343,16 +345,16 @@ class Worker:
         again and again while they pass is given up.
 
         Raises:
-            WriteRefused: the write was refused `REFUSALS` times, and each time a small one went through after it.
+            WriteRefused: `MAX_WRITE_ATTEMPTS` attempts were refused, while small writes between them went through.
             QueueUnavailable: the engine ends.
         """
-        for _ in range(REFUSALS):
+        for _ in range(MAX_WRITE_ATTEMPTS):
             try:
                 return await write()
             except QueueUnavailable as error:
                 event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
             await self._until_small_writes_pass(job)
-        raise WriteRefused(f"Redis refused a write {REFUSALS} times")
+        raise WriteRefused(f"Redis refused a write {MAX_WRITE_ATTEMPTS} times")
 
     async def _until_small_writes_pass(self, job: RunningJob) -> None:
         while True:
@@ -373,20 +375,20 @@ class Worker:
             patience += CPU_PATIENCE_S * sum(spec.n * spec.width * spec.height for spec in specs) / 1e6
         return time.monotonic() - self._stepped_at > patience
 
-    def _budget(self) -> Budget:
+    def _budget(self) -> FreeCapacity:
         limits = self._engine.limits
         jobs = self._jobs.values()
         planning = [job.claim.spec for job in jobs if not job.request.is_planned]
         kv_tokens = sum(spec.plan_tokens + spec.prompt_tokens_bound for spec in planning)
         source_tokens = sum(job.source_tokens for job in jobs)
-        return Budget(
+        return FreeCapacity(
             images=limits.max_images - sum(job.claim.spec.n for job in jobs),
             kv_tokens=max(0, limits.kv_tokens - kv_tokens),  # a job that has its plan needs none, though none be left
             source_tokens=max(0, limits.source_tokens - source_tokens),
             idle=not jobs,
         )
 
-    def _lose(self, request_id: str) -> None:
+    def _drop(self, request_id: str) -> None:
         if request_id in self._jobs:
             self._jobs[request_id].events.put_nowait(Lost())
 
@@ -401,16 +403,16 @@ class Worker:
 
     async def _finish_jobs(self, thread: asyncio.Future[None]) -> None:
         """Give the running jobs the grace period, then hand back those that are left."""
-        if self._conductors:
-            ends = asyncio.create_task(asyncio.wait(self._conductors))
+        if self._job_tasks:
+            ends = asyncio.create_task(asyncio.wait(self._job_tasks))
             over = asyncio.create_task(self._hand_back.wait())
             await asyncio.wait({ends, over, thread}, timeout=self._settings.grace_s, return_when="FIRST_COMPLETED")
             over.cancel()
         for job in list(self._jobs.values()):
             with suppress(QueueUnavailable):
-                await self._queue.release(self._info.id, job.claim)
+                await self._queue.requeue(self._info.id, job.claim)
                 event(logger, "job_handed_back", **_ids(job.claim))
-            self._lose(job.request.id)
+            self._drop(job.request.id)
 
 
 async def _encode(job: RunningJob, image: Image, pixels: torch.Tensor) -> ImageResult:
@@ -424,7 +426,7 @@ async def _encode(job: RunningJob, image: Image, pixels: torch.Tensor) -> ImageR
 
 async def _under_overlay(pixels: torch.Tensor, request: Request) -> torch.Tensor:
     """What a mask wants to keep of the picture that was edited lies over the new one."""
-    overlay = request.sources.overlay if request.sources else None
+    overlay = request.source_images.overlay if request.source_images else None
     return pixels if overlay is None else await asyncio.to_thread(covered, pixels, overlay)
 
 

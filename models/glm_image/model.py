@@ -30,7 +30,7 @@ from models.glm_image.planner import Planner
 from models.glm_image.prompt import GlyphEncoder, PromptEncoder
 from models.glm_image.random_weights import byte_level_processor
 from models.glm_image.renderer import Renderer
-from models.glm_image.source_images import Picture, PictureReader, Source
+from models.glm_image.source_images import EncodedImage, ImagePreprocessor, PreprocessedImage
 from models.glm_image.vision import VisionTokenizer, vision_key
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,7 +45,7 @@ class GlmImage:
     """
 
     prompts: PromptEncoder
-    pictures: PictureReader
+    preprocessor: ImagePreprocessor
     vision: VisionTokenizer
     planner: Planner
     glyphs: GlyphEncoder
@@ -88,7 +88,7 @@ class GlmImage:
         prompts = _processor(folder)
         return cls(
             prompts=prompts,
-            pictures=PictureReader(prompts.processor.image_processor),
+            preprocessor=ImagePreprocessor(prompts.processor.image_processor),
             vision=read("vision_language_encoder", lambda: VisionTokenizer.from_json(encoder_json), vision_key),
             planner=read("vision_language_encoder", lambda: Planner(planner_config), planner_key),
             glyphs=GlyphEncoder(ByT5Tokenizer.from_pretrained(folder / "tokenizer"), glyph_model),
@@ -128,7 +128,7 @@ class GlmImage:
         processor = byte_level_processor(planner_config.codebook_size)
         return cls(
             prompts=PromptEncoder(processor),
-            pictures=PictureReader(processor.image_processor),
+            preprocessor=ImagePreprocessor(processor.image_processor),
             vision=make(lambda: VisionTokenizer.from_json(vision or {})),
             planner=make(lambda: Planner(planner_config)),
             glyphs=GlyphEncoder(ByT5Tokenizer(), make(lambda: T5EncoderModel(t5))),
@@ -145,15 +145,15 @@ class GlmImage:
         """A short text that tells models apart which may plan the same request differently: by all that turns a prompt
         and pictures into tokens, and these into a plan. It reads the weights of those parts once."""
         parts = [
-            self.prompts.settings, self.pictures.settings, self.vision.settings, fingerprint(self.vision),
+            self.prompts.settings, self.preprocessor.settings, self.vision.settings, fingerprint(self.vision),
             repr(self.planner.config), fingerprint(self.planner), repr(self.sampling), self.device.type,
             torch.__version__, transformers.__version__, PIL.__version__,
         ]  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def see(self, picture: Picture) -> Source:
+    def encode_source(self, picture: PreprocessedImage) -> EncodedImage:
         """What the networks that plan and render need of a picture to edit."""
-        return Source(self.vision(picture), self.autoencoder.encode(picture.pixels))
+        return EncodedImage(self.vision(picture), self.autoencoder.encode(picture.pixels))
 
 
 def planner_key(key: str) -> str | None:

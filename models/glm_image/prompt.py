@@ -35,11 +35,11 @@ class PromptEncoder:
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, self.processor.chat_template]
         return json.dumps(parts, sort_keys=True)
 
-    def encode(self, prompt: str, height: int, width: int, sources: int = 0) -> list[int]:
+    def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
         """Token ids for an image of height x width pixels (multiples of 32); the last is the one that starts an image.
 
         Args:
-            sources: pictures to edit; one `image_token` stands for each, see `place_sources`.
+            num_sources: pictures to edit; one `image_token` stands for each, see `place_sources`.
 
         Raises:
             PromptError: the prompt spells out a control token of the model, such as `<|image|>`.
@@ -49,8 +49,8 @@ class PromptEncoder:
         if control:
             names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(control)))
             raise PromptError(f"the prompt holds control tokens of the model ({names}); take them out")
-        if sources:
-            return self._encode_edit(prompt, height, width, sources)
+        if num_sources:
+            return self._encode_edit(prompt, height, width, num_sources)
         inputs = self.processor.apply_chat_template(
             [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]],
             tokenize=True,
@@ -60,10 +60,10 @@ class PromptEncoder:
         )
         return inputs["input_ids"][0].tolist()  # pyright: ignore
 
-    def _encode_edit(self, prompt: str, height: int, width: int, sources: int) -> list[int]:
+    def _encode_edit(self, prompt: str, height: int, width: int, num_sources: int) -> list[int]:
         """As `GlmImageProcessor` does it, which would want to process the pictures again."""
         processor, tokenizer = self.processor, self.processor.tokenizer
-        content = [{"type": "image"}] * sources + [{"type": "text", "text": prompt}]
+        content = [{"type": "image"}] * num_sources + [{"type": "text", "text": prompt}]
         [text] = processor.apply_chat_template([[{"role": "user", "content": content}]], tokenize=False)
         text += f"{processor.grid_bos_token}{height // CODE_CELL} {width // CODE_CELL}{processor.grid_eos_token}"
         text += processor.bos_token

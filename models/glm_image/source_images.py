@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from models.errors import PictureError
+from models.errors import SourceImageError
 
 CODE_CELL = 32  # pixels a side of one code
 PATCH_CELL = 16  # pixels a side of one renderer token
@@ -17,7 +17,7 @@ MIN_SIDE, MAX_SIDE, MAX_ASPECT = 16, 2048, 4
 
 
 @dataclass(frozen=True)
-class Picture:
+class PreprocessedImage:
     """A picture on the CPU, laid out for the networks.
 
     Args:
@@ -43,7 +43,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Source:
+class EncodedImage:
     """What the planner and the renderer learn of a picture.
 
     Args:
@@ -63,7 +63,7 @@ class Source:
         return self.tokens * (CODE_CELL // PATCH_CELL) ** 2
 
 
-class PictureReader:
+class ImagePreprocessor:
     """Files to pictures. Several threads may read at once."""
 
     def __init__(self, processor: BaseImageProcessor):
@@ -74,7 +74,7 @@ class PictureReader:
         """What the processor was told, as JSON."""
         return self._processor.to_json_string()
 
-    def read(self, file: bytes) -> Picture:
+    def read(self, file: bytes) -> PreprocessedImage:
         """The picture in a PNG file.
 
         The processor of the checkpoint decides on the grid: about the picture's own size, within the limits it was
@@ -82,7 +82,7 @@ class PictureReader:
         code (`GlmImagePipeline` takes other pictures for an error).
 
         Raises:
-            PictureError: it cannot be decoded, is too small, or too long for its width.
+            SourceImageError: it cannot be decoded, is too small, or too long for its width.
         """
         image = _fitting(_decode(file))
         inputs = self._processor(images=[image], return_tensors="pt")
@@ -90,14 +90,14 @@ class PictureReader:
         assert max(rows, cols) * CODE_CELL <= MAX_SIDE, "the processor enlarges pictures beyond what can be made"
         scaled = image.resize((cols * CODE_CELL, rows * CODE_CELL), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
-        return Picture(rows, cols, inputs["pixel_values"], pixels)
+        return PreprocessedImage(rows, cols, inputs["pixel_values"], pixels)
 
 
 def _decode(file: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(file), formats=["PNG"]).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError("a picture to edit cannot be decoded; a PNG file is expected") from error
+        raise SourceImageError("a picture to edit cannot be decoded; a PNG file is expected") from error
 
 
 def _fitting(image: Image.Image) -> Image.Image:
@@ -107,7 +107,7 @@ def _fitting(image: Image.Image) -> Image.Image:
     """
     short, long = sorted(image.size)
     if short < MIN_SIDE or long > MAX_ASPECT * (short + 1):
-        raise PictureError(
+        raise SourceImageError(
             f"a picture to edit is {image.width}x{image.height}; both sides must have at least {MIN_SIDE} pixels, and "
             f"one at most {MAX_ASPECT} times those of the other"
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GlmImageConfig
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 
-from models.glm_image.source_images import Picture
+from models.glm_image.source_images import PreprocessedImage
 
 ROWS_AT_ONCE = 1024  # compared with the whole codebook; each takes 4 bytes a code
 
@@ -30,7 +30,7 @@ class VisionTokenizer(nn.Module):
         return cls(GlmImageConfig.from_dict(sizes))
 
     @torch.inference_mode()
-    def forward(self, picture: Picture) -> Tensor:
+    def forward(self, picture: PreprocessedImage) -> Tensor:
         """Codes [rows, cols], on the device."""
         device = self.vqmodel.quant_conv.weight.device
         grid = torch.tensor([[1, picture.rows, picture.cols]], device=device)

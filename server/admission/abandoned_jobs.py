@@ -11,12 +11,12 @@ from engine.jobs.producer import JobProducer
 from server.metrics import Metrics
 
 PATIENCE_S = 30.0  # how long a Redis that is away is hoped for; after that the job's deadline ends it
-TRY_EVERY_S = 0.5
+RETRY_INTERVAL_S = 0.5
 LAST_CALLS_S = 2.0  # what the shutdown of the server leaves for those under way
 
 
-class Withdrawals:
-    """The withdrawals of one API process."""
+class AbandonedJobs:
+    """The abandoned jobs of one API process."""
 
     def __init__(self, queue: JobProducer, metrics: Metrics) -> None:
         self._queue, self._metrics = queue, metrics
@@ -28,7 +28,7 @@ class Withdrawals:
         Args:
             then: done after that, when it is certain that nothing comes of the job.
         """
-        task = asyncio.create_task(self._withdraw(job_id, then))
+        task = asyncio.create_task(self._discard(job_id, then))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
@@ -40,13 +40,13 @@ class Withdrawals:
         for task in late:
             task.cancel()
 
-    async def _withdraw(self, job_id: str, then: Callable[[], Awaitable[None]] | None) -> None:
+    async def _discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None) -> None:
         give_up_at = time.monotonic() + PATIENCE_S
         while time.monotonic() < give_up_at:
             with suppress(QueueUnavailable):
-                if await self._queue.withdraw(job_id):
+                if await self._queue.discard(job_id):
                     self._metrics.jobs.labels(JobState.CANCELLED).inc()
                 if then is not None:
                     await then()
                 return
-            await asyncio.sleep(TRY_EVERY_S)
+            await asyncio.sleep(RETRY_INTERVAL_S)

@@ -29,7 +29,7 @@ from engine.observability.logs import event
 from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # a name is a bare key in TOML, and part of keys in Redis
-LOOK_EVERY_S = 1.0  # how soon a change of the file takes effect
+POLL_INTERVAL_S = 1.0  # how soon a change of the file takes effect
 
 logger = logging.getLogger("glimmer.keys")
 
@@ -159,7 +159,7 @@ class KeyRing:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if self._path is None or now - self._looked_at < LOOK_EVERY_S:
+        if self._path is None or now - self._looked_at < POLL_INTERVAL_S:
             return
         self._looked_at = now
         version = _version_of(self._path)

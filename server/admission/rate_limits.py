@@ -98,7 +98,7 @@ class Charge:
 NOTHING = Charge(ANYBODY)
 
 
-class Limits:
+class RateLimits:
     """The limits of all keys. Methods raise `QueueUnavailable` when Redis is away."""
 
     def __init__(self, queue: JobProducer) -> None:

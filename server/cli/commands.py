@@ -111,7 +111,7 @@ def serve(
 ) -> None:
     """Everything on one machine: the API, the engines and a Redis. Ctrl+C finishes what runs, then stops."""
     from server.admission.keys import KeyFileError
-    from server.processes.launch import EnginePlan, run_all
+    from server.processes.launch import EngineProcesses, run_all
     from server.processes.serving import StartError
 
     settings = _server_settings(context)
@@ -120,7 +120,7 @@ def serve(
     environment |= {"GLIMMER_LOG_FORMAT": log_format, "GLIMMER_GRACE_S": str(grace_s)}
     if model is not None:
         environment["GLIMMER_MODEL"] = model
-    plan = EnginePlan(engines, data_dir or default_data_dir(), device, environment)
+    plan = EngineProcesses(engines, data_dir or default_data_dir(), device, environment)
     try:
         code = run_all(settings, plan)
     except (StartError, QueueUnavailable, KeyFileError, TracingError) as error:

@@ -17,7 +17,7 @@ from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
 from server.addresses import is_loopback
-from server.admission.admission import ready_engines
+from server.admission.engine_directory import ready_engines
 from server.app import create_app, open_queue
 from server.processes.serving import DrainingServer, listen, url_of
 from server.processes.supervisor import EngineMisconfigured, Supervisor, engine_environments
@@ -25,13 +25,13 @@ from server.settings import ServerSettings
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.cli", "engine")
 
-REDIS_LOOK_S = 0.5
+REDIS_POLL_INTERVAL_S = 0.5
 
 logger = logging.getLogger("glimmer.serve")
 
 
 @dataclass(frozen=True)
-class EnginePlan:
+class EngineProcesses:
     """The engines that `serve` starts.
 
     Args:
@@ -64,7 +64,7 @@ def run_api(settings: ServerSettings) -> None:
     asyncio.run(server.serve(sockets=[listener]))
 
 
-def run_all(settings: ServerSettings, engines: EnginePlan) -> int:
+def run_all(settings: ServerSettings, engines: EngineProcesses) -> int:
     """API, engines and, where none is given, Redis, until a signal; returns the exit code.
 
     Raises:
@@ -90,7 +90,7 @@ def _warn_if_open(settings: ServerSettings, listener: socket.socket) -> None:
 
 
 async def _serve_with(
-    redis: EmbeddedRedis, settings: ServerSettings, engines: EnginePlan, listener: socket.socket
+    redis: EmbeddedRedis, settings: ServerSettings, engines: EngineProcesses, listener: socket.socket
 ) -> int:
     watching = asyncio.create_task(_keep_alive(redis))
     try:
@@ -106,7 +106,7 @@ async def _keep_alive(redis: EmbeddedRedis) -> None:
     """
     loading = False
     while True:
-        await asyncio.sleep(REDIS_LOOK_S)
+        await asyncio.sleep(REDIS_POLL_INTERVAL_S)
         if not redis.alive:
             event(logger, "redis_died", logging.ERROR)
             try:
@@ -119,7 +119,7 @@ async def _keep_alive(redis: EmbeddedRedis) -> None:
             event(logger, "redis_started", pid=redis.pid)
 
 
-async def _serve(settings: ServerSettings, engines: EnginePlan, redis_url: str, listener: socket.socket) -> int:
+async def _serve(settings: ServerSettings, engines: EngineProcesses, redis_url: str, listener: socket.socket) -> int:
     base = {**os.environ, **engines.environment, "GLIMMER_REDIS_URL": redis_url}
     for name in ("GLIMMER_API_KEY", "GLIMMER_PROMPT_REWRITER_KEY"):
         base.pop(name, None)  # the engines have no use for them

@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server.admission.admission import Gate
+from server.admission.gate import Gate
 
 # Longer than clients and proxies (httpx 5 s, nginx and cloud balancers 60 s) keep an idle connection. Whoever closes
 # first must be the one that sends, or a request is lost on a connection that is just being closed.

@@ -16,12 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.child import tied_to_us
+from engine.child import die_with_parent
 from engine.config import EXIT_CONFIGURATION, HAND_BACK_S
 from engine.errors import QueueUnavailable
 from engine.jobs.consumer import JobConsumer
 from engine.observability.logs import event
-from server.admission.admission import in_time
+from server.redis_timeout import with_redis_timeout
 
 logger = logging.getLogger("glimmer.supervisor")
 
@@ -131,7 +131,7 @@ class Supervisor:
     async def _run_once(self, slot: int, engine_id: str) -> int:
         process = await asyncio.create_subprocess_exec(
             # However we end, an engine must not live on: it would hold a GPU for jobs that nobody hands out.
-            *tied_to_us([*self._command, "--engine-id", engine_id], signal.SIGKILL),
+            *die_with_parent([*self._command, "--engine-id", engine_id], signal.SIGKILL),
             env=dict(self._environments[slot]),
             # A session of its own: Ctrl+C in a terminal goes to us, and we let the engines finish their work.
             start_new_session=True,
@@ -145,8 +145,8 @@ class Supervisor:
     async def _clear_up(self, engine_id: str) -> None:
         """Gives a dead engine's jobs to the others now. Without Redis their leases run out by themselves."""
         with suppress(QueueUnavailable):
-            jobs = await in_time(self._queue.surrender(engine_id))
-            await in_time(self._queue.retire(engine_id))
+            jobs = await with_redis_timeout(self._queue.requeue_all(engine_id))
+            await with_redis_timeout(self._queue.deregister(engine_id))
             if jobs:
                 event(logger, "jobs_surrendered", logging.WARNING, engine=engine_id, jobs=jobs)
 

@@ -13,7 +13,7 @@ from PIL import ImageOps, PngImagePlugin
 from PIL.Image import Image, Resampling, Transpose
 
 from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
-from engine.jobs.job import JobSources
+from engine.jobs.job import SourceImages
 from server.errors import ApiError, invalid_image
 
 MAX_PIXELS = 4096 * 4096
@@ -35,7 +35,7 @@ _TURNS = {
 
 
 @dataclass(frozen=True)
-class EditSources:
+class EditInput:
     """
     Args:
         size: width and height of the edit.
@@ -44,10 +44,10 @@ class EditSources:
 
     size: tuple[int, int]
     tokens: int
-    files: JobSources
+    source_images: SourceImages
 
 
-def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | None, max_pixels: int) -> EditSources:
+def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | None, max_pixels: int) -> EditInput:
     """Decodes what was uploaded. Takes up to seconds; meant for a thread.
 
     Args:
@@ -80,7 +80,7 @@ def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | Non
                 overlay = _png(_overlay(picture, alpha, size))
         sources.append(_png(picture))
     assert size is not None
-    return EditSources(size, tokens, JobSources(sources, overlay))
+    return EditInput(size, tokens, SourceImages(sources, overlay))
 
 
 @dataclass(frozen=True)

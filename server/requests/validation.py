@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
 from engine.jobs.job import EngineInfo, JobSpec
 from server.errors import ApiError, invalid
-from server.requests.images import EditSources
+from server.requests.images import EditInput
 from server.requests.schemas import MAX_SEED, GenerationRequest, PlanBody, TokenGridBody
 from server.settings import ServerSettings
 
@@ -21,7 +21,7 @@ _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
 @dataclass(frozen=True)
-class Order:
+class ValidatedRequest:
     """A request all of whose fields are in range.
 
     Args:
@@ -41,7 +41,7 @@ class Order:
         return _SAME_AS.get(self.request.quality, self.request.quality)
 
 
-def check(request: GenerationRequest, settings: ServerSettings) -> Order:
+def check(request: GenerationRequest, settings: ServerSettings) -> ValidatedRequest:
     """Everything that can be checked without knowing the engine.
 
     Raises:
@@ -53,7 +53,7 @@ def check(request: GenerationRequest, settings: ServerSettings) -> Order:
         raise invalid("timeout", f"Invalid value for timeout: at most {settings.max_timeout:g} seconds.")
     if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
         raise invalid("seed", f"Invalid value for seed: image i uses seed + i, which is at most {MAX_SEED}.")
-    return Order(
+    return ValidatedRequest(
         request,
         model=request.model or settings.model_names[0],
         size=_size(request, settings.max_pixels),
@@ -62,7 +62,7 @@ def check(request: GenerationRequest, settings: ServerSettings) -> Order:
     )
 
 
-def to_spec(order: Order, engine: EngineInfo, edit: EditSources | None, *, is_watched: bool) -> JobSpec:
+def to_job_spec(order: ValidatedRequest, engine: EngineInfo, edit: EditInput | None, *, is_watched: bool) -> JobSpec:
     """The job for an engine like `engine`; draws the seed where none was given.
 
     Args:
@@ -92,7 +92,7 @@ def to_spec(order: Order, engine: EngineInfo, edit: EditSources | None, *, is_wa
         output_format=request.output_format,
         output_compression=request.output_compression,
         partial_images=request.partial_images if is_watched else 0,
-        sources=len(edit.files.pictures) if edit else 0,
+        num_sources=len(edit.source_images.files) if edit else 0,
         source_tokens=edit.tokens if edit else 0,
         model=order.model,
         embed_prompt=request.embed_prompt,
@@ -156,7 +156,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise invalid("size", f"Invalid value for size: this server makes pictures of at most {max_pixels} pixels.")
 
 
-def _steps(order: Order, engine: EngineInfo) -> int:
+def _steps(order: ValidatedRequest, engine: EngineInfo) -> int:
     return engine.default_steps if order.request.quality == "auto" else STEPS_BY_QUALITY[order.quality]
 
 

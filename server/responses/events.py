@@ -22,10 +22,10 @@ from engine.jobs.job import JobRecord, JobResult, JobState, PartialImage
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event, where
 from engine.tasks import stop
-from server.admission.admission import Pace
+from server.admission.throughput import Throughput
 from server.errors import ApiError, internal_error, queue_unavailable
 from server.responses.images import Notes, image_fields, job_body, picture_facts, render_job, usage
-from server.responses.job_wait import REDIS_PATIENCE_S, Attendance, with_client
+from server.responses.job_wait import REDIS_OUTAGE_TIMEOUT_S, JobWait, cancel_on_disconnect
 
 PING_EVERY_S = 10.0  # proxies close what stays silent for a minute, some for less
 PING = b": ping\n\n"
@@ -50,7 +50,7 @@ class EventStream(StreamingResponse):
         with self._held:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             with suppress(ClientDisconnect):  # what is made by now is let go all the same: nobody will ask for it
-                await with_client(receive, self._send_all(send))
+                await cancel_on_disconnect(receive, self._send_all(send))
         if self.background is not None:
             await self.background()
 
@@ -78,23 +78,23 @@ def to_event(name: str | None, data: bytes) -> bytes:
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
 
 
-async def image_events(queue: JobProducer, attendance: Attendance) -> AsyncGenerator[bytes]:
+async def image_events(queue: JobProducer, job_wait: JobWait) -> AsyncGenerator[bytes]:
     """The events of a request with `stream: true`, as OpenAI's clients read them."""
-    record = await _record(queue, attendance.job_id)
-    async with aclosing(queue.follow(attendance.job_id)) as happenings:
+    record = await _record(queue, job_wait.job_id)
+    async with aclosing(queue.follow(job_wait.job_id)) as happenings:
         async for happened in happenings:
             if isinstance(happened, PartialImage):
                 yield to_event(f"{Notes.of(record).event_type}.partial_image", _partial_image(record, happened))
             elif not happened.state.is_terminal:
                 yield _comment(happened)
             else:
-                result = await attendance.result(happened)
+                result = await job_wait.result(happened)
                 for index in range(len(result.images)):
                     data = await asyncio.to_thread(_completed, happened, result, index)
                     yield to_event(f"{Notes.of(happened).event_type}.completed", data)
 
 
-async def job_events(queue: JobProducer, job_id: str, pace: Pace) -> AsyncGenerator[bytes]:
+async def job_events(queue: JobProducer, job_id: str, pace: Throughput) -> AsyncGenerator[bytes]:
     """The events of `GET /v1/jobs/{id}/events`: status, progress, partial_image; at the end completed or failed."""
     record = await _record(queue, job_id)
     told: JobRecord | None = None
@@ -114,7 +114,7 @@ async def job_events(queue: JobProducer, job_id: str, pace: Pace) -> AsyncGenera
 
 
 async def _record(queue: JobProducer, job_id: str) -> JobRecord:
-    record = await queue.get(job_id, patience_s=REDIS_PATIENCE_S)
+    record = await queue.get(job_id, patience_s=REDIS_OUTAGE_TIMEOUT_S)
     if record is None:
         raise QueueUnavailable(f"Redis has no record of job {job_id}")
     return record

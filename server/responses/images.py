@@ -12,7 +12,7 @@ import orjson
 
 from engine.jobs.job import ImageResult, JobRecord, JobResult, JobState
 from engine.jobs.producer import JobProducer
-from server.admission.admission import Pace
+from server.admission.throughput import Throughput
 from server.errors import ApiError, internal_error
 
 LARGE_ANSWER_BYTES = 256 * 1024  # from here on, encoding would hold up the event loop noticeably
@@ -66,7 +66,7 @@ async def render_answer(queue: JobProducer, record: JobRecord, result: JobResult
     return await _rendered(result, lambda: images_body(record, result))
 
 
-async def render_job(queue: JobProducer, record: JobRecord, pace: Pace) -> bytes:
+async def render_job(queue: JobProducer, record: JobRecord, pace: Throughput) -> bytes:
     """The job as JSON, with the answer once it has succeeded.
 
     Raises:
@@ -125,7 +125,7 @@ def usage(prompt_tokens: int, source_tokens: int, plan_tokens: int) -> dict[str,
     }
 
 
-def job_body(record: JobRecord, result: JobResult | None, pace: Pace) -> dict[str, Any]:
+def job_body(record: JobRecord, result: JobResult | None, pace: Throughput) -> dict[str, Any]:
     """A `server.requests.schemas.JobBody`."""
     error = failure(record)
     return {
@@ -134,7 +134,7 @@ def job_body(record: JobRecord, result: JobResult | None, pace: Pace) -> dict[st
         "operation": Notes.of(record).operation,
         "status": record.state.value,
         "created_at": record.submitted_at // 1000,
-        "deadline": record.deadline // 1000,
+        "deadline": record.deadline_ms // 1000,
         "position": record.position,
         "estimated_seconds": None if record.position is None else pace.seconds_until_end(record.position),
         "progress": record.progress or None,

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends, Response
 
 from engine.jobs.job import OutputFormat
 from server import openapi
-from server.admission.admission import in_time
 from server.errors import ApiError
+from server.redis_timeout import with_redis_timeout
 from server.services import Services, services
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -21,7 +21,7 @@ _PICTURE: openapi.Responses = {
 @router.get("/{name}", response_class=Response, responses={**_PICTURE, **openapi.errors(404, 500, 503)})
 async def picture(name: str, app: Annotated[Services, Depends(services)]) -> Response:
     """A picture by the name in its URL, while its result is kept."""
-    found = await in_time(app.queue.shared(name.partition(".")[0]))
+    found = await with_redis_timeout(app.queue.shared(name.partition(".")[0]))
     if found is None:
         raise ApiError(404, "There is no such picture, or not any more.", code="file_not_found", param="name")
     data, media_type = found

@@ -10,8 +10,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, QueueStats
-from server.admission.admission import in_time, ready_engines, why_not_ready
+from server.admission.engine_directory import ready_engines, why_not_ready
 from server.metrics import exposition
+from server.redis_timeout import with_redis_timeout
 from server.requests.schemas import HealthBody
 from server.services import Services, services
 
@@ -30,7 +31,7 @@ async def live() -> dict[str, str]:
 async def health(app: Annotated[Services, Depends(services)]) -> Response:
     """200 when a request sent now would be served, otherwise 503 with the `reason`."""
     try:
-        engines, stats, takes_writes = await in_time(
+        engines, stats, takes_writes = await with_redis_timeout(
             asyncio.gather(app.queue.engines(), app.queue.stats(), app.queue.takes_writes())
         )
     except QueueUnavailable:
@@ -55,7 +56,7 @@ def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats, *, tak
 async def metrics(app: Annotated[Services, Depends(services)]) -> Response:
     """Prometheus text: this process, the queue, and every live engine under its `engine` label."""
     try:
-        stats, engines, texts, takes_writes = await in_time(
+        stats, engines, texts, takes_writes = await with_redis_timeout(
             asyncio.gather(app.queue.stats(), app.queue.engines(), app.queue.engine_metrics(), app.queue.takes_writes())
         )
     except QueueUnavailable:

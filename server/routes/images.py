@@ -15,17 +15,18 @@ from starlette.background import BackgroundTask
 from engine.errors import QueueUnavailable
 from engine.observability.logs import bind, event
 from server import openapi
-from server.admission.admission import Admitted, Idempotency, in_time
+from server.admission.admission import Admitted, Idempotency
 from server.admission.auth import require_key
 from server.errors import invalid, queue_unavailable
+from server.redis_timeout import with_redis_timeout
 from server.requests.body import read_json_object
-from server.requests.images import EditSources, prepare
+from server.requests.images import EditInput, prepare
 from server.requests.schemas import GenerationRequest, parse
 from server.requests.uploads import Upload, read_edit
-from server.requests.validation import Order, check, to_spec
+from server.requests.validation import ValidatedRequest, check, to_job_spec
 from server.responses.events import EventStream, image_events
 from server.responses.images import Notes, new_file_tokens, render_answer, render_job
-from server.responses.job_wait import Attendance, with_client
+from server.responses.job_wait import JobWait, cancel_on_disconnect
 from server.services import Services, services
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
@@ -38,7 +39,7 @@ IdempotencyKey = Annotated[
     str | None,
     Header(
         description="1..255 printable ASCII characters. A request with a key goes on when its client leaves, and a "
-        "repetition with the same key and body gets the answer of the first, for as long as results are kept.",
+        "repetition with the same key and body gets the answer of the first, for as long as results are detached.",
         json_schema_extra={"minLength": 1, "maxLength": 255},
     ),
 ]
@@ -72,7 +73,9 @@ async def edit(
         return await _serve(request, app, held, check(upload.request, app.settings), upload)
 
 
-async def _serve(request: Request, app: Services, held: ExitStack, order: Order, upload: Upload | None) -> Response:
+async def _serve(
+    request: Request, app: Services, held: ExitStack, order: ValidatedRequest, upload: Upload | None
+) -> Response:
     """Has the job made, or finds the one that was made already, and answers in the way that was asked for.
 
     Args:
@@ -82,30 +85,30 @@ async def _serve(request: Request, app: Services, held: ExitStack, order: Order,
     wants_job = _wants_job(request)
     job = None
     if idempotency is not None:
-        earlier = await app.admission.earlier(request.state.caller, idempotency)
+        earlier = await app.admission.find_by_idempotency_key(request.state.caller, idempotency)
         job = Admitted(earlier, attached=True) if earlier else None
     if job is None:
         job = await _admit(request, app, order, upload, idempotency, is_watched=order.request.stream or wants_job)
     bind(job=job.job_id)
-    attendance = held.enter_context(
-        Attendance(
+    job_wait = held.enter_context(
+        JobWait(
             app.queue,
             job,
-            kept=idempotency is not None,
-            withdrawals=app.withdrawals,
-            endings=app.endings,
+            detached=idempotency is not None,
+            abandoned_jobs=app.abandoned_jobs,
+            outcomes=app.outcomes,
         )
     )
     if wants_job:
         answer = await _job(request, app, job.job_id)
-        attendance.keep()
+        job_wait.detach()
         return answer
-    letting_go = None if attendance.kept else BackgroundTask(_let_go, app, job.job_id)
+    letting_go = None if job_wait.detached else BackgroundTask(_let_go, app, job.job_id)
     if order.request.stream:
-        stream = EventStream(image_events(app.queue, attendance), held.pop_all())
+        stream = EventStream(image_events(app.queue, job_wait), held.pop_all())
         stream.background = letting_go
         return stream
-    record, result = await with_client(request.receive, attendance.end())
+    record, result = await cancel_on_disconnect(request.receive, job_wait.end())
     content = await render_answer(app.queue, record, result)
     return Response(content, media_type="application/json", background=letting_go)
 
@@ -113,7 +116,7 @@ async def _serve(request: Request, app: Services, held: ExitStack, order: Order,
 async def _admit(
     request: Request,
     app: Services,
-    order: Order,
+    order: ValidatedRequest,
     upload: Upload | None,
     idempotency: Idempotency | None,
     *,
@@ -121,7 +124,7 @@ async def _admit(
 ) -> Admitted:
     engine = await app.engines.one_ready()
     edit = None if upload is None else await _prepare(app, order, upload)
-    spec = to_spec(order, engine, edit, is_watched=is_watched)
+    spec = to_job_spec(order, engine, edit, is_watched=is_watched)
     charge = await app.admission.charge(request.state.caller, spec)
     request.state.answer_headers = charge.headers
     revised = await _revised(app, order.request, is_edit=edit is not None)
@@ -138,7 +141,7 @@ async def _admit(
         order.timeout_s,
         order.request.priority,
         charge,
-        sources=edit.files if edit else None,
+        source_images=edit.source_images if edit else None,
         notes=notes.to_dict(),
         idempotency=idempotency,
         origin=request.state.origin,
@@ -151,12 +154,12 @@ async def _admit(
             n=spec.n,
             size=f"{spec.width}x{spec.height}",
             steps=spec.num_inference_steps,
-            sources=spec.sources or None,
+            sources=spec.num_sources or None,
         )
     return job
 
 
-async def _prepare(app: Services, order: Order, upload: Upload) -> EditSources:
+async def _prepare(app: Services, order: ValidatedRequest, upload: Upload) -> EditInput:
     """Decodes the pictures, a few requests at a time, and not for a queue that is full."""
     await app.admission.expect_room()
     async with app.decoders:
@@ -173,7 +176,7 @@ async def _revised(app: Services, request: GenerationRequest, *, is_edit: bool) 
 
 
 async def _job(request: Request, app: Services, job_id: str) -> Response:
-    record = await in_time(app.queue.get(job_id))
+    record = await with_redis_timeout(app.queue.get(job_id))
     if record is None:
         raise queue_unavailable()
     headers = {"location": f"{base_url(request, app)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
@@ -184,7 +187,7 @@ async def _job(request: Request, app: Services, job_id: str) -> Response:
 async def _let_go(app: Services, job_id: str) -> None:
     """Frees the memory that a result takes up in Redis, once it has been sent."""
     with suppress(QueueUnavailable):  # then it goes with `result_ttl_s`
-        await in_time(app.queue.delivered(job_id))
+        await with_redis_timeout(app.queue.shorten_ttl(job_id))
 
 
 def base_url(request: Request, app: Services) -> str:
@@ -197,7 +200,7 @@ def _wants_job(request: Request) -> bool:
     return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)
 
 
-def _idempotency(request: Request, order: Order, upload: Upload | None) -> Idempotency | None:
+def _idempotency(request: Request, order: ValidatedRequest, upload: Upload | None) -> Idempotency | None:
     """
     Raises:
         ApiError: 400 where the key is none.

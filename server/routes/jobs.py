@@ -8,9 +8,9 @@ from fastapi.responses import StreamingResponse
 from engine.jobs.job import JobRecord
 from engine.observability.logs import bind
 from server import openapi
-from server.admission.admission import in_time
 from server.admission.auth import require_key
 from server.errors import ApiError
+from server.redis_timeout import with_redis_timeout
 from server.requests.schemas import JobBody
 from server.responses.events import EventStream, job_events
 from server.responses.images import render_job
@@ -32,7 +32,7 @@ async def cancel_job(job_id: str, request: Request, app: Annotated[Services, Dep
     """Cancels a job; one that has ended stays as it is."""
     record = await _own(job_id, request, app)
     if not record.state.is_terminal:
-        await in_time(app.queue.cancel(job_id))
+        await with_redis_timeout(app.queue.cancel(job_id))
         record = await _own(job_id, request, app)
     return await _answer(app, record)
 
@@ -51,12 +51,12 @@ async def _own(job_id: str, request: Request, app: Services) -> JobRecord:
     Raises:
         ApiError: 404, of another caller's job as of one that never was.
     """
-    record = await in_time(app.queue.get(job_id))
+    record = await with_redis_timeout(app.queue.get(job_id))
     if record is None or record.owner != request.state.caller.owner:
         raise ApiError(404, "There is no such job, or not any more.", code="job_not_found", param="job_id")
     bind(job=job_id)
-    if not record.state.is_terminal and await in_time(app.queue.expire(job_id)):  # if its time is over
-        record = await in_time(app.queue.get(job_id)) or record
+    if not record.state.is_terminal and await with_redis_timeout(app.queue.expire(job_id)):  # if its time is over
+        record = await with_redis_timeout(app.queue.get(job_id)) or record
     return record
 
 

@@ -18,7 +18,7 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 from engine.geometry import Geometry
 from engine.jobs.job import Claim, JobError, JobSpec
-from server.admission.admission import ENGINES_FRESH_S
+from server.admission.engine_directory import ENGINES_FRESH_S
 from server.settings import ServerSettings
 from tests import pictures
 from tests.browser.conftest import open_page
@@ -171,7 +171,7 @@ async def test_an_edit_of_a_result(page: Page, queue: JobQueue) -> None:
         await expect(page.locator("#thumbs li")).to_have_count(2)
     spec, sources = stub.specs[1], stub.sources[1]
     assert sources is not None
-    assert [colour_of(data) for data in sources.pictures] == [colour_of(picture(stub.specs[0], 5)), (0, 0, 255)]
+    assert [colour_of(data) for data in sources.files] == [colour_of(picture(stub.specs[0], 5)), (0, 0, 255)]
     assert (spec.prompt, spec.seed, spec.width, spec.height, spec.partial_images) == ("a red fox", 5, 128, 64, 2)
     assert await shown(page.locator(".tile img")) == colour_of(picture(spec, 5, sources))
 
@@ -383,7 +383,7 @@ async def test_copies_run(browser: Browser, queue: JobQueue, live_server: LiveSe
         assert [spec.prompt for spec in stub.specs] == [AWKWARD] * 5
         for sources in stub.sources[3:]:
             assert sources is not None
-            assert [colour_of(data) for data in sources.pictures] == [colour_of(picture(stub.specs[0], 5))]
+            assert [colour_of(data) for data in sources.files] == [colour_of(picture(stub.specs[0], 5))]
 
 
 async def run_python(code: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from engine.jobs.job import JobSources, JobSpec
+from engine.jobs.job import JobSpec, SourceImages
 from server.requests.images import prepare
 from tests.chaos.stub import files
 
@@ -97,15 +97,15 @@ class Case:
             n=self.n,
             num_inference_steps=self.steps,
             output_format=self.output_format,  # type: ignore[arg-type]
-            sources=int(self.kind == "edit"),
+            num_sources=int(self.kind == "edit"),
             model=MODEL,
         )
         return [digest(file) for file in files(spec, self._sources())]
 
-    def _sources(self) -> JobSources | None:
+    def _sources(self) -> SourceImages | None:
         if self.kind != "edit":
             return None
-        return prepare([self.upload], None, (self.width, self.height), MAX_PIXELS).files
+        return prepare([self.upload], None, (self.width, self.height), MAX_PIXELS).source_images
 
 
 def digest(file: bytes) -> str:

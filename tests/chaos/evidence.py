@@ -25,7 +25,7 @@ class Claimed:
     job: str
     epoch: int
     runs: int
-    exclusive: bool
+    quarantined: bool
     known: list[int]
     prompt: str
 
@@ -68,8 +68,8 @@ class Evidence:
 
     def _add(self, engine: str, at: float, kind: str, *facts: Any) -> None:
         if kind == "claim":
-            job, epoch, _, runs, exclusive, known, prompt = facts
-            self.claims[job].append(Claimed(at, engine, job, epoch, runs, exclusive, known, prompt))
+            job, epoch, _, runs, quarantined, known, prompt = facts
+            self.claims[job].append(Claimed(at, engine, job, epoch, runs, quarantined, known, prompt))
         elif kind == "freed":
             self.freed[facts[0], facts[1]] = at
         elif kind == "hangs":
@@ -116,7 +116,7 @@ class Evidence:
             suspect.job
             for claims in by_engine.values()
             for suspect in claims
-            if suspect.exclusive and any(self._overlap(suspect, other) for other in claims if other is not suspect)
+            if suspect.quarantined and any(self._overlap(suspect, other) for other in claims if other is not suspect)
         ]
 
     def _overlap(self, one: Claimed, other: Claimed) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import Budget, Claim, JobError, JobResult, PartialImage, Plan
+from engine.jobs.job import Claim, FreeCapacity, JobError, JobResult, PartialImage, Plan
 
 
 class Journal:
@@ -42,13 +42,13 @@ class WitnessedConsumer(JobConsumer):
 
     journal: Journal
 
-    async def claim(self, consumer: str, budget: Budget) -> Claim | None:
+    async def claim(self, consumer: str, budget: FreeCapacity) -> Claim | None:
         began = time.monotonic()
         claim = await super().claim(consumer, budget)
         if claim is not None:
             known = sorted(claim.plans)
             self.journal.write(
-                "claim", claim.job_id, claim.epoch, began, claim.runs, claim.exclusive, known, claim.spec.prompt
+                "claim", claim.job_id, claim.epoch, began, claim.runs, claim.quarantined, known, claim.spec.prompt
             )
         return claim
 
@@ -74,8 +74,8 @@ class WitnessedConsumer(JobConsumer):
     async def fail(self, claim: Claim, error: JobError) -> bool:
         return await self._witness("fail", claim, super().fail(claim, error))
 
-    async def release(self, consumer: str, claim: Claim) -> bool:
-        return await self._witness("release", claim, super().release(consumer, claim))
+    async def requeue(self, consumer: str, claim: Claim) -> bool:
+        return await self._witness("release", claim, super().requeue(consumer, claim))
 
     async def _witness(self, kind: str, claim: Claim, write: Awaitable[bool], detail: Any = None) -> bool:
         began = time.monotonic()

@@ -16,7 +16,7 @@ from typing import Self
 import httpx
 import redis.asyncio
 
-from engine.child import tied_to_us
+from engine.child import die_with_parent
 from engine.config import EngineSettings
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
@@ -137,7 +137,11 @@ class Api:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                tied_to_us(command, signal.SIGKILL), stdout=log, stderr=log, env=environment, start_new_session=True
+                die_with_parent(command, signal.SIGKILL),
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
             )
         self.url = ""
 
@@ -262,6 +266,6 @@ class Stack:
                     engine.start()
                     if self.settings.surrendered:
                         with suppress(QueueUnavailable):
-                            await self.queue.surrender(dead)
-                            await self.queue.retire(dead)
+                            await self.queue.requeue_all(dead)
+                            await self.queue.deregister(dead)
             await asyncio.sleep(LOOK_S)

@@ -175,7 +175,7 @@ def _judge_poison(here: Scene, evidence: Evidence, outcomes: dict[str, str]) -> 
     told = [outcome for outcome in outcomes.values() if "brought its engine down" not in outcome]
     here.report.tell("poison jobs", len(outcomes))
     here.report.none("not given up as such", told)
-    runs = {prompt: [claim.exclusive for claim in evidence.runs_of(prompt)] for prompt in outcomes}
+    runs = {prompt: [claim.quarantined for claim in evidence.runs_of(prompt)] for prompt in outcomes}
     wrong = [f"{prompt}: {seen}" for prompt, seen in runs.items() if seen != [False] * (LAST_RUN - 1) + [True]]
     here.report.none(f"not run {LAST_RUN} times, the last time alone", wrong)
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from engine.config import EngineSettings
 from engine.engine import Engine
 from engine.geometry import CELL, Geometry
-from engine.jobs.job import JobSources, JobSpec, TokenGrid
+from engine.jobs.job import JobSpec, SourceImages, TokenGrid
 from engine.limits import EngineLimits
 from engine.planner.scheduler import PromptGroup
 from engine.planner.scheduler import Sequence as PlanSequence
@@ -43,7 +43,7 @@ from engine.worker import process
 from engine.worker.encoding import encode, metadata
 from models.glm_image.config import RequestDefaults
 from models.glm_image.model import GlmImage
-from models.glm_image.source_images import Picture, Source
+from models.glm_image.source_images import EncodedImage, PreprocessedImage
 from tests.chaos.journal import Journal, WitnessedConsumer
 
 POISON, HANG = "POISON", "HANG"
@@ -77,10 +77,10 @@ def plan_tokens(spec: JobSpec, seed: int) -> list[int]:
     return list(hashlib.shake_256(known).digest(spec.image_plan_tokens))
 
 
-def pixels(spec: JobSpec, seed: int, tokens: Sequence[int], sources: JobSources | None, stage: str = "") -> Tensor:
+def pixels(spec: JobSpec, seed: int, tokens: Sequence[int], sources: SourceImages | None, stage: str = "") -> Tensor:
     """[height, width, 3], uint8: tiles of colours."""
     known = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode() + bytes(tokens))
-    for picture in sources.pictures if sources else ():
+    for picture in sources.files if sources else ():
         known.update(picture)
     rows, cols = math.ceil(spec.height / TILE), math.ceil(spec.width / TILE)
     colours = np.frombuffer(hashlib.shake_256(known.digest()).digest(rows * cols * 3), np.uint8).reshape(rows, cols, 3)
@@ -88,7 +88,7 @@ def pixels(spec: JobSpec, seed: int, tokens: Sequence[int], sources: JobSources 
     return torch.from_numpy(np.ascontiguousarray(tiled))
 
 
-def files(spec: JobSpec, sources: JobSources | None) -> list[bytes]:
+def files(spec: JobSpec, sources: SourceImages | None) -> list[bytes]:
     """The files of a job's images, as an undisturbed engine commits them."""
     plan = spec.grids[-1].tokens
     made = []
@@ -123,13 +123,13 @@ class SleepingRenderer:
 
     def __init__(self, model: "StubModel"):
         self._tick_s, self._journal = model.settings.renderer_tick_s, model.journal
-        self.source_keys: dict[Request, None] = {}
+        self.source_kv: dict[Request, None] = {}
 
     def prepare(self, image: Image) -> Rendering:
         spec, plan = image.request.spec, image.plan
         assert plan is not None
-        if image.request.seen:
-            self.source_keys[image.request] = None
+        if image.request.encoded:
+            self.source_kv[image.request] = None
         shown_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
         grid = TokenGrid(plan.rows, plan.cols, plan.tokens)
         return _rendering(image, grid, spec.num_inference_steps, shown_after, is_preview=False)
@@ -148,10 +148,10 @@ class SleepingRenderer:
 
     def decode(self, rendering: Rendering) -> Tensor:
         request, stage = rendering.request, "" if not rendering.steps_left else f"step {rendering.step}"
-        return pixels(request.spec, rendering.image.seed, rendering.grid.tokens, request.sources, stage)
+        return pixels(request.spec, rendering.image.seed, rendering.grid.tokens, request.source_images, stage)
 
     def release(self, request: Request) -> None:
-        self.source_keys.pop(request, None)
+        self.source_kv.pop(request, None)
         job_id, epoch = request.id.rsplit("/", 1)
         self._journal.write("freed", job_id, int(epoch))
 
@@ -208,9 +208,9 @@ class StubPrompts:
 class StubPictures:
     """The grid of a picture, and nothing of its contents."""
 
-    def read(self, file: bytes) -> Picture:
+    def read(self, file: bytes) -> PreprocessedImage:
         width, height = PillowImage.open(io.BytesIO(file)).size
-        return Picture(math.ceil(height / CELL), math.ceil(width / CELL), torch.empty(0), torch.empty(0))
+        return PreprocessedImage(math.ceil(height / CELL), math.ceil(width / CELL), torch.empty(0), torch.empty(0))
 
 
 @dataclass
@@ -233,8 +233,8 @@ class StubModel:
     def planning_fingerprint(self) -> str:
         return "stub"
 
-    def see(self, picture: Picture) -> Source:
-        return Source(torch.zeros(picture.rows, picture.cols, dtype=torch.long), torch.empty(0))
+    def encode_source(self, picture: PreprocessedImage) -> EncodedImage:
+        return EncodedImage(torch.zeros(picture.rows, picture.cols, dtype=torch.long), torch.empty(0))
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from tests.jobs.helpers import RESULT, claim, submit
 Line = tuple[Any, ...]
 
 
-def claimed(at: float, job: str, epoch: int, *, exclusive: bool = False, known: list[int] | None = None) -> Line:
-    return (at, "claim", job, epoch, at, epoch, exclusive, known or [], f"prompt of {job}")
+def claimed(at: float, job: str, epoch: int, *, quarantined: bool = False, known: list[int] | None = None) -> Line:
+    return (at, "claim", job, epoch, at, epoch, quarantined, known or [], f"prompt of {job}")
 
 
 def wrote(at: float, kind: str, job: str, epoch: int, *, accepted: bool = True, detail: Any = None) -> Line:
@@ -100,13 +100,13 @@ def test_a_plan_that_is_made_twice_is_seen(journals: Journals) -> None:
 
 @pytest.mark.parametrize(("freed", "in_company"), [(3.0, False), (4.5, True), (None, True)])
 def test_a_suspect_in_company_is_seen(journals: Journals, freed: float | None, in_company: bool) -> None:
-    lines = [claimed(1, "other", 1), claimed(4, "suspect", 3, exclusive=True), (9, "freed", "suspect", 3)]
+    lines = [claimed(1, "other", 1), claimed(4, "suspect", 3, quarantined=True), (9, "freed", "suspect", 3)]
     journals.write("a", *lines, *([(freed, "freed", "other", 1)] if freed else []))
     assert bool(journals.read().suspects_in_company()) == in_company
 
 
 def test_a_job_that_joins_a_suspect_is_seen(journals: Journals) -> None:
-    journals.write("a", claimed(1, "suspect", 3, exclusive=True), claimed(2, "other", 1))
+    journals.write("a", claimed(1, "suspect", 3, quarantined=True), claimed(2, "other", 1))
     assert journals.read().suspects_in_company() == ["suspect"]
 
 

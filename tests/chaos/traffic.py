@@ -153,8 +153,10 @@ def _judge_overload(here: Scene, ledger: Ledger, depth: Depth, best: float, seco
     report, cap = here.report, here.stack.settings.max_queue
     slots = here.stack.settings.engines * here.stack.settings.stub.max_images
     began = min(entry.started for entry in ledger.entries)
-    in_time = (began + FILLING_S, began + seconds)
-    served = sum(e.outcome == "pictures" and in_time[0] < e.ended <= in_time[1] for e in ledger.entries)
+    with_redis_timeout = (began + FILLING_S, began + seconds)
+    served = sum(
+        e.outcome == "pictures" and with_redis_timeout[0] < e.ended <= with_redis_timeout[1] for e in ledger.entries
+    )
     goodput, refusals, latencies = served / (seconds - FILLING_S), sorted(ledger.refusals[429]), ledger.latencies()
     bound = 1.5 * (cap + slots) / best + 1.0
     report.tell("requests a second, for seconds", f"{len(ledger.entries) / seconds:.0f}, {seconds:.0f}")

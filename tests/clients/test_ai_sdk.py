@@ -63,7 +63,7 @@ async def test_edit(
     ours = options(seed=4, num_inference_steps=3)
     answer = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt=prompt, n=2, providerOptions=ours)
     [spec], [sources] = stub.specs, stub.sources
-    assert (spec.sources, spec.num_inference_steps) == (len(pictures), 3)
+    assert (spec.num_sources, spec.num_inference_steps) == (len(pictures), 3)
     assert sources
     assert sources.overlay
     assert images(answer) == [picture(spec, seed, sources) for seed in (4, 5)]

@@ -54,7 +54,7 @@ async def test_edit(
     fields = {"n": 2, "quality": "low", "response_format": "b64_json", "extra_body": {"seed": 4}}
     answer = await litellm.call(live_server, method, model=MODEL, prompt="bluer", image=image, mask=MASK, **fields)
     [spec], [sources] = stub.specs, stub.sources
-    assert (spec.sources, spec.num_inference_steps) == (2 if shape == "list" else 1, 12)
+    assert (spec.num_sources, spec.num_inference_steps) == (2 if shape == "list" else 1, 12)
     assert sources
     assert sources.overlay
     assert images(answer) == [picture(spec, seed, sources) for seed in (4, 5)]

@@ -87,7 +87,7 @@ class TestEdit:
         }[shape]
         answer = await sdk.call(live_server, EDIT, prompt="bluer", image=images, n=2, seed=4)
         [spec], [sources] = stub.specs, stub.sources
-        assert spec.sources == (len(images) if isinstance(images, list) else 1)
+        assert spec.num_sources == (len(images) if isinstance(images, list) else 1)
         assert [image(answer, index) for index in (0, 1)] == [picture(spec, seed, sources) for seed in (4, 5)]
         assert answer["usage"]["input_tokens_details"]["image_tokens"] == spec.source_tokens > 0
 

@@ -43,7 +43,7 @@ async def test_files(live_server: LiveServer, stub: StubEngine, picture_file: Pa
         answer = await client.images.edit(prompt="bluer", image=shapes[shape], extra_body={"seed": 4})
     assert answer.data
     assert base64.b64decode(answer.data[0].b64_json or "") == picture(stub.specs[0], 4, stub.sources[0])
-    assert stub.specs[0].sources == (3 if shape == "list" else 1)
+    assert stub.specs[0].num_sources == (3 if shape == "list" else 1)
 
 
 async def test_a_body_that_is_far_too_large(live_server: LiveServer, stub: StubEngine) -> None:

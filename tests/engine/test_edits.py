@@ -8,7 +8,7 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import RequestError
-from engine.jobs.job import JobSources, JobSpec
+from engine.jobs.job import JobSpec, SourceImages
 from engine.request import Event, Failed, Finished, Planned, Progress, Rendered, Request
 from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
@@ -17,7 +17,7 @@ from tests.pictures import picture, png, sources
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
-Work = tuple[JobSpec, JobSources | None]
+Work = tuple[JobSpec, SourceImages | None]
 
 
 def mixed_work(count: int) -> list[Work]:
@@ -39,12 +39,12 @@ def mixed_work(count: int) -> list[Work]:
             picture(pick.randrange(1000), pick.choice([64, 96, 106]), pick.choice([64, 128]))
             for _ in range(pick.choice([1, 2, 3]) if number % 3 else 0)
         ]
-        work.append((replace(spec, sources=len(pictures)), sources(*pictures) if pictures else None))
+        work.append((replace(spec, num_sources=len(pictures)), sources(*pictures) if pictures else None))
     return work
 
 
-def request(engine: Engine, name: str, spec: JobSpec, given: JobSources | None) -> Request:
-    return Request(name, spec, sources=given, pictures=engine.read_pictures(given) if given else [])
+def request(engine: Engine, name: str, spec: JobSpec, given: SourceImages | None) -> Request:
+    return Request(name, spec, source_images=given, preprocessed=engine.preprocess_images(given) if given else [])
 
 
 def pngs(engine: Engine, work: list[Work]) -> list[list[bytes]]:
@@ -64,7 +64,7 @@ def run(engine: Engine, requests: list[Request]) -> list[Event]:
 
 
 WORK = mixed_work(12)
-EDIT = JobSpec("make it 'RED'", 64, 96, seed=3, num_inference_steps=3, sources=1)
+EDIT = JobSpec("make it 'RED'", 64, 96, seed=3, num_inference_steps=3, num_sources=1)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_bfloat16_gives_the_same_bytes_in_any_batch(checkpoint) -> None:
 
 def test_images_of_an_edit_share_their_sources(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, given = small_engine(model), sources(picture(1, 96, 64), picture(2, 64, 64))
-    spec = replace(EDIT, n=3, sources=2)
+    spec = replace(EDIT, n=3, num_sources=2)
     separately = [pngs(engine, [(replace(spec, seed=seed, n=1), given)])[0][0] for seed in (3, 4, 5)]
     read: list[int] = []
     real = model.renderer.read_source
@@ -119,7 +119,7 @@ def test_images_of_an_edit_share_their_sources(model: GlmImage, monkeypatch: pyt
 
 def test_what_is_edited_and_in_which_order_counts(model: GlmImage) -> None:
     engine, first, second = small_engine(model), picture(1, 64, 64), picture(2, 64, 64)
-    spec = replace(EDIT, sources=2)
+    spec = replace(EDIT, num_sources=2)
     made = pngs(engine, [(spec, sources(first, second)), (spec, sources(second, first)), (spec, sources(first, first))])
     assert len({images[0] for images in made}) == 3
 
@@ -154,8 +154,8 @@ def test_a_known_plan_of_an_edit_is_rendered_to_the_same_bytes(model: GlmImage, 
     [
         ({"prompt": "x" * 3000}, [(64, 64)], "prompt", "3[0-9]{3} tokens; this server takes at most 2048"),
         ({"prompt": "a <|image|> b"}, [(64, 64)], "prompt", "control tokens"),
-        ({"sources": 2}, [(64, 64)], None, "an edit of 2 pictures came with 1|this edit of 2 pictures came with 1"),
-        ({"sources": 3}, [(128, 128)] * 3, "image", "49152 pixels, as the model sees them; .* room for 40960"),
+        ({"num_sources": 2}, [(64, 64)], None, "an edit of 2 pictures came with 1|this edit of 2 pictures came with 1"),
+        ({"num_sources": 3}, [(128, 128)] * 3, "image", "49152 pixels, as the model sees them; .* room for 40960"),
         ({"plan": {"rows": 1, "cols": 2, "tokens": [0, 0]}}, [(64, 64)], "plan", "3 rows and 2 columns"),
     ],
 )
@@ -199,11 +199,11 @@ def test_a_failure_anywhere_ends_one_edit_and_leaves_the_others_bytes(
     expected = pngs(engine, work)
     requests = [request(engine, str(number), *one) for number, one in enumerate(work)]
     victim = requests[1]
-    pixels = victim.pictures[0].pixels
+    pixels = victim.preprocessed[0].pixels
     target, name, is_victim = {
         "vision": (model.vision, "forward", lambda seen: seen.pixels is pixels),
         "encoder": (model.autoencoder, "encode", lambda seen: seen is pixels),
-        "sources": (engine.renderer_runner.source_keys, "of", lambda asked: asked is victim),
+        "sources": (engine.renderer_runner.source_kv, "of", lambda asked: asked is victim),
         "prefill": (engine.planner_runner, "prefill", lambda groups: victim in [g.request for g in groups]),
         "advance": (engine.renderer_runner, "advance", lambda items: victim in [r.request for r in items]),
     }[place]
@@ -229,7 +229,7 @@ def test_a_cancelled_edit_gives_everything_back_within_a_step(model: GlmImage, s
     engine.submit(request(engine, "gone", replace(EDIT, n=2, num_inference_steps=40), sources(picture(1, 96, 96))))
     for _ in range(steps):
         engine.step()
-    assert len(engine.renderer_runner.source_keys) == (steps > 6)  # a plan of six tokens, then rendering
+    assert len(engine.renderer_runner.source_kv) == (steps > 6)  # a plan of six tokens, then rendering
     engine.cancel("gone")
     assert not any(isinstance(event, Finished | Failed) for event in engine.step())
     assert engine.is_idle
@@ -247,7 +247,7 @@ def test_sources_that_do_not_fit_now_wait_their_turn(model: GlmImage) -> None:
     finished: list[str] = []
     while not engine.is_idle:
         finished += [event.request.id for event in engine.step() if isinstance(event, Finished)]
-        assert len(engine.renderer_runner.source_keys) <= 1
+        assert len(engine.renderer_runner.source_kv) <= 1
         assert len({sequence.request for sequence in engine.planner.sequences}) <= 1
     assert finished == ["0", "1", "2", "3"]
     engine.check_integrity()
@@ -256,5 +256,5 @@ def test_sources_that_do_not_fit_now_wait_their_turn(model: GlmImage) -> None:
 def test_a_picture_that_cannot_be_edited_names_its_field(model: GlmImage) -> None:
     for file in (b"no picture", png(picture(1, 400, 20))):
         with pytest.raises(RequestError, match="a picture to edit") as caught:
-            small_engine(model).read_pictures(JobSources([file]))
+            small_engine(model).preprocess_images(SourceImages([file]))
         assert (caught.value.param, caught.value.code) == ("image", "invalid_image_file")

@@ -255,7 +255,7 @@ def test_a_request_past_its_deadline_does_not_begin_nor_hold_others_up(model: Gl
         engine.submit(request)
     events = engine.step()
     assert not any(isinstance(event, Failed) for event in events)
-    late.deadline = time.monotonic()
+    late.deadline_at = time.monotonic()
     [failed] = [event for event in engine.step() if isinstance(event, Failed)]
     assert failed.request is late
     assert isinstance(failed.error, DeadlinePassed)

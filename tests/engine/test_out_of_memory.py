@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batch_limit import RECOVERY_BATCHES, Allowance
-from engine.device_errors import is_lost_device, is_out_of_memory, told_of
+from engine.batch_limit import RECOVERY_BATCHES, BatchLimit
+from engine.device_errors import is_lost_device, is_out_of_memory
 from engine.engine import Engine
 from engine.errors import RequestError, WriteRefused
 from engine.jobs.job import JobSpec
 from engine.request import Event, Failed, Rendered, Request
 from engine.worker.encoding import encode
+from engine.worker.job_errors import to_job_error
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 
@@ -77,7 +78,7 @@ def test_a_batch_too_large_is_split_and_those_after_it_are_smaller(
     undisturbed: dict[tuple[str, int], bytes],
     stage: str,
     most: int,
-    budget: Callable[[Engine], Allowance],
+    budget: Callable[[Engine], BatchLimit],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = small_engine(model)
@@ -128,7 +129,7 @@ def test_the_news_of_a_failure_holds_no_tensors(model: GlmImage, monkeypatch: py
 
 
 def test_an_allowance_is_halved_by_what_was_used_and_comes_back() -> None:
-    allowance = Allowance(100)
+    allowance = BatchLimit(100)
     allowance.ran_out(40)
     assert allowance.take() == 20
     allowance.ran_out(90)
@@ -168,7 +169,7 @@ def test_what_an_error_says_of_the_device() -> None:
 
 def test_who_asks_for_too_much_hears_what_would_help() -> None:
     spec = JobSpec("secret", 2048, 1024, seed=1)
-    one, many = told_of(TOO_LITTLE, spec), told_of(TOO_LITTLE, replace(spec, n=3, sources=2))
+    one, many = to_job_error(TOO_LITTLE, spec), to_job_error(TOO_LITTLE, replace(spec, n=3, num_sources=2))
     assert (one.code, one.type) == ("out_of_memory", "server_error")
     assert one.message == (
         "The engine's device has not enough memory for an image of 2048x1024. Ask for a smaller size."
@@ -176,7 +177,7 @@ def test_who_asks_for_too_much_hears_what_would_help() -> None:
     assert many.message.endswith(
         "3 images of 2048x1024. Ask for a smaller size or fewer images (n) or an edit of fewer or smaller pictures."
     )
-    refused = told_of(WriteRefused("x"), spec)
+    refused = to_job_error(WriteRefused("x"), spec)
     assert refused.code == "result_too_large"
     assert "jpeg" in refused.message
-    assert told_of(ValueError("secret"), spec).message == "The engine failed on this request."
+    assert to_job_error(ValueError("secret"), spec).message == "The engine failed on this request."

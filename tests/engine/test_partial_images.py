@@ -75,7 +75,7 @@ def test_on_the_way_the_noise_of_the_last_step_is_taken_out(model: GlmImage) -> 
         runner.advance([rendering])
     before = rendering.latents
     runner.advance([rendering])
-    assert rendering.is_to_be_shown
+    assert rendering.has_partial_due
     velocity = rendering.velocity
     assert velocity is not None
     shown = runner.decode(rendering)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.jobs.job import JobSources, JobSpec, Plan
+from engine.jobs.job import JobSpec, Plan, SourceImages
 from engine.worker.plan_cache import PlanCache
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load
 from tests.job_queue import JobQueue
 
-SPEC = JobSpec("make it 'RED'", 96, 64, seed=1, n=2, sources=2)
-SOURCES = JobSources([b"first", b"second"], overlay=b"mask")
+SPEC = JobSpec("make it 'RED'", 96, 64, seed=1, n=2, num_sources=2)
+SOURCES = SourceImages([b"first", b"second"], overlay=b"mask")
 PLAN = Plan(2, 3, [1, 2, 3, 4, 5, 6])
 
 
@@ -66,7 +66,7 @@ async def test_a_plan_is_kept_for_the_same_pictures_in_the_same_order(queue: Job
     assert await cache.known(SPEC, SOURCES) == {1: PLAN}
     assert await cache.known(SPEC, replace(SOURCES, overlay=None)) == {1: PLAN}, "a mask has no part in the plan"
     for pictures in ([b"second", b"first"], [b"first"], [b"first", b"other"], [b"firsts", b"econd"]):
-        assert await cache.known(SPEC, JobSources(pictures)) == {}
+        assert await cache.known(SPEC, SourceImages(pictures)) == {}
     assert await cache.known(SPEC, None) == {}
 
 

@@ -153,7 +153,7 @@ def test_prefill_stays_within_its_budget_but_always_moves() -> None:
 class Work:
     tokens: int
     steps_left: int
-    deadline: float = float("inf")
+    deadline_at: float = float("inf")
 
 
 def run(scheduler: RenderScheduler[Work], ticks: int, now: float = 0.0) -> list[list[Work]]:
@@ -210,12 +210,12 @@ def test_nobody_starves_under_a_stream_of_short_work(others: list[tuple[int, int
 def test_an_image_about_to_miss_its_deadline_goes_before_shorter_ones() -> None:
     scheduler: RenderScheduler[Work] = RenderScheduler(token_budget=100)
     scheduler.observe(tokens=100, seconds=1.0)
-    urgent, short = Work(100, 10, deadline=15.0), Work(100, 2)
+    urgent, short = Work(100, 10, deadline_at=15.0), Work(100, 2)
     scheduler.add(short)
     scheduler.add(urgent)
     assert scheduler.pick(now=0.0) == [urgent]
     relaxed: RenderScheduler[Work] = RenderScheduler(token_budget=100)
     relaxed.observe(tokens=100, seconds=1.0)
     relaxed.add(short)
-    relaxed.add(Work(100, 10, deadline=100.0))
+    relaxed.add(Work(100, 10, deadline_at=100.0))
     assert relaxed.pick(now=0.0) == [short]

@@ -15,7 +15,7 @@ from PIL import Image as PillowImage
 
 from engine.config import EXIT_STUCK, EngineSettings
 from engine.engine import Engine
-from engine.jobs.job import Budget, EngineInfo, JobRecord, JobSpec, JobState, PartialImage, Plan
+from engine.jobs.job import EngineInfo, FreeCapacity, JobRecord, JobSpec, JobState, PartialImage, Plan
 from engine.observability.tracing import Tracing
 from engine.request import Planned, Request
 from engine.worker import worker as worker_module
@@ -155,12 +155,12 @@ async def test_plans_are_kept_and_a_later_run_starts_from_them(queue: JobQueue, 
     engine = small_engine(model)
     [[expected]] = engine.generate([replace(SPEC, num_inference_steps=30)])
     await submit(queue, replace(SPEC, num_inference_steps=30), "j")
-    claim = await queue.claim("first", Budget(8, 100_000, 0, True))
+    claim = await queue.claim("first", FreeCapacity(8, 100_000, 0, True))
     assert claim is not None
     assert not claim.plans
     [plan] = _plans(engine, claim.spec)
     assert await queue.checkpoint_plan(claim, 0, plan)
-    await queue.surrender("first")
+    await queue.requeue_all("first")
     written = engine.metrics.planner_tokens._value.get()
     async with working(queue, engine):
         assert (await queue.wait("j")).state is JobState.SUCCEEDED
@@ -191,7 +191,7 @@ async def test_a_worker_checkpoints_plans(queue: JobQueue, model: GlmImage) -> N
         async with asyncio.timeout(30):
             while (await until_running(queue, "j")).progress["phase"] != "rendering":  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-    claim = await queue.claim("second", Budget(8, 100_000, 0, True))
+    claim = await queue.claim("second", FreeCapacity(8, 100_000, 0, True))
     assert claim is not None
     assert list(claim.plans) == [0]
 
@@ -306,13 +306,13 @@ async def test_a_job_taken_from_us_is_dropped(queue: JobQueue, redis_client, mod
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256), "j")
         await until_running(queue, "j")
         thief = JobQueue(redis_client, lease_ms=0)
-        claim = await thief.claim("thief", Budget(8, 100_000, 0, True))
+        claim = await thief.claim("thief", FreeCapacity(8, 100_000, 0, True))
         assert claim is not None
         await until(lambda: engine.is_idle, seconds=5)
         record = await queue.get("j")
         assert record is not None
         assert record.state is JobState.RUNNING
-        assert await queue.release("thief", claim)
+        assert await queue.requeue("thief", claim)
         await queue.cancel("j")
         await thief.close()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.jobs.job import JobSources, JobSpec, JobState, QueueStats
+from engine.jobs.job import JobSpec, JobState, QueueStats, SourceImages
 from engine.worker.encoding import covered, encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
@@ -16,7 +16,7 @@ from tests.engine.test_worker import until_running, working
 from tests.job_queue import JobQueue
 from tests.pictures import picture, png, sources
 
-SPEC = JobSpec("make it 'RED'", 100, 64, seed=1, num_inference_steps=3, sources=1)
+SPEC = JobSpec("make it 'RED'", 100, 64, seed=1, num_inference_steps=3, num_sources=1)
 
 
 def mask(width: int, height: int) -> Image.Image:
@@ -29,14 +29,14 @@ def mask(width: int, height: int) -> Image.Image:
     return overlay
 
 
-async def submit(queue: JobQueue, spec: JobSpec, job_id: str, given: JobSources | None) -> None:
-    await queue.submit(spec, job_id=job_id, timeout_s=60, priority="interactive", max_queue=100, sources=given)
+async def submit(queue: JobQueue, spec: JobSpec, job_id: str, given: SourceImages | None) -> None:
+    await queue.submit(spec, job_id=job_id, timeout_s=60, priority="interactive", max_queue=100, source_images=given)
 
 
 async def test_edits_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
     given = sources(picture(1, 96, 64), picture(2, 64, 128))
-    spec = JobSpec("both", 64, 96, seed=4, n=2, num_inference_steps=2, sources=2, return_plan=True)
+    spec = JobSpec("both", 64, 96, seed=4, n=2, num_inference_steps=2, num_sources=2, return_plan=True)
     [expected] = engine.generate([spec], [given])
     async with working(queue, engine):
         await submit(queue, spec, "edit", given)
@@ -51,7 +51,7 @@ async def test_edits_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmI
     ]
     assert all(image.plan is not None and "preview" not in image.plan for image in result.images)
     assert result.source_tokens == 6 + 8
-    assert result.prompt_tokens == len(model.prompts.encode("both", 96, 64, sources=2)) - 2 + 14
+    assert result.prompt_tokens == len(model.prompts.encode("both", 96, 64, num_sources=2)) - 2 + 14
     assert result.plan_tokens == 2 * 6
     assert other.source_tokens == 0
 
@@ -79,7 +79,7 @@ def test_an_overlay_keeps_what_is_opaque_to_the_bit() -> None:
 
 async def test_a_picture_that_cannot_be_edited_fails_its_job_alone(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model)):
-        await submit(queue, SPEC, "bad", JobSources([b"no picture"]))
+        await submit(queue, SPEC, "bad", SourceImages([b"no picture"]))
         await submit(queue, SPEC, "good", sources(picture(1, 96, 64)))
         bad = await queue.wait("bad")
         assert bad.state is JobState.FAILED
@@ -96,14 +96,14 @@ async def test_an_edit_cancelled_while_its_pictures_are_read_is_not_made(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, reading, go_on = small_engine(model), asyncio.Event(), asyncio.Event()
-    loop, real = asyncio.get_running_loop(), engine.read_pictures
+    loop, real = asyncio.get_running_loop(), engine.preprocess_images
 
-    def slowly(given: JobSources):
+    def slowly(given: SourceImages):
         loop.call_soon_threadsafe(reading.set)
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20)
         return real(given)
 
-    monkeypatch.setattr(engine, "read_pictures", slowly)
+    monkeypatch.setattr(engine, "preprocess_images", slowly)
     async with working(queue, engine):
         await submit(queue, SPEC, "gone", sources(picture(1, 96, 64)))
         await asyncio.wait_for(reading.wait(), 20)
@@ -146,7 +146,7 @@ async def test_a_bound_holds_room_only_until_the_pictures_are_read(queue: JobQue
 
 async def test_the_plan_of_an_edit_is_kept_for_the_same_pictures(queue: JobQueue, model: GlmImage) -> None:
     engine, one, two = small_engine(model), picture(1, 96, 64), picture(2, 96, 64)
-    spec = replace(SPEC, sources=2)
+    spec = replace(SPEC, num_sources=2)
     again = replace(spec, num_inference_steps=2)
     pairs = [sources(one, two), sources(one, two), sources(two, one)]
     expected = engine.generate([spec, again, again], pairs)

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import Claim, JobResult, JobSources, JobSpec, JobState, OutputFormat
+from engine.jobs.job import Claim, JobResult, JobSpec, JobState, OutputFormat, SourceImages
 from engine.worker import encoding
 from engine.worker import worker as worker_module
 from engine.worker.encoding import encode, metadata
@@ -27,7 +27,7 @@ from tests.pictures import picture, sources
 
 GOOD = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
 VICTIM = replace(GOOD, seed=9, output_format="webp")
-EDIT = JobSpec("make it 'RED'", 64, 64, seed=2, num_inference_steps=3, sources=1)
+EDIT = JobSpec("make it 'RED'", 64, 64, seed=2, num_inference_steps=3, num_sources=1)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ async def error_code(queue: JobQueue, job_id: str) -> str | None:
 @pytest.mark.parametrize(
     ("stage", "planted", "code"),
     [
-        ("read_pictures", MemoryError(), "out_of_memory"),
-        ("read_pictures", RuntimeError("planted"), "engine_error"),
+        ("preprocess_images", MemoryError(), "out_of_memory"),
+        ("preprocess_images", RuntimeError("planted"), "engine_error"),
         ("encode", OSError("planted"), "engine_error"),
         ("covered", ValueError("planted"), "engine_error"),
     ],
@@ -75,7 +75,7 @@ async def test_a_failure_around_the_engine_ends_one_job(
 ) -> None:
     """The victim is an edit under an overlay, as a WebP; the others come before and after it."""
     engine = small_engine(model)
-    target = engine if stage == "read_pictures" else worker_module
+    target = engine if stage == "preprocess_images" else worker_module
     real = getattr(target, stage)
 
     def fails_for_the_victim(given: Any, *rest: Any) -> Any:
@@ -93,7 +93,7 @@ async def test_a_failure_around_the_engine_ends_one_job(
             timeout_s=60,
             priority="interactive",
             max_queue=9,
-            sources=sources(picture(1, 64, 64), overlay=picture(2, 64, 64).convert("RGBA")),
+            source_images=sources(picture(1, 64, 64), overlay=picture(2, 64, 64).convert("RGBA")),
         )
         await submit(queue, GOOD, "after")
         assert await error_code(queue, "victim") == code
@@ -158,7 +158,7 @@ async def test_a_result_redis_has_no_room_for_fails_its_job_alone(
     engine = small_engine(model)
     want = expected(engine)
     monkeypatch.setattr(worker_module, "encode", large)
-    monkeypatch.setattr(worker_module, "REFUSALS", 2)
+    monkeypatch.setattr(worker_module, "MAX_WRITE_ATTEMPTS", 2)
     async with working(own, engine):
         await limit(own)
         await submit(own, VICTIM, "victim")
@@ -186,18 +186,18 @@ async def test_a_job_whose_deadline_comes_before_the_engine_has_it_does_not_begi
     """Long before its lease is renewed, which would end it, too."""
     engine, loop, seen, left = small_engine(model), asyncio.get_running_loop(), list[object](), list[float]()
 
-    def too_late(given: JobSources) -> list[Any]:
+    def too_late(given: SourceImages) -> list[Any]:
         [job] = worker._jobs.values()
-        left.append(job.request.deadline - time.monotonic())
+        left.append(job.request.deadline_at - time.monotonic())
         asyncio.run_coroutine_threadsafe(pass_deadline(queue, "late"), loop).result(20)
-        job.request.deadline = time.monotonic()
-        return [model.pictures.read(file) for file in given.pictures]
+        job.request.deadline_at = time.monotonic()
+        return [model.preprocessor.read(file) for file in given.files]
 
-    monkeypatch.setattr(engine, "read_pictures", too_late)
-    monkeypatch.setattr(model, "see", seen.append)
+    monkeypatch.setattr(engine, "preprocess_images", too_late)
+    monkeypatch.setattr(model, "encode_source", seen.append)
     async with working(queue, engine, lease_s=300.0) as worker:
         given = sources(picture(1, 64, 64))
-        await queue.submit(EDIT, job_id="late", timeout_s=600, priority="interactive", max_queue=9, sources=given)
+        await queue.submit(EDIT, job_id="late", timeout_s=600, priority="interactive", max_queue=9, source_images=given)
         async with asyncio.timeout(20):
             while (record := await queue.get("late")) is None or not record.state.is_terminal:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)

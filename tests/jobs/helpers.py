@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import Budget, Claim, ImageResult, JobResult, JobSources, JobSpec, Priority
+from engine.jobs.job import Claim, FreeCapacity, ImageResult, JobResult, JobSpec, Priority, SourceImages
 from tests.job_queue import JobQueue
 
-ROOMY = Budget(images=100, kv_tokens=10**9, source_tokens=10**9, idle=False)
-IDLE = Budget(images=0, kv_tokens=0, source_tokens=0, idle=True)
+ROOMY = FreeCapacity(images=100, kv_tokens=10**9, source_tokens=10**9, idle=False)
+IDLE = FreeCapacity(images=0, kv_tokens=0, source_tokens=0, idle=True)
 RESULT = JobResult([ImageResult(bytes(range(256)), seed=7)], prompt_tokens=5, plan_tokens=260)
 
 _numbers = itertools.count()
@@ -28,7 +28,7 @@ async def submit(
     timeout_s: float = 60,
     priority: Priority = "interactive",
     max_queue: int = 100,
-    sources: JobSources | None = None,
+    source_images: SourceImages | None = None,
     max_source_bytes: int | None = None,
     notes: dict[str, Any] | None = None,
     owner: str = "",
@@ -38,15 +38,15 @@ async def submit(
     **fields: Any,
 ) -> str:
     """Submits a small job and returns its id, or that of the job its key leads to. `fields` are those of its spec."""
-    if sources is not None:
-        fields["sources"] = len(sources.pictures)
+    if source_images is not None:
+        fields["num_sources"] = len(source_images.files)
     return await queue.submit(
         spec(**fields),
         job_id=job_id or f"job-{next(_numbers)}",
         timeout_s=timeout_s,
         priority=priority,
         max_queue=max_queue,
-        sources=sources,
+        source_images=source_images,
         max_source_bytes=max_source_bytes,
         notes=notes,
         owner=owner,
@@ -56,7 +56,7 @@ async def submit(
     )
 
 
-async def claim(queue: JobQueue, consumer: str = "engine-1", budget: Budget = ROOMY) -> Claim:
+async def claim(queue: JobQueue, consumer: str = "engine-1", budget: FreeCapacity = ROOMY) -> Claim:
     """Claims a job where there must be one."""
     claim = await queue.claim(consumer, budget)
     assert claim is not None

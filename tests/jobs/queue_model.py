@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from engine.errors import KeyReused, QueueFull, SourcesFull, TooManyJobs
-from engine.jobs.job import Budget, Plan, Priority
+from engine.jobs.job import FreeCapacity, Plan, Priority
 from tests.jobs.helpers import spec
 
 CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 3, 8, 3
@@ -34,10 +34,10 @@ class Job:
     def live(self) -> bool:
         return self.state in ("queued", "running")
 
-    def fits(self, budget: Budget) -> bool:
+    def fits(self, budget: FreeCapacity) -> bool:
         if budget.idle:
             return True
-        cost = spec(n=self.images, sources=int(self.sources > 0), source_tokens=self.sources)
+        cost = spec(n=self.images, num_sources=int(self.sources > 0), source_tokens=self.sources)
         return (
             self.runs < 2
             and self.images <= budget.images
@@ -54,7 +54,7 @@ class Model:
     jobs: list[Job] = field(default_factory=list)
     keys: dict[str, tuple[str, Job]] = field(default_factory=dict)  # idempotency key: fingerprint, job
     granted: int = 0
-    given_up: int = 0
+    dead_lettered: int = 0
     cleared: list[Job] = field(default_factory=list)  # ended by the last claim, which met them
 
     def count(self, state: str) -> int:
@@ -102,7 +102,7 @@ class Model:
     def can_draw(self) -> bool:
         return any(self._head(priority) for priority in self.streams)
 
-    def draw(self, budget: Budget) -> Job | None:
+    def draw(self, budget: FreeCapacity) -> Job | None:
         """The job a claim must be granted, after all that it must clear away."""
         order = ["batch", "interactive"] if (self.granted + 1) % 4 == 0 else ["interactive", "batch"]
         self.cleared = []
@@ -112,7 +112,7 @@ class Model:
                     self.delete(job)
                 elif job.late or job.runs >= MAX_RUNS:
                     job.drawn = True
-                    self.given_up += not job.late
+                    self.dead_lettered += not job.late
                     self.end(job, "expired" if job.late else "failed")
                     self.cleared.append(job)
                 elif job.fits(budget):

@@ -7,7 +7,7 @@ import pytest
 import redis.asyncio
 
 from engine.errors import QueueFull
-from engine.jobs.job import Budget, JobSources, JobState, Priority, QueueStats
+from engine.jobs.job import FreeCapacity, JobState, Priority, QueueStats, SourceImages
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
 
@@ -48,15 +48,20 @@ async def test_the_cap_holds_when_all_come_at_once(queue: JobQueue):
 async def test_a_job_is_taken_only_where_it_fits(queue: JobQueue):
     job_id = await submit(queue, n=2)
     kv_tokens = spec(n=2).plan_tokens + spec(n=2).prompt_tokens_bound
-    assert await queue.claim("engine-1", Budget(images=1, kv_tokens=kv_tokens, source_tokens=0, idle=False)) is None
-    assert await queue.claim("engine-1", Budget(images=2, kv_tokens=kv_tokens - 1, source_tokens=0, idle=False)) is None
+    assert (
+        await queue.claim("engine-1", FreeCapacity(images=1, kv_tokens=kv_tokens, source_tokens=0, idle=False)) is None
+    )
+    assert (
+        await queue.claim("engine-1", FreeCapacity(images=2, kv_tokens=kv_tokens - 1, source_tokens=0, idle=False))
+        is None
+    )
     assert (await queue.stats()).waiting == 1
-    granted = await claim(queue, budget=Budget(images=2, kv_tokens=kv_tokens, source_tokens=0, idle=False))
+    granted = await claim(queue, budget=FreeCapacity(images=2, kv_tokens=kv_tokens, source_tokens=0, idle=False))
     assert granted.job_id == job_id
 
 
 async def test_an_edit_is_taken_only_where_its_pictures_fit(queue: JobQueue):
-    edit = await submit(queue, sources=JobSources([b"x"]), source_tokens=24)
+    edit = await submit(queue, source_images=SourceImages([b"x"]), source_tokens=24)
     behind = await submit(queue)
     assert await queue.claim("engine-1", replace(ROOMY, source_tokens=23)) is None
     assert (await claim(queue, budget=replace(ROOMY, source_tokens=24))).job_id == edit
@@ -64,7 +69,7 @@ async def test_an_edit_is_taken_only_where_its_pictures_fit(queue: JobQueue):
 
 
 async def test_an_idle_engine_takes_any_job(queue: JobQueue):
-    job_id = await submit(queue, n=10, width=2048, height=2048, sources=JobSources([b"x"]), source_tokens=10**9)
+    job_id = await submit(queue, n=10, width=2048, height=2048, source_images=SourceImages([b"x"]), source_tokens=10**9)
     assert (await claim(queue, budget=IDLE)).job_id == job_id
 
 
@@ -72,7 +77,7 @@ async def test_an_idle_engine_takes_any_job(queue: JobQueue):
 async def test_a_large_job_is_not_passed_over(queue: JobQueue, small_priority):
     large = await submit(queue, n=10)
     small = await submit(queue, n=1, priority=small_priority)
-    narrow = Budget(images=4, kv_tokens=10**9, source_tokens=0, idle=False)
+    narrow = FreeCapacity(images=4, kv_tokens=10**9, source_tokens=0, idle=False)
     assert await queue.claim("engine-1", narrow) is None
     assert (await claim(queue, "engine-2", ROOMY)).job_id == large
     assert (await claim(queue, "engine-1", narrow)).job_id == small
@@ -106,7 +111,7 @@ async def test_a_batch_job_starts_within_four_claims_of_any_engines(queue: JobQu
                 break
         else:
             pytest.fail("passed over four times")
-        await queue.release(f"engine-{claims % 2}", granted)
+        await queue.requeue(f"engine-{claims % 2}", granted)
 
 
 @pytest.mark.parametrize("priority", ["interactive", "batch"])
@@ -115,10 +120,10 @@ async def test_a_batch_job_starts_within_four_claims_of_any_engines(queue: JobQu
 async def test_nothing_starts_past_its_deadline(queue: JobQueue, priority: Priority, state: str, alone: bool):
     late = await submit(queue, priority=priority)
     if state == "handed back":
-        await queue.release("engine-1", await claim(queue))
+        await queue.requeue("engine-1", await claim(queue))
     elif state == "its engine died":
         await claim(queue)
-        await queue.surrender("engine-1")
+        await queue.requeue_all("engine-1")
     other = None if alone else await submit(queue)
     await pass_deadline(queue, late)
     granted = await queue.claim("engine-2", IDLE)
@@ -131,7 +136,7 @@ async def test_nothing_starts_past_its_deadline(queue: JobQueue, priority: Prior
 
 async def test_a_large_batch_job_gets_its_turn_under_interactive_load(queue: JobQueue):
     large = await submit(queue, n=4, priority="batch")
-    busy, running = Budget(images=3, kv_tokens=10**9, source_tokens=0, idle=False), []
+    busy, running = FreeCapacity(images=3, kv_tokens=10**9, source_tokens=0, idle=False), []
     for _ in range(10):
         await submit(queue)
         granted = await queue.claim("engine-1", busy)

@@ -24,13 +24,13 @@ from redis.exceptions import ResponseError
 
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import TERMINAL_STATES, Budget, Claim, JobError, JobSources, PartialImage, Plan, QueueStats
+from engine.jobs.job import TERMINAL_STATES, Claim, FreeCapacity, JobError, PartialImage, Plan, QueueStats, SourceImages
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, pass_deadline, spec, submit
 from tests.jobs.queue_model import CAP, MAX_RUNS, OWNED_CAP, SOURCES_CAP, Job, Model
 
 LEASE_MS = 3_600_000
-LITTLE_KV = spec(n=3, sources=1, source_tokens=9).prompt_tokens_bound + 12  # for any edit here, and no generation
+LITTLE_KV = spec(n=3, num_sources=1, source_tokens=9).prompt_tokens_bound + 12  # for any edit here, and no generation
 BUDGETS = st.sampled_from(
     [
         IDLE,
@@ -122,7 +122,7 @@ class QueueMachine(RuleBasedStateMachine):
             timeout_s=0 if job.late else 3600,
             priority=job.priority,
             max_queue=CAP,
-            sources=JobSources([b"x" * job.sources]) if job.sources else None,
+            source_images=SourceImages([b"x" * job.sources]) if job.sources else None,
             source_tokens=job.sources,
             max_source_bytes=SOURCES_CAP,
             owner=job.owner,
@@ -155,17 +155,17 @@ class QueueMachine(RuleBasedStateMachine):
             if job.live and job.late:
                 self.model.end(job, "expired")
         elif call == "submit again":
-            self.run(submit(self.queue, job_id=job.id, max_queue=CAP, sources=JobSources([b"again"])))
+            self.run(submit(self.queue, job_id=job.id, max_queue=CAP, source_images=SourceImages([b"again"])))
         elif call == "withdraw what comes later":
             self.submits += 1
             late = f"job-{self.submits}"
-            assert not self.run(self.queue.withdraw(late))
+            assert not self.run(self.queue.discard(late))
             self.run(submit(self.queue, job_id=late, max_queue=10**6))
             assert self.run(self.queue.get(late)) is None
         elif call == "time passes":
             self._pass_deadline(job)
         else:
-            assert self.run(self.queue.cancel(job.id) if call == "cancel" else self.queue.withdraw(job.id)) == job.live
+            assert self.run(self.queue.cancel(job.id) if call == "cancel" else self.queue.discard(job.id)) == job.live
             if call == "withdraw":
                 job.has_result, job.partials = False, set()
             if job.live:
@@ -175,16 +175,16 @@ class QueueMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.can_draw)
     @rule(engine=ENGINES, budget=BUDGETS)
-    def claim(self, engine: str, budget: Budget):
+    def claim(self, engine: str, budget: FreeCapacity):
         self._claim(engine, budget)
 
     @precondition(lambda self: self.model.can_draw)
     @rule(engine=ENGINES, budget=BUDGETS)
-    def claim_more(self, engine: str, budget: Budget):
+    def claim_more(self, engine: str, budget: FreeCapacity):
         """The same, so that it is done as often as jobs come."""
         self._claim(engine, budget)
 
-    def _claim(self, engine: str, budget: Budget):
+    def _claim(self, engine: str, budget: FreeCapacity):
         granted = self.run(self.queue.claim(engine, budget))
         job = self.model.draw(budget)
         self.touched = self.model.cleared
@@ -194,7 +194,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.model.grant(job, engine)
         assert granted is not None
         assert (granted.job_id, granted.epoch, granted.runs) == (job.id, job.epoch, job.runs)
-        assert (granted.exclusive, granted.plans) == (job.runs > 2, job.plans)
+        assert (granted.quarantined, granted.plans) == (job.runs > 2, job.plans)
         self.claims.append((engine, job, granted))
         self.touched = [job, *self.model.cleared]
 
@@ -276,8 +276,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(back=RECENT)
     def release(self, back: int):
         engine, job, claim, holds = self._claim_back(back)
-        assert not self.run(self.queue.release("engine-3", claim)), "only its own engine can"
-        assert self.run(self.queue.release(engine, claim)) == holds
+        assert not self.run(self.queue.requeue("engine-3", claim)), "only its own engine can"
+        assert self.run(self.queue.requeue(engine, claim)) == holds
         if holds:
             self.model.hand_back(job)
             job.runs -= 1
@@ -302,7 +302,7 @@ class QueueMachine(RuleBasedStateMachine):
         engine = running[-1 - back % len(running)].engine
         assert engine is not None
         lost = [job for job in self.model.jobs if job.state == "running" and job.engine == engine]
-        assert self.run(self.queue.surrender(engine)) == len(lost)
+        assert self.run(self.queue.requeue_all(engine)) == len(lost)
         for job in lost:
             self.model.hand_back(job)
         self.touched = lost
@@ -318,7 +318,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     async def _check_counts(self):
         model = self.model
-        counts = QueueStats(model.count("queued"), model.count("running"), model.sources, model.given_up)
+        counts = QueueStats(model.count("queued"), model.count("running"), model.sources, model.dead_lettered)
         assert await self.queue.stats() == counts
         async with self.client.pipeline(transaction=False) as pipe:
             for priority in model.streams:

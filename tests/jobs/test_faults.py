@@ -44,7 +44,7 @@ async def test_nothing_acknowledged_is_lost_when_redis_is_killed(server: Embedde
     await queue.cancel(cancelled)
     claims = [granted, await claim(queue), await claim(queue)]
     await queue.commit(claims[2], RESULT)
-    await queue.release("engine-1", claims[1])
+    await queue.requeue("engine-1", claims[1])
     waiters = [asyncio.create_task(queue.wait(job_id)) for job_id in (running, waiting)]
     engine_waits = asyncio.create_task(queue.wait_for_work(60))
     await asyncio.sleep(0.1)
@@ -62,7 +62,7 @@ async def test_nothing_acknowledged_is_lost_when_redis_is_killed(server: Embedde
     assert record is not None
     assert record.state == JobState.CANCELLED
     assert await queue.renew("engine-1", [granted]) == []
-    assert await queue.release("engine-1", granted)
+    assert await queue.requeue("engine-1", granted)
     again = await claim(queue, "engine-2")
     assert (again.job_id, again.plans) == (running, {0: plan})
     assert await queue.commit(again, RESULT)
@@ -107,7 +107,7 @@ async def test_a_flushed_redis_is_a_new_one(queue: JobQueue, client: redis.async
     elif call == "renew":
         assert await queue.renew("engine-1", [granted]) == [granted]
     else:
-        assert await queue.surrender("engine-1") == 0
+        assert await queue.requeue_all("engine-1") == 0
     assert not await queue.commit(granted, RESULT)
     job_id = await submit(queue)
     assert (await claim(queue)).job_id == job_id
@@ -179,9 +179,9 @@ async def test_a_redis_that_refuses_is_unavailable_and_nothing_is_half_done(
         calls += [
             lambda: queue.cancel(job_id),
             lambda: queue.fail(granted, JobError("no")),
-            lambda: queue.release("engine-1", granted),
+            lambda: queue.requeue("engine-1", granted),
             lambda: queue.renew("engine-1", [granted]),
-            lambda: queue.surrender("engine-1"),
+            lambda: queue.requeue_all("engine-1"),
         ]
     if trouble == "stopped":
         calls += [
@@ -193,7 +193,7 @@ async def test_a_redis_that_refuses_is_unavailable_and_nothing_is_half_done(
             queue.ping,
             lambda: queue.claim("engine-1", IDLE),
             lambda: queue.expire(job_id),
-            lambda: queue.retire("engine-1"),
+            lambda: queue.deregister("engine-1"),
         ]
 
     async def refused(call: Callable[[], Awaitable[object]]) -> None:
@@ -218,7 +218,7 @@ async def test_jobs_can_be_drawn_and_ended_while_memory_is_used_up(queue: JobQue
     await client.config_set("maxmemory", 1)
     assert await queue.cancel(cancelled.job_id)
     assert await queue.fail(failed, JobError("no"))
-    assert await queue.release("engine-1", released)
+    assert await queue.requeue("engine-1", released)
     drawn = [await claim(queue) for _ in range(2)]
     assert drawn[0].job_id == released.job_id
     assert await queue.renew("engine-1", drawn) == []

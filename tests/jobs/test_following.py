@@ -8,19 +8,19 @@ import pytest
 import redis.asyncio
 
 from engine.errors import KeyReused, QueueUnavailable, TooManyJobs
-from engine.jobs.job import JobRecord, JobSources, JobState, PartialImage
+from engine.jobs.job import JobRecord, JobState, PartialImage, SourceImages
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import RESULT, claim, submit
 
-SOURCES = JobSources([b"\x89PNG one", b"\x89PNG two"], b"overlay")
+SOURCES = SourceImages([b"\x89PNG one", b"\x89PNG two"], b"overlay")
 
 
 async def test_sources_live_as_long_as_the_job(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
-    await submit(queue, sources=SOURCES)
+    await submit(queue, source_images=SOURCES)
     held = await claim(queue)
-    assert await queue.sources(held) == SOURCES
+    assert await queue.source_images(held) == SOURCES
     await queue.commit(held, RESULT)
-    assert await queue.sources(held) is None
+    assert await queue.source_images(held) is None
     assert not await redis_client.keys("*sources*")
 
 
@@ -67,7 +67,7 @@ async def test_a_job_is_followed_from_the_queue_to_its_end(queue: JobQueue) -> N
 async def test_partial_images_of_a_claim_that_is_lost_do_not_count(queue: JobQueue) -> None:
     await submit(queue, job_id="a", partial_images=2)
     stale = await claim(queue)
-    await queue.surrender("engine-1")
+    await queue.requeue_all("engine-1")
     held = await claim(queue, "engine-2")
     assert not await queue.partial_image(stale, PartialImage(0, 0, b"stale"))
     assert await queue.partial_image(held, PartialImage(0, 0, b"good"))
@@ -97,10 +97,10 @@ async def test_a_follower_that_leaves_is_forgotten(queue: JobQueue) -> None:
 
 
 async def test_a_withdrawn_job_leaves_nothing(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
-    await submit(queue, job_id="a", sources=SOURCES, owner="me")
+    await submit(queue, job_id="a", source_images=SOURCES, owner="me")
     held = await claim(queue)
     await queue.partial_image(held, PartialImage(0, 0, b"x"))
-    await queue.withdraw("a")
+    await queue.discard("a")
     keys: list[Any] = await redis_client.keys("*")
     left = {key.decode().split(":")[1] for key in keys}
     assert left <= {"job", "counters", "queue"}
@@ -125,7 +125,7 @@ async def test_a_key_leads_to_its_first_job(queue: JobQueue) -> None:
     assert await submit(queue, job_id="d", **key) == "a"
     await queue.commit(held, RESULT)
     assert await submit(queue, job_id="e", **key) == "a"
-    await queue.withdraw("a")
+    await queue.discard("a")
     assert await submit(queue, job_id="f", **key) == "f"
 
 

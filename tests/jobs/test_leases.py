@@ -17,7 +17,7 @@ WRITES: dict[str, Callable[[JobQueue, Claim], Awaitable[bool]]] = {
     "checkpoint_plan": lambda queue, stale: queue.checkpoint_plan(stale, 0, Plan(1, 1, [1])),
     "commit": lambda queue, stale: queue.commit(stale, RESULT),
     "fail": lambda queue, stale: queue.fail(stale, JobError("stale")),
-    "release": lambda queue, stale: queue.release("engine-1", stale),
+    "release": lambda queue, stale: queue.requeue("engine-1", stale),
 }
 
 
@@ -115,7 +115,7 @@ async def test_writes_after_the_claim_ended_are_refused(
     if end == "cancel":
         assert await queue.cancel(job_id)
     elif end == "surrender":
-        assert await queue.surrender("engine-1") == 1
+        assert await queue.requeue_all("engine-1") == 1
     else:
         assert await WRITES[end](queue, granted)
     before = await snapshot(redis_client, job_id)
@@ -136,12 +136,12 @@ async def test_a_job_that_brings_engines_down_runs_alone_and_is_given_up(queue: 
     poison, neighbour = await submit(queue), await submit(queue)
     for runs in (1, 2):
         granted = await claim(queue, "engine-1", ROOMY)
-        assert (granted.job_id, granted.runs, granted.exclusive) == (poison, runs, False)
-        await queue.surrender("engine-1")
+        assert (granted.job_id, granted.runs, granted.quarantined) == (poison, runs, False)
+        await queue.requeue_all("engine-1")
     assert await queue.claim("engine-1", ROOMY) is None, "a suspect needs an idle engine, and is not passed over"
     granted = await claim(queue, "engine-1", IDLE)
-    assert (granted.job_id, granted.runs, granted.exclusive) == (poison, 3, True)
-    await queue.surrender("engine-1")
+    assert (granted.job_id, granted.runs, granted.quarantined) == (poison, 3, True)
+    await queue.requeue_all("engine-1")
 
     assert (await claim(queue, "engine-1", ROOMY)).job_id == neighbour
     record = await queue.get(poison)
@@ -149,16 +149,16 @@ async def test_a_job_that_brings_engines_down_runs_alone_and_is_given_up(queue: 
     assert (record.state, record.runs) == (JobState.FAILED, 3)
     assert record.error is not None
     assert (record.error.type, "3 times" in record.error.message) == ("server_error", True)
-    assert (await queue.stats()).given_up == 1
+    assert (await queue.stats()).dead_lettered == 1
 
 
 async def test_a_suspect_that_was_only_a_neighbour_succeeds(queue: JobQueue):
     await submit(queue)
     for _ in range(2):
         await claim(queue, "engine-1", ROOMY)
-        await queue.surrender("engine-1")
+        await queue.requeue_all("engine-1")
     granted = await claim(queue, "engine-1", IDLE)
-    assert granted.exclusive
+    assert granted.quarantined
     assert await queue.commit(granted, RESULT)
 
 
@@ -168,8 +168,8 @@ async def test_a_released_job_is_back_in_its_place_and_unblamed(queue: JobQueue)
         granted = await claim(queue, "engine-1")
         assert (granted.job_id, granted.runs) == (first, 1)
         await queue.progress(granted, {"step": 1})
-        assert not await queue.release("engine-2", granted)
-        assert await queue.release("engine-1", granted)
+        assert not await queue.requeue("engine-2", granted)
+        assert await queue.requeue("engine-1", granted)
         assert await queue.stats() == QueueStats(waiting=2, running=0)
         record = await queue.get(first)
         assert record is not None
@@ -180,7 +180,7 @@ async def test_a_released_job_is_back_in_its_place_and_unblamed(queue: JobQueue)
 @pytest.mark.parametrize("end", ["cancel", "expire"])
 async def test_a_released_job_can_be_ended(queue: JobQueue, redis_client: redis.asyncio.Redis, end: str):
     job_id = await submit(queue, timeout_s=0.05)
-    await queue.release("engine-1", await claim(queue, "engine-1"))
+    await queue.requeue("engine-1", await claim(queue, "engine-1"))
     if end == "expire":
         await asyncio.sleep(0.06)
     assert await (queue.cancel(job_id) if end == "cancel" else queue.expire(job_id))
@@ -194,12 +194,12 @@ async def test_surrender_hands_back_only_the_dead_engines_jobs(queue: JobQueue, 
     assert {(await claim(queue, "dead")).job_id for _ in range(2)} == dead
     await submit(queue)
     alive = await claim(queue, "alive")
-    assert await queue.surrender("dead") == 2
+    assert await queue.requeue_all("dead") == 2
     assert await queue.stats() == QueueStats(waiting=2, running=1)
     assert await queue.renew("alive", [alive]) == []
     again = [await claim(queue, "alive") for _ in range(2)]
     assert ({granted.job_id for granted in again}, {granted.runs for granted in again}) == (dead, {2})
-    assert await queue.surrender("dead") == 0
+    assert await queue.requeue_all("dead") == 0
     for stream in ("interactive", "batch"):
         consumers = await redis_client.xinfo_consumers(f"glimmer:queue:{stream}", "engines")
         assert b"dead" not in {consumer["name"] for consumer in consumers}

@@ -33,8 +33,8 @@ async def test_a_job_is_submitted_claimed_and_committed(queue: JobQueue):
 
     granted = await claim(queue)
     assert (granted.job_id, granted.epoch, granted.runs, granted.spec) == ("a", 1, 1, spec(n=2))
-    assert (granted.submitted_at, granted.deadline) == (queued.submitted_at, queued.deadline)
-    assert (granted.plans, granted.exclusive) == ({}, False)
+    assert (granted.submitted_at, granted.deadline_ms) == (queued.submitted_at, queued.deadline_ms)
+    assert (granted.plans, granted.quarantined) == ({}, False)
     assert await queue.stats() == QueueStats(waiting=0, running=1)
     assert await queue.claim("engine-2", ROOMY) is None
 
@@ -104,8 +104,8 @@ async def test_cancel_ends_a_job_once(queue: JobQueue, state: JobState):
 async def test_a_withdrawn_job_is_cancelled(queue: JobQueue, state: JobState):
     job_id = await submit(queue)
     granted = await claim(queue) if state == JobState.RUNNING else None
-    assert await queue.withdraw(job_id)
-    assert not await queue.withdraw(job_id)
+    assert await queue.discard(job_id)
+    assert not await queue.discard(job_id)
     record = await queue.get(job_id)
     assert record is not None
     assert record.state == JobState.CANCELLED
@@ -114,7 +114,7 @@ async def test_a_withdrawn_job_is_cancelled(queue: JobQueue, state: JobState):
 
 
 async def test_a_submit_that_arrives_after_its_withdrawal_takes_no_effect(queue: JobQueue):
-    assert not await queue.withdraw("late")
+    assert not await queue.discard("late")
     await submit(queue, job_id="late")
     assert await queue.get("late") is None
     assert await queue.stats() == QueueStats(0, 0)
@@ -124,7 +124,7 @@ async def test_a_submit_that_arrives_after_its_withdrawal_takes_no_effect(queue:
 async def test_a_withdrawn_job_leaves_no_result(queue: JobQueue):
     job_id = await submit(queue)
     await queue.commit(await claim(queue), RESULT)
-    assert not await queue.withdraw(job_id)
+    assert not await queue.discard(job_id)
     assert await queue.result(job_id) is None
     record = await queue.get(job_id)
     assert record is not None
@@ -134,10 +134,10 @@ async def test_a_withdrawn_job_leaves_no_result(queue: JobQueue):
 async def test_a_delivered_result_lives_for_some_seconds_only(queue: JobQueue, redis_client: redis.asyncio.Redis):
     job_id = await submit(queue)
     granted = await claim(queue)
-    await queue.delivered(job_id)  # not yet: the record of a job that runs must not go
+    await queue.shorten_ttl(job_id)  # not yet: the record of a job that runs must not go
     assert await redis_client.pttl(f"glimmer:job:{job_id}") == -1
     await queue.commit(granted, RESULT)
-    await queue.delivered(job_id)
+    await queue.shorten_ttl(job_id)
     assert await queue.result(job_id) == RESULT
     for key in ("job", "result"):
         assert 1000 < await redis_client.pttl(f"glimmer:{key}:{job_id}") <= 5000
@@ -147,7 +147,7 @@ async def test_delivery_does_not_lengthen_a_life(redis_client: redis.asyncio.Red
     queue = JobQueue(redis_client, result_ttl_s=1)
     job_id = await submit(queue)
     await queue.commit(await claim(queue), RESULT)
-    await queue.delivered(job_id)
+    await queue.shorten_ttl(job_id)
     assert await redis_client.pttl(f"glimmer:result:{job_id}") <= 1000
 
 
@@ -169,13 +169,13 @@ async def test_expire_ends_a_job_from_its_deadline_on(queue: JobQueue, state: Jo
 async def test_jobs_past_their_deadline_are_expired_where_they_are_met(queue: JobQueue):
     """Nobody may be waiting for an asynchronous job, so the engine's own calls end it."""
     renewed, drawn = await submit(queue), await submit(queue)
-    in_time = await submit(queue)
+    with_redis_timeout = await submit(queue)
     granted = await claim(queue)
     assert granted.job_id == renewed
     for job_id in (renewed, drawn):
         await pass_deadline(queue, job_id)
     assert await queue.renew("engine-1", [granted]) == [granted]
-    assert (await claim(queue)).job_id == in_time
+    assert (await claim(queue)).job_id == with_redis_timeout
     for job_id in (renewed, drawn):
         record = await queue.get(job_id)
         assert record is not None
@@ -210,7 +210,7 @@ async def test_checkpointed_plans_come_back_with_the_next_claim(queue: JobQueue)
     granted = await claim(queue)
     assert await queue.checkpoint_plan(granted, 0, first)
     assert await queue.checkpoint_plan(granted, 2, second)
-    assert await queue.surrender("engine-1") == 1
+    assert await queue.requeue_all("engine-1") == 1
     again = await claim(queue, "engine-2")
     assert (again.job_id, again.plans) == (job_id, {0: first, 2: second})
 
@@ -220,7 +220,7 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
     queue = JobQueue(redis_client, lease_ms=1, result_ttl_s=1)
     for end in ("commit", "fail", "cancel", "cancel queued", "withdraw", "withdraw unknown", "expire", "poison"):
         if end == "withdraw unknown":
-            assert not await queue.withdraw("unknown")
+            assert not await queue.discard("unknown")
             continue
         job_id = await submit(queue)
         if end == "cancel queued":
@@ -236,7 +236,7 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
         elif end == "cancel":
             assert await queue.cancel(job_id)
         elif end == "withdraw":
-            assert await queue.withdraw(job_id)
+            assert await queue.discard(job_id)
         else:
             if end == "expire":
                 await pass_deadline(queue, job_id)
@@ -264,7 +264,7 @@ async def test_engines_are_listed_while_their_heart_beats(queue: JobQueue, redis
     await asyncio.sleep(0.06)
     assert await queue.engines() == [second]
     assert await redis_client.smembers("glimmer:engines") == {b"e2"}
-    await queue.retire("e2")
+    await queue.deregister("e2")
     assert await queue.engines() == []
     assert [key async for key in redis_client.scan_iter()] == []
 

@@ -17,7 +17,7 @@ from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, submit
 @pytest.fixture
 def events_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """`wait` does not look by itself, so only an event can wake it."""
-    monkeypatch.setattr(producer, "_LOOK_EVERY_S", 3600.0)
+    monkeypatch.setattr(producer, "_POLL_INTERVAL_S", 3600.0)
 
 
 async def _fail(queue: JobQueue, job_id: str) -> None:
@@ -152,9 +152,9 @@ async def test_work_wakes_an_engine(queue: JobQueue, cause: str):
     if cause == "submit":
         await submit(queue)
     elif cause == "release":
-        assert await queue.release("engine-2", granted)  # pyright: ignore[reportPossiblyUnboundVariable]
+        assert await queue.requeue("engine-2", granted)  # pyright: ignore[reportPossiblyUnboundVariable]
     else:
-        assert await queue.surrender("engine-2") == 1
+        assert await queue.requeue_all("engine-2") == 1
     await asyncio.wait_for(waiter, 0.5)
 
 

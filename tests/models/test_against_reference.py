@@ -197,6 +197,6 @@ def test_random_model_of_given_sizes_makes_an_image(tmp_path: Path) -> None:
     [[pixels]] = engine.generate([JobSpec('"A"', 64, 64, seed=0, num_inference_steps=1)])
     assert pixels.shape == (64, 64, 3)
     assert pixels.float().std() > 1
-    spec = JobSpec('"A"', 64, 64, seed=0, num_inference_steps=1, sources=1)
+    spec = JobSpec('"A"', 64, 64, seed=0, num_inference_steps=1, num_sources=1)
     [[edited]] = engine.generate([spec], [sources(picture(1, 64, 64))])
     assert not torch.equal(edited, pixels)

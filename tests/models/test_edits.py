@@ -30,17 +30,17 @@ class Edit:
 
 def edits() -> list[Edit]:
     return [
-        Edit(JobSpec("make it 'RED'", 128, 96, seed=1, num_inference_steps=3, sources=1), [picture(1, 160, 128)]),
+        Edit(JobSpec("make it 'RED'", 128, 96, seed=1, num_inference_steps=3, num_sources=1), [picture(1, 160, 128)]),
         Edit(
-            JobSpec("both, greedy", 96, 128, seed=2, num_inference_steps=4, sources=2, temperature=0.0),
+            JobSpec("both, greedy", 96, 128, seed=2, num_inference_steps=4, num_sources=2, temperature=0.0),
             [picture(2, 64, 160), picture(3, 192, 96)],
         ),
         Edit(
-            JobSpec('all "OF" them', 128, 128, seed=3, num_inference_steps=3, sources=3, guidance_scale=4.0),
+            JobSpec('all "OF" them', 128, 128, seed=3, num_inference_steps=3, num_sources=3, guidance_scale=4.0),
             [picture(4, 128, 64), picture(5, 64, 64), picture(6, 106, 143)],  # the last is off the grid
         ),
         Edit(
-            JobSpec("no guidance", 64, 96, seed=4, num_inference_steps=2, sources=1, guidance_scale=1.0),
+            JobSpec("no guidance", 64, 96, seed=4, num_inference_steps=2, num_sources=1, guidance_scale=1.0),
             [picture(7, 96, 96)],
         ),
     ]
@@ -57,7 +57,9 @@ class Pair:
         engine = small_engine(self.ours)
         for number, edit in enumerate(self.edits):
             given = sources(*edit.pictures)
-            edit.request = Request(str(number), edit.spec, sources=given, pictures=engine.read_pictures(given))
+            edit.request = Request(
+                str(number), edit.spec, source_images=given, preprocessed=engine.preprocess_images(given)
+            )
             engine.submit(edit.request)
             engine.submit(Request(f"generation-{number}", JobSpec("a 'B'", 96, 64, seed=9, num_inference_steps=3)))
         while not engine.is_idle:
@@ -102,7 +104,7 @@ def reference_codes(pipeline: GlmImagePipeline, edit: Edit) -> list[torch.Tensor
 def test_codes_of_the_sources_are_the_reference_s(pair: Pair, number: int) -> None:
     edit = pair.edits[number]
     wanted = reference_codes(pair.reference, edit)
-    assert all(torch.equal(s.codes, codes) for s, codes in zip(edit.request.seen, wanted, strict=True))
+    assert all(torch.equal(s.codes, codes) for s, codes in zip(edit.request.encoded, wanted, strict=True))
     assert len(set(torch.cat([codes.flatten() for codes in wanted]).tolist())) > 5
     assert edit.request.source_tokens == sum(codes.numel() for codes in wanted)
 
@@ -112,7 +114,7 @@ def test_prompt_and_positions_are_the_reference_s(pair: Pair, number: int) -> No
     edit = pair.edits[number]
     inputs, model = reference_inputs(pair.reference, edit), pair.reference.vision_language_encoder.model
     ids = inputs["input_ids"][0].clone()
-    ids[ids == model.config.image_token_id] = torch.cat([source.codes.flatten() for source in edit.request.seen])
+    ids[ids == model.config.image_token_id] = torch.cat([source.codes.flatten() for source in edit.request.encoded])
     assert edit.request.prompt_ids == ids.tolist()
     positions, _ = model.get_rope_index(inputs["input_ids"], inputs["image_grid_thw"], inputs["images_per_sample"])
     assert edit.request.prompt_positions is not None
@@ -188,7 +190,7 @@ def test_pixels_are_the_reference_s_for_the_same_plan_and_noise(pair: Pair, numb
 def test_keys_and_values_of_a_source_are_the_reference_s(pair: Pair) -> None:
     """In every layer, as the reference's cache has them."""
     edit, reference = pair.edits[0], pair.reference.transformer
-    [source] = edit.request.seen
+    [source] = edit.request.encoded
     cache = GlmImageKVCache(num_layers=reference.config.num_layers)
     cache.set_mode("write")
     codes = source.codes.repeat_interleave(2, 0).repeat_interleave(2, 1).reshape(1, -1)
@@ -202,7 +204,7 @@ def test_keys_and_values_of_a_source_are_the_reference_s(pair: Pair) -> None:
         crop_coords=torch.zeros(1, 2),
         kv_caches=cache,
     )
-    kept = small_engine(pair.ours).renderer_runner.source_keys.of(edit.request)
+    kept = small_engine(pair.ours).renderer_runner.source_kv.of(edit.request)
     assert kept is not None
     for layer, theirs in zip(kept, cache.caches, strict=True):
         [keys], [values] = theirs.k_caches, theirs.v_caches
@@ -215,7 +217,7 @@ def test_keys_and_values_of_a_source_are_the_reference_s(pair: Pair) -> None:
 @torch.no_grad()
 def test_latents_of_a_source_are_the_reference_s(model: GlmImage) -> None:
     vae = model.autoencoder.vae
-    [read] = small_engine(model).read_pictures(sources(picture(8, 96, 64)))
+    [read] = small_engine(model).preprocess_images(sources(picture(8, 96, 64)))
     wanted = vae.encode(read.pixels[None] / 127.5 - 1).latent_dist.mode()[0]  # type: ignore[union-attr]
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))  # type: ignore[attr-defined]
     torch.testing.assert_close(model.autoencoder.encode(read.pixels), (wanted - mean) / std, rtol=1e-4, atol=1e-5)

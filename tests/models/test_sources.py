@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.models.glm_image.image_processing_pil_glm_image import smart_resize
 
 from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
-from models.errors import PictureError
+from models.errors import SourceImageError
 from models.glm_image.model import GlmImage
 from tests.pictures import picture, png
 
@@ -29,7 +29,7 @@ from tests.pictures import picture, png
     ],
 )
 def test_a_picture_is_laid_out_on_its_grid(model: GlmImage, width: int, height: int, cols: int, rows: int) -> None:
-    read = model.pictures.read(png(picture(0, width, height)))
+    read = model.preprocessor.read(png(picture(0, width, height)))
     assert (read.rows, read.cols) == (rows, cols)
     assert read.halved.shape == (rows * cols, 3 * 16 * 16)
     assert read.pixels.shape == (3, 32 * rows, 32 * cols)
@@ -39,7 +39,7 @@ def test_a_picture_is_laid_out_on_its_grid(model: GlmImage, width: int, height: 
 
 def test_a_picture_on_the_grid_is_not_resampled(model: GlmImage) -> None:
     image = picture(0, 96, 64)
-    read = model.pictures.read(png(image))
+    read = model.preprocessor.read(png(image))
     assert bytes(read.pixels.permute(1, 2, 0).contiguous().numpy()) == image.tobytes()
 
 
@@ -47,8 +47,8 @@ def test_a_picture_on_the_grid_is_not_resampled(model: GlmImage) -> None:
     ("size", "message"), [((15, 40), "15x40; both sides must have at least 16 pixels"), ((404, 99), "at most 4 times")]
 )
 def test_pictures_of_other_shapes_are_refused(model: GlmImage, size: tuple[int, int], message: str) -> None:
-    with pytest.raises(PictureError, match=message):
-        model.pictures.read(png(picture(0, *size)))
+    with pytest.raises(SourceImageError, match=message):
+        model.preprocessor.read(png(picture(0, *size)))
 
 
 def test_what_is_no_png_is_refused(model: GlmImage) -> None:
@@ -56,14 +56,14 @@ def test_what_is_no_png_is_refused(model: GlmImage) -> None:
     jpeg = io.BytesIO()
     picture(0, 64, 64).save(jpeg, "JPEG")
     for file in (b"", b"text", whole[:200], whole[:-50], jpeg.getvalue()):
-        with pytest.raises(PictureError, match="a PNG file is expected"):
-            model.pictures.read(file)
+        with pytest.raises(SourceImageError, match="a PNG file is expected"):
+            model.preprocessor.read(file)
 
 
 def test_pictures_of_other_modes_are_read_in_colour(model: GlmImage) -> None:
     for mode in ("L", "P", "RGBA"):
         image = picture(0, 64, 64).convert(mode)
-        assert bytes(model.pictures.read(png(image)).pixels.permute(1, 2, 0).contiguous().numpy()) == (
+        assert bytes(model.preprocessor.read(png(image)).pixels.permute(1, 2, 0).contiguous().numpy()) == (
             image.convert("RGB").tobytes()
         )
 
@@ -71,9 +71,9 @@ def test_pictures_of_other_modes_are_read_in_colour(model: GlmImage) -> None:
 def test_a_source_is_one_that_only_depends_on_its_picture(model: GlmImage) -> None:
     """To the bit, whatever was looked at in between."""
     files = [png(picture(seed, 64 + 32 * seed, 96)) for seed in range(3)]
-    alone = [model.see(model.pictures.read(file)) for file in files]
+    alone = [model.encode_source(model.preprocessor.read(file)) for file in files]
     for file, before in reversed(list(zip(files, alone, strict=True))):
-        again = model.see(model.pictures.read(file))
+        again = model.encode_source(model.preprocessor.read(file))
         assert torch.equal(again.codes, before.codes)
         assert torch.equal(again.latents, before.latents)
 

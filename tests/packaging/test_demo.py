@@ -41,7 +41,7 @@ elif os.environ["FAKE"] == "fails":
     sys.exit(1)
 """
 
-RUN_DEMO = "import sys; from server import demo; demo.GLIMMER = (sys.executable, 'fake.py'); demo.main()"
+RUN_DEMO = "import sys; from server.cli import demo; demo.GLIMMER = (sys.executable, 'fake.py'); demo.main()"
 
 
 def start(folder: Path, behaviour: str) -> subprocess.Popen[str]:

@@ -29,7 +29,7 @@ async def serve(engine_id: str, ends: bool) -> None:
     stub.info = dataclasses.replace(stub.info, id=engine_id)
     async with stub:
         await stopped.wait()
-    await queue.retire(engine_id)
+    await queue.deregister(engine_id)
     await queue.close()
     await redis.aclose()
 

@@ -1,4 +1,4 @@
-"""Picture files of every kind, good and bad, for tests of what is uploaded."""
+"""PreprocessedImage files of every kind, good and bad, for tests of what is uploaded."""
 
 import io
 import struct

@@ -13,16 +13,16 @@ from PIL import Image
 from engine.errors import QueueUnavailable
 from engine.geometry import Grid
 from engine.jobs.job import (
-    Budget,
     Claim,
     EngineInfo,
+    FreeCapacity,
     ImageResult,
     JobError,
     JobResult,
-    JobSources,
     JobSpec,
     PartialImage,
     Plan,
+    SourceImages,
     TokenGrid,
 )
 from tests.job_queue import JobQueue
@@ -32,14 +32,14 @@ DEFAULT_SIZE = "96x64"
 HEARTBEAT_TTL_S = 2.0
 
 
-def picture(spec: JobSpec, seed: int, sources: JobSources | None = None, stage: str = "") -> bytes:
+def picture(spec: JobSpec, seed: int, sources: SourceImages | None = None, stage: str = "") -> bytes:
     """The stub's picture: one colour, so that a test can tell whose it is. Under the overlay of an edit, if it has one.
 
     Args:
         stage: of a partial image, which has a colour of its own.
     """
     known = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode())
-    for source in sources.pictures if sources else ():
+    for source in sources.files if sources else ():
         known.update(source)
     red, green, blue = known.digest()[:3]
     image, buffer = Image.new("RGB", (spec.width, spec.height), (red, green, blue)), io.BytesIO()
@@ -60,7 +60,7 @@ def plan_for(spec: JobSpec, seed: int) -> Plan:
     return Plan(plan.rows, plan.cols, plan.tokens, preview[0] if preview else None)
 
 
-def partial_image(spec: JobSpec, image: int, index: int, sources: JobSources | None = None) -> PartialImage:
+def partial_image(spec: JobSpec, image: int, index: int, sources: SourceImages | None = None) -> PartialImage:
     """The stub's partial images: the first is of what the planner writes first, the others of the plan."""
     seed = spec.seed + image
     grid = _tokens(spec.grids[0 if index == 0 else -1], seed)
@@ -78,7 +78,7 @@ class StubEngine:
         self.info = EngineInfo("stub-engine", os.getpid(), "all", "ready", "stub", DEFAULT_SIZE, CODEBOOK_SIZE, 2048)
         self.failures: dict[str, JobError] = {}
         self.specs: list[JobSpec] = []
-        self.sources: list[JobSources | None] = []
+        self.sources: list[SourceImages | None] = []
         self._queue, self._step_s, self._slots, self._metrics = queue, step_s, slots, metrics
         self._running: dict[str, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -105,7 +105,7 @@ class StubEngine:
         while True:
             free = self._slots - len(self._running)
             try:
-                budget = Budget(free, 10**9, 10**9, not self._running)
+                budget = FreeCapacity(free, 10**9, 10**9, not self._running)
                 claim = await self._queue.claim(self.info.id, budget) if free else None
             except QueueUnavailable:
                 claim = None
@@ -124,7 +124,7 @@ class StubEngine:
 
     async def _run(self, claim: Claim) -> None:
         spec = claim.spec
-        sources = await self._queue.sources(claim) if spec.sources else None
+        sources = await self._queue.source_images(claim) if spec.num_sources else None
         self.sources.append(sources)
         pause = self._step_s * spec.num_inference_steps / (spec.partial_images + 1)
         for index in range(spec.partial_images):
@@ -142,6 +142,6 @@ class StubEngine:
         await self._queue.commit(claim, result)
 
     @staticmethod
-    def _image(spec: JobSpec, seed: int, sources: JobSources | None) -> ImageResult:
+    def _image(spec: JobSpec, seed: int, sources: SourceImages | None) -> ImageResult:
         plan = spec.plan or plan_for(spec, seed).to_dict()
         return ImageResult(picture(spec, seed, sources), seed, plan if spec.return_plan else None)

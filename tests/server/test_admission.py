@@ -15,11 +15,11 @@ import pytest
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import EngineInfo, JobRecord, JobSources, JobSpec
-from server.admission import abandoned_jobs as withdrawals
-from server.admission import admission
-from server.admission.admission import Pace
-from server.admission.rate_limits import Limits
+from engine.jobs.job import EngineInfo, JobRecord, JobSpec, SourceImages
+from server import redis_timeout
+from server.admission import abandoned_jobs, admission
+from server.admission.rate_limits import RateLimits
+from server.admission.throughput import MAX_RETRY_S, Throughput
 from server.app import create_app
 from server.metrics import Metrics
 from server.settings import ServerSettings
@@ -149,7 +149,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_however_many_ask(
         await asyncio.sleep(60)
         return []
 
-    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.2)
+    monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(queue, "engines", hangs)
         started = time.monotonic()
@@ -165,7 +165,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_however_many_ask(
 async def test_a_job_that_was_queued_without_an_answer_is_withdrawn(
     client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit, withdraw, attempts = queue.submit, queue.withdraw, 0
+    submit, withdraw, attempts = queue.submit, queue.discard, 0
 
     async def no_answer(*args: Any, **kwargs: Any) -> None:
         await submit(*args, **kwargs)
@@ -179,10 +179,10 @@ async def test_a_job_that_was_queued_without_an_answer_is_withdrawn(
             raise QueueUnavailable("away")
         return await withdraw(job_id)
 
-    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.2)
-    monkeypatch.setattr(withdrawals, "TRY_EVERY_S", 0.05)
+    monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(abandoned_jobs, "RETRY_INTERVAL_S", 0.05)
     monkeypatch.setattr(queue, "submit", no_answer)
-    monkeypatch.setattr(queue, "withdraw", away_at_first)
+    monkeypatch.setattr(queue, "discard", away_at_first)
     await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
     assert (await client.post(URL, json={"prompt": "x"})).status_code == 503
     await until(lambda: _stats_are_zero(queue))
@@ -198,8 +198,8 @@ async def test_a_submit_that_is_cut_short_is_withdrawn(queue: JobQueue, monkeypa
         await asyncio.sleep(60)
 
     monkeypatch.setattr(queue, "submit", no_answer)
-    withdrawing = withdrawals.Withdrawals(queue, Metrics())
-    door = admission.Admission(queue, Limits(queue), 10, withdrawing)
+    withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
+    door = admission.Admission(queue, RateLimits(queue), 10, withdrawing)
     submitting = asyncio.create_task(door.submit(JobSpec("x", 64, 64, 1), 60.0, "batch"))
     await until(lambda: _stats_are(queue, 1, 0))
     submitting.cancel()
@@ -216,21 +216,21 @@ async def test_large_pictures_have_more_time(queue: JobQueue, monkeypatch: pytes
         return await submit(*args, **kwargs)
 
     monkeypatch.setattr(queue, "submit", slow)
-    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.1)
-    monkeypatch.setattr(admission, "SOURCE_BYTES_PER_S", 1.0)
-    withdrawing = withdrawals.Withdrawals(queue, Metrics())
-    door = admission.Admission(queue, Limits(queue), 10, withdrawing)
-    edit = JobSpec("x", 64, 64, 1, sources=1)
-    assert not (await door.submit(edit, 60.0, "batch", sources=JobSources([b"a picture"]))).attached
+    monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis_timeout, "SOURCE_BYTES_PER_S", 1.0)
+    withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
+    door = admission.Admission(queue, RateLimits(queue), 10, withdrawing)
+    edit = JobSpec("x", 64, 64, 1, num_sources=1)
+    assert not (await door.submit(edit, 60.0, "batch", source_images=SourceImages([b"a picture"]))).attached
     with pytest.raises(QueueUnavailable, match=r"within 0\.1 s"):
         await door.submit(JobSpec("x", 64, 64, 1), 60.0, "batch")
     await withdrawing.close()
 
 
-async def test_withdrawals_do_not_hold_up_the_end(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(withdrawals, "LAST_CALLS_S", 0.1)
-    monkeypatch.setattr(queue, "withdraw", lambda _: asyncio.sleep(60))
-    withdrawing = withdrawals.Withdrawals(queue, Metrics())
+async def test_abandoned_jobs_do_not_hold_up_the_end(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abandoned_jobs, "LAST_CALLS_S", 0.1)
+    monkeypatch.setattr(queue, "discard", lambda _: asyncio.sleep(60))
+    withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
     withdrawing.start("a")
     await asyncio.wait_for(withdrawing.close(), 1)
 
@@ -242,7 +242,7 @@ async def _is_ok(client: httpx.AsyncClient) -> bool:
 async def test_a_redis_that_does_not_answer_is_503_soon(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.1)
+    monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.1)
     monkeypatch.setattr(queue, "submit", lambda *_, **__: asyncio.sleep(60))
     monkeypatch.setattr(queue, "stats", lambda: asyncio.sleep(60))
     assert (await client.post(URL, json={"prompt": "x"})).status_code == 503
@@ -289,13 +289,13 @@ async def test_engines_are_asked_for_once_a_second(
 
 class TestPace:
     def test_unknown_pace_gives_a_whole_number_of_seconds_within_bounds(self) -> None:
-        assert Pace().retry_after_s(1) == 1
-        assert Pace().retry_after_s(10**9) == admission.MAX_RETRY_S
+        assert Throughput().retry_after_s(1) == 1
+        assert Throughput().retry_after_s(10**9) == MAX_RETRY_S
 
     def test_an_idle_hour_does_not_slow_the_estimate(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: clock)
-        pace = Pace()
+        pace = Throughput()
         pace.ended(4.0)
         clock = 3600.0
         pace.ended(4.0)
@@ -304,7 +304,7 @@ class TestPace:
     def test_parallel_jobs_end_more_often_than_they_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: clock)
-        pace = Pace()
+        pace = Throughput()
         for _ in range(200):
             clock += 0.5
             pace.ended(8.0)
@@ -313,7 +313,7 @@ class TestPace:
 
 async def test_a_job_id_is_never_used_twice(queue: JobQueue) -> None:
     spec = JobSpec("x", 64, 64, 1)
-    door = admission.Admission(queue, Limits(queue), 10, withdrawals.Withdrawals(queue, Metrics()))
+    door = admission.Admission(queue, RateLimits(queue), 10, abandoned_jobs.AbandonedJobs(queue, Metrics()))
     ids = {(await door.submit(spec, 1.0, "batch")).job_id for _ in range(5)}
     assert len(ids) == 5
 
@@ -323,4 +323,4 @@ async def test_queue_unavailable_is_not_mistaken_for_a_timeout() -> None:
         raise QueueUnavailable("gone")
 
     with pytest.raises(QueueUnavailable, match="gone"):
-        await admission.in_time(away())
+        await admission.with_redis_timeout(away())

@@ -131,9 +131,9 @@ async def test_an_edit(live_server: LiveServer, stub: StubEngine, tmp_path: Path
     answer = await generate("=@bigger", "-o", str(tmp_path / "out.png"), "--url", live_server.url, *options)
     assert answer.exit_code == 0, answer.output
     spec, sources = stub.specs[0], stub.sources[0]
-    assert (spec.prompt, spec.seed, spec.guidance_scale, spec.sources) == ("=@bigger", 3, 2.5, 2)
+    assert (spec.prompt, spec.seed, spec.guidance_scale, spec.num_sources) == ("=@bigger", 3, 2.5, 2)
     assert sources is not None
-    assert [Image.open(io.BytesIO(data)).getpixel((5, 5)) for data in sources.pictures] == [(255, 0, 0), (0, 0, 255)]
+    assert [Image.open(io.BytesIO(data)).getpixel((5, 5)) for data in sources.files] == [(255, 0, 0), (0, 0, 255)]
     made = Image.open(tmp_path / "out.png")
     assert made.getpixel((5, 5)) == (255, 0, 0)  # kept by the mask
     assert made.getpixel((90, 5)) != (255, 0, 0)

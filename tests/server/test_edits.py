@@ -93,7 +93,7 @@ async def test_every_field_of_a_form_reaches_the_engine(client: httpx.AsyncClien
             return_plan=True,
             output_format="webp",
             output_compression=80,
-            sources=1,
+            num_sources=1,
             source_tokens=source_tokens(96, 64),
             model="glm-image",
             embed_prompt=True,
@@ -110,8 +110,8 @@ async def test_one_picture_or_several(client: httpx.AsyncClient, stub: StubEngin
     assert response.json()["size"] == "96x64"
     [sources] = stub.sources
     assert sources is not None
-    assert [opened(file).tobytes() for file in sources.pictures] == [image.tobytes() for image in pictures]
-    assert stub.specs[0].sources == len(names)
+    assert [opened(file).tobytes() for file in sources.files] == [image.tobytes() for image in pictures]
+    assert stub.specs[0].num_sources == len(names)
 
 
 async def test_files_and_texts_in_any_order(client: httpx.AsyncClient, stub: StubEngine) -> None:
@@ -139,14 +139,14 @@ async def test_json_with_data_urls(client: httpx.AsyncClient, stub: StubEngine) 
     ):
         response = await client.post(URL, json={"prompt": "bluer", **fields})
         assert response.status_code == 200, fields.keys()
-    assert [spec.sources for spec in stub.specs] == [1, 1, 1, 1, 2]
-    assert all(sources and opened(sources.pictures[0]).tobytes() == patterned().tobytes() for sources in stub.sources)
+    assert [spec.num_sources for spec in stub.specs] == [1, 1, 1, 1, 2]
+    assert all(sources and opened(sources.files[0]).tobytes() == patterned().tobytes() for sources in stub.sources)
 
 
 async def test_a_data_url_in_a_form(client: httpx.AsyncClient, stub: StubEngine) -> None:
     response = await client.post(URL, data={"prompt": "x"}, files={"image": (None, data_url(PICTURE))})
     assert response.status_code == 200
-    assert stub.specs[0].sources == 1
+    assert stub.specs[0].num_sources == 1
 
 
 async def test_a_mask_keeps_what_it_does_not_uncover(client: httpx.AsyncClient, stub: StubEngine) -> None:

@@ -217,7 +217,7 @@ class TestJobs:
     async def test_redis_away(
         self, client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("server.admission.admission.REDIS_PATIENCE_S", 0.1)
+        monkeypatch.setattr("server.redis_timeout.REDIS_TIMEOUT_S", 0.1)
         monkeypatch.setattr(queue, "get", lambda _: asyncio.sleep(60))
         assert (await client.get("/v1/jobs/a")).status_code == 503
         assert (await client.get("/v1/jobs/a/events")).status_code == 503
@@ -297,7 +297,7 @@ class TestIdempotency:
     async def test_a_repetition_needs_no_engine(self, client: httpx.AsyncClient, queue: JobQueue) -> None:
         async with StubEngine(queue):
             first = await client.post(URL, json={"prompt": "x"}, headers=key("k"))
-        await queue.retire("stub-engine")
+        await queue.deregister("stub-engine")
         await asyncio.sleep(1.1)
         assert (await client.post(URL, json={"prompt": "y"})).status_code == 503
         again = await client.post(URL, json={"prompt": "x"}, headers=key("k"))

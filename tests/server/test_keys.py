@@ -89,7 +89,7 @@ class TestFile:
 class TestRing:
     @pytest.fixture(autouse=True)
     def _look_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(keys, "LOOK_EVERY_S", 0.0)
+        monkeypatch.setattr(keys, "POLL_INTERVAL_S", 0.0)
 
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
@@ -124,7 +124,7 @@ class TestRing:
         assert ring.find("a") == Caller("alice")
 
     def test_looks_are_rare(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(keys, "LOOK_EVERY_S", 60.0)
+        monkeypatch.setattr(keys, "POLL_INTERVAL_S", 60.0)
         ring = KeyRing(ServerSettings(api_keys_file=path))
         path.write_text("")
         assert ring.find("a") == Caller("alice")

@@ -14,11 +14,11 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import JobSpec
-from server.admission import admission
-from server.admission.abandoned_jobs import Withdrawals
+from server import redis_timeout
+from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission, Idempotency
 from server.admission.keys import ANYBODY, Caller
-from server.admission.rate_limits import Limits
+from server.admission.rate_limits import RateLimits
 from server.app import create_app
 from server.errors import ApiError
 from server.metrics import Metrics
@@ -41,16 +41,16 @@ BOTH = Caller("alice", requests_per_minute=2, pixel_steps_per_day=1000)
 
 
 @pytest.fixture
-def limits(queue: JobQueue) -> Limits:
-    return Limits(queue)
+def limits(queue: JobQueue) -> RateLimits:
+    return RateLimits(queue)
 
 
 @pytest.fixture
 def door(queue: JobQueue) -> Admission:
-    return Admission(queue, Limits(queue), 100, Withdrawals(queue, Metrics()))
+    return Admission(queue, RateLimits(queue), 100, AbandonedJobs(queue, Metrics()))
 
 
-async def refusal(limits: Limits, caller: Caller, pixel_steps: int = 1) -> ApiError:
+async def refusal(limits: RateLimits, caller: Caller, pixel_steps: int = 1) -> ApiError:
     with pytest.raises(ApiError) as caught:
         await limits.charge(caller, pixel_steps)
     assert caught.value.status == 429
@@ -64,7 +64,7 @@ async def used(client: redis.asyncio.Redis) -> tuple[int, int]:
 
 
 class TestRate:
-    async def test_headers_count_down_to_a_refusal(self, limits: Limits) -> None:
+    async def test_headers_count_down_to_a_refusal(self, limits: RateLimits) -> None:
         for left in (2, 1, 0):
             headers = (await limits.charge(FAST, 1)).headers
             assert headers["x-ratelimit-limit-requests"] == "3"
@@ -75,7 +75,9 @@ class TestRate:
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         assert 55 <= int(refused.headers["retry-after"]) <= 60
 
-    async def test_a_minute_later_they_count_no_more(self, limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+    async def test_a_minute_later_they_count_no_more(
+        self, limits: RateLimits, redis_client: redis.asyncio.Redis
+    ) -> None:
         first = await limits.charge(FAST, 1)
         for _ in range(2):
             await limits.charge(FAST, 1)
@@ -86,11 +88,11 @@ class TestRate:
         await refusal(limits, FAST)
         assert await redis_client.zscore("glimmer:rate:alice", first.ticket) is None
 
-    async def test_a_burst_gets_exactly_the_limit(self, limits: Limits) -> None:
+    async def test_a_burst_gets_exactly_the_limit(self, limits: RateLimits) -> None:
         answers = await asyncio.gather(*(limits.charge(FAST, 1) for _ in range(30)), return_exceptions=True)
         assert sum(isinstance(answer, ApiError) for answer in answers) == 27
 
-    async def test_callers_do_not_share(self, limits: Limits) -> None:
+    async def test_callers_do_not_share(self, limits: RateLimits) -> None:
         for _ in range(3):
             await limits.charge(FAST, 1)
         await limits.charge(Caller("bob", requests_per_minute=1), 1)
@@ -98,7 +100,7 @@ class TestRate:
 
 
 class TestQuota:
-    async def test_what_fits_may_still_come(self, limits: Limits) -> None:
+    async def test_what_fits_may_still_come(self, limits: RateLimits) -> None:
         assert (await limits.charge(FRUGAL, 600)).headers == {}
         refused = await refusal(limits, FRUGAL, 401)
         assert (refused.type, refused.code) == ("insufficient_quota", "insufficient_quota")
@@ -108,13 +110,13 @@ class TestQuota:
         await limits.charge(FRUGAL, 400)
         await refusal(limits, FRUGAL, 1)
 
-    async def test_yesterday_does_not_count(self, limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+    async def test_yesterday_does_not_count(self, limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
         today = (await limits.charge(FRUGAL, 1)).day
         assert today == (await redis_client.time())[0] // 86_400
         await redis_client.set(f"glimmer:quota:alice:{today - 1}", 1000)
         await limits.charge(FRUGAL, 999)
 
-    async def test_the_largest_numbers_are_exact(self, limits: Limits) -> None:
+    async def test_the_largest_numbers_are_exact(self, limits: RateLimits) -> None:
         caller = Caller("alice", pixel_steps_per_day=2**53 - 1)
         await limits.charge(caller, 2**53 - 2)
         await refusal(limits, caller, 2)
@@ -122,7 +124,7 @@ class TestQuota:
         await refusal(limits, caller, 1)
 
 
-async def test_a_refused_request_is_not_charged(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+async def test_a_refused_request_is_not_charged(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
     await limits.charge(BOTH, 900)
     headers = (await refusal(limits, BOTH, 101)).headers
     assert headers["x-ratelimit-remaining-requests"] == "1"
@@ -132,7 +134,7 @@ async def test_a_refused_request_is_not_charged(limits: Limits, redis_client: re
     assert await used(redis_client) == (2, 950)
 
 
-async def test_a_refund_undoes_the_charge_and_no_more(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+async def test_a_refund_undoes_the_charge_and_no_more(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
     await limits.charge(BOTH, 100)
     charge = await limits.charge(BOTH, 500)
     await limits.refund(charge)
@@ -145,7 +147,7 @@ async def test_a_refund_undoes_the_charge_and_no_more(limits: Limits, redis_clie
     assert (await used(redis_client))[1] == 0
 
 
-async def test_counts_go_by_themselves(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+async def test_counts_go_by_themselves(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
     await limits.charge(BOTH, 1)
     left = [await redis_client.pttl(key) for key in sorted(await redis_client.keys())]
     assert 0 < left[0] <= 86_400_000
@@ -153,7 +155,9 @@ async def test_counts_go_by_themselves(limits: Limits, redis_client: redis.async
     assert await redis_client.ttl("glimmer:rate:alice") > 0
 
 
-async def test_callers_without_such_limits_leave_no_trace(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+async def test_callers_without_such_limits_leave_no_trace(
+    limits: RateLimits, redis_client: redis.asyncio.Redis
+) -> None:
     for caller in (ANYBODY, Caller("alice", max_concurrent=1)):
         charge = await limits.charge(caller, 10**9)
         assert charge.headers == {}
@@ -162,7 +166,7 @@ async def test_callers_without_such_limits_leave_no_trace(limits: Limits, redis_
 
 
 async def test_a_redis_that_forgot_the_scripts_gets_them_again(
-    limits: Limits, redis_client: redis.asyncio.Redis
+    limits: RateLimits, redis_client: redis.asyncio.Redis
 ) -> None:
     charge = await limits.charge(BOTH, 1)
     await redis_client.script_flush()
@@ -172,7 +176,9 @@ async def test_a_redis_that_forgot_the_scripts_gets_them_again(
     assert await used(redis_client) == (1, 1)
 
 
-async def test_a_redis_without_memory_charges_all_or_nothing(limits: Limits, redis_client: redis.asyncio.Redis) -> None:
+async def test_a_redis_without_memory_charges_all_or_nothing(
+    limits: RateLimits, redis_client: redis.asyncio.Redis
+) -> None:
     await limits.charge(BOTH, 1)
     await redis_client.config_set("maxmemory", 1)
     try:
@@ -187,7 +193,7 @@ class TestAdmission:
     async def test_what_the_queue_refuses_is_given_back(
         self, queue: JobQueue, redis_client: redis.asyncio.Redis
     ) -> None:
-        door = Admission(queue, Limits(queue), 0, Withdrawals(queue, Metrics()))
+        door = Admission(queue, RateLimits(queue), 0, AbandonedJobs(queue, Metrics()))
         charge = await door.charge(Caller("alice", None, 2, 10 * STEPS), SPEC)
         assert await used(redis_client) == (1, STEPS)
         with pytest.raises(ApiError, match="queue is full"):
@@ -209,11 +215,11 @@ class TestAdmission:
 
     async def test_a_repeated_request_costs_nothing(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
         alice, again = Caller("alice", 1, 5, 100 * STEPS), Idempotency("once", "f1")
-        assert await door.earlier(alice, again) is None
+        assert await door.find_by_idempotency_key(alice, again) is None
         first = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
         assert not first.attached
         # Whether it was looked for before or only found by the submit: at the limit of jobs at once, too.
-        assert await door.earlier(alice, again) == first.job_id
+        assert await door.find_by_idempotency_key(alice, again) == first.job_id
         second = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
         assert (second.job_id, second.attached) == (first.job_id, True)
         assert await used(redis_client) == (1, STEPS)
@@ -235,7 +241,7 @@ class TestAdmission:
         await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=Idempotency("once", "f1"))
         other = Idempotency("once", "f2")
         with pytest.raises(ApiError, match="Idempotency-Key") as looked:
-            await door.earlier(alice, other)
+            await door.find_by_idempotency_key(alice, other)
         charge = await door.charge(alice, SPEC)
         with pytest.raises(ApiError, match="Idempotency-Key") as refused:
             await door.submit(SPEC, 9.0, "batch", charge, idempotency=other)
@@ -244,7 +250,7 @@ class TestAdmission:
         assert await used(redis_client) == (1, STEPS)
         # It is another key when it is another caller's.
         bob = Caller("bob")
-        assert await door.earlier(bob, other) is None
+        assert await door.find_by_idempotency_key(bob, other) is None
         await door.submit(SPEC, 9.0, "batch", await door.charge(bob, SPEC), idempotency=other)
 
     @pytest.mark.parametrize("again", [None, Idempotency("once", "f1")])
@@ -262,14 +268,14 @@ class TestAdmission:
             await submit(*args, **kwargs)  # type: ignore[arg-type]
             await asyncio.sleep(60)
 
-        monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.5)
-        withdrawals = Withdrawals(queue, Metrics())
-        door = Admission(queue, Limits(queue), 100, withdrawals)
+        monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.5)
+        abandoned_jobs = AbandonedJobs(queue, Metrics())
+        door = Admission(queue, RateLimits(queue), 100, abandoned_jobs)
         with monkeypatch.context() as patch:
             patch.setattr(queue, "submit", no_answer)
             with pytest.raises(QueueUnavailable):
                 await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
-        await withdrawals.close()
+        await abandoned_jobs.close()
         assert (await queue.stats()).waiting == (0 if again is None else 1)
         assert await used(redis_client) == ((0, 0) if again is None else (1, STEPS))
         if again is not None:

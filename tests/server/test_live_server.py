@@ -11,11 +11,13 @@ import redis.asyncio
 from starlette.requests import ClientDisconnect
 
 from engine.jobs.job import JobRecord
-from server.admission.abandoned_jobs import Withdrawals
-from server.admission.admission import Admitted, Pace
+from server.admission.abandoned_jobs import AbandonedJobs
+from server.admission.admission import Admitted
+from server.admission.throughput import Throughput
 from server.metrics import Metrics
 from server.processes.serving import listen
-from server.responses.job_wait import Attendance, Endings
+from server.responses.job_wait import JobWait
+from server.responses.outcomes import JobOutcomes
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import submit
@@ -87,19 +89,19 @@ async def test_a_picture_whose_client_left_just_as_it_was_done_does_not_stay_eit
     queue: JobQueue, stub: StubEngine, redis_client: redis.asyncio.Redis
 ) -> None:
     metrics = Metrics()
-    withdrawals = Withdrawals(queue, metrics)
+    abandoned_jobs = AbandonedJobs(queue, metrics)
     job = Admitted(await submit(queue))
-    endings = Endings(queue, metrics, Pace())
+    outcomes = JobOutcomes(queue, metrics, Throughput())
 
     async def wait_and_leave() -> None:
-        with Attendance(queue, job, kept=False, withdrawals=withdrawals, endings=endings) as attendance:
-            await attendance.end()
+        with JobWait(queue, job, detached=False, abandoned_jobs=abandoned_jobs, outcomes=outcomes) as job_wait:
+            await job_wait.end()
             assert await redis_client.keys("glimmer:result:*")
             raise ClientDisconnect
 
     with pytest.raises(ClientDisconnect):
         await wait_and_leave()
-    await withdrawals.close()
+    await abandoned_jobs.close()
     assert not await redis_client.keys("glimmer:result:*")
 
 

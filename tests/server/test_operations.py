@@ -208,7 +208,15 @@ def test_request_ids_that_could_break_a_log_are_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["server.app", "server.cli.commands", "server.processes.launch", "engine.jobs.queue", "engine.config"]
+    "module",
+    [
+        "server.app",
+        "server.cli.commands",
+        "server.processes.launch",
+        "engine.jobs.producer",
+        "engine.jobs.consumer",
+        "engine.config",
+    ],
 )
 def test_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

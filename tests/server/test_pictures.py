@@ -11,7 +11,7 @@ from PIL.Image import Transpose
 from engine.geometry import edit_size, source_tokens
 from server.errors import ApiError
 from server.requests import images as pictures
-from server.requests.images import EditSources, prepare
+from server.requests.images import EditInput, prepare
 from tests.server.picture_files import (
     animation,
     chunk,
@@ -27,14 +27,14 @@ from tests.server.picture_files import (
 MAX_PIXELS = 2048 * 2048
 
 
-def prepared(*images: bytes, mask: bytes | None = None, size: tuple[int, int] | None = None) -> EditSources:
+def prepared(*images: bytes, mask: bytes | None = None, size: tuple[int, int] | None = None) -> EditInput:
     return prepare(list(images), mask, size, MAX_PIXELS)
 
 
 def source(file: bytes) -> Image.Image:
     """The picture that an engine gets."""
     edit = prepared(file)
-    [sent] = edit.files.pictures
+    [sent] = edit.source_images.files
     picture = opened(sent)
     assert (picture.format, picture.mode, picture.info) == ("PNG", "RGB", {})
     return picture
@@ -120,7 +120,7 @@ def test_nothing_but_pixels_goes_on() -> None:
     exif = Image.Exif()
     exif[0x010E] = "taken at home"
     file = file_of(plain(), exif=exif, icc_profile=b"\0" * 200, dpi=(300, 300))
-    assert b"taken at home" not in prepared(file).files.pictures[0]
+    assert b"taken at home" not in prepared(file).source_images.files[0]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_size_of_the_edit_is_the_first_picture_s(size: tuple[int, int], edit
     found = prepared(file_of(plain(*size)), file_of(plain(200, 200)))
     assert found.size == edit == edit_size(*size)
     assert found.tokens == source_tokens(*size) + source_tokens(200, 200)
-    assert [opened(file).size for file in found.files.pictures] == [size, (200, 200)]
+    assert [opened(file).size for file in found.source_images.files] == [size, (200, 200)]
 
 
 def test_a_size_that_is_named_wins() -> None:
@@ -140,10 +140,10 @@ def test_a_size_that_is_named_wins() -> None:
 
 def test_large_pictures_are_made_as_small_as_what_is_made_here() -> None:
     found = prepared(file_of(plain(3000, 1000), "JPEG"))
-    assert opened(found.files.pictures[0]).size == (2048, 682)
+    assert opened(found.source_images.files[0]).size == (2048, 682)
     assert found.size == (2048, 672)
     small = prepare([file_of(plain(400, 300))], None, None, 128 * 96)
-    assert opened(small.files.pictures[0]).size == (128, 96)
+    assert opened(small.source_images.files[0]).size == (128, 96)
     assert small.size == (128, 96)
     odd = prepare([file_of(plain(400, 390))], None, None, 100 * 100)
     assert odd.size[0] * odd.size[1] <= 100 * 100
@@ -246,8 +246,8 @@ class TestMasks:
         alpha = plain(colour=255, mode="L")
         alpha.paste(0, (0, 0, 48, 64))
         found = prepared(file_of(patterned()), file_of(plain()), mask=self.mask(alpha))
-        assert found.files.overlay is not None
-        overlay = opened(found.files.overlay)
+        assert found.source_images.overlay is not None
+        overlay = opened(found.source_images.overlay)
         assert (overlay.mode, overlay.size) == ("RGBA", (96, 64))
         assert overlay.getchannel("A").tobytes() == alpha.tobytes()
         assert overlay.convert("RGB").tobytes() == patterned().tobytes()
@@ -257,16 +257,16 @@ class TestMasks:
         picture.paste((255, 0, 0), (100, 0, 200, 100))
         alpha.paste(255, (100, 0, 200, 100))
         found = prepare([file_of(picture)], self.mask(alpha), (64, 64), MAX_PIXELS)
-        assert found.files.overlay is not None
-        overlay = opened(found.files.overlay)
+        assert found.source_images.overlay is not None
+        overlay = opened(found.source_images.overlay)
         assert overlay.size == (64, 64)
         assert overlay.getpixel((10, 30)) == (0, 0, 255, 0)
         assert overlay.getpixel((54, 30)) == (255, 0, 0, 255)
 
     def test_one_transparent_colour_is_an_alpha_channel(self) -> None:
         found = prepared(file_of(plain()), mask=file_of(plain(colour=0, mode="P"), transparency=0))
-        assert found.files.overlay is not None
-        assert opened(found.files.overlay).getchannel("A").getextrema() == (0, 0)
+        assert found.source_images.overlay is not None
+        assert opened(found.source_images.overlay).getchannel("A").getextrema() == (0, 0)
 
     def test_it_is_put_upright_as_the_picture_is(self) -> None:
         exif = Image.Exif()

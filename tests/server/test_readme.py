@@ -50,7 +50,7 @@ async def test_python(live_server: LiveServer, stub: StubEngine, tmp_path: Path)
     assert f"{live_server.url}/v1/files/" in printed
     assert "image.job" in printed
     first, edit, stream, planned, again, *_ = stub.specs
-    assert (first.n, first.seed, first.num_inference_steps, edit.sources, stream.partial_images) == (2, 7, 12, 1, 2)
+    assert (first.n, first.seed, first.num_inference_steps, edit.num_sources, stream.partial_images) == (2, 7, 12, 1, 2)
     assert (planned.return_plan, again.plan is not None) == (True, True)
 
 
@@ -66,7 +66,7 @@ async def test_curl(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -
     for line in ("event: image_generation.partial_image", "event: image_generation.completed", "event: completed"):
         assert line in printed
     assert printed.endswith("succeeded\n")
-    assert [spec.sources for spec in stub.specs] == [0, 1, 0, 0, 0, 0, 0]
+    assert [spec.num_sources for spec in stub.specs] == [0, 1, 0, 0, 0, 0, 0]
 
 
 async def test_the_command_line(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import QueueStats
 from models.glm_image.model import GlmImage
-from server.admission import admission
+from server import redis_timeout
 from server.app import create_app
 from server.settings import ServerSettings
 from tests.checkpoints import small_engine
@@ -91,7 +91,7 @@ async def site(tmp_path: Path, model: GlmImage) -> AsyncIterator[Site]:
 async def test_new_work_is_refused_and_what_runs_gets_its_picture(
     site: Site, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.5)
+    monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.5)
     undisturbed = await site.post(LONG)
     assert undisturbed.status_code == 200, undisturbed.text
     posted = asyncio.create_task(site.post(LONG))
@@ -133,7 +133,7 @@ async def test_a_slow_redis_only_makes_things_slow(site: Site) -> None:
 async def test_a_submit_that_redis_answers_too_late_leaves_no_job(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client has been told to come back, and will."""
     await site.post({"prompt": "x", "num_inference_steps": 1})
-    monkeypatch.setattr(admission, "REDIS_PATIENCE_S", 0.2)
+    monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.2)
     site.link.delay_s = 0.3
     refused = await site.post(LONG)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")

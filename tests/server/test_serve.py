@@ -18,7 +18,7 @@ from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import QueueStats
 from server.processes import launch, supervisor
 from server.processes import serving as serving_module
-from server.processes.launch import EnginePlan
+from server.processes.launch import EngineProcesses
 from server.processes.serving import listen, url_of
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
@@ -31,11 +31,11 @@ SERVE = """
 import sys
 from pathlib import Path
 from engine.observability import logs
-from server.processes.launch import EnginePlan, run_all
+from server.processes.launch import EngineProcesses, run_all
 from server.settings import ServerSettings
 logs.configure("info")
 data_dir, *command = sys.argv[1:]
-sys.exit(run_all(ServerSettings(port=0, grace_s=5, api_key="k"), EnginePlan(1, Path(data_dir), command=command)))
+sys.exit(run_all(ServerSettings(port=0, grace_s=5, api_key="k"), EngineProcesses(1, Path(data_dir), command=command)))
 """
 
 
@@ -114,7 +114,7 @@ async def test_the_end_takes_one_grace_period_in_all(
     monkeypatch.setattr(serving_module, "LAST_BYTES_S", 1)
     starts = Starts(tmp_path / "starts")
     environment = {"FAKE_ENGINE_LOG": str(starts.path), "FAKE_ENGINE_STEP_S": "60"}
-    plan = EnginePlan(1, tmp_path, environment=environment, command=[sys.executable, FAKE_ENGINE, "busy"])
+    plan = EngineProcesses(1, tmp_path, environment=environment, command=[sys.executable, FAKE_ENGINE, "busy"])
     listener = listen("127.0.0.1", 0)
     serve = asyncio.create_task(launch._serve(ServerSettings(grace_s=1.5), plan, redis_server.url, listener))
     async with httpx.AsyncClient(base_url=url_of(listener), timeout=20) as http:
@@ -133,7 +133,7 @@ async def test_the_end_takes_one_grace_period_in_all(
 async def test_a_redis_that_takes_its_time_to_come_back_holds_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "REDIS_LOOK_S", 0.05)
+    monkeypatch.setattr(launch, "REDIS_POLL_INTERVAL_S", 0.05)
     loading = tmp_path / "loading"
     loading.write_text("#!/bin/sh\nexec sleep 60\n")
     loading.chmod(0o755)

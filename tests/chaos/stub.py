@@ -201,11 +201,11 @@ class StubPrompts:
 
     image_token = IMAGE_TOKEN
 
-    def encode(self, prompt: str, height: int, width: int, sources: int = 0) -> list[int]:
-        return [IMAGE_TOKEN] * sources + list(prompt.encode())
+    def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
+        return [IMAGE_TOKEN] * num_sources + list(prompt.encode())
 
 
-class StubPictures:
+class StubPreprocessor:
     """The grid of a picture, and nothing of its contents."""
 
     def read(self, file: bytes) -> PreprocessedImage:
@@ -220,7 +220,7 @@ class StubModel:
     settings: StubSettings
     journal: Journal
     prompts: StubPrompts = field(default_factory=StubPrompts)
-    pictures: StubPictures = field(default_factory=StubPictures)
+    preprocessor: StubPreprocessor = field(default_factory=StubPreprocessor)
     defaults: RequestDefaults = field(default_factory=lambda: RequestDefaults(size="64x64", num_inference_steps=10))
     autoencoder: Any = field(default_factory=lambda: SimpleNamespace(default_side=64))
     sampling: None = None

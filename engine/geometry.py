@@ -15,8 +15,14 @@ PATCH = 16  # pixels a side of one renderer token
 LATENT = 8  # pixels a side of one latent
 PREVIEW_SIDE = 16  # tokens a side of the preview of a square image
 
-MIN_SIDE, MAX_SIDE, MAX_ASPECT = 64, 2048, 4
-MAX_SOURCES = 4
+# What a request may ask for.
+MIN_SIDE = 64  # pixels
+MAX_SIDE = 2048  # pixels
+MAX_ASPECT = 4  # longer side : shorter side
+MAX_SOURCES = 4  # source images of an edit
+MAX_IMAGES = 10  # images of one request
+MAX_STEPS = 200  # denoising steps
+
 ENLARGED_SIDE = 512  # the published checkpoint enlarges smaller sources to this
 
 

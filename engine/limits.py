@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MAX_SOURCES, PATCH, Geometry
+from engine.geometry import CELL, MAX_ASPECT, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, PATCH, Geometry
 from models.glm_image.model import GlmImage
 
-MAX_IMAGES_PER_REQUEST = 10
 BLOCK_SIZE = 32  # tokens of a block of the key/value cache
 CPU_KV_BYTES = 1 << 30
 CUDA_KV_SHARE = 0.4  # of the memory that is free once the weights are loaded
@@ -36,7 +35,7 @@ class EngineLimits:
     @property
     def slots(self) -> int:
         """Plans under way at once; any request that the API accepts has to fit an idle engine."""
-        return max(self.max_images, MAX_IMAGES_PER_REQUEST)
+        return max(self.max_images, MAX_IMAGES)
 
     @property
     def blocks(self) -> int:

@@ -31,6 +31,7 @@ from engine.device_errors import is_lost_device, is_out_of_memory
 from engine.errors import DeadlinePassed, RequestError
 from engine.jobs.job import JobSpec, Plan, SourceImages, TokenGrid
 from engine.limits import EngineLimits
+from engine.moving_average import MovingAverage
 from engine.observability.metrics import EngineMetrics
 from engine.planner import scheduler as planning
 from engine.planner.runner import PlannerRunner
@@ -80,7 +81,7 @@ class Engine:
         self._images_left: dict[Request, int] = {}  # of every request that has not ended
         self._events: list[Event] = []
         self._tick_seconds = 0.0  # of the last renderer tick
-        self._planner_step_seconds = 0.0  # moving average
+        self._planner_step_seconds = MovingAverage(0.0)
         self._reported_at = 0.0
         self.metrics.kv_blocks.set(limits.blocks)
         self.metrics.render_token_budget.set(self.renderer.budget.now)
@@ -183,7 +184,7 @@ class Engine:
         until = time.monotonic() + self._tick_seconds
         while not self.planner.is_idle:
             self._planner_step()
-            planning_left = self.planner.steps_left * self._planner_step_seconds
+            planning_left = self.planner.steps_left * (self._planner_step_seconds.value or 0.0)
             in_no_hurry = self.renderer.seconds_left > PLANNING_MARGIN * planning_left
             if in_no_hurry or not len(self.renderer) or time.monotonic() >= until:
                 break
@@ -204,7 +205,7 @@ class Engine:
         self.metrics.planner_batch.observe(len(step.decode))
         self.metrics.planner_tokens.inc(len(step.decode) + sum(len(group.sequences) for group in step.prefill))
         seconds = time.monotonic() - started
-        self._planner_step_seconds += 0.1 * (seconds - self._planner_step_seconds)
+        self._planner_step_seconds.add(seconds)
         self.metrics.planner_step.observe(seconds)
 
     def _render(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from engine.batch_limit import BatchLimit
+from engine.moving_average import MovingAverage
 
 
 class Work(Protocol):
@@ -53,7 +54,7 @@ class RenderScheduler(Generic[W]):
     def __init__(self, token_budget: int):
         self.budget = BatchLimit(token_budget)
         self._entries: list[_Entry[W]] = []
-        self._seconds_per_token = 0.0
+        self._seconds_per_token = MovingAverage()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -64,7 +65,7 @@ class RenderScheduler(Generic[W]):
     @property
     def seconds_left(self) -> float:
         """How long what is here will take, at the speed of the last ticks."""
-        return sum(entry.remaining for entry in self._entries) * self._seconds_per_token
+        return sum(entry.remaining for entry in self._entries) * (self._seconds_per_token.value or 0.0)
 
     def add(self, work: W) -> None:
         self._entries.append(_Entry(work))
@@ -90,13 +91,10 @@ class RenderScheduler(Generic[W]):
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A tick of so many tokens took so long: what deadlines are judged by."""
-        latest = seconds / tokens
-        self._seconds_per_token = (
-            latest if not self._seconds_per_token else 0.9 * self._seconds_per_token + 0.1 * latest
-        )
+        self._seconds_per_token.add(seconds / tokens)
 
     def _rank(self, entry: _Entry[W], now: float) -> tuple[bool, float]:
-        needed = entry.remaining * self._seconds_per_token
+        needed = entry.remaining * (self._seconds_per_token.value or 0.0)
         slack = entry.work.deadline_at - now - needed
         if slack < needed:  # as urgent as it is long: it must run at least every other tick from now on
             return False, entry.work.deadline_at

@@ -3,6 +3,8 @@
 import math
 import time
 
+from engine.moving_average import MovingAverage
+
 MIN_RETRY_S, MAX_RETRY_S = 1, 60
 
 
@@ -13,20 +15,21 @@ class Throughput:
     """
 
     def __init__(self) -> None:
-        self._interval_s: float | None = None
+        self._interval_s = MovingAverage()
         self._last_end = -math.inf
 
     def ended(self, duration_s: float) -> None:
         now = time.monotonic()
         interval = min(now - self._last_end, duration_s)
         self._last_end = now
-        self._interval_s = interval if self._interval_s is None else 0.9 * self._interval_s + 0.1 * interval
+        self._interval_s.add(interval)
 
     def seconds_until_end(self, ahead: int) -> float | None:
         """About how long until a job with `ahead` others before it will have ended; None before any has."""
-        return None if self._interval_s is None else round(self._interval_s * (ahead + 1), 1)
+        interval = self._interval_s.value
+        return None if interval is None else round(interval * (ahead + 1), 1)
 
     def retry_after_s(self, queued: int) -> int:
         """Whole seconds until about a tenth of `queued` jobs, at least one, will have ended."""
-        interval = self._interval_s if self._interval_s is not None else 1.0
+        interval = 1.0 if self._interval_s.value is None else self._interval_s.value
         return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(interval * max(1, queued // 10))))

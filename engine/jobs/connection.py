@@ -1,7 +1,10 @@
 """How Redis is reached, and how its ways of being away become one error."""
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import redis.asyncio
 from redis.asyncio import BlockingConnectionPool
@@ -12,6 +15,11 @@ from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError, R
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from engine.errors import QueueReadOnly, QueueUnavailable
+
+T = TypeVar("T")
+
+RETRY_INTERVAL_S = 0.5
+REDIS_OUTAGE_TIMEOUT_S = 30.0  # for accepted jobs: a restart of Redis takes seconds
 
 # Enough to keep Redis busy from one process. More callers than that take turns instead of failing.
 _MAX_CONNECTIONS = 64
@@ -54,3 +62,20 @@ def redis_errors() -> Iterator[None]:
         if isinstance(error, _REFUSAL_CLASSES) or any(code in str(error) for code in _REFUSAL_CODES):
             raise QueueReadOnly(f"Redis does not accept writes: {error}") from error
         raise
+
+
+async def retry_while_away(call: Callable[[], Awaitable[T]], outage_timeout_s: float) -> T:
+    """Await a Redis call, again every `RETRY_INTERVAL_S` seconds while Redis is away.
+
+    Raises:
+        QueueUnavailable: Redis was still away after `outage_timeout_s` seconds.
+    """
+    give_up_at = time.monotonic() + outage_timeout_s
+    while True:
+        try:
+            with redis_errors():
+                return await call()
+        except QueueUnavailable:
+            if time.monotonic() >= give_up_at:
+                raise
+        await asyncio.sleep(RETRY_INTERVAL_S)

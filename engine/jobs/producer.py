@@ -2,16 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
 from engine.errors import KeyReused, QueueFull, QueueReadOnly, QueueUnavailable, SourcesFull, TooManyJobs
 from engine.jobs.base import QueueBase
 from engine.jobs.codec import RECORD_FIELDS, decode_record, decode_result, encode_sources
-from engine.jobs.connection import redis_errors
+from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, redis_errors, retry_while_away
 from engine.jobs.job import (
     EngineInfo,
     JobRecord,
@@ -26,10 +26,7 @@ from engine.jobs.job import (
 )
 from engine.jobs.scripts import api_side as scripts
 
-T = TypeVar("T")
-_RETRY_INTERVAL_S = 0.5  # how often a patient call tries to reach a Redis that is away
 _POLL_INTERVAL_S = 1.0  # how often `wait` looks by itself, should an event have been lost
-_PATIENCE_S = 30.0  # how long past the deadline `wait` hopes for Redis to come back
 _DELIVERED_TTL_S = 5.0  # leaves time to ask for a result once more, should its answer have been lost on the way
 
 
@@ -119,11 +116,11 @@ class JobProducer(QueueBase):
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return {job_id.decode(): JobState(state.decode()) if state else None for job_id, state in pairs}
 
-    async def get(self, job_id: str, *, patience_s: float = 0.0) -> JobRecord | None:
+    async def get(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobRecord | None:
         """The job as it is now; None if it never was, or ended longer than `result_ttl_s` ago.
 
         Args:
-            patience_s: for so long, in seconds, it rides out a Redis that is away.
+            outage_timeout_s: how long to retry while Redis is away.
         """
 
         async def ask() -> list[Any]:
@@ -132,7 +129,7 @@ class JobProducer(QueueBase):
                 pipe.zrank(self._key("waiting"), job_id)
                 return await pipe.execute()
 
-        values, position = await _patiently(ask, patience_s)
+        values, position = await retry_while_away(ask, outage_timeout_s)
         return decode_record(job_id, values, position)
 
     async def discard(self, job_id: str) -> bool:
@@ -143,14 +140,14 @@ class JobProducer(QueueBase):
         """
         return bool(await self._run(scripts.WITHDRAW, job_id))
 
-    async def result(self, job_id: str, *, patience_s: float = 0.0) -> JobResult | None:
+    async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
         """What a succeeded job left; None for any other, once it was withdrawn, and `result_ttl_s` after the end.
 
         Args:
-            patience_s: for so long, in seconds, it rides out a Redis that is away.
+            outage_timeout_s: how long to retry while Redis is away.
         """
         key = self._key("result", job_id)
-        return decode_result(await _patiently(lambda: self._redis.hgetall(key), patience_s))
+        return decode_result(await retry_while_away(lambda: self._redis.hgetall(key), outage_timeout_s))
 
     async def shorten_ttl(self, job_id: str) -> None:
         """Says that the result of an ended job has been handed over: its record and its result, which may be megabytes,
@@ -209,7 +206,7 @@ class JobProducer(QueueBase):
         Raises:
             QueueUnavailable: Redis stayed away, or has no record of the job.
         """
-        give_up_at = time.monotonic() + _PATIENCE_S
+        give_up_at = time.monotonic() + REDIS_OUTAGE_TIMEOUT_S
         with self._events.waiter(job_id) as woken:
             while True:
                 woken.clear()
@@ -223,7 +220,7 @@ class JobProducer(QueueBase):
                 else:
                     if left_s is None:
                         return _known(record, job_id)
-                    give_up_at = time.monotonic() + left_s + _PATIENCE_S
+                    give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S
                     pause = min(_POLL_INTERVAL_S, left_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
@@ -236,7 +233,7 @@ class JobProducer(QueueBase):
         Only what can be found in Redis is told, so a break of the connection loses nothing; it is ridden out as by
         `wait`, and the same errors are raised.
         """
-        give_up_at = time.monotonic() + _PATIENCE_S
+        give_up_at = time.monotonic() + REDIS_OUTAGE_TIMEOUT_S
         told: JobRecord | None = None
         shown: set[bytes] = set()
         with self._events.waiter(job_id, every_change=True) as woken:
@@ -259,7 +256,7 @@ class JobProducer(QueueBase):
                         yield record
                     if record.state.is_terminal:
                         return
-                    give_up_at = time.monotonic() + left_s + _PATIENCE_S
+                    give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S
                     pause = min(_POLL_INTERVAL_S, left_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
@@ -305,16 +302,3 @@ def _known(record: JobRecord | None, job_id: str) -> JobRecord:
     if record is None:
         raise QueueUnavailable(f"Redis has no record of job {job_id}: it was lost, or ended long ago")
     return record
-
-
-async def _patiently(ask: Callable[[], Awaitable[T]], patience_s: float) -> T:
-    """What Redis says, asked again for so many seconds while it is away."""
-    give_up_at = time.monotonic() + patience_s
-    while True:
-        try:
-            with redis_errors():
-                return await ask()
-        except QueueUnavailable:
-            if time.monotonic() >= give_up_at:
-                raise
-        await asyncio.sleep(_RETRY_INTERVAL_S)

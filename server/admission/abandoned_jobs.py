@@ -1,17 +1,15 @@
 """Takes back, in the background, jobs that nobody waits for: an engine's time is too dear to finish them."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from engine.errors import QueueUnavailable
+from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, retry_while_away
 from engine.jobs.job import JobState
 from engine.jobs.producer import JobProducer
 from server.metrics import Metrics
 
-PATIENCE_S = 30.0  # how long a Redis that is away is hoped for; after that the job's deadline ends it
-RETRY_INTERVAL_S = 0.5
 LAST_CALLS_S = 2.0  # what the shutdown of the server leaves for those under way
 
 
@@ -41,12 +39,11 @@ class AbandonedJobs:
             task.cancel()
 
     async def _discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None) -> None:
-        give_up_at = time.monotonic() + PATIENCE_S
-        while time.monotonic() < give_up_at:
-            with suppress(QueueUnavailable):
-                if await self._queue.discard(job_id):
-                    self._metrics.jobs.labels(JobState.CANCELLED).inc()
-                if then is not None:
-                    await then()
-                return
-            await asyncio.sleep(RETRY_INTERVAL_S)
+        async def discard() -> None:
+            if await self._queue.discard(job_id):
+                self._metrics.jobs.labels(JobState.CANCELLED).inc()
+            if then is not None:
+                await then()
+
+        with suppress(QueueUnavailable):  # then the job's deadline ends it
+            await retry_while_away(discard, REDIS_OUTAGE_TIMEOUT_S)

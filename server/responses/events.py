@@ -18,6 +18,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import QueueUnavailable
+from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S
 from engine.jobs.job import JobRecord, JobResult, JobState, PartialImage
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event, where
@@ -25,7 +26,7 @@ from engine.tasks import stop
 from server.admission.throughput import Throughput
 from server.errors import ApiError, internal_error, queue_unavailable
 from server.responses.images import Notes, image_fields, job_body, picture_facts, render_job, usage
-from server.responses.job_wait import REDIS_OUTAGE_TIMEOUT_S, JobWait, cancel_on_disconnect
+from server.responses.job_wait import JobWait, cancel_on_disconnect
 
 PING_EVERY_S = 10.0  # proxies close what stays silent for a minute, some for less
 PING = b": ping\n\n"
@@ -114,7 +115,7 @@ async def job_events(queue: JobProducer, job_id: str, pace: Throughput) -> Async
 
 
 async def _record(queue: JobProducer, job_id: str) -> JobRecord:
-    record = await queue.get(job_id, patience_s=REDIS_OUTAGE_TIMEOUT_S)
+    record = await queue.get(job_id, outage_timeout_s=REDIS_OUTAGE_TIMEOUT_S)
     if record is None:
         raise QueueUnavailable(f"Redis has no record of job {job_id}")
     return record

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S
 from engine.jobs.job import JobRecord, JobResult
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
@@ -18,8 +19,6 @@ from server.admission.admission import Admitted
 from server.errors import internal_error
 from server.responses.images import failure
 from server.responses.outcomes import JobOutcomes
-
-REDIS_OUTAGE_TIMEOUT_S = 30.0  # the job is accepted, or even made; a restart of Redis takes some seconds
 
 logger = logging.getLogger("glimmer.images")
 T = TypeVar("T")
@@ -94,7 +93,7 @@ class JobWait:
     async def result(self, ended: JobRecord) -> JobResult:
         """What the job has left. Raises as `end`."""
         error = failure(ended)
-        result = None if error else await self._queue.result(self.job_id, patience_s=REDIS_OUTAGE_TIMEOUT_S)
+        result = None if error else await self._queue.result(self.job_id, outage_timeout_s=REDIS_OUTAGE_TIMEOUT_S)
         self._has_ended = True
         if not self.detached:
             self._outcomes.count(ended.state, time.monotonic() - self._started)

@@ -237,7 +237,7 @@ async def test_a_result_can_be_waited_for_while_redis_restarts(server: EmbeddedR
     kill(server)
     with pytest.raises(QueueUnavailable):
         await queue.result(job_id)
-    patient = asyncio.create_task(queue.result(job_id, patience_s=10))
+    patient = asyncio.create_task(queue.result(job_id, outage_timeout_s=10))
     await asyncio.sleep(1)
     assert not patient.done()
     restart(server)
@@ -247,4 +247,4 @@ async def test_a_result_can_be_waited_for_while_redis_restarts(server: EmbeddedR
 async def test_patience_has_an_end(server: EmbeddedRedis, queue: JobQueue):
     kill(server)
     with pytest.raises(QueueUnavailable):
-        await asyncio.wait_for(queue.result("a", patience_s=0.5), 5)
+        await asyncio.wait_for(queue.result("a", outage_timeout_s=0.5), 5)

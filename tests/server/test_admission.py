@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from engine.errors import QueueUnavailable
+from engine.jobs import connection
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo, JobRecord, JobSpec, SourceImages
@@ -180,7 +181,7 @@ async def test_a_job_that_was_queued_without_an_answer_is_withdrawn(
         return await withdraw(job_id)
 
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(abandoned_jobs, "RETRY_INTERVAL_S", 0.05)
+    monkeypatch.setattr(connection, "RETRY_INTERVAL_S", 0.05)
     monkeypatch.setattr(queue, "submit", no_answer)
     monkeypatch.setattr(queue, "discard", away_at_first)
     await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing

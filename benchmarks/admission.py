@@ -44,7 +44,7 @@ from engine.jobs.connection import connect
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo
-from server.admission.keys import hash_of, new_key
+from server.admission.keys import hash_key, new_key
 
 PATH = "/v1/images/generations"
 ACCEPTED, REFUSED, FAILED = 202, 429, 503
@@ -106,7 +106,7 @@ def write_keys(path: Path) -> list[str]:
     keys = [new_key() for _ in limits]
     tables = []
     for number, (key, its) in enumerate(zip(keys, limits, strict=True)):
-        tables += [f"[key-{number}]", f'sha256 = "{hash_of(key).hex()}"', *(f"{name} = {its[name]}" for name in its)]
+        tables += [f"[key-{number}]", f'sha256 = "{hash_key(key).hex()}"', *(f"{name} = {its[name]}" for name in its)]
     path.write_text("\n".join(tables) + "\n")
     return keys
 

@@ -64,7 +64,7 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
             admission = Admission(
                 job_queue, RateLimits(job_queue), settings.max_queue, abandoned_jobs, settings.max_source_bytes
             )
-            outcomes = JobOutcomes(job_queue, metrics, admission.pace)
+            outcomes = JobOutcomes(job_queue, metrics, admission.throughput)
             app.state.services = Services(
                 settings=settings,
                 queue=job_queue,

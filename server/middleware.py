@@ -40,7 +40,7 @@ class _Exchange:
 
 class RequestObserver:
     """Gives each request its id and its span (`request.state.origin`) and reports it when it is over. What a route puts
-    into `request.state.answer_headers` goes onto the answer, whatever that is."""
+    into `request.state.response_headers` goes onto the answer, whatever that is."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
@@ -65,7 +65,7 @@ class RequestObserver:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers.update(scope["state"].get("answer_headers", {}))
+                headers.update(scope["state"].get("response_headers", {}))
                 headers["x-request-id"] = exchange.request_id
                 if scope["app"].state.gate.closed:
                     headers["connection"] = "close"  # the next request would find nobody

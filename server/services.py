@@ -3,8 +3,9 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
@@ -42,6 +43,10 @@ class Services:
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
-async def services(request: Request) -> Services:
-    """A dependency: the services of the app that serves `request`."""
+async def get_services(request: Request) -> Services:
+    """Return the services of the app that serves `request`."""
     return request.app.state.services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+"""The type of a route's parameter that takes the services."""

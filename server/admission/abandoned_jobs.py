@@ -10,7 +10,7 @@ from engine.jobs.job import JobState
 from engine.jobs.producer import JobProducer
 from server.metrics import Metrics
 
-LAST_CALLS_S = 2.0  # what the shutdown of the server leaves for those under way
+CLOSE_TIMEOUT_S = 2.0  # what the shutdown of the server leaves for those under way
 
 
 class AbandonedJobs:
@@ -20,7 +20,7 @@ class AbandonedJobs:
         self._queue, self._metrics = queue, metrics
         self._under_way: set[asyncio.Task[None]] = set()
 
-    def start(self, job_id: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
+    def discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
         """Has the job withdrawn as soon as Redis allows, whether its submit has arrived there or not; never raises.
 
         Args:
@@ -34,7 +34,7 @@ class AbandonedJobs:
         """Gives those under way a last chance; needs the queue."""
         if not self._under_way:
             return
-        _, late = await asyncio.wait(self._under_way, timeout=LAST_CALLS_S)
+        _, late = await asyncio.wait(self._under_way, timeout=CLOSE_TIMEOUT_S)
         for task in late:
             task.cancel()
 

@@ -13,7 +13,7 @@ from engine.jobs.job import JobSpec, Origin, Priority, SourceImages
 from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.keys import Caller
-from server.admission.rate_limits import NOTHING, Charge, RateLimits
+from server.admission.rate_limits import NO_CHARGE, Charge, RateLimits
 from server.admission.throughput import Throughput
 from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
@@ -66,9 +66,9 @@ class Admission:
         self._queue, self._limits = queue, limits
         self._max_queue, self._max_source_bytes = max_queue, max_source_bytes
         self._abandoned_jobs = abandoned_jobs
-        self.pace = Throughput()
+        self.throughput = Throughput()
 
-    async def expect_room(self) -> None:
+    async def check_room(self) -> None:
         """For those who are about to decode the pictures of an edit.
 
         Raises:
@@ -77,9 +77,9 @@ class Admission:
         """
         stats = await with_redis_timeout(self._queue.stats())
         if stats.waiting >= self._max_queue:
-            raise self._come_back(_FULL, self._max_queue)
+            raise self._try_again_later(_FULL, self._max_queue)
         if self._max_source_bytes is not None and stats.source_bytes >= self._max_source_bytes:
-            raise self._come_back(_FULL_OF_PICTURES, 1)
+            raise self._try_again_later(_FULL_OF_PICTURES, 1)
 
     async def find_by_idempotency_key(self, caller: Caller, idempotency: Idempotency) -> str | None:
         """The id of the job that a repeated request is to be answered with; None if it is the first, or if that one
@@ -112,7 +112,7 @@ class Admission:
         spec: JobSpec,
         timeout_s: float,
         priority: Priority,
-        charge: Charge = NOTHING,
+        charge: Charge = NO_CHARGE,
         *,
         source_images: SourceImages | None = None,
         notes: dict[str, Any] | None = None,
@@ -153,7 +153,7 @@ class Admission:
             raise
         except (QueueUnavailable, asyncio.CancelledError):
             if idempotency is None:
-                self._abandoned_jobs.start(job_id, then=lambda: self._refund(charge))
+                self._abandoned_jobs.discard(job_id, then=lambda: self._refund(charge))
             raise
         if found != job_id:
             await self._refund(charge)
@@ -196,15 +196,15 @@ class Admission:
 
     def _refused(self, refusal: QueueFull | TooManyJobs, caller: Caller) -> ApiError:
         if isinstance(refusal, SourcesFull):
-            return self._come_back(_FULL_OF_PICTURES, 1)
+            return self._try_again_later(_FULL_OF_PICTURES, 1)
         if isinstance(refusal, QueueFull):
-            return self._come_back(_FULL, self._max_queue)
+            return self._try_again_later(_FULL, self._max_queue)
         most = caller.max_concurrent or 0
-        return self._come_back(f"This key may have {most} jobs waiting and running at once", most)
+        return self._try_again_later(f"This key may have {most} jobs waiting and running at once", most)
 
-    def _come_back(self, reason: str, jobs: int) -> ApiError:
+    def _try_again_later(self, reason: str, jobs: int) -> ApiError:
         """429, with the time until about a tenth of `jobs` will have ended."""
-        retry = self.pace.retry_after_s(jobs)
+        retry = self.throughput.retry_after_s(jobs)
         return ApiError(
             429,
             f"{reason}; try again in about {retry} s.",

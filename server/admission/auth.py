@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from server.admission.keys import ANYBODY, KeyRing
+from server.admission.keys import ANONYMOUS, KeyRing
 from server.errors import ApiError
 
 _bearer = HTTPBearer(auto_error=False, description="A key of `--api-key` or `--api-keys`, where any is set.")
@@ -20,7 +20,7 @@ async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredent
     """
     keys: KeyRing = request.app.state.services.keys
     if keys.open_to_all:
-        request.state.caller = ANYBODY
+        request.state.caller = ANONYMOUS
         return
     if sent is None:
         raise _unauthorized("An API key is needed: send it as Authorization: Bearer KEY.")

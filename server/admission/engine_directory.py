@@ -47,7 +47,7 @@ class EngineDirectory:
         self._engines = await with_redis_timeout(self._queue.engines())
         self._read_at = time.monotonic()
 
-    async def one_ready(self) -> EngineInfo:
+    async def require_ready(self) -> EngineInfo:
         """An engine to fit a job to; all of a deployment serve one model.
 
         Raises:
@@ -56,7 +56,7 @@ class EngineDirectory:
         live = await self.live()
         ready = ready_engines(live)
         if not ready:
-            raise unavailable(why_not_ready(live), ENGINE_RETRY_S)
+            raise unavailable(not_ready_reason(live), ENGINE_RETRY_S)
         return ready[0]
 
 
@@ -66,7 +66,7 @@ def _retrieve(task: "asyncio.Task[None]") -> None:
         task.exception()
 
 
-def why_not_ready(engines: list[EngineInfo]) -> str:
+def not_ready_reason(engines: list[EngineInfo]) -> str:
     """In words, for a set of engines that `ready_engines` finds wanting."""
     if not engines:
         return "No engine is running."

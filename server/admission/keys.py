@@ -57,8 +57,8 @@ class Caller:
     pixel_steps_per_day: int | None = None
 
 
-ANYBODY = Caller("")
-THE_ONE_KEY = Caller("--api-key")  # no name in a file can be this
+ANONYMOUS = Caller("")
+API_KEY_CALLER = Caller("--api-key")  # no name in a file can be this
 
 
 class _KeyTable(BaseModel):
@@ -84,16 +84,16 @@ def new_key() -> str:
     return f"glm-{secrets.token_urlsafe(32)}"
 
 
-def hash_of(key: str) -> bytes:
+def hash_key(key: str) -> bytes:
     """What is stored of a key."""
     return hashlib.sha256(key.encode()).digest()
 
 
-def table_of(name: str, key: str) -> str:
+def key_table(name: str, key: str) -> str:
     """The table of a new key, its limits as comments."""
     return f"""
 [{name}]
-sha256 = "{hash_of(key).hex()}"
+sha256 = "{hash_key(key).hex()}"
 # max_concurrent = 4
 # requests_per_minute = 60
 # pixel_steps_per_day = 50_000_000_000  # a picture of 1024 x 1024 in 50 steps takes 52_428_800"""
@@ -143,7 +143,7 @@ class KeyRing:
     def __init__(self, settings: ServerSettings) -> None:
         self.open_to_all = not settings.asks_for_keys
         key, self._path = settings.api_key, settings.api_keys_file
-        self._fixed = {hash_of(key.get_secret_value()): THE_ONE_KEY} if key else {}
+        self._fixed = {hash_key(key.get_secret_value()): API_KEY_CALLER} if key else {}
         self._looked_at = time.monotonic()
         self._version = _version_of(self._path) if self._path else None
         self._from_file = _read(self._path) if self._path else {}
@@ -151,7 +151,7 @@ class KeyRing:
     def find(self, key: str) -> Caller | None:
         """Whose key this is. Takes as long for one that is nearly right as for any other."""
         self._look()
-        sent, found = hash_of(key), None
+        sent, found = hash_key(key), None
         for known, caller in (*self._fixed.items(), *self._from_file.items()):
             if hmac.compare_digest(known, sent):
                 found = caller

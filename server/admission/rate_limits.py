@@ -19,7 +19,7 @@ from redis.commands.core import AsyncScript
 
 from engine.jobs.connection import redis_errors
 from engine.jobs.producer import JobProducer
-from server.admission.keys import ANYBODY, Caller
+from server.admission.keys import ANONYMOUS, Caller
 from server.errors import ApiError
 
 _PRELUDE = """
@@ -95,7 +95,7 @@ class Charge:
     day: int = 0
 
 
-NOTHING = Charge(ANYBODY)
+NO_CHARGE = Charge(ANONYMOUS)
 
 
 class RateLimits:

@@ -18,7 +18,7 @@ class Throughput:
         self._interval_s = MovingAverage()
         self._last_end = -math.inf
 
-    def ended(self, duration_s: float) -> None:
+    def record_end(self, duration_s: float) -> None:
         now = time.monotonic()
         interval = min(now - self._last_end, duration_s)
         self._last_end = now

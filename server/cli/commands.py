@@ -308,13 +308,13 @@ def generate(
 @app.command()
 def key(name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, - and _.")]) -> None:
     """Makes an API key. It is shown once, on stderr; its table goes to stdout: glimmer key alice >> keys.toml"""
-    from server.admission.keys import NAME, new_key, table_of
+    from server.admission.keys import NAME, key_table, new_key
 
     if not NAME.fullmatch(name):
         _stop("a name has 1..64 letters, digits, - and _, and starts with a letter or a digit")
     made = new_key()
     typer.echo(f"The key of {name}; it is not kept anywhere:\n\n    {made}\n", err=True)
-    typer.echo(table_of(name, made))
+    typer.echo(key_table(name, made))
 
 
 def main() -> None:

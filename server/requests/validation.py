@@ -41,7 +41,7 @@ class ValidatedRequest:
         return _SAME_AS.get(self.request.quality, self.request.quality)
 
 
-def check(request: GenerationRequest, settings: ServerSettings) -> ValidatedRequest:
+def validate(request: GenerationRequest, settings: ServerSettings) -> ValidatedRequest:
     """Everything that can be checked without knowing the engine.
 
     Raises:
@@ -62,18 +62,20 @@ def check(request: GenerationRequest, settings: ServerSettings) -> ValidatedRequ
     )
 
 
-def to_job_spec(order: ValidatedRequest, engine: EngineInfo, edit: EditInput | None, *, is_watched: bool) -> JobSpec:
+def to_job_spec(
+    validated: ValidatedRequest, engine: EngineInfo, edit: EditInput | None, *, with_partials: bool
+) -> JobSpec:
     """The job for an engine like `engine`; draws the seed where none was given.
 
     Args:
         edit: what an edit starts from.
-        is_watched: whether anybody can see the partial images. Otherwise none are made.
+        with_partials: whether anybody can see the partial images. Otherwise none are made.
 
     Raises:
         ApiError: 400 when a plan does not fit the size or the engine's codebook.
     """
-    request = order.request
-    width, height = order.size or (edit.size if edit else _default_size(engine))
+    request = validated.request
+    width, height = validated.size or (edit.size if edit else _default_size(engine))
     if request.plan is not None:
         _check_plan(request.plan, Geometry(width, height), engine.codebook_size)
     return JobSpec(
@@ -82,7 +84,7 @@ def to_job_spec(order: ValidatedRequest, engine: EngineInfo, edit: EditInput | N
         height=height,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**32),
         n=request.n,
-        num_inference_steps=request.num_inference_steps or _steps(order, engine),
+        num_inference_steps=request.num_inference_steps or _steps(validated, engine),
         guidance_scale=engine.default_guidance if request.guidance_scale is None else request.guidance_scale,
         negative_prompt=request.negative_prompt,
         temperature=request.temperature,
@@ -91,10 +93,10 @@ def to_job_spec(order: ValidatedRequest, engine: EngineInfo, edit: EditInput | N
         return_plan=request.return_plan,
         output_format=request.output_format,
         output_compression=request.output_compression,
-        partial_images=request.partial_images if is_watched else 0,
+        partial_images=request.partial_images if with_partials else 0,
         num_sources=len(edit.source_images.files) if edit else 0,
         source_tokens=edit.tokens if edit else 0,
-        model=order.model,
+        model=validated.model,
         embed_prompt=request.embed_prompt,
     )
 
@@ -156,8 +158,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise invalid("size", f"Invalid value for size: this server makes pictures of at most {max_pixels} pixels.")
 
 
-def _steps(order: ValidatedRequest, engine: EngineInfo) -> int:
-    return engine.default_steps if order.request.quality == "auto" else STEPS_BY_QUALITY[order.quality]
+def _steps(validated: ValidatedRequest, engine: EngineInfo) -> int:
+    return engine.default_steps if validated.request.quality == "auto" else STEPS_BY_QUALITY[validated.quality]
 
 
 def _default_size(engine: EngineInfo) -> tuple[int, int]:

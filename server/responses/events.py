@@ -25,7 +25,7 @@ from engine.observability.logs import event, where
 from engine.tasks import stop
 from server.admission.throughput import Throughput
 from server.errors import ApiError, internal_error, queue_unavailable
-from server.responses.images import Notes, image_fields, job_body, picture_facts, render_job, usage
+from server.responses.images import ResponseOptions, common_fields, image_fields, job_body, render_job, usage
 from server.responses.job_wait import JobWait, cancel_on_disconnect
 
 PING_EVERY_S = 10.0  # proxies close what stays silent for a minute, some for less
@@ -85,17 +85,19 @@ async def image_events(queue: JobProducer, job_wait: JobWait) -> AsyncGenerator[
     async with aclosing(queue.follow(job_wait.job_id)) as happenings:
         async for happened in happenings:
             if isinstance(happened, PartialImage):
-                yield to_event(f"{Notes.of(record).event_type}.partial_image", _partial_image(record, happened))
+                yield to_event(
+                    f"{ResponseOptions.of(record).event_type}.partial_image", _partial_image(record, happened)
+                )
             elif not happened.state.is_terminal:
                 yield _comment(happened)
             else:
                 result = await job_wait.result(happened)
                 for index in range(len(result.images)):
                     data = await asyncio.to_thread(_completed, happened, result, index)
-                    yield to_event(f"{Notes.of(happened).event_type}.completed", data)
+                    yield to_event(f"{ResponseOptions.of(happened).event_type}.completed", data)
 
 
-async def job_events(queue: JobProducer, job_id: str, pace: Throughput) -> AsyncGenerator[bytes]:
+async def job_events(queue: JobProducer, job_id: str, throughput: Throughput) -> AsyncGenerator[bytes]:
     """The events of `GET /v1/jobs/{id}/events`: status, progress, partial_image; at the end completed or failed."""
     record = await _record(queue, job_id)
     told: JobRecord | None = None
@@ -106,9 +108,9 @@ async def job_events(queue: JobProducer, job_id: str, pace: Throughput) -> Async
                 continue
             if happened.state.is_terminal:
                 name = "completed" if happened.state is JobState.SUCCEEDED else "failed"
-                yield to_event(name, await render_job(queue, happened, pace))
+                yield to_event(name, await render_job(queue, happened, throughput))
             elif told is None or (told.state, told.position) != (happened.state, happened.position):
-                yield to_event("status", orjson.dumps(job_body(happened, None, pace)))
+                yield to_event("status", orjson.dumps(job_body(happened, None, throughput)))
             elif happened.progress:
                 yield to_event("progress", orjson.dumps(happened.progress))
             told = happened
@@ -138,8 +140,8 @@ def _comment(record: JobRecord) -> bytes:
 
 def _event_fields(record: JobRecord, kind: str, index: int) -> dict[str, Any]:
     several = {"image_index": index} if record.spec.n > 1 else {}
-    notes = Notes.of(record)
-    return {"type": f"{notes.event_type}.{kind}", "created_at": int(time.time()), **picture_facts(record), **several}
+    notes = ResponseOptions.of(record)
+    return {"type": f"{notes.event_type}.{kind}", "created_at": int(time.time()), **common_fields(record), **several}
 
 
 def _partial_image(record: JobRecord, partial: PartialImage) -> bytes:

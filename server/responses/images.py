@@ -21,7 +21,7 @@ Operation = Literal["generation", "edit"]
 
 
 @dataclass(frozen=True)
-class Notes:
+class ResponseOptions:
     """What the answer needs and no engine has to know: it waits in the job's record.
 
     Args:
@@ -56,17 +56,17 @@ def new_file_tokens(count: int) -> list[str]:
     return [secrets.token_urlsafe(24) for _ in range(count)]
 
 
-async def render_answer(queue: JobProducer, record: JobRecord, result: JobResult) -> bytes:
+async def render_response(queue: JobProducer, record: JobRecord, result: JobResult) -> bytes:
     """The JSON answer to a job that has succeeded, its pictures handed out if that is how they were asked for.
 
     Raises:
         QueueUnavailable: they could not be.
     """
-    await _hand_out(queue, record, result)
+    await share_images(queue, record, result)
     return await _rendered(result, lambda: images_body(record, result))
 
 
-async def render_job(queue: JobProducer, record: JobRecord, pace: Throughput) -> bytes:
+async def render_job(queue: JobProducer, record: JobRecord, throughput: Throughput) -> bytes:
     """The job as JSON, with the answer once it has succeeded.
 
     Raises:
@@ -74,41 +74,41 @@ async def render_job(queue: JobProducer, record: JobRecord, pace: Throughput) ->
     """
     result = await queue.result(record.id) if record.state is JobState.SUCCEEDED else None
     if result is not None:
-        await _hand_out(queue, record, result)
-    return await _rendered(result, lambda: job_body(record, result, pace))
+        await share_images(queue, record, result)
+    return await _rendered(result, lambda: job_body(record, result, throughput))
 
 
 def images_body(record: JobRecord, result: JobResult) -> dict[str, Any]:
     """A `server.requests.schemas.ImagesBody`. Takes about a millisecond per megabyte of image."""
     return {
         "created": record.submitted_at // 1000,
-        **picture_facts(record),
+        **common_fields(record),
         "data": [image_fields(record, result, index) for index in range(len(result.images))],
         "usage": usage(result.prompt_tokens, result.source_tokens, result.plan_tokens),
     }
 
 
-def picture_facts(record: JobRecord) -> dict[str, Any]:
+def common_fields(record: JobRecord) -> dict[str, Any]:
     """What holds for all pictures of a job, as answers and events say it."""
     spec = record.spec
     return {
         "background": "opaque",
         "output_format": spec.output_format,
-        "quality": Notes.of(record).quality,
+        "quality": ResponseOptions.of(record).quality,
         "size": f"{spec.width}x{spec.height}",
     }
 
 
 def image_fields(record: JobRecord, result: JobResult, index: int) -> dict[str, Any]:
     """A `server.requests.schemas.ImageBody`."""
-    notes, image = Notes.of(record), result.images[index]
+    notes, image = ResponseOptions.of(record), result.images[index]
     fields = {**_data(record, notes, image, index), "seed": image.seed}
     if notes.revised_prompt is not None:
         fields["revised_prompt"] = notes.revised_prompt
     return fields if image.plan is None else {**fields, "plan": image.plan}
 
 
-def _data(record: JobRecord, notes: Notes, image: ImageResult, index: int) -> dict[str, str]:
+def _data(record: JobRecord, notes: ResponseOptions, image: ImageResult, index: int) -> dict[str, str]:
     if notes.response_format == "url":
         return {"url": f"{notes.base_url}/v1/files/{notes.file_tokens[index]}.{record.spec.output_format}"}
     return {"b64_json": base64.b64encode(image.data).decode()}
@@ -125,18 +125,18 @@ def usage(prompt_tokens: int, source_tokens: int, plan_tokens: int) -> dict[str,
     }
 
 
-def job_body(record: JobRecord, result: JobResult | None, pace: Throughput) -> dict[str, Any]:
+def job_body(record: JobRecord, result: JobResult | None, throughput: Throughput) -> dict[str, Any]:
     """A `server.requests.schemas.JobBody`."""
     error = failure(record)
     return {
         "id": record.id,
         "object": "image.job",
-        "operation": Notes.of(record).operation,
+        "operation": ResponseOptions.of(record).operation,
         "status": record.state.value,
         "created_at": record.submitted_at // 1000,
         "deadline": record.deadline_ms // 1000,
         "position": record.position,
-        "estimated_seconds": None if record.position is None else pace.seconds_until_end(record.position),
+        "estimated_seconds": None if record.position is None else throughput.seconds_until_end(record.position),
         "progress": record.progress or None,
         "result": None if result is None else images_body(record, result),
         "error": None if error is None else error.detail,
@@ -165,8 +165,8 @@ def failure(record: JobRecord) -> ApiError | None:
     return ApiError(status, error.message, type=error.type, code=error.code, param=error.param)
 
 
-async def _hand_out(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
-    notes = Notes.of(record)
+async def share_images(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
+    notes = ResponseOptions.of(record)
     if notes.response_format == "url":
         for token, image in zip(notes.file_tokens, result.images, strict=True):
             await queue.share(token, image.data, f"image/{record.spec.output_format}")

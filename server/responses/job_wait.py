@@ -78,7 +78,7 @@ class JobWait:
         # Who leaves just as the job ends leaves its pictures behind.
         was_left = not self._has_ended or isinstance(error, ClientDisconnect)
         if was_left and not self.detached:
-            self._abandoned_jobs.start(self.job_id)
+            self._abandoned_jobs.discard(self.job_id)
 
     async def end(self) -> tuple[JobRecord, JobResult]:
         """Waits for the end. Rides out a restart of Redis, whenever it comes.

@@ -19,14 +19,14 @@ class JobOutcomes:
     """Counts how jobs end, those included that no request waits for. However many these are, they are looked after
     together: a task and a look a second for each would cost more than to admit them."""
 
-    def __init__(self, queue: JobProducer, metrics: Metrics, pace: Throughput) -> None:
-        self._queue, self._metrics, self._pace = queue, metrics, pace
+    def __init__(self, queue: JobProducer, metrics: Metrics, throughput: Throughput) -> None:
+        self._queue, self._metrics, self._throughput = queue, metrics, throughput
         self._watched: dict[str, float] = {}  # when each was submitted
         self._watching: list[asyncio.Task[None]] = []
 
     def count(self, state: JobState, seconds: float) -> None:
         """Takes note of a job's end, `seconds` after it was submitted."""
-        self._pace.ended(seconds)
+        self._throughput.record_end(seconds)
         self._metrics.jobs.labels(state).inc()
 
     def watch(self, job_id: str) -> None:

@@ -1,20 +1,20 @@
 """What probes and Prometheus ask. These routes answer within a second, whatever state Redis is in."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, QueueStats
-from server.admission.engine_directory import ready_engines, why_not_ready
+from server.admission.engine_directory import not_ready_reason, ready_engines
 from server.metrics import exposition
 from server.redis_timeout import with_redis_timeout
 from server.requests.schemas import HealthBody
-from server.services import Services, services
+from server.services import Services, ServicesDep
 
 router = APIRouter(tags=["operations"])
 
@@ -28,41 +28,48 @@ async def live() -> dict[str, str]:
 @router.get(
     "/health", responses={200: {"model": HealthBody}, 503: {"model": HealthBody, "description": "See `reason`."}}
 )
-async def health(app: Annotated[Services, Depends(services)]) -> Response:
+async def health(services: ServicesDep) -> Response:
     """200 when a request sent now would be served, otherwise 503 with the `reason`."""
     try:
         engines, stats, takes_writes = await with_redis_timeout(
-            asyncio.gather(app.queue.engines(), app.queue.stats(), app.queue.takes_writes())
+            asyncio.gather(services.queue.engines(), services.queue.stats(), services.queue.takes_writes())
         )
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
-    return _health(_why_not(app, engines, stats, takes_writes=takes_writes), engines, stats)
+    return _health(_unavailable_reason(services, engines, stats, takes_writes=takes_writes), engines, stats)
 
 
-def _why_not(app: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool) -> str | None:
+def _unavailable_reason(
+    services: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool
+) -> str | None:
     """Why a request sent now would not be served; None if it would."""
     if not takes_writes:
         return "The job queue (Redis) refuses writes: memory or disk full, or a replica."
-    if app.gate.closed:
+    if services.gate.closed:
         return "This server is shutting down."
     if not ready_engines(engines):
-        return why_not_ready(engines)
-    if stats.waiting >= app.settings.max_queue:
+        return not_ready_reason(engines)
+    if stats.waiting >= services.settings.max_queue:
         return "The queue is full."
     return None
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(app: Annotated[Services, Depends(services)]) -> Response:
+async def metrics(services: ServicesDep) -> Response:
     """Prometheus text: this process, the queue, and every live engine under its `engine` label."""
     try:
         stats, engines, texts, takes_writes = await with_redis_timeout(
-            asyncio.gather(app.queue.stats(), app.queue.engines(), app.queue.engine_metrics(), app.queue.takes_writes())
+            asyncio.gather(
+                services.queue.stats(),
+                services.queue.engines(),
+                services.queue.engine_metrics(),
+                services.queue.takes_writes(),
+            )
         )
     except QueueUnavailable:
         stats, engines, texts, takes_writes = None, [], {}, False
-    app.metrics.queue(stats, engines, app.settings.max_queue, takes_writes=takes_writes)
-    return Response(exposition(app.metrics.registry, texts), media_type=CONTENT_TYPE_LATEST)
+    services.metrics.queue(stats, engines, services.settings.max_queue, takes_writes=takes_writes)
+    return Response(exposition(services.metrics.registry, texts), media_type=CONTENT_TYPE_LATEST)
 
 
 def _health(reason: str | None, engines: list[EngineInfo], stats: QueueStats | None) -> Response:

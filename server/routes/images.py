@@ -23,11 +23,11 @@ from server.requests.body import read_json_object
 from server.requests.images import EditInput, prepare
 from server.requests.schemas import GenerationRequest, parse
 from server.requests.uploads import Upload, read_edit
-from server.requests.validation import ValidatedRequest, check, to_job_spec
+from server.requests.validation import ValidatedRequest, to_job_spec, validate
 from server.responses.events import EventStream, image_events
-from server.responses.images import Notes, new_file_tokens, render_answer, render_job
+from server.responses.images import ResponseOptions, new_file_tokens, render_job, render_response
 from server.responses.job_wait import JobWait, cancel_on_disconnect
-from server.services import Services, services
+from server.services import Services, ServicesDep
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
@@ -48,98 +48,100 @@ IdempotencyKey = Annotated[
 @router.post("/generations", responses=openapi.IMAGES, openapi_extra=openapi.GENERATION)
 async def generate(
     request: Request,
-    app: Annotated[Services, Depends(services)],
+    services: ServicesDep,
     prefer: Prefer = None,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Makes `n` images from a prompt."""
     with ExitStack() as held:
-        held.enter_context(app.gate.enter())
-        body = parse(GenerationRequest, await read_json_object(request, app.settings.max_body_bytes))
-        return await _serve(request, app, held, check(body, app.settings), None)
+        held.enter_context(services.gate.enter())
+        body = parse(GenerationRequest, await read_json_object(request, services.settings.max_body_bytes))
+        return await _serve(request, services, held, validate(body, services.settings), None)
 
 
 @router.post("/edits", responses=openapi.IMAGES, openapi_extra=openapi.EDIT)
 async def edit(
     request: Request,
-    app: Annotated[Services, Depends(services)],
+    services: ServicesDep,
     prefer: Prefer = None,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Makes `n` images from a prompt and 1 to 4 pictures."""
     with ExitStack() as held:
-        held.enter_context(app.gate.enter())
-        upload = await read_edit(request, app.settings.max_upload_bytes)
-        return await _serve(request, app, held, check(upload.request, app.settings), upload)
+        held.enter_context(services.gate.enter())
+        upload = await read_edit(request, services.settings.max_upload_bytes)
+        return await _serve(request, services, held, validate(upload.request, services.settings), upload)
 
 
 async def _serve(
-    request: Request, app: Services, held: ExitStack, order: ValidatedRequest, upload: Upload | None
+    request: Request, services: Services, held: ExitStack, validated: ValidatedRequest, upload: Upload | None
 ) -> Response:
     """Has the job made, or finds the one that was made already, and answers in the way that was asked for.
 
     Args:
         held: what a stream takes along, and anything else leaves behind.
     """
-    idempotency = _idempotency(request, order, upload)
+    idempotency = _idempotency(request, validated, upload)
     wants_job = _wants_job(request)
     job = None
     if idempotency is not None:
-        earlier = await app.admission.find_by_idempotency_key(request.state.caller, idempotency)
+        earlier = await services.admission.find_by_idempotency_key(request.state.caller, idempotency)
         job = Admitted(earlier, attached=True) if earlier else None
     if job is None:
-        job = await _admit(request, app, order, upload, idempotency, is_watched=order.request.stream or wants_job)
+        job = await _admit(
+            request, services, validated, upload, idempotency, with_partials=validated.request.stream or wants_job
+        )
     bind(job=job.job_id)
     job_wait = held.enter_context(
         JobWait(
-            app.queue,
+            services.queue,
             job,
             detached=idempotency is not None,
-            abandoned_jobs=app.abandoned_jobs,
-            outcomes=app.outcomes,
+            abandoned_jobs=services.abandoned_jobs,
+            outcomes=services.outcomes,
         )
     )
     if wants_job:
-        answer = await _job(request, app, job.job_id)
+        answer = await _job(request, services, job.job_id)
         job_wait.detach()
         return answer
-    letting_go = None if job_wait.detached else BackgroundTask(_let_go, app, job.job_id)
-    if order.request.stream:
-        stream = EventStream(image_events(app.queue, job_wait), held.pop_all())
+    letting_go = None if job_wait.detached else BackgroundTask(_let_go, services, job.job_id)
+    if validated.request.stream:
+        stream = EventStream(image_events(services.queue, job_wait), held.pop_all())
         stream.background = letting_go
         return stream
     record, result = await cancel_on_disconnect(request.receive, job_wait.end())
-    content = await render_answer(app.queue, record, result)
+    content = await render_response(services.queue, record, result)
     return Response(content, media_type="application/json", background=letting_go)
 
 
 async def _admit(
     request: Request,
-    app: Services,
-    order: ValidatedRequest,
+    services: Services,
+    validated: ValidatedRequest,
     upload: Upload | None,
     idempotency: Idempotency | None,
     *,
-    is_watched: bool,
+    with_partials: bool,
 ) -> Admitted:
-    engine = await app.engines.one_ready()
-    edit = None if upload is None else await _prepare(app, order, upload)
-    spec = to_job_spec(order, engine, edit, is_watched=is_watched)
-    charge = await app.admission.charge(request.state.caller, spec)
-    request.state.answer_headers = charge.headers
-    revised = await _revised(app, order.request, is_edit=edit is not None)
-    notes = Notes(
+    engine = await services.engines.require_ready()
+    edit = None if upload is None else await _prepare(services, validated, upload)
+    spec = to_job_spec(validated, engine, edit, with_partials=with_partials)
+    charge = await services.admission.charge(request.state.caller, spec)
+    request.state.response_headers = charge.headers
+    revised = await _revised(services, validated.request, is_edit=edit is not None)
+    notes = ResponseOptions(
         operation="edit" if edit else "generation",
-        quality=order.quality,
-        response_format=order.response_format,
-        base_url=base_url(request, app),
+        quality=validated.quality,
+        response_format=validated.response_format,
+        base_url=base_url(request, services),
         revised_prompt=revised,
-        file_tokens=new_file_tokens(spec.n) if order.response_format == "url" else [],
+        file_tokens=new_file_tokens(spec.n) if validated.response_format == "url" else [],
     )
-    job = await app.admission.submit(
+    job = await services.admission.submit(
         spec if revised is None else replace(spec, prompt=revised),
-        order.timeout_s,
-        order.request.priority,
+        validated.timeout_s,
+        validated.request.priority,
         charge,
         source_images=edit.source_images if edit else None,
         notes=notes.to_dict(),
@@ -159,40 +161,42 @@ async def _admit(
     return job
 
 
-async def _prepare(app: Services, order: ValidatedRequest, upload: Upload) -> EditInput:
+async def _prepare(services: Services, validated: ValidatedRequest, upload: Upload) -> EditInput:
     """Decodes the pictures, a few requests at a time, and not for a queue that is full."""
-    await app.admission.expect_room()
-    async with app.decoders:
-        return await asyncio.to_thread(prepare, upload.images, upload.mask, order.size, app.settings.max_pixels)
+    await services.admission.check_room()
+    async with services.decoders:
+        return await asyncio.to_thread(
+            prepare, upload.images, upload.mask, validated.size, services.settings.max_pixels
+        )
 
 
-async def _revised(app: Services, request: GenerationRequest, *, is_edit: bool) -> str | None:
+async def _revised(services: Services, request: GenerationRequest, *, is_edit: bool) -> str | None:
     """A richer prompt, where one is wanted. With a plan there is nothing left to describe, and what is said of a change
     is no description of a picture: an edit is rewritten only if it asks to be."""
     wanted = request.rewrite_prompt if request.rewrite_prompt is not None else not is_edit
-    if app.rewriter is None or not wanted or request.plan is not None:
+    if services.rewriter is None or not wanted or request.plan is not None:
         return None
-    return await app.rewriter.rewrite(request.prompt)
+    return await services.rewriter.rewrite(request.prompt)
 
 
-async def _job(request: Request, app: Services, job_id: str) -> Response:
-    record = await with_redis_timeout(app.queue.get(job_id))
+async def _job(request: Request, services: Services, job_id: str) -> Response:
+    record = await with_redis_timeout(services.queue.get(job_id))
     if record is None:
         raise queue_unavailable()
-    headers = {"location": f"{base_url(request, app)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
-    content = await render_job(app.queue, record, app.admission.pace)
+    headers = {"location": f"{base_url(request, services)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
+    content = await render_job(services.queue, record, services.admission.throughput)
     return Response(content, 202, headers, "application/json")
 
 
-async def _let_go(app: Services, job_id: str) -> None:
+async def _let_go(services: Services, job_id: str) -> None:
     """Frees the memory that a result takes up in Redis, once it has been sent."""
     with suppress(QueueUnavailable):  # then it goes with `result_ttl_s`
-        await with_redis_timeout(app.queue.shorten_ttl(job_id))
+        await with_redis_timeout(services.queue.shorten_ttl(job_id))
 
 
-def base_url(request: Request, app: Services) -> str:
+def base_url(request: Request, services: Services) -> str:
     """Where the client reaches this server, without a slash at the end."""
-    return app.settings.public_url or str(request.base_url).rstrip("/")
+    return services.settings.public_url or str(request.base_url).rstrip("/")
 
 
 def _wants_job(request: Request) -> bool:
@@ -200,7 +204,7 @@ def _wants_job(request: Request) -> bool:
     return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)
 
 
-def _idempotency(request: Request, order: ValidatedRequest, upload: Upload | None) -> Idempotency | None:
+def _idempotency(request: Request, validated: ValidatedRequest, upload: Upload | None) -> Idempotency | None:
     """
     Raises:
         ApiError: 400 where the key is none.
@@ -211,7 +215,7 @@ def _idempotency(request: Request, order: ValidatedRequest, upload: Upload | Non
     if not _KEY.fullmatch(key):
         raise invalid("Idempotency-Key", "Idempotency-Key takes 1..255 printable ASCII characters.")
     asked = hashlib.sha256(f"{request.method} {request.url.path}\n".encode())
-    asked.update(orjson.dumps(order.request.model_dump(), option=orjson.OPT_SORT_KEYS))
+    asked.update(orjson.dumps(validated.request.model_dump(), option=orjson.OPT_SORT_KEYS))
     for file in (*upload.images, upload.mask or b"") if upload else ():
         asked.update(hashlib.sha256(file).digest())
     return Idempotency(key, asked.hexdigest())

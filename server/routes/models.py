@@ -1,13 +1,13 @@
 """GET /v1/models: the names this server answers to."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends
 
 from server.admission.auth import require_key
 from server.requests.schemas import ErrorBody
 from server.requests.validation import model_not_found
-from server.services import Services, services
+from server.services import ServicesDep
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])
 
@@ -17,14 +17,14 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 
 @router.get("", responses={401: {"model": ErrorBody}})
-async def list_models(app: Annotated[Services, Depends(services)]) -> dict[str, Any]:
+async def list_models(services: ServicesDep) -> dict[str, Any]:
     """Lists the served names, the default first."""
-    return {"object": "list", "data": [_model(name, app.started_at) for name in app.settings.model_names]}
+    return {"object": "list", "data": [_model(name, services.started_at) for name in services.settings.model_names]}
 
 
 @router.get("/{model:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
-async def retrieve_model(model: str, app: Annotated[Services, Depends(services)]) -> dict[str, Any]:
+async def retrieve_model(model: str, services: ServicesDep) -> dict[str, Any]:
     """Describes one served name; a name may hold slashes."""
-    if model not in app.settings.model_names:
-        raise model_not_found(app.settings.model_names)
-    return _model(model, app.started_at)
+    if model not in services.settings.model_names:
+        raise model_not_found(services.settings.model_names)
+    return _model(model, services.started_at)

@@ -229,10 +229,10 @@ async def test_large_pictures_have_more_time(queue: JobQueue, monkeypatch: pytes
 
 
 async def test_abandoned_jobs_do_not_hold_up_the_end(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(abandoned_jobs, "LAST_CALLS_S", 0.1)
+    monkeypatch.setattr(abandoned_jobs, "CLOSE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(queue, "discard", lambda _: asyncio.sleep(60))
     withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
-    withdrawing.start("a")
+    withdrawing.discard("a")
     await asyncio.wait_for(withdrawing.close(), 1)
 
 
@@ -296,20 +296,20 @@ class TestPace:
     def test_an_idle_hour_does_not_slow_the_estimate(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: clock)
-        pace = Throughput()
-        pace.ended(4.0)
+        throughput = Throughput()
+        throughput.record_end(4.0)
         clock = 3600.0
-        pace.ended(4.0)
-        assert pace.retry_after_s(100) == math.ceil(4.0 * 10)
+        throughput.record_end(4.0)
+        assert throughput.retry_after_s(100) == math.ceil(4.0 * 10)
 
     def test_parallel_jobs_end_more_often_than_they_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: clock)
-        pace = Throughput()
+        throughput = Throughput()
         for _ in range(200):
             clock += 0.5
-            pace.ended(8.0)
-        assert 5 <= pace.retry_after_s(100) <= 6
+            throughput.record_end(8.0)
+        assert 5 <= throughput.retry_after_s(100) <= 6
 
 
 async def test_a_job_id_is_never_used_twice(queue: JobQueue) -> None:

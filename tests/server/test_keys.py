@@ -10,7 +10,16 @@ import pytest
 import redis.asyncio
 
 from server.admission import keys
-from server.admission.keys import THE_ONE_KEY, Caller, KeyFileError, KeyRing, hash_of, new_key, parse_key_file, table_of
+from server.admission.keys import (
+    API_KEY_CALLER,
+    Caller,
+    KeyFileError,
+    KeyRing,
+    hash_key,
+    key_table,
+    new_key,
+    parse_key_file,
+)
 from server.processes.launch import _warn_if_open
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
@@ -24,7 +33,7 @@ URL = "/v1/images/generations"
 
 def table(name: str, key: str, **limits: int) -> str:
     lines = (f"{limit} = {value}" for limit, value in limits.items())
-    return "\n".join((f"[{name}]", f'sha256 = "{hash_of(key).hex()}"', *lines, ""))
+    return "\n".join((f"[{name}]", f'sha256 = "{hash_key(key).hex()}"', *lines, ""))
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -36,7 +45,7 @@ class TestFile:
         text = table("alice", "a") + table(
             "Bob-2_", "b", max_concurrent=1, requests_per_minute=2, pixel_steps_per_day=3
         )
-        assert parse_key_file(text) == {hash_of("a"): Caller("alice"), hash_of("b"): Caller("Bob-2_", 1, 2, 3)}
+        assert parse_key_file(text) == {hash_key("a"): Caller("alice"), hash_key("b"): Caller("Bob-2_", 1, 2, 3)}
         assert parse_key_file("") == {}
 
     @pytest.mark.parametrize(
@@ -63,16 +72,16 @@ class TestFile:
     def test_mistakes_are_named_and_hashes_are_not(self, text: str, message: str) -> None:
         with pytest.raises(KeyFileError, match=message) as caught:
             parse_key_file(text)
-        assert hash_of("a").hex() not in str(caught.value)
+        assert hash_key("a").hex() not in str(caught.value)
 
     def test_a_new_key_opens_what_its_table_says(self) -> None:
         first, second = new_key(), new_key()
         assert first != second
-        assert parse_key_file(table_of("alice", first) + table_of("bob", second)) == {
-            hash_of(first): Caller("alice"),
-            hash_of(second): Caller("bob"),
+        assert parse_key_file(key_table("alice", first) + key_table("bob", second)) == {
+            hash_key(first): Caller("alice"),
+            hash_key(second): Caller("bob"),
         }
-        assert first not in table_of("alice", first)
+        assert first not in key_table("alice", first)
 
     @pytest.mark.parametrize("content", [None, b"\xff", b"[alice"])
     def test_a_file_that_cannot_be_used_stops_the_start(self, tmp_path: Path, content: bytes | None) -> None:
@@ -141,7 +150,7 @@ class TestRing:
             return compare(a, b)
 
         monkeypatch.setattr(hmac, "compare_digest", counted)
-        for key, caller in (("one", THE_ONE_KEY), ("a", Caller("alice")), ("b", Caller("bob")), ("c", None)):
+        for key, caller in (("one", API_KEY_CALLER), ("a", Caller("alice")), ("b", Caller("bob")), ("c", None)):
             compared = 0
             assert ring.find(key) == caller
             assert compared == 3
@@ -162,7 +171,7 @@ async def test_keys_of_the_file_and_the_one_key_get_in(
             assert record is not None
             owners.append(record.owner)
             await redis_client.delete(job)
-        for headers in ({}, bearer("c"), bearer(""), bearer(hash_of("a").hex())):
+        for headers in ({}, bearer("c"), bearer(""), bearer(hash_key("a").hex())):
             response = await client.get("/v1/models", headers=headers)
             assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
             assert response.headers["www-authenticate"] == "Bearer"
@@ -207,7 +216,7 @@ class TestCommand:
         made = glimmer("key", "alice")
         assert made.exit_code == 0, made.output
         (key,) = (word for word in made.stderr.split() if word.startswith("glm-"))
-        assert parse_key_file(made.stdout) == {hash_of(key): Caller("alice")}
+        assert parse_key_file(made.stdout) == {hash_key(key): Caller("alice")}
         assert "glm-" not in made.stdout
 
     @pytest.mark.parametrize("name", ["", "al ice", "-x", "a.b", "ä"])

@@ -17,7 +17,7 @@ from engine.jobs.job import JobSpec
 from server import redis_timeout
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission, Idempotency
-from server.admission.keys import ANYBODY, Caller
+from server.admission.keys import ANONYMOUS, Caller
 from server.admission.rate_limits import RateLimits
 from server.app import create_app
 from server.errors import ApiError
@@ -158,7 +158,7 @@ async def test_counts_go_by_themselves(limits: RateLimits, redis_client: redis.a
 async def test_callers_without_such_limits_leave_no_trace(
     limits: RateLimits, redis_client: redis.asyncio.Redis
 ) -> None:
-    for caller in (ANYBODY, Caller("alice", max_concurrent=1)):
+    for caller in (ANONYMOUS, Caller("alice", max_concurrent=1)):
         charge = await limits.charge(caller, 10**9)
         assert charge.headers == {}
         await limits.refund(charge)

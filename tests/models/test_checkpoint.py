@@ -17,7 +17,7 @@ from models.glm_image.model import GlmImage
 from models.glm_image.random_weights import cached_random_checkpoint
 from server.errors import ApiError
 from server.requests.schemas import GenerationRequest, parse
-from server.requests.validation import check
+from server.requests.validation import validate
 from server.settings import ServerSettings
 from tests.checkpoints import load
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_may_name_what_a_request_may(tmp_path: Path, field: str, va
 
 def _request_may(field: str, value: object) -> bool:
     try:
-        check(parse(GenerationRequest, {"prompt": "x", field: value}), ServerSettings())
+        validate(parse(GenerationRequest, {"prompt": "x", field: value}), ServerSettings())
     except ApiError:
         return False
     return True

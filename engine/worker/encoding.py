@@ -1,4 +1,4 @@
-"""Pixels to files. Runs on threads beside the engine's: an encoder holds no lock while it works."""
+"""Pixels to files. Runs on threads beside the engine's: an encoder releases the interpreter lock."""
 
 import io
 from collections.abc import Mapping
@@ -9,30 +9,51 @@ from PIL import Image as PillowImage
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from engine.jobs.job import JobSpec, OutputFormat
+from engine.jobs.job import ImageResult, JobSpec, OutputFormat, PartialImage
+from engine.request import Image, Partial, Request
 
-PNG_EFFORT = 4  # of 9: twice as fast as the default of 6 for files 2% larger
+PNG_COMPRESS_LEVEL = 4  # of 9: twice as fast as the default of 6 for files 2% larger
 
 
-def resized(pixels: Tensor, width: int, height: int) -> Tensor:
-    """Pixels [h, w, 3], uint8, as [height, width, 3]."""
+def encode_result(image: Image, pixels: Tensor) -> ImageResult:
+    """Return a finished image's file and seed, with its plan if the request asks for it.
+
+    Args:
+        pixels: [height, width, 3], uint8.
+    """
+    spec = image.request.spec
+    pixels = _with_overlay(pixels, image.request)
+    data = encode(pixels, spec.output_format, spec.output_compression, metadata(spec, image.seed))
+    return ImageResult(data, image.seed, image.plan.to_dict() if spec.return_plan and image.plan else None)
+
+
+def encode_partial(partial: Partial) -> PartialImage:
+    """Return the file of a partial image, at the size of the final one."""
+    spec = partial.request.spec
+    pixels = _with_overlay(resize(partial.pixels, spec.width, spec.height), partial.request)
+    data = encode(pixels, spec.output_format, spec.output_compression)
+    return PartialImage(partial.image.index, partial.index, data, partial.grid.to_dict())
+
+
+def resize(pixels: Tensor, width: int, height: int) -> Tensor:
+    """Resample pixels [h, w, 3], uint8, to [height, width, 3]."""
     if tuple(pixels.shape[:2]) == (height, width):
         return pixels
     image = PillowImage.fromarray(pixels.numpy()).resize((width, height), PillowImage.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image))
 
 
-def covered(pixels: Tensor, overlay: bytes) -> Tensor:
-    """Pixels [height, width, 3], uint8, under an RGBA PNG of that size: where it is opaque, its own to the bit."""
+def apply_overlay(pixels: Tensor, overlay: bytes) -> Tensor:
+    """Paste an RGBA PNG over pixels [height, width, 3], uint8, of its size. Opaque pixels replace theirs exactly."""
     image = PillowImage.fromarray(pixels.numpy())
     with PillowImage.open(io.BytesIO(overlay), formats=["PNG"]) as cover:
-        assert cover.size == image.size, f"an overlay of {cover.size} for a picture of {image.size}"
+        assert cover.size == image.size, f"an overlay of {cover.size} for an image of {image.size}"
         image.paste(cover, mask=cover.getchannel("A"))
     return torch.from_numpy(np.array(image))
 
 
 def metadata(spec: JobSpec, seed: int) -> dict[str, str]:
-    """What is worth knowing of a picture of this job, for `encode`. The prompt is the user's to give away."""
+    """Return the texts to embed in a PNG (see `encode`); the prompt only if the request allows it."""
     texts = {"seed": str(seed), "size": f"{spec.width}x{spec.height}", "model": spec.model}
     if spec.embed_prompt:
         texts["prompt"] = spec.prompt
@@ -40,7 +61,7 @@ def metadata(spec: JobSpec, seed: int) -> dict[str, str]:
 
 
 def encode(pixels: Tensor, output_format: OutputFormat, quality: int, texts: Mapping[str, str] | None = None) -> bytes:
-    """A PNG, JPEG or WEBP file of pixels [height, width, 3], uint8. The same pixels and texts give the same bytes.
+    """Encode pixels [height, width, 3], uint8, as PNG, JPEG or WEBP. The same pixels and texts give the same bytes.
 
     Args:
         quality: 0..100, for JPEG and WEBP.
@@ -48,7 +69,7 @@ def encode(pixels: Tensor, output_format: OutputFormat, quality: int, texts: Map
     """
     image, file = PillowImage.fromarray(pixels.numpy()), io.BytesIO()
     if output_format == "png":
-        image.save(file, "PNG", compress_level=PNG_EFFORT, pnginfo=_png_info(texts or {}))
+        image.save(file, "PNG", compress_level=PNG_COMPRESS_LEVEL, pnginfo=_png_info(texts or {}))
     elif output_format == "jpeg":
         image.save(file, "JPEG", quality=quality)
     else:
@@ -56,8 +77,14 @@ def encode(pixels: Tensor, output_format: OutputFormat, quality: int, texts: Map
     return file.getvalue()
 
 
+def _with_overlay(pixels: Tensor, request: Request) -> Tensor:
+    """Apply an edit's overlay, which holds the parts of the source image that its mask keeps."""
+    overlay = request.source_images.overlay if request.source_images else None
+    return pixels if overlay is None else apply_overlay(pixels, overlay)
+
+
 def _png_info(texts: Mapping[str, str]) -> PngInfo:
     info = PngInfo()
     for name, text in texts.items():
-        info.add_text(name, text)  # as iTXt, UTF-8, where Latin-1 does not do
+        info.add_text(name, text)  # becomes iTXt in UTF-8 where Latin-1 does not suffice
     return info

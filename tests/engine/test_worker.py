@@ -18,6 +18,7 @@ from engine.engine import Engine
 from engine.jobs.job import EngineInfo, FreeCapacity, JobRecord, JobSpec, JobState, PartialImage, Plan
 from engine.observability.tracing import Tracing
 from engine.request import Planned, Request
+from engine.worker import watchdog
 from engine.worker import worker as worker_module
 from engine.worker.encoding import encode, metadata
 from engine.worker.worker import Worker
@@ -124,7 +125,7 @@ async def test_a_broken_encoder_fails_the_job_alone(
             raise OSError("planted")
         return b"png"
 
-    monkeypatch.setattr("engine.worker.worker.encode", broken)
+    monkeypatch.setattr("engine.worker.encoding.encode", broken)
     async with working(queue, small_engine(model)):
         await submit(queue, replace(SPEC, output_format="webp"), "bad")
         await submit(queue, SPEC, "good")
@@ -273,10 +274,10 @@ async def test_a_step_that_hangs_ends_the_process_and_its_jobs_go_back(
         raise RuntimeError("the process ends")
 
     monkeypatch.setattr(engine.renderer_runner, "advance", lambda items: over.wait())
-    monkeypatch.setattr(worker_module, "STUCK_AFTER_S", 0.3)
-    monkeypatch.setattr(worker_module, "CPU_PATIENCE_S", 0.0)
+    monkeypatch.setattr(watchdog, "STEP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(watchdog, "CPU_TIMEOUT_PER_MEGAPIXEL_S", 0.0)
     monkeypatch.setattr(worker_module, "HEARTBEAT_S", 0.1)
-    monkeypatch.setattr(worker_module.os, "_exit", end_process)
+    monkeypatch.setattr(watchdog.os, "_exit", end_process)
     info = EngineInfo("hung", 1, "all", "ready", "m", "64x64", 512, 2048)
     worker = Worker(engine, queue, info, EngineSettings(redis_url="", engine_id="hung"))
     await submit(queue, SPEC, "j")

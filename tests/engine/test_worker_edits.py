@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from engine.jobs.job import JobSpec, JobState, QueueStats, SourceImages
-from engine.worker.encoding import covered, encode, metadata
+from engine.worker.encoding import apply_overlay, encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import until_running, working
@@ -65,12 +65,12 @@ async def test_an_overlay_lies_over_what_was_made(queue: JobQueue, model: GlmIma
         assert (await queue.wait("j")).state is JobState.SUCCEEDED
         result = await queue.result("j")
     assert result is not None
-    assert result.images[0].data == encode(covered(made, png(overlay)), "png", 100, metadata(SPEC, SPEC.seed))
+    assert result.images[0].data == encode(apply_overlay(made, png(overlay)), "png", 100, metadata(SPEC, SPEC.seed))
 
 
 def test_an_overlay_keeps_what_is_opaque_to_the_bit() -> None:
     made, overlay = torch.from_numpy(np.array(picture(3, 99, 64))), mask(99, 64)
-    got, kept = covered(made, png(overlay)).numpy(), np.array(overlay)[:, :, :3]
+    got, kept = apply_overlay(made, png(overlay)).numpy(), np.array(overlay)[:, :, :3]
     assert np.array_equal(got[:, :33], kept[:, :33])
     assert np.array_equal(got[:, 49:], made[:, 49:].numpy())
     between = (kept[:, 33:49].astype(float) * 128 + made[:, 33:49].numpy() * 127.0) / 255

@@ -15,8 +15,7 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import Claim, JobResult, JobSpec, JobState, OutputFormat, SourceImages
-from engine.worker import encoding
-from engine.worker import worker as worker_module
+from engine.worker import encoding, job_runner
 from engine.worker.encoding import encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
@@ -67,7 +66,7 @@ async def error_code(queue: JobQueue, job_id: str) -> str | None:
         ("preprocess_images", MemoryError(), "out_of_memory"),
         ("preprocess_images", RuntimeError("planted"), "engine_error"),
         ("encode", OSError("planted"), "engine_error"),
-        ("covered", ValueError("planted"), "engine_error"),
+        ("apply_overlay", ValueError("planted"), "engine_error"),
     ],
 )
 async def test_a_failure_around_the_engine_ends_one_job(
@@ -75,7 +74,7 @@ async def test_a_failure_around_the_engine_ends_one_job(
 ) -> None:
     """The victim is an edit under an overlay, as a WebP; the others come before and after it."""
     engine = small_engine(model)
-    target = engine if stage == "preprocess_images" else worker_module
+    target = engine if stage == "preprocess_images" else encoding
     real = getattr(target, stage)
 
     def fails_for_the_victim(given: Any, *rest: Any) -> Any:
@@ -108,7 +107,7 @@ async def test_a_partial_image_that_fails_is_only_lost(
 
     engine = small_engine(model)
     want = expected(engine)
-    monkeypatch.setattr(worker_module, "resized", broken)
+    monkeypatch.setattr(encoding, "resize", broken)
     async with working(queue, engine):
         await submit(queue, replace(GOOD, partial_images=2), "j")
         assert await picture_of(queue, "j") == want
@@ -153,12 +152,12 @@ async def test_a_result_redis_has_no_room_for_fails_its_job_alone(
     """While it is tried, the others' results and heartbeats find their way."""
 
     def large(pixels: Any, output_format: OutputFormat, *rest: Any) -> bytes:
-        return bytes(8 << 20) if output_format == "webp" else encoding.encode(pixels, output_format, *rest)
+        return bytes(8 << 20) if output_format == "webp" else encode(pixels, output_format, *rest)
 
     engine = small_engine(model)
     want = expected(engine)
-    monkeypatch.setattr(worker_module, "encode", large)
-    monkeypatch.setattr(worker_module, "MAX_WRITE_ATTEMPTS", 2)
+    monkeypatch.setattr(encoding, "encode", large)
+    monkeypatch.setattr(job_runner, "MAX_WRITE_ATTEMPTS", 2)
     async with working(own, engine):
         await limit(own)
         await submit(own, VICTIM, "victim")

@@ -1,0 +1,213 @@
+"""A claimed job, from its inputs in the queue to its result there."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from engine.engine import Engine
+from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, WriteRefused
+from engine.jobs.consumer import JobConsumer
+from engine.jobs.job import Claim, ImageResult, JobResult, JobState
+from engine.observability.logs import bind, event, where
+from engine.observability.tracing import Span
+from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
+from engine.worker.encoding import encode_partial, encode_result
+from engine.worker.job_errors import to_job_error
+from engine.worker.plan_cache import PlanCache
+
+REDIS_RETRY_S = 0.3
+MAX_WRITE_ATTEMPTS = 10  # of one write, while small writes between them succeed
+
+logger = logging.getLogger("glimmer.engine")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The job was cancelled, expired, or taken over."""
+
+
+@dataclass(eq=False)
+class RunningJob:
+    """A claimed job and what has come of it so far."""
+
+    claim: Claim
+    request: Request
+    span: Span
+    started: float = field(default_factory=time.monotonic)
+    events: asyncio.Queue[Event | Lost] = field(default_factory=asyncio.Queue)
+    results: dict[int, asyncio.Task[ImageResult]] = field(default_factory=dict)
+    partials: list[asyncio.Task[None]] = field(default_factory=list)
+    progress: dict[str, str | int] = field(default_factory=dict)  # last reported
+    error_code: str | None = None  # filled when it fails
+
+    @property
+    def source_tokens(self) -> int:
+        """Return the tokens of its source images: an upper bound until they have been preprocessed."""
+        return self.request.source_tokens or self.claim.spec.source_tokens
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """Return the ids of the job and of the request that submitted it, for log events."""
+        return {"job": self.claim.job_id, "request": self.claim.origin.request_id or None}
+
+
+class JobRunner:
+    """Runs claimed jobs to their ends, one `run` per job, so that a failure ends one job only.
+
+    Args:
+        stopping: set when the process ends; writes are not retried then.
+        wake_engine: called after a submit, for the engine's thread may be idle.
+        capacity_changed: called when a job turns out to need less memory than its claim said.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        queue: JobConsumer,
+        plan_cache: PlanCache,
+        *,
+        stopping: threading.Event,
+        wake_engine: Callable[[], None],
+        capacity_changed: Callable[[], None],
+    ):
+        self._engine, self._queue, self._plan_cache, self._stopping = engine, queue, plan_cache, stopping
+        self._wake_engine, self._capacity_changed = wake_engine, capacity_changed
+
+    async def run(self, job: RunningJob) -> None:
+        """Run a job until it is committed, failed, expired or lost."""
+        claim, state = job.claim, None
+        bind(**job.log_fields)
+        event(logger, "job_claimed", run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans))
+        try:
+            await self._load_inputs(job)
+            self._engine.submit(job.request)
+            self._wake_engine()
+            state = await self._handle_events(job)
+        except Exception as error:
+            state = await self._fail(job, error)
+        finally:
+            self._engine.cancel(job.request.id)
+            ended = state.value if state else "lost"
+            job.span.end(error=job.error_code, attributes={"glimmer.state": ended})
+        if state is not None:
+            self._engine.metrics.jobs.labels(state.value).inc()
+        event(logger, "job_ended", state=ended, seconds=time.monotonic() - job.started)
+
+    async def _load_inputs(self, job: RunningJob) -> None:
+        """Fetch an edit's source images, and plans that earlier requests left in the plan cache."""
+        claim, request = job.claim, job.request
+        if claim.spec.num_sources:
+            request.source_images = await self._write_with_retry(job, lambda: self._queue.source_images(claim))
+        if request.source_images is not None:  # otherwise the job is no edit, or has ended
+            request.preprocessed = await asyncio.to_thread(self._engine.preprocess_images, request.source_images)
+            self._capacity_changed()
+        with suppress(QueueUnavailable):
+            cached = await self._plan_cache.known(claim.spec, request.source_images)
+            self._engine.metrics.plan_cache_hits.inc(len(cached.keys() - claim.plans.keys()))
+            request.plans = cached | request.plans
+
+    async def _handle_events(self, job: RunningJob) -> JobState | None:
+        """Act on the engine's events until the last one. Return the job's final state; None if it was lost."""
+        while True:
+            match await job.events.get():
+                case Planned(index=index, plan=plan):
+                    image = job.request.images[index]
+                    job.span.child("plan", image.admitted_at, image.planned_at or None, index)
+                    await self._write_with_retry(
+                        job, lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p)
+                    )
+                    with suppress(QueueUnavailable):
+                        await self._plan_cache.keep(job.claim.spec, job.request.source_images, index, plan)
+                case Partial() as partial:
+                    job.partials.append(asyncio.ensure_future(self._send_partial(job, partial)))
+                case Rendered(image=image, pixels=pixels):
+                    job.span.child("render", image.planned_at, image.rendered_at, image.index)
+                    job.span.child("decode", image.rendered_at, image.decoded_at, image.index)
+                    job.results[image.index] = asyncio.ensure_future(_encode(job, image, pixels))
+                case Progress(phase=phase, step=step, steps=steps):
+                    job.progress = {"phase": phase, "step": step, "steps": steps}
+                    with suppress(QueueUnavailable):
+                        await self._queue.progress(job.claim, job.progress)
+                case Finished():
+                    return await self._commit(job)
+                case Failed(error=error):
+                    return await self._fail(job, error)
+                case Lost():
+                    return None
+
+    async def _send_partial(self, job: RunningJob, partial: Partial) -> None:
+        """Send a partial image once: it is worth nothing later, so an error only loses it."""
+        try:
+            await self._queue.partial_image(job.claim, await asyncio.to_thread(encode_partial, partial))
+        except Exception as error:
+            _log_failure("partial_image_lost", logging.WARNING, error)
+
+    async def _commit(self, job: RunningJob) -> JobState | None:
+        images = await asyncio.gather(*(job.results[index] for index in range(job.claim.spec.n)))
+        await asyncio.gather(*job.partials)  # clients stop listening at the commit
+        request = job.request
+        result = JobResult(images, len(request.prompt_ids), job.claim.spec.plan_tokens, request.source_tokens)
+        began = time.monotonic()
+        written = await self._write_with_retry(job, lambda: self._queue.commit(job.claim, result))
+        job.span.child("commit", began)
+        return JobState.SUCCEEDED if written else None
+
+    async def _fail(self, job: RunningJob, error: Exception) -> JobState | None:
+        if isinstance(error, DeadlinePassed):
+            expired = await self._write_with_retry(job, lambda: self._queue.expire(job.claim.job_id))
+            return JobState.EXPIRED if expired else None
+        if not isinstance(error, RequestError):
+            _log_failure("job_failed", logging.ERROR, error)
+        job_error = to_job_error(error, job.claim.spec)
+        job.error_code = job_error.code or job_error.type
+        written = await self._write_with_retry(job, lambda: self._queue.fail(job.claim, job_error))
+        return JobState.FAILED if written else None
+
+    async def _write_with_retry(self, job: RunningJob, write: Callable[[], Awaitable[T]]) -> T:
+        """Write to the queue, however long Redis is away or full: the epoch decides whether the write counts.
+
+        If Redis has no room for this write alone (a value over its size limit, which breaks the connection, or over
+        the memory that is left), retrying would never end and cost the other jobs' writes memory each time. The error
+        does not tell that from an outage, but small writes do: the large one waits until they succeed, and is given
+        up once it has been refused `MAX_WRITE_ATTEMPTS` times with small ones succeeding in between.
+
+        Raises:
+            WriteRefused: all attempts were refused.
+            QueueUnavailable: the process ends.
+        """
+        for _ in range(MAX_WRITE_ATTEMPTS):
+            try:
+                return await write()
+            except QueueUnavailable as error:
+                event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
+            await self._until_small_writes_pass(job)
+        raise WriteRefused(f"Redis refused a write {MAX_WRITE_ATTEMPTS} times")
+
+    async def _until_small_writes_pass(self, job: RunningJob) -> None:
+        while True:
+            if self._stopping.is_set():
+                raise QueueUnavailable("the engine ends")
+            await asyncio.sleep(REDIS_RETRY_S)
+            with suppress(QueueUnavailable):
+                await self._queue.progress(job.claim, job.progress)
+                return
+
+
+async def _encode(job: RunningJob, image: Image, pixels: Tensor) -> ImageResult:
+    began = time.monotonic()
+    result = await asyncio.to_thread(encode_result, image, pixels)
+    job.span.child("encode", began, image=image.index)
+    return result
+
+
+def _log_failure(name: str, level: int, error: Exception) -> None:
+    """Log an error without its text, which may quote a prompt."""
+    event(logger, name, level, error=type(error).__name__, where=where(error))

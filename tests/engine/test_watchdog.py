@@ -1,0 +1,87 @@
+"""The watchdog alone: when a step counts as stuck, and what ends the process."""
+
+import time
+
+import pytest
+
+from engine.config import EXIT_STUCK
+from engine.errors import QueueUnavailable
+from engine.jobs.job import JobSpec
+from engine.worker import watchdog
+from engine.worker.watchdog import CPU_TIMEOUT_PER_MEGAPIXEL_S, STEP_TIMEOUT_S, Watchdog
+
+MEGAPIXEL = JobSpec("a poster", 1000, 500, seed=0, n=2)
+
+
+class Clock:
+    """Stands in for `time.monotonic`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Queue:
+    """Records requeued consumers, or raises as an unreachable Redis would."""
+
+    def __init__(self, *, reachable: bool = True) -> None:
+        self.requeued: list[str] = []
+        self._reachable = reachable
+
+    async def requeue_all(self, consumer: str) -> int:
+        if not self._reachable:
+            raise QueueUnavailable("planted")
+        self.requeued.append(consumer)
+        return 1
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("specs", "on_cpu", "timeout"),
+    [
+        ([MEGAPIXEL], False, STEP_TIMEOUT_S),
+        ([], True, STEP_TIMEOUT_S),
+        ([MEGAPIXEL, MEGAPIXEL], True, STEP_TIMEOUT_S + 2 * CPU_TIMEOUT_PER_MEGAPIXEL_S),
+    ],
+)
+def test_a_step_is_stuck_after_its_timeout(clock: Clock, specs: list[JobSpec], on_cpu: bool, timeout: float) -> None:
+    dog = Watchdog(lambda: specs, on_cpu=on_cpu)
+    clock.now += 1000
+    dog.begin_step()
+    clock.now += timeout
+    assert not dog.is_stuck
+    clock.now += 0.1
+    assert dog.is_stuck
+
+
+def test_only_a_step_that_is_stuck_at_two_checks_is_confirmed(clock: Clock) -> None:
+    dog = Watchdog(list, on_cpu=False)
+    clock.now += STEP_TIMEOUT_S + 1
+    assert not dog.check()
+    dog.begin_step()  # the process was only frozen
+    clock.now += STEP_TIMEOUT_S + 1
+    assert not dog.check()
+    assert dog.check()
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+async def test_giving_up_requeues_the_jobs_and_ends_the_process(
+    reachable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_process(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(watchdog.os, "_exit", end_process)
+    queue = Queue(reachable=reachable)
+    with pytest.raises(SystemExit) as ended:
+        await Watchdog(lambda: [MEGAPIXEL], on_cpu=False).give_up(queue, "engine-0")  # type: ignore[arg-type]
+    assert ended.value.code == EXIT_STUCK
+    assert queue.requeued == ["engine-0"] * reachable

@@ -11,21 +11,21 @@ class BatchLimit:
     because another process had it, does not cost speed for ever.
 
     Args:
-        most: in whatever a batch is measured by.
+        maximum: upper bound of a batch, in the caller's unit (sequences or tokens).
     """
 
-    def __init__(self, most: int):
-        self.most = self.now = most
+    def __init__(self, maximum: int):
+        self.maximum = self.current = maximum
         self._batches = 0  # since it changed
 
     def take(self) -> int:
         """The limit for a batch that is about to be made."""
-        if self.now < self.most:
+        if self.current < self.maximum:
             self._batches += 1
             if self._batches > RECOVERY_BATCHES:
-                self.now, self._batches = min(self.most, 2 * self.now), 0
-        return self.now
+                self.current, self._batches = min(self.maximum, 2 * self.current), 0
+        return self.current
 
     def ran_out(self, used: int) -> None:
         """A batch of so much was more than memory holds."""
-        self.now, self._batches = max(1, min(self.now, used) // 2), 0
+        self.current, self._batches = max(1, min(self.current, used) // 2), 0

@@ -64,12 +64,14 @@ class Engine:
         self.model = model
         self.limits = limits = limits or EngineLimits.choose(model)
         self.metrics = metrics or EngineMetrics()
-        self.planner = PlannerScheduler(limits.blocks, limits.block_size, limits.slots, limits.max_prompt_tokens)
+        self.planner = PlannerScheduler(
+            limits.blocks, limits.block_size, limits.max_sequences, limits.max_prompt_tokens
+        )
         self.planner_runner = PlannerRunner(
             model.planner,
             PagedKV(model.planner.config, limits.blocks, limits.block_size, model.dtype, model.device),
             model.sampling,
-            slots=limits.slots,
+            max_sequences=limits.max_sequences,
             max_plan_tokens=limits.max_plan_tokens,
             max_positions=limits.max_positions,
         )
@@ -84,7 +86,7 @@ class Engine:
         self._planner_step_seconds = MovingAverage(0.0)
         self._reported_at = 0.0
         self.metrics.kv_blocks.set(limits.blocks)
-        self.metrics.render_token_budget.set(self.renderer.budget.now)
+        self.metrics.render_token_budget.set(self.renderer.budget.current)
 
     def submit(self, request: Request) -> None:
         """Take a request in at the next step. It ends with one `Finished` or `Failed`, unless it is cancelled."""
@@ -195,13 +197,13 @@ class Engine:
         prompts = sum(len(group.request.prompt_ids) for group in step.prefill)
         prefill_budget, decode_budget = self.planner.prefill_budget, self.planner.decode_budget
         for group in self._guarded(step.prefill, self.planner_runner.prefill, lambda: prefill_budget.ran_out(prompts)):
-            self.planner.prefilled(group)
+            self.planner.mark_prefilled(group)
             self.metrics.prompt_tokens.inc(len(group.request.prompt_ids))
         rows = len(step.decode)
         for sequence in self._guarded(step.decode, self.planner_runner.decode, lambda: decode_budget.ran_out(rows)):
             sequence.written += 1
-        self._guarded_each(self.planner.previewed(), self._start_preview)
-        self._guarded_each(self.planner.complete(), self._finish_plan)
+        self._guarded_each(self.planner.sequences_with_new_preview(), self._start_preview)
+        self._guarded_each(self.planner.completed_sequences(), self._finish_plan)
         self.metrics.planner_batch.observe(len(step.decode))
         self.metrics.planner_tokens.inc(len(step.decode) + sum(len(group.sequences) for group in step.prefill))
         seconds = time.monotonic() - started
@@ -219,7 +221,7 @@ class Engine:
         self._tick_seconds = time.monotonic() - started
         self.renderer.observe(tokens, self._tick_seconds)
         self.metrics.renderer_step.observe(self._tick_seconds)
-        self.metrics.render_token_budget.set(self.renderer.budget.now)
+        self.metrics.render_token_budget.set(self.renderer.budget.current)
         self.metrics.renderer_rows.observe(rows)
         self.metrics.renderer_tokens.inc(tokens)
         self.metrics.renderer_padding.inc(self.renderer_runner.padding(tokens))

@@ -33,7 +33,7 @@ class EngineLimits:
     block_size: int = BLOCK_SIZE
 
     @property
-    def slots(self) -> int:
+    def max_sequences(self) -> int:
         """Plans under way at once; any request that the API accepts has to fit an idle engine."""
         return max(self.max_images, MAX_IMAGES)
 

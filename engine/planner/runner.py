@@ -31,7 +31,7 @@ class PlannerRunner:
     """Prefill and decode over a paged cache.
 
     Args:
-        slots: sequences under way at once; a slot is a row of the buffers.
+        max_sequences: sequences under way at once; each has a `buffer_index` in the buffers.
         max_plan_tokens: tokens of the largest plan.
         max_positions: positions of the longest prompt and the largest plan together.
     """
@@ -42,7 +42,7 @@ class PlannerRunner:
         kv: PagedKV,
         sampling: SamplingDefaults,
         *,
-        slots: int,
+        max_sequences: int,
         max_plan_tokens: int,
         max_positions: int,
     ):
@@ -51,12 +51,12 @@ class PlannerRunner:
         self.rotary = RotaryTable(model.config, max_positions, self.device)
         self.decode_block = tile_height(DECODE_ROWS, self.device)
         self.prefill_block = tile_height(PREFILL_ROWS, self.device)
-        self._tokens = torch.zeros(slots, max_plan_tokens, dtype=torch.long, device=self.device)
-        self._uniforms = torch.zeros(slots, max_plan_tokens, device=self.device)
-        self._positions = torch.zeros(slots, max_plan_tokens, 3, dtype=torch.long, device=self.device)
-        self._temperature = torch.zeros(slots, device=self.device)
-        self._top_p = torch.ones(slots, device=self.device)
-        self._tables: dict[int, BlockTable] = {}  # by slot
+        self._tokens = torch.zeros(max_sequences, max_plan_tokens, dtype=torch.long, device=self.device)
+        self._uniforms = torch.zeros(max_sequences, max_plan_tokens, device=self.device)
+        self._positions = torch.zeros(max_sequences, max_plan_tokens, 3, dtype=torch.long, device=self.device)
+        self._temperature = torch.zeros(max_sequences, device=self.device)
+        self._top_p = torch.ones(max_sequences, device=self.device)
+        self._tables: dict[int, BlockTable] = {}  # by buffer index
         parameters = sum(weight.numel() for weight in model.parameters())
         self._decode_threads = 1 if self.device.type == "cpu" and parameters <= ONE_THREAD_UP_TO else None
         self._decode_sizes = DECODE_SIZES if self.decode_block is None else (*self._agreeing_sizes(), DECODE_ROWS)
@@ -66,7 +66,7 @@ class PlannerRunner:
         """Run the prompts and choose the first token of every sequence."""
         for group in groups:
             for sequence in group.sequences:
-                self._fill_slot(sequence)
+                self._fill_buffers(sequence)
         prompts = [group.request.prompt_ids for group in groups]
         lengths = [len(prompt) for prompt in prompts]
         rows = padded(sum(lengths), self.prefill_block)
@@ -87,40 +87,40 @@ class PlannerRunner:
     def decode(self, sequences: list[Sequence]) -> None:
         """Run the last token of every sequence and choose the next."""
         rows = self._decode_rows(len(sequences))
-        slots = self._to_device(_pad([s.slot for s in sequences], rows))
+        buffers = self._to_device(_pad([s.buffer_index for s in sequences], rows))
         steps = self._to_device(_pad([s.written - 1 for s in sequences], rows))
         lengths = [s.cached for s in sequences]
         places = [_place(s, length - 1, self.kv.block_size) for s, length in zip(sequences, lengths, strict=True)]
         attention = DecodeAttention(
-            self.kv, lengths, [self._tables[s.slot] for s in sequences], self._to_device(places)
+            self.kv, lengths, [self._tables[s.buffer_index] for s in sequences], self._to_device(places)
         )
-        rotary = self.rotary.at(self._positions[slots, steps], self.dtype)
+        rotary = self.rotary.at(self._positions[buffers, steps], self.dtype)
         with threads(self._decode_threads):
-            hidden = self.model(self._tokens[slots, steps], rotary, attention, self._block(rows))
+            hidden = self.model(self._tokens[buffers, steps], rotary, attention, self._block(rows))
             self._choose(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
         """The tokens of a plan, grid by grid; from number `written` on they mean nothing. Waits for the device."""
-        return self._tokens[sequence.slot, : sequence.total].tolist()
+        return self._tokens[sequence.buffer_index, : sequence.total].tolist()
 
     def _choose(self, sequences: list[Sequence], hidden: Tensor) -> None:
         """Choose token number `written` of every sequence from its row of `hidden`; the other rows are padding."""
         count = len(sequences)
-        slots = self._to_device([s.slot for s in sequences])
+        buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])
         logits = self.model.logits(hidden, self._block(len(hidden)))[:count]
-        uniforms, temperature, top_p = self._uniforms[slots, steps], self._temperature[slots], self._top_p[slots]
-        self._tokens[slots, steps] = sample(logits, uniforms, temperature, top_p, self.sampling.top_k)
+        uniforms, temperature, top_p = self._uniforms[buffers, steps], self._temperature[buffers], self._top_p[buffers]
+        self._tokens[buffers, steps] = sample(logits, uniforms, temperature, top_p, self.sampling.top_k)
 
-    def _fill_slot(self, sequence: Sequence) -> None:
-        spec, slot, total = sequence.request.spec, sequence.slot, sequence.total
+    def _fill_buffers(self, sequence: Sequence) -> None:
+        spec, index, total = sequence.request.spec, sequence.buffer_index, sequence.total
         start = int(_prompt_positions(sequence.request)[-1, 0]) + 1  # a prompt ends with a token of text
         grids = [(grid.rows, grid.cols) for grid in spec.grids]
-        self._positions[slot, :total] = plan_positions(start, grids).to(self.device)
-        self._uniforms[slot, :total] = uniforms(sequence.image.seed, total).to(self.device)
-        self._temperature[slot] = self.sampling.temperature if spec.temperature is None else spec.temperature
-        self._top_p[slot] = self.sampling.top_p if spec.top_p is None else spec.top_p
-        self._tables[slot] = self.kv.table(sequence.blocks)
+        self._positions[index, :total] = plan_positions(start, grids).to(self.device)
+        self._uniforms[index, :total] = uniforms(sequence.image.seed, total).to(self.device)
+        self._temperature[index] = self.sampling.temperature if spec.temperature is None else spec.temperature
+        self._top_p[index] = self.sampling.top_p if spec.top_p is None else spec.top_p
+        self._tables[index] = self.kv.table(sequence.blocks)
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
         """Copy the prompt's half-full last block to the other images of a request, which go on writing in it."""

@@ -19,13 +19,13 @@ class Sequence:
     """The plan of one image being written.
 
     Args:
-        slot: its row in the runner's buffers.
+        buffer_index: its line in the runner's buffers.
         blocks: the prompt's blocks, then its own, enough for the whole plan.
     """
 
     image: Image
     prompt_length: int
-    slot: int
+    buffer_index: int
     blocks: list[int]
     written: int = 0  # plan tokens chosen so far
 
@@ -75,19 +75,21 @@ class PlannerScheduler:
 
     Args:
         blocks, block_size: the key/value cache.
-        slots: sequences that can be planned at once.
+        max_sequences: sequences that can be planned at once.
         max_prompt_tokens: a longer prompt is refused; codes of pictures to edit do not count.
         prefill_tokens: prompt tokens to prefill in a step, at most (one prompt always goes through).
     """
 
-    def __init__(self, blocks: int, block_size: int, slots: int, max_prompt_tokens: int, prefill_tokens: int = 2048):
+    def __init__(
+        self, blocks: int, block_size: int, max_sequences: int, max_prompt_tokens: int, prefill_tokens: int = 2048
+    ):
         self.allocator = BlockAllocator(blocks)
         self.block_size = block_size
-        self.slots = slots
+        self.max_sequences = max_sequences
         self.max_prompt_tokens = max_prompt_tokens
         self.prefill_budget = BatchLimit(prefill_tokens)
-        self.decode_budget = BatchLimit(slots)
-        self._free_slots = list(range(slots))[::-1]
+        self.decode_budget = BatchLimit(max_sequences)
+        self._free_buffers = list(range(max_sequences))[::-1]
         self._prefill: deque[PromptGroup] = deque()
         self._decode: list[Sequence] = []
 
@@ -96,8 +98,8 @@ class PlannerScheduler:
         return not self._prefill and not self._decode
 
     @property
-    def free_slots(self) -> int:
-        return len(self._free_slots)
+    def free_buffers(self) -> int:
+        return len(self._free_buffers)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -108,13 +110,13 @@ class PlannerScheduler:
     def steps_left(self) -> int:
         """Steps until every plan under way is written."""
         left = [sequence.total - sequence.written for sequence in self.sequences]
-        return max(max(left, default=0), -(-sum(left) // self.decode_budget.now))
+        return max(max(left, default=0), -(-sum(left) // self.decode_budget.current))
 
-    def previewed(self) -> list[Sequence]:
+    def sequences_with_new_preview(self) -> list[Sequence]:
         """Sequences whose preview has been written and is to be shown, but is not known to their images yet."""
         return [s for s in self._decode if s.request.spec.partial_images and s.image.preview is None and s.has_preview]
 
-    def complete(self) -> list[Sequence]:
+    def completed_sequences(self) -> list[Sequence]:
         """Sequences whose last token has been chosen."""
         return [sequence for sequence in self._decode if sequence.is_complete]
 
@@ -136,13 +138,13 @@ class PlannerScheduler:
                 f"{self.allocator.total * self.block_size}. Ask for fewer or smaller images",
                 param="n" if request.spec.n > 1 else "size",
             )
-        if request.spec.n > self.slots:
-            raise RequestError(f"this server makes at most {self.slots} images of a request at once", param="n")
+        if request.spec.n > self.max_sequences:
+            raise RequestError(f"this server makes at most {self.max_sequences} images of a request at once", param="n")
 
     def fits(self, request: Request) -> bool:
         """Whether the whole request can be reserved now."""
         unplanned = self._unplanned(request)
-        return not unplanned or (self._blocks_needed(request) <= self.allocator.free and unplanned <= self.free_slots)
+        return not unplanned or (self._blocks_needed(request) <= self.allocator.free and unplanned <= self.free_buffers)
 
     def add(self, request: Request) -> None:
         """Reserve everything the request's plans will need."""
@@ -155,7 +157,7 @@ class PlannerScheduler:
                 whole = self.allocator.allocate(self._prompt_blocks(request)) if first else self.allocator.share(shared)
                 own = self.allocator.allocate(self._own_blocks(request))
                 shared = whole if first else shared
-                sequences.append(Sequence(image, prompt, self._free_slots.pop(), whole + own))
+                sequences.append(Sequence(image, prompt, self._free_buffers.pop(), whole + own))
         self._prefill.append(PromptGroup(request, sequences))
 
     def schedule(self) -> PlannerStep:
@@ -170,7 +172,7 @@ class PlannerScheduler:
             prefill.append(group)
         return PlannerStep(prefill, self._decode[: self.decode_budget.take()] if self._decode else [])
 
-    def prefilled(self, group: PromptGroup) -> None:
+    def mark_prefilled(self, group: PromptGroup) -> None:
         """The runner has prefilled the group's prompt and chosen the first token of each sequence."""
         self._prefill.remove(group)
         for sequence in group.sequences:
@@ -192,14 +194,14 @@ class PlannerScheduler:
             self.finish(sequence)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if blocks or slots leaked; an idle scheduler holds none."""
+        """Raise AssertionError if blocks or buffers leaked; an idle scheduler holds none."""
         self.allocator.check_integrity()
-        assert self.free_slots + len(self.sequences) == self.slots
+        assert self.free_buffers + len(self.sequences) == self.max_sequences
         assert not self.is_idle or self.allocator.used == 0
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.blocks)
-        self._free_slots.append(sequence.slot)
+        self._free_buffers.append(sequence.buffer_index)
 
     def _unplanned(self, request: Request) -> int:
         return sum(image.plan is None for image in request.images)

@@ -98,4 +98,4 @@ class RenderScheduler(Generic[W]):
         slack = entry.work.deadline_at - now - needed
         if slack < needed:  # as urgent as it is long: it must run at least every other tick from now on
             return False, entry.work.deadline_at
-        return True, entry.remaining - entry.waited * self.budget.now
+        return True, entry.remaining - entry.waited * self.budget.current

@@ -293,5 +293,5 @@ def _integrity(engine: Engine) -> str:
         assert engine.is_idle, "requests are left"
         engine.check_integrity()
     except AssertionError as error:
-        return str(error) or "blocks, slots or renderings are left"
+        return str(error) or "blocks, buffers or renderings are left"
     return ""

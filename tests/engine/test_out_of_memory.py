@@ -92,7 +92,7 @@ def test_a_batch_too_large_is_split_and_those_after_it_are_smaller(
     failures = [at for at, size in enumerate(sizes) if size < 0]
     assert 1 <= len(failures) <= 4, "the limit finds its place in a few halvings"
     assert emptied == [at + 1 for at in failures], "before each is tried alone"
-    assert budget(engine).now < budget(engine).most
+    assert budget(engine).current < budget(engine).maximum
     assert (counted(engine, "batch"), counted(engine, "request")) == (len(failures), 0)
 
 
@@ -110,7 +110,7 @@ def test_a_request_too_large_alone_fails_alone(
     assert pictures(events) == {key: data for key, data in undisturbed.items() if key[0] != "2"}
     assert counted(engine, "request") == 1
     for budget in (engine.renderer.budget, engine.planner.decode_budget, engine.planner.prefill_budget):
-        assert budget.now == budget.most
+        assert budget.current == budget.maximum
 
 
 def test_the_news_of_a_failure_holds_no_tensors(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:

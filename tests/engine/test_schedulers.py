@@ -61,7 +61,7 @@ class Planning(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.planner = PlannerScheduler(blocks=120, block_size=BLOCK, slots=12, max_prompt_tokens=200)
+        self.planner = PlannerScheduler(blocks=120, block_size=BLOCK, max_sequences=12, max_prompt_tokens=200)
         self.requests: list[Request] = []
 
     @rule(prompt=st.integers(1, 90), n=st.integers(1, 4))
@@ -75,10 +75,10 @@ class Planning(RuleBasedStateMachine):
     def step(self) -> None:
         step = self.planner.schedule()
         for group in step.prefill:
-            self.planner.prefilled(group)
+            self.planner.mark_prefilled(group)
         for sequence in step.decode:
             sequence.written = min(sequence.total, sequence.written + 97)
-        for sequence in self.planner.complete():
+        for sequence in self.planner.completed_sequences():
             self.planner.finish(sequence)
 
     @precondition(lambda self: self.requests)
@@ -93,8 +93,8 @@ class Planning(RuleBasedStateMachine):
     @invariant()
     def sequences_share_only_whole_prompt_blocks(self) -> None:
         owner: dict[int, tuple[Request, int]] = {}
-        slots = [sequence.slot for sequence in self.planner.sequences]
-        assert len(set(slots)) == len(slots)
+        buffers = [sequence.buffer_index for sequence in self.planner.sequences]
+        assert len(set(buffers)) == len(buffers)
         for sequence in self.planner.sequences:
             assert len(sequence.blocks) * BLOCK >= sequence.prompt_length + sequence.total
             for place, block in enumerate(sequence.blocks):
@@ -109,14 +109,14 @@ TestPlanning = Planning.TestCase
 
 
 def test_images_of_a_request_share_the_prompt() -> None:
-    planner = PlannerScheduler(blocks=200, block_size=BLOCK, slots=10, max_prompt_tokens=1000)
+    planner = PlannerScheduler(blocks=200, block_size=BLOCK, max_sequences=10, max_prompt_tokens=1000)
     planner.add(request(prompt=10 * BLOCK + 3, n=3))
     per_image = -(-(3 + request().spec.geometry.plan_tokens) // BLOCK)
     assert planner.allocator.used == 10 + 3 * per_image
 
 
 def test_what_can_never_fit_is_refused_with_the_reason() -> None:
-    planner = PlannerScheduler(blocks=40, block_size=BLOCK, slots=4, max_prompt_tokens=100)
+    planner = PlannerScheduler(blocks=40, block_size=BLOCK, max_sequences=4, max_prompt_tokens=100)
     with pytest.raises(RequestError, match="101 tokens; this server takes at most 100") as caught:
         planner.check(request(prompt=101))
     assert (caught.value.param, caught.value.code) == ("prompt", "prompt_too_long")
@@ -127,7 +127,7 @@ def test_what_can_never_fit_is_refused_with_the_reason() -> None:
 
 
 def test_a_planned_request_needs_no_memory() -> None:
-    planner = PlannerScheduler(blocks=1, block_size=BLOCK, slots=1, max_prompt_tokens=10)
+    planner = PlannerScheduler(blocks=1, block_size=BLOCK, max_sequences=1, max_prompt_tokens=10)
     planned = request(prompt=500)
     planned.images[0].plan = Plan(2, 2, [0] * 4)
     planner.check(planned)
@@ -142,7 +142,7 @@ def test_prefill_stays_within_its_budget_but_always_moves() -> None:
     while step := planner.schedule().prefill:
         sizes.append([len(group.request.prompt_ids) for group in step])
         for group in step:
-            planner.prefilled(group)
+            planner.mark_prefilled(group)
     assert sizes == [[400], [100, 40], [20]]
 
 

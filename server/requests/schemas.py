@@ -9,10 +9,9 @@ from pydantic_core import ErrorDetails
 
 from engine.jobs.job import JobState, OutputFormat, Priority
 from server.errors import ApiError, invalid
+from server.requests.quality import Quality
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
-
-Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 _NOT_FOR_CLIENTS = re.compile("^(Input|String|List) | after validation.*")  # of what pydantic says
 

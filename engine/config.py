@@ -1,57 +1,66 @@
-"""What one engine process is told when it starts. No torch: the command line and the supervisor build it too."""
+"""Settings of one engine process, and how it ends. No torch: the command line and the supervisor import this, too."""
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+import socket
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 Stage = Literal["all"]
-LogLevel = Literal["debug", "info", "warning", "error"]
-LogFormat = Literal["text", "json"]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"], Field(description="Events below this level are not logged.")
+]
+LogFormat = Annotated[Literal["text", "json"], Field(description="Format of a log line: text or json.")]
 
 EXIT_CONFIGURATION = 2
-"""Exit code of an engine that cannot start with these settings; restarting it unchanged will not help."""
+"""Exit code of a process that cannot start with its settings. Restarting it unchanged will not help."""
 
 EXIT_STUCK = 3
-"""Exit code of an engine whose device does not come back from a step; a new process may do better."""
+"""Exit code of an engine whose device does not return from a step. A new process may do better."""
 
 HAND_BACK_S = 5.0
-"""Seconds that whoever stops an engine must wait beyond its grace period before killing it: only when that is over does
-the engine start to hand back the jobs that are left, and each takes a call to a Redis that may be slow."""
+"""Seconds to wait beyond an engine's grace period before killing it. Only then does it start to hand back unfinished
+jobs, each with a call to a Redis that may be slow."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """Settings of one engine process. A field left at None is chosen by the engine from the checkpoint and the device.
+def new_engine_id() -> str:
+    """Return an id that no engine has had before. It starts with the host name, which health checks rely on."""
+    return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
 
-    Args:
-        redis_url: where the jobs are, for example `redis://host:6379/0` or `unix:///path/redis.sock`.
-        engine_id: name of this incarnation, and of its consumer in the queue; never used twice.
-        model: a checkpoint folder or a hub id; None takes the checkpoint that is shipped.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
-        dtype: `auto` (bfloat16 on CUDA, float32 on CPU), `float32` or `bfloat16`.
-        stage: `all`: this process plans and renders. Planners and renderers apart do not exist yet.
-        lease_s: seconds a claimed job stays ours without a renewal; a dead engine's jobs wait this long.
-        max_images: images in flight at most.
-        max_prompt_tokens: a longer prompt is refused.
-        kv_tokens: tokens the planner's KV cache holds.
-        render_token_budget: packed tokens of one renderer tick at most.
-        plan_cache_s: seconds a plan is kept for requests that would be planned the same; 0 keeps none.
-        grace_s: seconds that running jobs may take to finish after SIGTERM; then they are handed back.
-        log_level: events below it are not logged.
-        log_format: how a line is written, `text` or `json`.
+
+class CheckpointSettings(BaseModel):
+    """The checkpoint that an engine loads, and where it runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(
+        default=None, description="Checkpoint folder or hub id; the small checkpoint that is shipped when unset."
+    )
+    device: str = Field(default="auto", description="auto (CUDA where available), cpu, cuda or cuda:N.")
+    dtype: str = Field(default="auto", description="auto (bfloat16 on CUDA, float32 on CPU), float32 or bfloat16.")
+
+
+class EngineSettings(CheckpointSettings):
+    """Settings of one engine process. `None` lets the engine choose by checkpoint and device.
+
+    Only the command line reads the environment: what is built in code does not depend on it.
     """
 
-    redis_url: str
-    engine_id: str
-    model: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    stage: Stage = "all"
-    lease_s: float = 10.0
-    max_images: int | None = None
-    max_prompt_tokens: int = 2048
-    kv_tokens: int | None = None
-    render_token_budget: int | None = None
-    plan_cache_s: int = 3600
-    grace_s: float = 30.0
+    redis_url: str = Field(description="Redis that holds the jobs: redis://host:6379/0 or unix:///path.")
+    engine_id: str = Field(
+        default_factory=new_engine_id, description="Id of this process, never used before; generated when unset."
+    )
+    stage: Stage = Field(default="all", description="Stages that this process runs; all: it plans and renders.")
+    lease_s: float = Field(default=10.0, ge=1, description="Seconds after which the jobs of a dead engine are free.")
+    max_images: int | None = Field(default=None, ge=1, description="Maximum number of images in flight.")
+    max_prompt_tokens: int = Field(default=2048, ge=1, description="Maximum prompt length in tokens.")
+    kv_tokens: int | None = Field(default=None, ge=1, description="Capacity of the planner's KV cache in tokens.")
+    render_token_budget: int | None = Field(
+        default=None, ge=1, description="Maximum number of packed tokens in one renderer step."
+    )
+    plan_cache_s: int = Field(
+        default=3600, ge=0, description="Seconds a plan is kept for equal requests; 0 keeps none."
+    )
+    grace_s: float = Field(default=30.0, ge=0, description="Seconds that running jobs get to finish after SIGTERM.")
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"

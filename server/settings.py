@@ -1,105 +1,138 @@
-"""Settings of the API process. Every field is also read from the environment: `GLIMMER_` and its name in capitals."""
+"""Settings of the API process and of `glimmer serve`, each declared once.
 
+The flags and their help (`server.cli.options`), the environment variables and the tables of docs/settings.md follow
+from these declarations and from those in `engine.config`.
+"""
+
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import httpx
-from pydantic import Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import LogFormat, LogLevel
 from engine.geometry import MAX_SIDE
 
+ENV_PREFIX = "GLIMMER_"
+
 _ORIGIN = re.compile(r"https?://[^/@\s]+")
 
 
-class ServerSettings(BaseSettings):
-    """What the API process is told. Times are seconds, sizes bytes unless the name says otherwise."""
+@dataclass(frozen=True)
+class Flag:
+    """The command-line flag of a setting that is not simply named after it; None: the environment alone sets it."""
 
-    model_config = SettingsConfigDict(env_prefix="GLIMMER_", frozen=True, extra="ignore")
+    name: str | None
+
+
+_NO_FLAG = Flag(None)
+
+
+class ServerSettings(BaseSettings):
+    """Settings of the API process, from arguments and `GLIMMER_*` variables. Times are seconds, sizes bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
 
     redis_url: str | None = Field(
-        default=None, description="Where the jobs are; `glimmer serve` starts its own when unset."
+        default=None, description="Redis that holds the jobs; `glimmer serve` starts one when unset."
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     api_key: SecretStr | None = Field(
-        default=None, description="Key that /v1 requests must carry, without limits; with no key set /v1 is open."
+        default=None,
+        description="Key that /v1 requests must carry, without limits; with no key set /v1 is open to everyone.",
     )
-    api_keys_file: Path | None = Field(
+    api_keys_file: Annotated[Path | None, Flag("--api-keys")] = Field(
         default=None, description="TOML file of further keys and their limits, as `glimmer key` prints them."
     )
     cors_origins: str = Field(
         default="",
-        description="Origins whose pages may use the API from a browser, separated by commas; * is every page.",
+        description="Origins whose pages may use the API from a browser, separated by commas; * allows every page.",
     )
     prompt_rewriter: str | None = Field(
         default=None,
-        description="Base URL of an OpenAI-compatible chat API that makes prompts richer, for example "
-        "http://127.0.0.1:8001/v1; unset leaves them as they are.",
+        description="Base URL of an OpenAI-compatible chat API that enriches prompts, for example "
+        "http://127.0.0.1:8001/v1; prompts stay unchanged when unset.",
     )
-    prompt_rewriter_key: SecretStr | None = Field(default=None, description="Key for the prompt rewriter.")
-    prompt_rewriter_model: str | None = Field(
-        default=None, description="Model of the prompt rewriter; unset leaves it to the endpoint."
+    prompt_rewriter_key: Annotated[SecretStr | None, _NO_FLAG] = Field(
+        default=None, description="Key for the prompt rewriter."
+    )
+    prompt_rewriter_model: Annotated[str | None, _NO_FLAG] = Field(
+        default=None, description="Model of the prompt rewriter; the endpoint chooses when unset."
     )
     served_model_name: str = Field(
         default="glm-image",
-        description="Names clients may use for the model, separated by commas; the first is the default.",
+        description="Names that clients may use for the model, separated by commas; the first is the default.",
     )
-    max_queue: int = Field(default=256, ge=0, description="Jobs that may wait; one more is answered with 429.")
-    max_pixels: int = Field(default=MAX_SIDE * MAX_SIDE, ge=64 * 64, description="Largest picture, width times height.")
-    max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="Largest request body of a generation.")
-    max_upload_bytes: int = Field(
-        default=32 * 2**20, ge=1024, description="Largest request body of an edit, all its pictures together."
+    max_queue: int = Field(default=256, ge=0, description="Maximum number of waiting jobs; above it the answer is 429.")
+    max_pixels: Annotated[int, _NO_FLAG] = Field(
+        default=MAX_SIDE * MAX_SIDE, ge=64 * 64, description="Maximum width times height of an image."
     )
-    max_source_bytes: int = Field(
+    max_body_bytes: Annotated[int, _NO_FLAG] = Field(
+        default=8 * 2**20, ge=1024, description="Maximum body size of a generation request."
+    )
+    max_upload_bytes: Annotated[int, _NO_FLAG] = Field(
+        default=32 * 2**20, ge=1024, description="Maximum body size of an edit request, all its images together."
+    )
+    max_source_bytes: Annotated[int, _NO_FLAG] = Field(
         default=2**30,
         ge=1,
-        description="Memory in Redis for the pictures of edits that wait or run; one edit more is answered with 429.",
+        description="Maximum memory in Redis for the source images of all edits that wait or run; above it the answer "
+        "is 429.",
     )
-    public_url: str | None = Field(
+    public_url: Annotated[str | None, _NO_FLAG] = Field(
         default=None,
-        description="Where clients reach this server, for the URLs of pictures; unset takes it from each request.",
+        description="Base URL of this server for clients, used in image URLs; taken from each request when unset.",
     )
-    default_response_format: Literal["b64_json", "url"] = Field(
-        default="b64_json", description="How pictures are answered when the request does not say."
+    default_response_format: Annotated[Literal["b64_json", "url"], _NO_FLAG] = Field(
+        default="b64_json", description="Response format of requests that name none: b64_json or url."
     )
-    default_timeout: float = Field(
-        default=600.0, gt=0, description="Time a job may take when the request does not say."
+    default_timeout: Annotated[float, _NO_FLAG] = Field(
+        default=600.0, gt=0, description="Time limit of a job whose request names none."
     )
-    max_timeout: float = Field(default=3600.0, gt=0, description="The longest `timeout` a request may ask for.")
-    grace_s: float = Field(default=30.0, ge=0, description="Time that running requests get to finish after SIGTERM.")
-    log_level: LogLevel = Field(default="info", description="Events below it are not logged.")
-    log_format: LogFormat = Field(default="text", description="How a line of the log is written: text or json.")
+    max_timeout: Annotated[float, _NO_FLAG] = Field(
+        default=3600.0, gt=0, description="Longest `timeout` that a request may ask for."
+    )
+    grace_s: float = Field(default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM.")
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
 
     @field_validator("served_model_name")
     @classmethod
-    def _names_something(cls, value: str) -> str:
+    def _check_model_names(cls, value: str) -> str:
         if not any(name.strip() for name in value.split(",")):
             raise ValueError("at least one model name is needed")
         return value
 
     @field_validator("cors_origins")
     @classmethod
-    def _are_origins(cls, value: str) -> str:
+    def _check_origins(cls, value: str) -> str:
         for origin in filter(None, map(str.strip, value.split(","))):
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin} is no origin; write it like https://example.org or http://localhost:3000")
+                raise ValueError(
+                    f"{origin} is not an origin; write it like https://example.org or http://localhost:3000"
+                )
         return value
 
     @field_validator("public_url")
     @classmethod
-    def _is_public_url(cls, value: str | None) -> str | None:
+    def _check_public_url(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"https?://[^/?#\s][^?#\s]*", value):
             raise ValueError("write it like https://images.example.org")
         return value and value.rstrip("/")
 
     @field_validator("prompt_rewriter")
     @classmethod
-    def _is_base_url(cls, value: str | None) -> str | None:
+    def _check_rewriter_url(cls, value: str | None) -> str | None:
+        if not value:
+            return value
+        import httpx  # slow to import, and every command imports these settings
+
         try:
-            url = httpx.URL(value or "http://unset")
+            url = httpx.URL(value)
         except httpx.InvalidURL:
             url = httpx.URL()
         if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/chat/completions"):
@@ -117,21 +150,38 @@ class ServerSettings(BaseSettings):
         mode="before",
     )
     @classmethod
-    def _empty_is_unset(cls, value: object) -> object:
-        """An empty variable is how compose files and shells say "not set"; an empty key must not open or close /v1."""
+    def _treat_empty_as_unset(cls, value: object) -> object:
+        """Map "", with which compose files and shells unset a variable, to None. An empty key must not close /v1."""
         return None if value == "" else value
 
     @property
     def model_names(self) -> list[str]:
-        """The served names, the default first."""
+        """Return the served names, the default first."""
         return [name.strip() for name in self.served_model_name.split(",") if name.strip()]
 
     @property
     def asks_for_keys(self) -> bool:
-        """Whether /v1 is open to those with a key only."""
+        """Return whether /v1 needs a key."""
         return self.api_key is not None or self.api_keys_file is not None
 
     @property
     def allowed_origins(self) -> list[str]:
-        """The origins of `cors_origins`; none where cross-origin requests are not allowed."""
+        """Return the origins of `cors_origins`; none where cross-origin requests are not allowed."""
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+
+def default_data_dir() -> Path:
+    """Return `$XDG_DATA_HOME/glimmer`, by default `~/.local/share/glimmer`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "glimmer"
+
+
+class ServeSettings(BaseModel):
+    """What only `glimmer serve` needs to know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engines: int = Field(default=1, ge=1, description="Engine processes; with several GPUs one for each.")
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        description="Folder of the queue; ~/.local/share/glimmer, or below XDG_DATA_HOME, when unset.",
+    )

@@ -16,14 +16,19 @@ from engine.jobs.consumer import JobConsumer
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
+from engine.observability.tracing import TracingError
 from server.addresses import is_loopback
 from server.admission.engine_directory import ready_engines
+from server.admission.keys import KeyFileError
 from server.app import create_app, open_queue
-from server.processes.serving import DrainingServer, listen, url_of
+from server.processes.serving import DrainingServer, StartError, listen, url_of
 from server.processes.supervisor import EngineMisconfigured, Supervisor, engine_environments
 from server.settings import ServerSettings
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.cli", "engine")
+
+START_ERRORS = (StartError, QueueUnavailable, KeyFileError, TracingError)
+"""What `run_api` and `run_all` raise where they cannot start; the message says why."""
 
 REDIS_POLL_INTERVAL_S = 0.5
 

@@ -60,7 +60,7 @@ def test_every_flag_has_its_variable(command: str) -> None:
 
 def test_the_engine_flags_are_all_of_its_settings() -> None:
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?m)^  --([a-z-]+)", glimmer("engine", "--help").output)}
-    assert flags - {"help"} == set(EngineSettings.__dataclass_fields__)
+    assert flags - {"help"} == EngineSettings.model_fields.keys()
 
 
 def test_settings_are_checked_before_anything_starts() -> None:

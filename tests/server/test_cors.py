@@ -70,5 +70,5 @@ async def test_errors_can_be_read_too(
 
 @pytest.mark.parametrize("origins", ["example.org", "https://example.org/", "https://a.org,ftp://b.org", "https://"])
 def test_what_is_no_origin_is_refused(origins: str) -> None:
-    with pytest.raises(ValidationError, match="is no origin; write it like"):
+    with pytest.raises(ValidationError, match="is not an origin; write it like"):
         ServerSettings(cors_origins=origins)

@@ -1,0 +1,90 @@
+"""Command-line options made from settings models: name, environment variable, type, default, limits and help."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+
+import typer
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from engine.config import EXIT_CONFIGURATION
+from server.settings import ENV_PREFIX, Flag
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return ENV_PREFIX + name.upper()
+
+
+def flag(name: str, field: FieldInfo) -> str | None:
+    """Return the command-line flag of a setting, None where the environment alone sets it."""
+    for entry in field.metadata:
+        if isinstance(entry, Flag):
+            return entry.name
+    return "--" + name.replace("_", "-")
+
+
+def meaning(field: FieldInfo) -> str:
+    """Return a setting's description with its limits."""
+    limits = {type(entry): entry for entry in field.metadata}
+    description = field.description or ""
+    if Ge in limits and Le in limits:
+        accepted = f"{limits[Ge].ge}..{limits[Le].le}"
+    elif Ge in limits:
+        accepted = f"{limits[Ge].ge} or more"
+    elif Gt in limits:
+        accepted = f"above {limits[Gt].gt}"
+    else:
+        return description
+    return f"{description.removesuffix('.')} ({accepted})."
+
+
+def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Make a typer command of a function of settings models: an option for each field that has a flag.
+
+    A value that a model refuses ends the command with `EXIT_CONFIGURATION` and one line that names the variable.
+    """
+    models = {name: model for name, model in get_type_hints(command).items() if name != "return"}
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        command(**{name: _build(model, values) for name, model in models.items()})
+
+    parameters = [parameter for model in models.values() for parameter in _options(model)]
+    run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return run
+
+
+def stop(message: str, code: int = EXIT_CONFIGURATION) -> NoReturn:
+    """End the command with one line on stderr; by default because of how it was called."""
+    typer.echo(f"glimmer: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _options(model: type[BaseModel]) -> Iterator[inspect.Parameter]:
+    for name, field in model.model_fields.items():
+        if (option_flag := flag(name, field)) is None:
+            continue
+        # Limits are the model's to check, so that a wrong value gets the same answer wherever it comes from.
+        option = typer.Option(option_flag, envvar=variable(name), help=meaning(field))
+        kind: Any = str | None if field.annotation == SecretStr | None else field.annotation
+        default = inspect.Parameter.empty if field.is_required() else field.get_default()
+        if field.default_factory is not None:
+            kind, default = kind | None, None
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+
+
+def _build(model: type[Model], values: dict[str, Any]) -> Model:
+    try:
+        return model(**{name: values[name] for name in model.model_fields if values.get(name) is not None})
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = variable(str(detail["loc"][0])) if detail["loc"] else "settings"
+        stop(f"{name}: {detail['msg'].removeprefix('Value error, ')}")

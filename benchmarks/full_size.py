@@ -20,8 +20,8 @@ from engine.jobs.job import JobSpec
 from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV, PrefillAttention
-from models.glm_image.planner import Planner, RotaryTable
-from models.glm_image.renderer import Renderer, RowLayout, rotary_angles
+from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
+from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles
 
 SIDE, STEPS = 1024, 50
 CONCURRENCY = (1, 4)
@@ -96,7 +96,7 @@ def _run_planner(planner: Planner, device: torch.device) -> Tensor:
     attention = PrefillAttention(kv, [length], places)
     rotary = RotaryTable(planner.config, 1024, device).at(places[:, None].expand(-1, 3), dtype)
     tokens = torch.randint(0, 16384, (length,), generator=torch.Generator().manual_seed(0)).to(device)
-    return planner.logits(planner(tokens, rotary, attention))
+    return planner.logits(planner(tokens, PlannerBatch(rotary, attention)))
 
 
 @torch.inference_mode()
@@ -108,8 +108,8 @@ def _run_renderer(renderer: Renderer, device: torch.device) -> Tensor:
     codes = torch.randint(0, 16384, (rows // 2, cols // 2), generator=draw).to(device)
     x = renderer.patches(latents) + renderer.plan(codes)
     angles = rotary_angles(rows, cols, config.attention_head_dim).to(device)
-    layout = RowLayout([len(x)], torch.zeros(len(x), dtype=torch.long, device=device), angles.cos(), angles.sin())
-    return renderer(x, renderer.time_embeddings(torch.tensor([500.0], device=device), 512, 512), layout)
+    batch = RendererBatch([len(x)], torch.zeros(len(x), dtype=torch.long, device=device), angles.cos(), angles.sin())
+    return renderer(x, renderer.time_embeddings(torch.tensor([500.0], device=device), 512, 512), batch)
 
 
 def planner_bytes(planner: Planner) -> int:

@@ -25,32 +25,32 @@ LANES = 64  # elements of the longest step of torch's vector loops (two bfloat16
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` over [rows, in_features], computed in blocks of `block` rows; all at once if `block` is None."""
+    """`nn.Linear` over [rows, in_features], computed in tiles of `tile_height` rows; None: in one product."""
 
-    def forward(self, x: Tensor, block: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, tile_height: int | None = None) -> Tensor:  # type: ignore[override]
         rows = x.shape[0]
-        if block is None or rows == block:
+        if tile_height is None or rows == tile_height:
             return F.linear(x, self.weight, self.bias)
-        assert rows % block == 0, f"{rows} rows are not a multiple of the block of {block}"
+        assert rows % tile_height == 0, f"{rows} rows are not a multiple of the tile height {tile_height}"
         out = x.new_empty(rows, self.out_features)
         weight = self.weight.t()
-        for start in range(0, rows, block):
-            rows_in, rows_out = x[start : start + block], out[start : start + block]
+        for start in range(0, rows, tile_height):
+            tile_in, tile_out = x[start : start + tile_height], out[start : start + tile_height]
             if self.bias is None:
-                torch.mm(rows_in, weight, out=rows_out)
+                torch.mm(tile_in, weight, out=tile_out)
             else:
-                torch.addmm(self.bias, rows_in, weight, out=rows_out)
+                torch.addmm(self.bias, tile_in, weight, out=tile_out)
         return out
 
 
-def tile_height(rows: int, device: torch.device) -> int | None:
-    """`rows` where products must run in blocks, None where they need not."""
-    return rows if device.type == "cpu" else None
+def choose_tile_height(height: int, device: torch.device) -> int | None:
+    """Return `height` on a CPU, and None on devices where products run in one piece."""
+    return height if device.type == "cpu" else None
 
 
-def padded(rows: int, block: int | None) -> int:
-    """`rows` rounded up to whole blocks."""
-    return rows if block is None else -(-rows // block) * block
+def padded(rows: int, tile_height: int | None) -> int:
+    """Return `rows` rounded up to whole tiles."""
+    return rows if tile_height is None else -(-rows // tile_height) * tile_height
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

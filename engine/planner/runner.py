@@ -15,10 +15,10 @@ from torch import Tensor
 from engine.planner.sampler import sample, uniforms
 from engine.planner.scheduler import PromptGroup, Sequence
 from engine.request import Request
-from models.batch_invariant import padded, tile_height
+from models.batch_invariant import choose_tile_height, padded
 from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
-from models.glm_image.planner import Planner, RotaryTable, plan_positions
+from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_positions
 
 DECODE_ROWS = 16  # rows of a decode step's matrix products on CPU; more sequences take more blocks
 FEWER_ROWS = (4, 8)  # for fewer sequences, where that changes no bit of a row
@@ -49,8 +49,8 @@ class PlannerRunner:
         self.model, self.kv, self.sampling = model, kv, sampling
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.rotary = RotaryTable(model.config, max_positions, self.device)
-        self.decode_block = tile_height(DECODE_ROWS, self.device)
-        self.prefill_block = tile_height(PREFILL_ROWS, self.device)
+        self.decode_tile_height = choose_tile_height(DECODE_ROWS, self.device)
+        self.prefill_tile_height = choose_tile_height(PREFILL_ROWS, self.device)
         self._tokens = torch.zeros(max_sequences, max_plan_tokens, dtype=torch.long, device=self.device)
         self._uniforms = torch.zeros(max_sequences, max_plan_tokens, device=self.device)
         self._positions = torch.zeros(max_sequences, max_plan_tokens, 3, dtype=torch.long, device=self.device)
@@ -59,7 +59,7 @@ class PlannerRunner:
         self._tables: dict[int, BlockTable] = {}  # by buffer index
         parameters = sum(weight.numel() for weight in model.parameters())
         self._decode_threads = 1 if self.device.type == "cpu" and parameters <= ONE_THREAD_UP_TO else None
-        self._decode_sizes = DECODE_SIZES if self.decode_block is None else (*self._agreeing_sizes(), DECODE_ROWS)
+        self._decode_sizes = DECODE_SIZES if self.decode_tile_height is None else (*self._agreeing_sizes(), DECODE_ROWS)
 
     @torch.inference_mode()
     def prefill(self, groups: list[PromptGroup]) -> None:
@@ -69,14 +69,14 @@ class PlannerRunner:
                 self._fill_buffers(sequence)
         prompts = [group.request.prompt_ids for group in groups]
         lengths = [len(prompt) for prompt in prompts]
-        rows = padded(sum(lengths), self.prefill_block)
+        rows = padded(sum(lengths), self.prefill_tile_height)
         tokens = self._to_device(_pad([token for prompt in prompts for token in prompt], rows))
         positions = torch.cat([_prompt_positions(group.request) for group in groups])
         positions = F.pad(positions, (0, 0, 0, rows - len(positions))).to(self.device, non_blocking=True)
         places = [p for group in groups for p in _places(group.sequences[0], self.kv.block_size)]
         attention = PrefillAttention(self.kv, lengths, self._to_device(places))
-        rotary = self.rotary.at(positions, self.dtype)
-        hidden = self.model(tokens, rotary, attention, self.prefill_block)
+        batch = PlannerBatch(self.rotary.at(positions, self.dtype), attention, self.prefill_tile_height)
+        hidden = self.model(tokens, batch)
         self._share_last_block(groups)
         sequences = [sequence for group in groups for sequence in group.sequences]
         last = [end - 1 for end, group in zip(accumulate(lengths), groups, strict=True) for _ in group.sequences]
@@ -95,8 +95,9 @@ class PlannerRunner:
             self.kv, lengths, [self._tables[s.buffer_index] for s in sequences], self._to_device(places)
         )
         rotary = self.rotary.at(self._positions[buffers, steps], self.dtype)
+        batch = PlannerBatch(rotary, attention, self._tile_height(rows))
         with threads(self._decode_threads):
-            hidden = self.model(self._tokens[buffers, steps], rotary, attention, self._block(rows))
+            hidden = self.model(self._tokens[buffers, steps], batch)
             self._choose(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
@@ -108,7 +109,7 @@ class PlannerRunner:
         count = len(sequences)
         buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])
-        logits = self.model.logits(hidden, self._block(len(hidden)))[:count]
+        logits = self.model.logits(hidden, self._tile_height(len(hidden)))[:count]
         uniforms, temperature, top_p = self._uniforms[buffers, steps], self._temperature[buffers], self._top_p[buffers]
         self._tokens[buffers, steps] = sample(logits, uniforms, temperature, top_p, self.sampling.top_k)
 
@@ -131,11 +132,11 @@ class PlannerRunner:
                 self.kv.copy_block(first.blocks[number], other.blocks[number])
 
     def _decode_rows(self, count: int) -> int:
-        return next((size for size in self._decode_sizes if size >= count), padded(count, self.decode_block))
+        return next((size for size in self._decode_sizes if size >= count), padded(count, self.decode_tile_height))
 
-    def _block(self, rows: int) -> int | None:
-        """Rows of a matrix product of a decode step of so many rows."""
-        return None if self.decode_block is None else min(self.decode_block, rows)
+    def _tile_height(self, rows: int) -> int | None:
+        """Return the tile height of the matrix products of a decode step padded to `rows` sequences."""
+        return None if self.decode_tile_height is None else min(self.decode_tile_height, rows)
 
     @torch.inference_mode()
     def _agreeing_sizes(self) -> list[int]:
@@ -149,9 +150,9 @@ class PlannerRunner:
         rotary = self.rotary.at(tokens[:, None].expand(-1, 3), self.dtype)
 
         def scores(first: int, rows: int) -> Tensor:
-            some = slice(first, first + rows)
-            own = rotary[0][some], rotary[1][some]
-            return self.model.logits(self.model(tokens[some], own, lambda layer, q, k, v: q, rows), rows)
+            tile = slice(first, first + rows)
+            batch = PlannerBatch((rotary[0][tile], rotary[1][tile]), lambda layer, q, k, v: q, rows)
+            return self.model.logits(self.model(tokens[tile], batch), rows)
 
         with threads(self._decode_threads):
             among_all = scores(0, DECODE_ROWS)

@@ -12,9 +12,9 @@ from engine.quotes import quoted_strings
 from engine.renderer.source_kv import SourceKVCache
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
-from models.batch_invariant import elementwise, padded, tile_height
+from models.batch_invariant import choose_tile_height, elementwise, padded
 from models.glm_image.model import GlmImage
-from models.glm_image.renderer import MODULATION_ROWS, RowLayout, patchify, rotary_angles, unpatchify
+from models.glm_image.renderer import MODULATION_ROWS, RendererBatch, patchify, rotary_angles, unpatchify
 
 ROWS = 256  # rows of a matrix product on CPU
 PREVIEW_STEPS = 4  # without guidance: it is to be seen early, not finished
@@ -102,15 +102,16 @@ class Rendering:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """The layout of a set of images, kept while the same set goes on.
+class PackedRenderings:
+    """A set of images and their batch, kept while the same set goes on.
 
     Args:
         patch_spans: for every image the (start, end) of the patches of each of its rows in the packed tensor.
+        size: tokens of the packed tensor, padding included.
     """
 
     renderings: list[Rendering]
-    layout: RowLayout
+    batch: RendererBatch
     patch_spans: list[list[tuple[int, int]]]
     size: int
 
@@ -120,10 +121,10 @@ class RendererRunner:
 
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer
-        self.block = tile_height(ROWS, model.device)
-        self.modulation_block = tile_height(MODULATION_ROWS, model.device)
-        self.source_kv = SourceKVCache(model, self.block, self.modulation_block)
-        self._batch: PackedBatch | None = None
+        self.tile_height = choose_tile_height(ROWS, model.device)
+        self.temb_tile_height = choose_tile_height(MODULATION_ROWS, model.device)
+        self.source_kv = SourceKVCache(model, self.tile_height, self.temb_tile_height)
+        self._packed: PackedRenderings | None = None
         self._angles = lru_cache(maxsize=64)(self._rotary_angles)
         self._glyphs = lru_cache(maxsize=64)(self._glyph_tokens)
         with torch.inference_mode():
@@ -182,17 +183,15 @@ class RendererRunner:
     def release(self, request: Request) -> None:
         """The request has ended: let go of what its images shared, and of a layout that still names them."""
         self.source_kv.release(request)
-        if self._batch is not None and any(r.request is request for r in self._batch.renderings):
-            self._batch = None
+        if self._packed is not None and any(r.request is request for r in self._packed.renderings):
+            self._packed = None
 
     @torch.inference_mode()
     def advance(self, renderings: list[Rendering]) -> None:
         """One denoising step of every image, each at its own timestep. If it raises, no image has changed."""
-        batch = self._pack(renderings)
-        velocity = self.renderer(
-            self._inputs(batch), self._time_embeddings(batch), batch.layout, self.block, self.modulation_block
-        )
-        guided = [self._guided(r, velocity, spans) for r, spans in zip(renderings, batch.patch_spans, strict=True)]
+        packed = self._pack(renderings)
+        velocity = self.renderer(self._inputs(packed), self._time_embeddings(packed), packed.batch)
+        guided = [self._guided(r, velocity, spans) for r, spans in zip(renderings, packed.patch_spans, strict=True)]
         moved = [self._euler_step(r, own) for r, own in zip(renderings, guided, strict=True)]
         for rendering, latents, own in zip(renderings, moved, guided, strict=True):
             rendering.latents, rendering.velocity = latents, own
@@ -200,7 +199,7 @@ class RendererRunner:
 
     def padding(self, tokens: int) -> int:
         """Rows computed for nothing when `tokens` are packed."""
-        return padded(tokens, self.block) - tokens
+        return padded(tokens, self.tile_height) - tokens
 
     @torch.inference_mode()
     def decode(self, rendering: Rendering) -> Tensor:
@@ -217,15 +216,15 @@ class RendererRunner:
         decoded = self.model.autoencoder.decode(unpatchify(latents, geometry.patches.rows, geometry.patches.cols))
         return decoded[top:bottom, left:right].contiguous()
 
-    def _inputs(self, batch: PackedBatch) -> Tensor:
+    def _inputs(self, packed: PackedRenderings) -> Tensor:
         """[T, dim]: every row's glyph tokens, then its patches with the plan (or none) added."""
-        latents = torch.cat([r.latents for r in batch.renderings]).to(self.model.dtype)
-        rows = padded(latents.shape[0], self.block)
+        latents = torch.cat([r.latents for r in packed.renderings]).to(self.model.dtype)
+        rows = padded(latents.shape[0], self.tile_height)
         latents = torch.nn.functional.pad(latents, (0, 0, 0, rows - latents.shape[0]))
-        patches = self.renderer.patches(latents, self.block)
-        x = patches.new_zeros(batch.size, patches.shape[1])
+        patches = self.renderer.patches(latents, self.tile_height)
+        x = patches.new_zeros(packed.size, patches.shape[1])
         first = 0
-        for rendering, spans in zip(batch.renderings, batch.patch_spans, strict=True):
+        for rendering, spans in zip(packed.renderings, packed.patch_spans, strict=True):
             own = patches[first : first + rendering.patches]
             plans = (rendering.plan, self._no_plan)
             for glyphs, plan, (start, end) in zip(rendering.rows, plans, spans, strict=False):
@@ -234,9 +233,9 @@ class RendererRunner:
             first += rendering.patches
         return x
 
-    def _time_embeddings(self, batch: PackedBatch) -> Tensor:
-        rows = torch.stack([r.time_embeddings[r.step] for r in batch.renderings])
-        return torch.nn.functional.pad(rows, (0, 0, 0, padded(len(rows), self.modulation_block) - len(rows)))
+    def _time_embeddings(self, packed: PackedRenderings) -> Tensor:
+        rows = torch.stack([r.time_embeddings[r.step] for r in packed.renderings])
+        return torch.nn.functional.pad(rows, (0, 0, 0, padded(len(rows), self.temb_tile_height) - len(rows)))
 
     def _guided(self, rendering: Rendering, velocity: Tensor, spans: list[tuple[int, int]]) -> Tensor:
         """[patches, P] float32: the image's own velocity, guided if it has two rows."""
@@ -251,18 +250,18 @@ class RendererRunner:
         distance = rendering.sigmas[rendering.step + 1] - rendering.sigmas[rendering.step]
         return rendering.latents + distance.to(velocity.device) * velocity
 
-    def _pack(self, renderings: list[Rendering]) -> PackedBatch:
-        """The layout of these images; the last one is kept, since a set of images mostly goes on together."""
-        last = self._batch
+    def _pack(self, renderings: list[Rendering]) -> PackedRenderings:
+        """Lay the images out; the last layout is kept, since a set of images mostly goes on together."""
+        last = self._packed
         if last is None or len(last.renderings) != len(renderings) or any(
             old is not new for old, new in zip(last.renderings, renderings, strict=True)
         ):  # fmt: skip
-            self._batch = self._lay_out(renderings)
-        assert self._batch is not None
-        return self._batch
+            self._packed = self._lay_out(renderings)
+        assert self._packed is not None
+        return self._packed
 
-    def _lay_out(self, renderings: list[Rendering]) -> PackedBatch:
-        size = padded(sum(r.tokens for r in renderings), self.block)
+    def _lay_out(self, renderings: list[Rendering]) -> PackedRenderings:
+        size = padded(sum(r.tokens for r in renderings), self.tile_height)
         device, head_dim = self.model.device, self.renderer.config.attention_head_dim
         modulation = torch.ones(size, dtype=torch.long)
         angles = torch.zeros(size, head_dim)
@@ -282,8 +281,16 @@ class RendererRunner:
                 lengths.append(patches.stop - start)
                 start = patches.stop
         cos, sin = elementwise(torch.cos, angles).to(device), elementwise(torch.sin, angles).to(device)
-        layout = RowLayout(lengths, modulation.to(device), cos, sin, sources)
-        return PackedBatch(list(renderings), layout, spans, size)
+        batch = RendererBatch(
+            lengths,
+            modulation.to(device),
+            cos,
+            sin,
+            tile_height=self.tile_height,
+            temb_tile_height=self.temb_tile_height,
+            source_kv=sources,
+        )
+        return PackedRenderings(list(renderings), batch, spans, size)
 
     def _glyph_tokens(self, strings: tuple[str, ...]) -> Tensor:
         return self.renderer.glyphs(self.model.glyphs.encode(strings))

@@ -8,6 +8,7 @@ Written after transformers' `models/glm_image` (`GlmImageTextModel`), whose weig
 shape only: rows of many sequences are packed, and how a row sees the past is left to an `Attention` that is handed in.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,9 +29,19 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PlannerBatch:
+    """What all layers need to know of one forward pass. Built anew by the runner for every step."""
+
+    rotary: Rotary  # of every token's position, from `RotaryTable.at`
+    attend: Attention  # over each token's own sequence: `PrefillAttention` or `DecodeAttention`
+    tile_height: int | None = None  # of the matrix products, see `models.batch_invariant`; T is a multiple of it
+
+
 class PlannerAttention(nn.Module):
-    def __init__(self, config: PlannerConfig):
+    def __init__(self, config: PlannerConfig, layer_index: int):
         super().__init__()
+        self.layer_index = layer_index
         self.head_dim = config.head_dim
         q_dim, kv_dim = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q_dim, bias=config.attention_bias)
@@ -38,13 +49,11 @@ class PlannerAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
         self.o_proj = Linear(q_dim, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attention, block: int | None
-    ) -> Tensor:
-        q = rotate(self.q_proj(x, block).unflatten(-1, (-1, self.head_dim)), rotary)
-        k = rotate(self.k_proj(x, block).unflatten(-1, (-1, self.head_dim)), rotary)
-        v = self.v_proj(x, block).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(attend(layer, q, k, v).flatten(1), block)
+    def forward(self, x: Tensor, batch: PlannerBatch) -> Tensor:
+        q = rotate(self.q_proj(x, batch.tile_height).unflatten(-1, (-1, self.head_dim)), batch.rotary)
+        k = rotate(self.k_proj(x, batch.tile_height).unflatten(-1, (-1, self.head_dim)), batch.rotary)
+        v = self.v_proj(x, batch.tile_height).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(batch.attend(self.layer_index, q, k, v).flatten(1), batch.tile_height)
 
 
 class PlannerMLP(nn.Module):
@@ -53,29 +62,26 @@ class PlannerMLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, block: int | None) -> Tensor:
-        gate, up = self.gate_up_proj(x, block).chunk(2, dim=-1)
-        return self.down_proj(elementwise(F.silu, gate.contiguous()) * up, block)
+    def forward(self, x: Tensor, batch: PlannerBatch) -> Tensor:
+        gate, up = self.gate_up_proj(x, batch.tile_height).chunk(2, dim=-1)
+        return self.down_proj(elementwise(F.silu, gate.contiguous()) * up, batch.tile_height)
 
 
 class PlannerLayer(nn.Module):
     """Both halves are normalised before and after: x + norm(attention(norm(x))), then the same around the MLP."""
 
-    def __init__(self, config: PlannerConfig):
+    def __init__(self, config: PlannerConfig, layer_index: int):
         super().__init__()
-        self.self_attn = PlannerAttention(config)
+        self.self_attn = PlannerAttention(config, layer_index)
         self.mlp = PlannerMLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_self_attn_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_mlp_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attention, block: int | None
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotary, layer, attend, block)
-        x = x + self.post_self_attn_layernorm(attended)
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x), block))
+    def forward(self, x: Tensor, batch: PlannerBatch) -> Tensor:
+        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), batch))
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x), batch))
 
 
 class Planner(nn.Module):
@@ -85,33 +91,21 @@ class Planner(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(PlannerLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(PlannerLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vision_vocab_size, bias=False)
 
-    def forward(
-        self, tokens: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention, block: int | None = None
-    ) -> Tensor:
-        """One forward pass over packed rows.
-
-        Args:
-            tokens: [T] token ids.
-            rotary: cosines and sines [T, R], from `RotaryTable.at`.
-            attend: attention over each row's own sequence.
-            block: rows per matrix product, see `models.batch_invariant`; T is a multiple of it.
-
-        Returns:
-            [T, C] final hidden states; `logits` turns the rows that need it into scores.
-        """
+    def forward(self, tokens: Tensor, batch: PlannerBatch) -> Tensor:
+        """Run the layers over packed tokens [T]; return their hidden states [T, C], of which `logits` makes scores."""
         x = self.embed_tokens(tokens)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, rotary, number, attend, block)
+        for layer in self.layers:
+            x = layer(x, batch)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor, block: int | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, tile_height: int | None = None) -> Tensor:
         """[rows, C] hidden states -> [rows, codebook_size] float32 scores. Control tokens are cut off: a plan's length
         is known, so no token but an image code may ever be written."""
-        return self.lm_head(hidden, block)[:, : self.config.codebook_size].float()
+        return self.lm_head(hidden, tile_height)[:, : self.config.codebook_size].float()
 
 
 class RotaryTable(nn.Module):

@@ -41,25 +41,24 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": gelu_tanh}
 
 
 @dataclass(frozen=True)
-class RowLayout:
-    """Which token of a packed batch is whose. Built once for a set of images, used for all layers and many steps.
+class RendererBatch:
+    """What all layers need to know of a packed batch. Built once for a set of images and used for many steps."""
 
-    Args:
-        lengths: tokens of every row, in order; their sum is at most T, what is left is padding.
-        modulation: [T] index into the modulations: 2 * image for a patch, 2 * image + 1 for a glyph token.
-        cos, sin: [T, D] rotary tables; glyph tokens and padding do not turn (cos 1, sin 0).
-        sources: for every row what it can see besides itself, or None: keys and values [layers, 2, heads, S, D].
-    """
+    # Layout, filled by `RendererRunner` and `SourceKVCache`.
+    lengths: Sequence[int]  # tokens of every sequence, in order; their sum is at most T, the rest is padding
+    modulation_index: Tensor  # [T] row of `Modulation`: 2 * image for a patch, 2 * image + 1 for a glyph token
+    cos: Tensor  # [T, D] rotary table; glyph tokens and padding are not rotated (cos 1, sin 0)
+    sin: Tensor  # [T, D]
+    # Matrix products, see `models.batch_invariant`; filled by the same two, None: each product in one piece.
+    tile_height: int | None = None  # of products over tokens; T is a multiple of it
+    temb_tile_height: int | None = None  # of products over time embeddings; their number is a multiple of it
+    # Source images of edits: keys and values [layers, 2, heads, S, D].
+    source_kv: Sequence[Tensor | None] = ()  # what every sequence attends to besides itself; `RendererRunner`
+    kv_out: Tensor | None = None  # filled with the first S tokens' keys and values by every layer; `SourceKVCache`
 
-    lengths: Sequence[int]
-    modulation: Tensor
-    cos: Tensor
-    sin: Tensor
-    sources: Sequence[Tensor | None] = ()
-
-    def sources_of(self, layer: int) -> Sequence[Tensor | None]:
-        """For every row the keys and values [2, heads, S, D] of its sources in a layer."""
-        return [None if kept is None else kept[layer] for kept in self.sources or [None] * len(self.lengths)]
+    def source_kv_of(self, layer_index: int) -> Sequence[Tensor | None]:
+        """Return the keys and values [2, heads, S, D] of every sequence's sources in a layer."""
+        return [None if kv is None else kv[layer_index] for kv in self.source_kv or [None] * len(self.lengths)]
 
 
 class GatedLinear(nn.Module):
@@ -78,9 +77,9 @@ class FeedForward(nn.Module):
         self.activation = activation
         self.net = nn.ModuleList([GatedLinear(dim_in, inner), nn.Identity(), Linear(inner, dim_out)])
 
-    def forward(self, x: Tensor, block: int | None = None) -> Tensor:
-        x = self.net[0].proj(x, block)  # type: ignore[union-attr]
-        return self.net[2](elementwise(ACTIVATIONS[self.activation], x), block)
+    def forward(self, x: Tensor, tile_height: int | None = None) -> Tensor:
+        x = self.net[0].proj(x, tile_height)  # type: ignore[union-attr]
+        return self.net[2](elementwise(ACTIVATIONS[self.activation], x), tile_height)
 
 
 class Embedder(nn.Module):
@@ -114,30 +113,33 @@ class TimeAndSizeEmbedding(nn.Module):
 
 
 class RendererAttention(nn.Module):
-    def __init__(self, config: RendererConfig):
+    def __init__(self, config: RendererConfig, layer_index: int):
         super().__init__()
+        self.layer_index = layer_index
         self.head_dim = config.attention_head_dim
         self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
 
-    def forward(self, x: Tensor, layer: int, layout: RowLayout, block: int | None, keep: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, batch: RendererBatch) -> Tensor:
         q, k, v = (
-            project(x, block).unflatten(-1, (-1, self.head_dim)) for project in (self.to_q, self.to_k, self.to_v)
+            project(x, batch.tile_height).unflatten(-1, (-1, self.head_dim))
+            for project in (self.to_q, self.to_k, self.to_v)
         )
-        q, k = (rotate(F.layer_norm(h, (self.head_dim,), eps=1e-5), layout) for h in (q, k))
-        if keep is not None:
-            keep.copy_(torch.stack([k, v])[:, : keep.shape[2]].transpose(1, 2))
+        q, k = (rotate(F.layer_norm(h, (self.head_dim,), eps=1e-5), batch) for h in (q, k))
+        if batch.kv_out is not None:
+            kv_out = batch.kv_out[self.layer_index]
+            kv_out.copy_(torch.stack([k, v])[:, : kv_out.shape[2]].transpose(1, 2))
         out = torch.zeros_like(x)
         start = 0
-        for length, sources in zip(layout.lengths, layout.sources_of(layer), strict=True):
-            row = slice(start, start + length)
-            query, keys, values = (h[row].transpose(0, 1)[None] for h in (q, k, v))  # [1, heads, tokens, D]
-            if sources is not None:
-                keys, values = (torch.cat([s[None], h], dim=2) for s, h in zip(sources, (keys, values), strict=True))
+        for length, source_kv in zip(batch.lengths, batch.source_kv_of(self.layer_index), strict=True):
+            sequence = slice(start, start + length)
+            query, keys, values = (h[sequence].transpose(0, 1)[None] for h in (q, k, v))  # [1, heads, tokens, D]
+            if source_kv is not None:
+                keys, values = (torch.cat([s[None], h], dim=2) for s, h in zip(source_kv, (keys, values), strict=True))
             attended = F.scaled_dot_product_attention(query, keys, values)
-            out[row] = attended[0].transpose(0, 1).flatten(1)
+            out[sequence] = attended[0].transpose(0, 1).flatten(1)
             start += length
-        return self.to_out[0](out, block)
+        return self.to_out[0](out, batch.tile_height)
 
 
 class Modulation(nn.Module):
@@ -147,37 +149,27 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear = Linear(config.time_embed_dim, 12 * config.dim)
 
-    def forward(self, temb: Tensor, block: int | None) -> Tensor:
+    def forward(self, temb: Tensor, tile_height: int | None) -> Tensor:
         """temb [n, E] -> [6, 2n, dim]: the six vectors, for patches (even) and glyph tokens (odd) of every image. The
         scales come with their one added."""
-        parts = self.linear(temb, block).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
+        parts = self.linear(temb, tile_height).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
         vectors = parts.transpose(0, 1).flatten(1, 2).contiguous()
         vectors[[1, 4]] += 1
         return vectors
 
 
 class RendererLayer(nn.Module):
-    def __init__(self, config: RendererConfig):
+    def __init__(self, config: RendererConfig, layer_index: int):
         super().__init__()
         self.norm1 = Modulation(config)
-        self.attn1 = RendererAttention(config)
+        self.attn1 = RendererAttention(config, layer_index)
         self.ff = FeedForward(config.dim, 4 * config.dim, config.dim, "gelu-tanh")
 
-    def forward(
-        self,
-        x: Tensor,
-        layer: int,
-        temb: Tensor,
-        layout: RowLayout,
-        block: int | None,
-        temb_block: int | None,
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        """Layer number `layer` over all rows; `keep` [2, heads, t, D] gets the first t tokens' keys and values."""
-        vectors = self.norm1(temb, temb_block)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (v.index_select(0, layout.modulation) for v in vectors)
-        x = self.attn1(normalised(x).mul_(scale1).add_(shift1), layer, layout, block, keep).mul_(gate1).add_(x)
-        return self.ff(normalised(x).mul_(scale2).add_(shift2), block).mul_(gate2).add_(x)
+    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
+        vectors = self.norm1(temb, batch.temb_tile_height)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (v.index_select(0, batch.modulation_index) for v in vectors)
+        x = self.attn1(normalised(x).mul_(scale1).add_(shift1), batch).mul_(gate1).add_(x)
+        return self.ff(normalised(x).mul_(scale2).add_(shift2), batch.tile_height).mul_(gate2).add_(x)
 
 
 class OutputNorm(nn.Module):
@@ -187,8 +179,10 @@ class OutputNorm(nn.Module):
         super().__init__()
         self.linear = Linear(config.time_embed_dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, temb: Tensor, image: Tensor, temb_block: int | None) -> Tensor:
-        scale, shift = (v.index_select(0, image) for v in self.linear(temb, temb_block).chunk(2, dim=-1))
+    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
+        image_index = batch.modulation_index // 2
+        parts = self.linear(temb, batch.temb_tile_height).chunk(2, dim=-1)
+        scale, shift = (part.index_select(0, image_index) for part in parts)
         return normalised(x) * (1 + scale) + shift
 
 
@@ -209,7 +203,7 @@ class Renderer(nn.Module):
         self.prior_token_embedding = nn.Embedding(config.prior_vq_quantizer_codebook_size, config.dim)
         self.prior_projector = FeedForward(config.dim, config.dim, config.dim, "silu")
         self.time_condition_embed = TimeAndSizeEmbedding(config)
-        self.transformer_blocks = nn.ModuleList(RendererLayer(config) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(RendererLayer(config, index) for index in range(config.num_layers))
         self.norm_out = OutputNorm(config)
         self.proj_out = Linear(config.dim, config.patch_dim)
 
@@ -235,27 +229,23 @@ class Renderer(nn.Module):
 
     # One step of many images.
 
-    def patches(self, latents: Tensor, block: int | None = None) -> Tensor:
-        """Latent patches [tokens, P] -> [tokens, dim], before the plan is added."""
-        return self.image_projector.proj(latents, block)
+    def patches(self, latents: Tensor, tile_height: int | None = None) -> Tensor:
+        """Project latent patches [tokens, P] to [tokens, dim], before the plan is added."""
+        return self.image_projector.proj(latents, tile_height)
 
-    def forward(
-        self, x: Tensor, temb: Tensor, layout: RowLayout, block: int | None = None, temb_block: int | None = None
-    ) -> Tensor:
-        """One forward pass.
+    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
+        """Predict the velocity of every patch.
 
         Args:
-            x: [T, dim] glyph tokens and patches (plan added) of all rows.
-            temb: [n, E] time embedding of every image, padded to a multiple of `temb_block`.
-            layout: which token is whose.
-            block, temb_block: rows per matrix product, see `models.batch_invariant`.
+            x: [T, dim] glyph tokens and patches (plan added) of all sequences.
+            temb: [n, E] time embedding of every image, padded to a multiple of `batch.temb_tile_height`.
 
         Returns:
-            [T, P] predicted velocity; meaningless on glyph tokens and padding.
+            [T, P] velocity; meaningless on glyph tokens and padding.
         """
-        for number, layer in enumerate(self.transformer_blocks):
-            x = layer(x, number, temb, layout, block, temb_block)
-        return self.proj_out(self.norm_out(x, temb, layout.modulation // 2, temb_block), block)
+        for layer in self.transformer_blocks:
+            x = layer(x, temb, batch)
+        return self.proj_out(self.norm_out(x, temb, batch), batch.tile_height)
 
     # Once for every source of an edit.
 
@@ -263,23 +253,10 @@ class Renderer(nn.Module):
         """[1, E] for a source of height x width pixels: it has no noise, so its timestep is 0."""
         return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
 
-    def read_source(
-        self,
-        x: Tensor,
-        temb: Tensor,
-        layout: RowLayout,
-        keep: Tensor,
-        block: int | None = None,
-        temb_block: int | None = None,
-    ) -> None:
-        """One forward pass over a source.
-
-        Args:
-            x, temb, layout, block, temb_block: as for `forward`; one row of patches, no glyph tokens.
-            keep: [layers, 2, heads, patches, D], filled with its keys and values.
-        """
-        for number, layer in enumerate(self.transformer_blocks):
-            x = layer(x, number, temb, layout, block, temb_block, keep[number])
+    def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> None:
+        """Run the layers over a source image, one sequence of patches without glyph tokens, to fill `batch.kv_out`."""
+        for layer in self.transformer_blocks:
+            x = layer(x, temb, batch)
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -287,10 +264,10 @@ def normalised(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
-def rotate(x: Tensor, layout: RowLayout) -> Tensor:
+def rotate(x: Tensor, batch: RendererBatch) -> Tensor:
     """Rotary embedding of x [T, heads, D] in float32; halves are paired (i with i + D/2)."""
     half = x.shape[-1] // 2
-    cos, sin = layout.cos[:, None], layout.sin[:, None]
+    cos, sin = batch.cos[:, None], batch.sin[:, None]
     turned = x.float() * cos
     turned[..., :half] -= x[..., half:] * sin[..., :half]
     turned[..., half:] += x[..., :half] * sin[..., half:]

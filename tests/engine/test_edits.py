@@ -234,7 +234,7 @@ def test_a_cancelled_edit_gives_everything_back_within_a_step(model: GlmImage, s
     assert not any(isinstance(event, Finished | Failed) for event in engine.step())
     assert engine.is_idle
     engine.check_integrity()
-    assert engine.renderer_runner._batch is None
+    assert engine.renderer_runner._packed is None
 
 
 def test_sources_that_do_not_fit_now_wait_their_turn(model: GlmImage) -> None:

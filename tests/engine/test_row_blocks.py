@@ -57,8 +57,8 @@ def test_decode_batches_in_which_a_row_would_differ_are_not_used(
 ) -> None:
     real = Linear.forward
 
-    def differs_among_four(self: Linear, x: torch.Tensor, block: int | None = None) -> torch.Tensor:
-        out = real(self, x, block)
+    def differs_among_four(self: Linear, x: torch.Tensor, tile_height: int | None = None) -> torch.Tensor:
+        out = real(self, x, tile_height)
         return torch.nextafter(out, torch.zeros(())) if len(x) == 4 else out
 
     assert small_engine(model).planner_runner._decode_rows(17) == 32

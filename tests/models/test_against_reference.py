@@ -14,7 +14,7 @@ from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.model import GlmImage, planner_key
 from models.glm_image.planner import Planner
 from models.glm_image.random_weights import VISION, VQ
-from models.glm_image.renderer import Renderer, RowLayout, patchify, rotary_angles, unpatchify
+from models.glm_image.renderer import Renderer, RendererBatch, patchify, rotary_angles, unpatchify
 from models.glm_image.vision import VisionTokenizer, vision_key
 from tests.checkpoints import VARIANTS, load, small_engine, write_variant
 from tests.pictures import picture, sources
@@ -149,8 +149,8 @@ def test_renderer_layer_by_layer(pair: Pair) -> None:
     angles = torch.cat(
         [torch.zeros(text, ours.config.attention_head_dim), rotary_angles(6, 8, ours.config.attention_head_dim)]
     )
-    layout = RowLayout([text + patches], torch.tensor([1] * text + [0] * patches), angles.cos(), angles.sin())
-    got = ours(x, ours.time_embeddings(torch.tensor([500.0]), 96, 128), layout)[text:]
+    batch = RendererBatch([text + patches], torch.tensor([1] * text + [0] * patches), angles.cos(), angles.sin())
+    got = ours(x, ours.time_embeddings(torch.tensor([500.0]), 96, 128), batch)[text:]
     for hook in hooks:
         hook.remove()
     assert len(states[0]) == len(states[1]) == ours.config.num_layers

@@ -263,8 +263,7 @@ def test_without_the_extra_a_start_says_so(
 
 
 def test_nothing_is_loaded_where_no_traces_are_asked_for() -> None:
-    """The web framework and the Redis client look for the interfaces by themselves; what makes spans and sends them is
-    loaded by us alone."""
+    """The API package makes no-op spans; the SDK's tracer and the exporter are loaded only to make real ones."""
     code = """
 import sys
 import engine.worker.worker, server.app

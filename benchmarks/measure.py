@@ -1,4 +1,4 @@
-"""Driving an engine with a fixed number of requests in flight, and what to read off it."""
+"""Drive an engine with a fixed number of requests in flight, and measure it."""
 
 import statistics
 import time
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from benchmarks.quantile import quantile
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
-from engine.observability.metrics import EngineMetrics
 from engine.request import Failed, Finished, Request
 
 
@@ -37,9 +36,9 @@ class Measurement:
 
 
 def drive(engine: Engine, specs: Sequence[JobSpec], concurrency: int) -> Measurement:
-    """Closed loop: `concurrency` requests are in flight until the list is used up. Every spec is one image."""
-    engine.metrics = EngineMetrics()
-    waiting = [Request(str(number), spec) for number, spec in enumerate(specs)][::-1]
+    """Keep `concurrency` requests in flight until the list is used up. Every spec is one image."""
+    before = _totals(engine)
+    waiting = [Request(str(index), spec) for index, spec in enumerate(specs)][::-1]
     submitted: dict[str, float] = {}
     latencies: list[float] = []
     started = time.perf_counter()
@@ -53,18 +52,22 @@ def drive(engine: Engine, specs: Sequence[JobSpec], concurrency: int) -> Measure
                 raise event.error
             if isinstance(event, Finished):
                 latencies.append(time.perf_counter() - submitted[event.request.id])
+    seconds = time.perf_counter() - started
+    planner_seconds, planner_steps, planner_tokens, renderer_seconds, renderer_tokens = (
+        after - earlier for after, earlier in zip(_totals(engine), before, strict=True)
+    )
     return Measurement(
         f"Glimmer, concurrency {concurrency}",
-        time.perf_counter() - started,
+        seconds,
         latencies,
-        1e3 * _ratio(engine, "glimmer_planner_step_seconds_sum", "glimmer_planner_tokens_total"),
-        1e3 * _ratio(engine, "glimmer_planner_step_seconds_sum", "glimmer_planner_step_seconds_count"),
-        1e6 * _ratio(engine, "glimmer_renderer_step_seconds_sum", "glimmer_renderer_tokens_total"),
+        1e3 * planner_seconds / (planner_tokens or 1.0),
+        1e3 * planner_seconds / (planner_steps or 1.0),
+        1e6 * renderer_seconds / (renderer_tokens or 1.0),
     )
 
 
 def merge(rounds: list[Measurement]) -> Measurement:
-    """Several runs of the same list as one: times add up, figures per token are averaged."""
+    """Merge several runs of the same list: times add up, figures per token are averaged."""
     return Measurement(
         rounds[0].label,
         sum(r.seconds for r in rounds),
@@ -75,6 +78,13 @@ def merge(rounds: list[Measurement]) -> Measurement:
     )
 
 
-def _ratio(engine: Engine, above: str, below: str) -> float:
-    value = engine.metrics.registry.get_sample_value
-    return (value(above) or 0.0) / (value(below) or 1.0)
+def _totals(engine: Engine) -> list[float]:
+    """Return what the engine has counted since it started: seconds, steps and tokens of both stages."""
+    names = (
+        "glimmer_planner_step_seconds_sum",
+        "glimmer_planner_step_seconds_count",
+        "glimmer_planner_tokens_total",
+        "glimmer_renderer_step_seconds_sum",
+        "glimmer_renderer_tokens_total",
+    )
+    return [engine.metrics.registry.get_sample_value(name) or 0.0 for name in names]

@@ -40,6 +40,11 @@ class Request:
     def images(self) -> list[Image]:
         return [Image(self, index) for index in range(self.spec.n)]
 
+    def set_known_plans(self) -> None:
+        """Set the plans of images that need no planning: the client's, or those in `plans`."""
+        for image in self.images:
+            image.plan = Plan.from_dict(self.spec.plan) if self.spec.plan else self.plans.get(image.index)
+
     @property
     def request(self) -> Request:
         """Itself: whatever the engine works on names its request."""

@@ -122,7 +122,7 @@ async def test_what_fails_is_marked(
     def broken(image: object) -> None:
         raise torch.OutOfMemoryError(f"planted {SECRET}")
 
-    monkeypatch.setattr(engine.renderer_runner, "prepare", broken)
+    monkeypatch.setattr(engine.renderer.runner, "prepare", broken)
     async with serving(queue, engine) as client:
         refused = await client.post(URL, json={**BODY, "prompt": f"<|image|> {SECRET}"})
         failed = await client.post(URL, json=BODY)

@@ -69,6 +69,10 @@ class PlannerStep:
     prefill: list[PromptGroup] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
 
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(group.request.prompt_ids) for group in self.prefill)
+
 
 class PlannerScheduler:
     """Admission and step-by-step scheduling of plans.

@@ -229,6 +229,7 @@ class StubModel:
 
     def __post_init__(self) -> None:
         self.planner = StubPlannerNetwork(self.settings.planner_step_s)
+        self.renderer = SimpleNamespace(config=SimpleNamespace(prior_vq_quantizer_codebook_size=CODEBOOK_SIZE))
 
     def planning_fingerprint(self) -> str:
         return "stub"
@@ -277,8 +278,10 @@ def _engine(stub: StubSettings, journal: Journal) -> Engine:
         source_patches=64 * stub.max_images,
     )
     model = cast(GlmImage, StubModel(stub, journal))
-    runners = {"PlannerRunner": SleepingPlanner, "RendererRunner": SleepingRenderer, "PagedKV": _nothing}
-    with patch.multiple("engine.engine", **runners):
+    with (
+        patch.multiple("engine.planner.stage", PlannerRunner=SleepingPlanner, PagedKV=_nothing),
+        patch.multiple("engine.renderer.stage", RendererRunner=SleepingRenderer),
+    ):
         return Engine(model, limits)
 
 

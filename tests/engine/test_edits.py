@@ -203,9 +203,9 @@ def test_a_failure_anywhere_ends_one_edit_and_leaves_the_others_bytes(
     target, name, is_victim = {
         "vision": (model.vision, "forward", lambda seen: seen.pixels is pixels),
         "encoder": (model.autoencoder, "encode", lambda seen: seen is pixels),
-        "sources": (engine.renderer_runner.source_kv, "of", lambda asked: asked is victim),
-        "prefill": (engine.planner_runner, "prefill", lambda groups: victim in [g.request for g in groups]),
-        "advance": (engine.renderer_runner, "advance", lambda items: victim in [r.request for r in items]),
+        "sources": (engine.renderer.runner.source_kv, "of", lambda asked: asked is victim),
+        "prefill": (engine.planner.runner, "prefill", lambda groups: victim in [g.request for g in groups]),
+        "advance": (engine.renderer.runner, "advance", lambda items: victim in [r.request for r in items]),
     }[place]
     real = getattr(target, name)
 
@@ -229,12 +229,12 @@ def test_a_cancelled_edit_gives_everything_back_within_a_step(model: GlmImage, s
     engine.submit(request(engine, "gone", replace(EDIT, n=2, num_inference_steps=40), sources(picture(1, 96, 96))))
     for _ in range(steps):
         engine.step()
-    assert len(engine.renderer_runner.source_kv) == (steps > 6)  # a plan of six tokens, then rendering
+    assert len(engine.renderer.runner.source_kv) == (steps > 6)  # a plan of six tokens, then rendering
     engine.cancel("gone")
     assert not any(isinstance(event, Finished | Failed) for event in engine.step())
     assert engine.is_idle
     engine.check_integrity()
-    assert engine.renderer_runner._packed is None
+    assert engine.renderer.runner._packed is None
 
 
 def test_sources_that_do_not_fit_now_wait_their_turn(model: GlmImage) -> None:
@@ -247,8 +247,8 @@ def test_sources_that_do_not_fit_now_wait_their_turn(model: GlmImage) -> None:
     finished: list[str] = []
     while not engine.is_idle:
         finished += [event.request.id for event in engine.step() if isinstance(event, Finished)]
-        assert len(engine.renderer_runner.source_kv) <= 1
-        assert len({sequence.request for sequence in engine.planner.sequences}) <= 1
+        assert len(engine.renderer.runner.source_kv) <= 1
+        assert len({sequence.request for sequence in engine.planner.scheduler.sequences}) <= 1
     assert finished == ["0", "1", "2", "3"]
     engine.check_integrity()
 

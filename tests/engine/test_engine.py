@@ -198,7 +198,7 @@ def test_a_failure_anywhere_ends_one_request_and_leaves_the_others_bytes(
 ) -> None:
     """The victim, of three images, makes every batch it is in fail; each request is then tried alone."""
     engine = small_engine(model, render_token_budget=20_000)  # room for previews, so that they come first
-    planner, renderer = engine.planner_runner, engine.renderer_runner
+    planner, renderer = engine.planner.runner, engine.renderer.runner
     showing = (2, 3) if place in ("prepare preview", "partial") else ()
     target, name, prompts_of = {
         "tokenizer": (model.prompts, "encode", lambda prompt, *_: [prompt]),
@@ -241,7 +241,7 @@ def test_a_lost_device_is_nobody_s_fault(model: GlmImage, error: Exception, monk
     def lost(items: list) -> None:
         raise error
 
-    monkeypatch.setattr(engine.planner_runner, "prefill", lost)
+    monkeypatch.setattr(engine.planner.runner, "prefill", lost)
     engine.submit(Request("a", SPECS[0]))
     with pytest.raises(type(error), match=str(error)):
         engine.step()

@@ -68,9 +68,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, target: object, name: str, fails: Cal
 @pytest.mark.parametrize(
     ("stage", "most", "budget"),
     [
-        ("prefill", 1, lambda engine: engine.planner.prefill_budget),
-        ("decode", 2, lambda engine: engine.planner.decode_budget),
-        ("advance", 2, lambda engine: engine.renderer.budget),
+        ("prefill", 1, lambda engine: engine.planner.scheduler.prefill_budget),
+        ("decode", 2, lambda engine: engine.planner.scheduler.decode_budget),
+        ("advance", 2, lambda engine: engine.renderer.scheduler.budget),
     ],
 )
 def test_a_batch_too_large_is_split_and_those_after_it_are_smaller(
@@ -83,9 +83,9 @@ def test_a_batch_too_large_is_split_and_those_after_it_are_smaller(
 ) -> None:
     engine = small_engine(model)
     emptied: list[int] = []
-    target = engine.renderer_runner if stage == "advance" else engine.planner_runner
+    target = engine.renderer.runner if stage == "advance" else engine.planner.runner
     sizes = plant(monkeypatch, target, stage, lambda items: len(items) > most)
-    monkeypatch.setattr(engine, "_empty_cache", lambda: emptied.append(len(sizes)))
+    monkeypatch.setattr(engine.boundary, "empty_cache", lambda: emptied.append(len(sizes)))
     events = run(engine, SPECS)
     assert pictures(events) == undisturbed
     assert not any(isinstance(event, Failed) for event in events)
@@ -102,14 +102,18 @@ def test_a_request_too_large_alone_fails_alone(
 ) -> None:
     """And the others' batches stay as they were: those were not too large."""
     engine = small_engine(model)
-    target = engine.renderer_runner if stage == "advance" else engine.planner_runner
+    target = engine.renderer.runner if stage == "advance" else engine.planner.runner
     plant(monkeypatch, target, stage, lambda items: any(item.request.id == "2" for item in items))
     events = run(engine, SPECS)
     [failed] = [event for event in events if isinstance(event, Failed)]
     assert (failed.request.id, failed.error) == ("2", TOO_LITTLE)
     assert pictures(events) == {key: data for key, data in undisturbed.items() if key[0] != "2"}
     assert counted(engine, "request") == 1
-    for budget in (engine.renderer.budget, engine.planner.decode_budget, engine.planner.prefill_budget):
+    for budget in (
+        engine.renderer.scheduler.budget,
+        engine.planner.scheduler.decode_budget,
+        engine.planner.scheduler.prefill_budget,
+    ):
         assert budget.current == budget.maximum
 
 
@@ -122,7 +126,7 @@ def test_the_news_of_a_failure_holds_no_tensors(model: GlmImage, monkeypatch: py
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr(engine.renderer_runner, "advance", advance)
+    monkeypatch.setattr(engine.renderer.runner, "advance", advance)
     events = run(engine, SPECS[:1])
     assert any(isinstance(event, Failed) for event in events)
     assert [reference() for reference in held] == [None]

@@ -68,7 +68,7 @@ def test_they_are_the_same_alone_and_among_others(model: GlmImage) -> None:
 
 def test_on_the_way_the_noise_of_the_last_step_is_taken_out(model: GlmImage) -> None:
     """What a single step from here to the end would give."""
-    runner = small_engine(model).renderer_runner
+    runner = small_engine(model).renderer.runner
     image = Image(Request("r", replace(SPEC, partial_images=1)), 0, plan=Plan(2, 3, [1, 2, 3, 4, 5, 6]))
     rendering = runner.prepare(image)
     for _ in range(2):
@@ -99,14 +99,14 @@ def test_a_preview_that_cannot_be_decoded_fails_its_request_alone(
     model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = small_engine(model)
-    decode = engine.renderer_runner.decode
+    decode = engine.renderer.runner.decode
 
     def broken(rendering: Rendering) -> torch.Tensor:
         if rendering.is_preview:
             raise ValueError("planted")
         return decode(rendering)
 
-    monkeypatch.setattr(engine.renderer_runner, "decode", broken)
+    monkeypatch.setattr(engine.renderer.runner, "decode", broken)
     events = run(engine, [Request("bad", replace(SPEC, partial_images=1)), Request("good", SPEC)])
     assert [e.request.id for e in events if isinstance(e, Failed)] == ["bad"]
     assert [e.image.request.id for e in events if isinstance(e, Rendered)] == ["good"]
@@ -115,7 +115,7 @@ def test_a_preview_that_cannot_be_decoded_fails_its_request_alone(
 def test_a_request_that_is_cancelled_leaves_no_preview_behind(model: GlmImage) -> None:
     engine = small_engine(model)
     engine.submit(Request("r", replace(SPEC, partial_images=1)))
-    while not len(engine.renderer):
+    while not len(engine.renderer.scheduler):
         engine.step()
     engine.cancel("r")
     assert not any(isinstance(event, Partial) for event in engine.step())

@@ -108,7 +108,7 @@ async def test_a_failure_is_told_without_its_inside(
     def broken(image):
         raise planted
 
-    monkeypatch.setattr(engine.renderer_runner, "prepare", broken)
+    monkeypatch.setattr(engine.renderer.runner, "prepare", broken)
     async with working(queue, engine):
         await submit(queue, SPEC, "j")
         record = await queue.wait("j")
@@ -140,7 +140,7 @@ async def test_a_cancelled_job_frees_the_engine_at_once(queue: JobQueue, model: 
         await until_running(queue, "long")
         assert await queue.cancel("long")
         await until(lambda: engine.is_idle, seconds=3)  # a step of this engine is far below a second
-        assert engine.planner.allocator.used == 0
+        assert engine.planner.scheduler.allocator.used == 0
 
 
 async def test_a_job_past_its_deadline_is_dropped(queue: JobQueue, model: GlmImage) -> None:
@@ -252,7 +252,7 @@ async def test_a_lost_device_ends_the_worker_and_its_jobs_go_back(
     def lost(items: list) -> None:
         raise torch.AcceleratorError("device lost")
 
-    monkeypatch.setattr(engine.renderer_runner, "advance", lost)
+    monkeypatch.setattr(engine.renderer.runner, "advance", lost)
     config = EngineSettings(redis_url="", engine_id="doomed")
     worker = Worker(engine, queue, EngineInfo("doomed", 1, "all", "ready", "m", "64x64", 512, 2048), config)
     await submit(queue, SPEC, "j")
@@ -273,7 +273,7 @@ async def test_a_step_that_hangs_ends_the_process_and_its_jobs_go_back(
         over.set()  # a thread cannot be killed in a test either
         raise RuntimeError("the process ends")
 
-    monkeypatch.setattr(engine.renderer_runner, "advance", lambda items: over.wait())
+    monkeypatch.setattr(engine.renderer.runner, "advance", lambda items: over.wait())
     monkeypatch.setattr(watchdog, "STEP_TIMEOUT_S", 0.3)
     monkeypatch.setattr(watchdog, "CPU_TIMEOUT_PER_MEGAPIXEL_S", 0.0)
     monkeypatch.setattr(worker_module, "HEARTBEAT_S", 0.1)

@@ -204,7 +204,7 @@ def test_keys_and_values_of_a_source_are_the_reference_s(pair: Pair) -> None:
         crop_coords=torch.zeros(1, 2),
         kv_caches=cache,
     )
-    kept = small_engine(pair.ours).renderer_runner.source_kv.of(edit.request)
+    kept = small_engine(pair.ours).renderer.runner.source_kv.of(edit.request)
     assert kept is not None
     for layer, theirs in zip(kept, cache.caches, strict=True):
         [keys], [values] = theirs.k_caches, theirs.v_caches

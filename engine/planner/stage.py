@@ -1,0 +1,146 @@
+"""The planner stage: checks, admits and writes plans, and hands them on."""
+
+import time
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+
+from engine.fault_boundary import FaultBoundary
+from engine.jobs.job import Plan, TokenGrid
+from engine.limits import EngineLimits
+from engine.moving_average import MovingAverage
+from engine.observability.metrics import EngineMetrics
+from engine.planner.runner import PlannerRunner
+from engine.planner.scheduler import PlannerScheduler, Sequence
+from engine.request import Event, Image, Planned, Progress, Request
+from models.glm_image.model import GlmImage
+from models.glm_image.paged_attention import PagedKV
+from models.glm_image.prompt import fill_in_codes, place_sources
+
+
+class PlannerStage:
+    """Continuous batching of plans over a paged key/value cache.
+
+    Args:
+        emit: receives a `Planned` event for every plan.
+        on_preview: receives an image whose `preview` has just been written, if the client gets partial images.
+        on_plan: receives an image whose `plan` has just been written, after the event.
+    """
+
+    def __init__(
+        self,
+        model: GlmImage,
+        limits: EngineLimits,
+        metrics: EngineMetrics,
+        boundary: FaultBoundary,
+        emit: Callable[[Event], None],
+        *,
+        on_preview: Callable[[Image], None],
+        on_plan: Callable[[Image], None],
+    ):
+        self.scheduler = PlannerScheduler(
+            limits.blocks, limits.block_size, limits.max_sequences, limits.max_prompt_tokens
+        )
+        self.runner = PlannerRunner(
+            model.planner,
+            PagedKV(model.planner.config, limits.blocks, limits.block_size, model.dtype, model.device),
+            model.sampling,
+            max_sequences=limits.max_sequences,
+            max_plan_tokens=limits.max_plan_tokens,
+            max_positions=limits.max_positions,
+        )
+        self._prompts, self._metrics, self._boundary = model.prompts, metrics, boundary
+        self._emit, self._on_preview, self._on_plan = emit, on_preview, on_plan
+        self._step_seconds = MovingAverage(0.0)
+        metrics.kv_blocks.set(limits.blocks)
+        metrics.kv_blocks_used.set_function(lambda: self.scheduler.allocator.used)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle
+
+    @property
+    def seconds_left(self) -> float:
+        """Return the time that the admitted plans will take, at the speed of the last steps."""
+        return self.scheduler.steps_left * (self._step_seconds.value or 0.0)
+
+    def check(self, request: Request) -> None:
+        """Tokenize the prompt, with an image token for every code of the source images.
+
+        Raises:
+            PromptError: the prompt contains control tokens.
+            RequestError: even an idle stage could not plan the request.
+        """
+        spec, geometry = request.spec, request.spec.geometry
+        ids = self._prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width, spec.num_sources)
+        grids = [(image.rows, image.cols) for image in request.preprocessed]
+        request.prompt_ids, request.prompt_positions = place_sources(ids, self._prompts.image_token, grids)
+        self.scheduler.check(request)
+
+    def fits(self, request: Request) -> bool:
+        """Return whether memory for all plans of the request can be reserved now."""
+        return self.scheduler.fits(request)
+
+    def admit(self, request: Request) -> None:
+        """Reserve memory for the plans that are not known. The source images must be encoded."""
+        codes = torch.cat([source.codes.flatten() for source in request.encoded]).tolist() if request.encoded else []
+        request.prompt_ids = fill_in_codes(request.prompt_ids, self._prompts.image_token, codes)
+        if not request.is_planned:
+            self.scheduler.add(request)
+
+    def step(self) -> None:
+        """Prefill prompts, write the other plans one token further, and hand on what is written."""
+        started = time.monotonic()
+        scheduler, boundary, step = self.scheduler, self._boundary, self.scheduler.schedule()
+        prompt_tokens, batch_size = step.prompt_tokens, len(step.decode)
+        for group in boundary.run(
+            step.prefill, self.runner.prefill, lambda: scheduler.prefill_budget.ran_out(prompt_tokens)
+        ):
+            scheduler.mark_prefilled(group)
+            self._metrics.prompt_tokens.inc(len(group.request.prompt_ids))
+        for sequence in boundary.run(
+            step.decode, self.runner.decode, lambda: scheduler.decode_budget.ran_out(batch_size)
+        ):
+            sequence.written += 1
+        boundary.run_each(scheduler.sequences_with_new_preview(), self._finish_preview)
+        boundary.run_each(scheduler.completed_sequences(), self._finish_plan)
+        self._metrics.planner_batch.observe(batch_size)
+        self._metrics.planner_tokens.inc(batch_size + sum(len(group.sequences) for group in step.prefill))
+        seconds = time.monotonic() - started
+        self._step_seconds.add(seconds)
+        self._metrics.planner_step.observe(seconds)
+
+    def abort(self, request: Request) -> None:
+        """Free everything the request holds; do nothing if it holds nothing."""
+        self.scheduler.abort(request)
+
+    def progress(self, request: Request) -> Progress:
+        """Return how many plan tokens of the request are written."""
+        tokens = request.spec.image_plan_tokens
+        written = sum(tokens for image in request.images if image.plan)
+        written += sum(s.written for s in self.scheduler.sequences if s.request is request)
+        return Progress(request, "planning", written, tokens * request.spec.n)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if cache blocks or buffers leaked."""
+        self.scheduler.check_integrity()
+
+    def _finish_preview(self, sequence: Sequence) -> None:
+        image, grid = sequence.image, sequence.request.spec.grids[0]
+        image.preview = TokenGrid(grid.rows, grid.cols, self.runner.read(sequence)[: grid.tokens])
+        self._on_preview(image)
+
+    def _finish_plan(self, sequence: Sequence) -> None:
+        image, grids = sequence.image, sequence.request.spec.grids
+        tokens = self.runner.read(sequence)
+        self.scheduler.finish(sequence)
+        ends = accumulate(grid.tokens for grid in grids)
+        *previews, plan = [
+            TokenGrid(grid.rows, grid.cols, tokens[end - grid.tokens : end])
+            for grid, end in zip(grids, ends, strict=True)
+        ]
+        image.plan = Plan(plan.rows, plan.cols, plan.tokens, previews[0] if previews else None)
+        self._metrics.planning.observe(time.monotonic() - image.admitted_at)
+        self._emit(Planned(image.request, image.index, image.plan))
+        self._on_plan(image)

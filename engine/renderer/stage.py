@@ -1,0 +1,184 @@
+"""The renderer stage: renders images whose plan is known, step by step, and decodes them."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.errors import RequestError
+from engine.fault_boundary import FaultBoundary
+from engine.geometry import PATCH
+from engine.limits import EngineLimits
+from engine.observability.metrics import EngineMetrics
+from engine.renderer.runner import RendererRunner, Rendering
+from engine.renderer.scheduler import RenderScheduler
+from engine.request import Event, Finished, Image, Partial, Progress, Rendered, Request
+from models.glm_image.model import GlmImage
+
+
+class RendererStage:
+    """Step-level batching of renderings.
+
+    An image is rendered from `admit` if its plan is known then, otherwise from `render`.
+
+    Args:
+        emit: receives `Partial`, `Rendered` and, after a request's last image, `Finished`.
+    """
+
+    def __init__(
+        self,
+        model: GlmImage,
+        limits: EngineLimits,
+        metrics: EngineMetrics,
+        boundary: FaultBoundary,
+        emit: Callable[[Event], None],
+    ):
+        self.scheduler: RenderScheduler[Rendering] = RenderScheduler(limits.render_token_budget)
+        self.runner = RendererRunner(model)
+        self.tick_seconds = 0.0  # of the last step
+        self._device, self._codebook_size = model.device, model.renderer.config.prior_vq_quantizer_codebook_size
+        self._max_source_patches = limits.source_patches
+        self._metrics, self._boundary, self._emit = metrics, boundary, emit
+        self._images_left: dict[Request, int] = {}  # of every admitted request
+        metrics.render_token_budget.set_function(lambda: self.scheduler.budget.current)
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether there is nothing to render now, though plans of admitted requests may follow."""
+        return not len(self.scheduler)
+
+    @property
+    def seconds_left(self) -> float:
+        """Return the time that the present renderings will take, at the speed of the last steps."""
+        return self.scheduler.seconds_left
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError if even an idle stage could not render the request."""
+        _check_sources(request, self._max_source_patches)
+        for image in request.images:
+            _check_plan(image, self._codebook_size)
+
+    def fits(self, request: Request) -> bool:
+        """Return whether memory for the request's source images can be reserved now."""
+        admitted = sum(other.source_patches for other in self._images_left)
+        return admitted + request.source_patches <= self._max_source_patches
+
+    def admit(self, request: Request) -> None:
+        """Reserve memory for the source images and render the images whose plan is known."""
+        self._images_left[request] = request.spec.n
+        self._render([image for image in request.images if image.plan])
+
+    def render(self, image: Image) -> None:
+        """Render an image of an admitted request. Its plan must be known."""
+        self._render([image])
+
+    def render_preview(self, image: Image) -> None:
+        """Render an image's preview, for its first partial image."""
+        self.scheduler.add(self.runner.prepare_preview(image))
+
+    def step(self) -> None:
+        """Advance a batch of renderings by one denoising step each, and decode those that are due."""
+        batch = self.scheduler.pick()
+        if not batch:
+            return
+        started = time.monotonic()
+        tokens, sequences = sum(r.tokens for r in batch), sum(len(r.rows) for r in batch)
+        advanced = self._boundary.run(batch, self.runner.advance, lambda: self.scheduler.budget.ran_out(tokens))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.tick_seconds = time.monotonic() - started
+        self.scheduler.observe(tokens, self.tick_seconds)
+        self._metrics.renderer_step.observe(self.tick_seconds)
+        self._metrics.renderer_rows.observe(sequences)
+        self._metrics.renderer_tokens.inc(tokens)
+        self._metrics.renderer_padding.inc(self.runner.padding(tokens))
+        partials = [r for r in advanced if r.has_partial_due and not self._waits_for_preview(r)]
+        self._boundary.run_each(partials, self._send_partial)
+        self._boundary.run_each([r for r in advanced if not r.steps_left], self._finish)
+
+    def abort(self, request: Request) -> None:
+        """Free everything the request holds; do nothing if it holds nothing."""
+        self._images_left.pop(request, None)
+        for rendering in [r for r in self.scheduler if r.request is request]:
+            self.scheduler.remove(rendering)
+        self.runner.release(request)
+
+    def progress(self, request: Request) -> Progress:
+        """Return how many denoising steps of a planned request are done."""
+        steps_left = sum(r.steps_left for r in self.scheduler if r.request is request and not r.is_preview)
+        steps = request.spec.num_inference_steps * request.spec.n
+        return Progress(request, "rendering", steps - steps_left, steps)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if anything is held for a request that has ended."""
+        assert all(request in self._boundary.live for request in self._images_left)
+        assert self._images_left or (self.is_idle and not len(self.runner.source_kv))
+
+    def _render(self, images: list[Image]) -> None:
+        """Prepare all renderings before adding any: if one fails, none is added."""
+        prepared = [rendering for image in images for rendering in self._prepare(image)]
+        for rendering in prepared:
+            rendering.image.planned_at = time.monotonic()
+            self.scheduler.add(rendering)
+
+    def _prepare(self, image: Image) -> list[Rendering]:
+        """Prepare the image, and first its preview if the client gets it and it came with the plan."""
+        renderings = []
+        if image.request.spec.partial_images and image.preview is None and image.plan and image.plan.preview:
+            image.preview = image.plan.preview
+            renderings.append(self.runner.prepare_preview(image))
+        return [*renderings, self.runner.prepare(image)]
+
+    def _waits_for_preview(self, rendering: Rendering) -> bool:
+        """Return whether the image's preview, which is sent first, is still being rendered."""
+        return not rendering.is_preview and any(r.is_preview for r in self.scheduler if r.image is rendering.image)
+
+    def _send_partial(self, rendering: Rendering) -> None:
+        pixels = self.runner.decode(rendering)
+        self._metrics.partial_images.inc()
+        self._emit(Partial(rendering.image, rendering.partial_index, pixels, rendering.grid))
+        rendering.shown = rendering.due
+
+    def _finish(self, rendering: Rendering) -> None:
+        self.scheduler.remove(rendering)
+        if not rendering.is_preview:
+            self._finish_image(rendering)
+
+    def _finish_image(self, rendering: Rendering) -> None:
+        image, image.rendered_at = rendering.image, time.monotonic()
+        pixels = self.runner.decode(rendering)
+        image.decoded_at = time.monotonic()
+        for preview in [r for r in self.scheduler if r.image is image]:
+            self.scheduler.remove(preview)  # the image itself is ready
+        self._metrics.rendering.observe(image.rendered_at - image.planned_at)
+        self._metrics.decoding.observe(image.decoded_at - image.rendered_at)
+        self._metrics.images.inc()
+        self._metrics.pixels.inc(image.request.spec.width * image.request.spec.height)
+        self._emit(Rendered(image, pixels))
+        self._images_left[image.request] -= 1
+        if not self._images_left[image.request]:
+            del self._images_left[image.request]
+            self.runner.release(image.request)
+            self._emit(Finished(image.request))
+
+
+def _check_sources(request: Request, max_patches: int) -> None:
+    if len(request.preprocessed) != request.spec.num_sources:
+        raise RequestError(f"this edit of {request.spec.num_sources} pictures came with {len(request.preprocessed)}")
+    if request.source_patches > max_patches:
+        raise RequestError(
+            f"the pictures to edit have {request.source_patches * PATCH**2} pixels, as the model sees them; this "
+            f"server has room for {max_patches * PATCH**2}. Send fewer or smaller pictures",
+            param="image",
+        )
+
+
+def _check_plan(image: Image, codebook_size: int) -> None:
+    """Check a plan that came with the request."""
+    plan, grid = image.plan, image.request.spec.geometry.plan
+    if plan is None:
+        return
+    if (plan.rows, plan.cols, len(plan.tokens)) != (grid.rows, grid.cols, grid.tokens):
+        raise RequestError(f"a plan of this size has {grid.rows} rows and {grid.cols} columns", param="plan")
+    if not all(0 <= token < codebook_size for token in plan.tokens):
+        raise RequestError(f"the tokens of a plan are 0 to {codebook_size - 1}", param="plan")

@@ -1,31 +1,35 @@
-"""What the routes share, made once by the app's lifespan."""
+"""What the routes share. The app's lifespan opens it once."""
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from engine.jobs.connection import connect
 from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission
 from server.admission.engine_directory import EngineDirectory
 from server.admission.gate import Gate
 from server.admission.keys import KeyRing
+from server.admission.rate_limits import RateLimits
 from server.metrics import Metrics
-from server.requests.prompt_rewriter import Rewriter
+from server.requests.prompt_rewriter import Rewriter, open_rewriter
 from server.responses.outcomes import JobOutcomes
 from server.settings import ServerSettings
 
 
 @dataclass(frozen=True)
 class Services:
-    """The parts behind the routes.
+    """What the routes share.
 
     Args:
-        rewriter: None where none is set.
-        decoders: places for those who decode uploads, which takes memory.
+        rewriter: None without `prompt_rewriter` in the settings.
+        decoders: limits how many uploads are decoded at once, which takes memory.
         started_at: seconds since the epoch.
     """
 
@@ -41,6 +45,48 @@ class Services:
     metrics: Metrics
     decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+
+@asynccontextmanager
+async def open_services(
+    settings: ServerSettings, queue: JobProducer | None, *, gate: Gate, metrics: Metrics, keys: KeyRing
+) -> AsyncIterator[Services]:
+    """Open what the routes share; with a `queue` of None also a queue at `settings.redis_url`."""
+    async with (
+        nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as job_queue,
+        open_rewriter(settings, metrics) as rewriter,
+    ):
+        abandoned_jobs = AbandonedJobs(job_queue, metrics)
+        admission = Admission(
+            job_queue, RateLimits(job_queue), settings.max_queue, abandoned_jobs, settings.max_source_bytes
+        )
+        outcomes = JobOutcomes(job_queue, metrics, admission.throughput)
+        yield Services(
+            settings=settings,
+            queue=job_queue,
+            engines=EngineDirectory(job_queue),
+            keys=keys,
+            admission=admission,
+            rewriter=rewriter,
+            abandoned_jobs=abandoned_jobs,
+            outcomes=outcomes,
+            gate=gate,
+            metrics=metrics,
+        )
+        await outcomes.close()
+        await abandoned_jobs.close()
+
+
+@asynccontextmanager
+async def open_queue(redis_url: str) -> AsyncIterator[JobProducer]:
+    """Open a queue with its own Redis client; it connects on first use."""
+    client = connect(redis_url)
+    queue = JobProducer(client)
+    try:
+        yield queue
+    finally:
+        await queue.close()
+        await client.aclose()
 
 
 async def get_services(request: Request) -> Services:

@@ -20,9 +20,10 @@ from engine.observability.tracing import TracingError
 from server.addresses import is_loopback
 from server.admission.engine_directory import ready_engines
 from server.admission.keys import KeyFileError
-from server.app import create_app, open_queue
+from server.app import create_app
 from server.processes.serving import DrainingServer, StartError, listen, url_of
 from server.processes.supervisor import EngineMisconfigured, Supervisor, engine_environments
+from server.services import open_queue
 from server.settings import ServerSettings
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.cli", "engine")

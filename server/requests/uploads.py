@@ -1,7 +1,7 @@
-"""Reading the body of an edit: a multipart form, or JSON with `data:` URLs. Both give the same fields and pictures.
+"""Reading the body of an edit: a multipart form, or JSON with `data:` URLs. Both give the same fields and files.
 
-A form's texts become what JSON would have in their place: "2" a number where the field is one, "true" a boolean. A text
-that is nothing of the kind stays a text, and is refused as such by `server.requests.schemas`.
+A form's strings are converted to the types of their fields: "2" to a number, "true" to a boolean. A string that cannot
+be converted stays a string, and `server.requests.schemas` refuses it.
 """
 
 import base64
@@ -17,10 +17,10 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from engine.geometry import MAX_SOURCES
 from server.errors import ApiError, invalid, invalid_image
-from server.requests.body import media_type, read_chunks, read_json_object
+from server.requests.body import ParsedBody, media_type, read_chunks, read_json_object
 from server.requests.schemas import UNSUPPORTED, EditRequest, ImageReference, PlanBody, parse, unsupported
 
-MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, 4352 at most
+MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, up to 4352
 
 _IMAGE_NAMES, _MASK_NAMES = {"image", "image[]"}, {"mask", "mask[]"}
 
@@ -31,69 +31,53 @@ _WEB_URL = re.compile(r"https?:", re.IGNORECASE)
 _PLAN_PART = re.compile(r"plan(?P<preview>\[preview\])?\[(?:(?P<side>rows|cols)|tokens\]\[)\]")
 
 
-@dataclass(frozen=True)
-class Upload:
-    """An edit as it was sent.
-
-    Args:
-        request: its fields; the pictures are not in there any more.
-        images, mask: files of any kind: nothing has looked into them yet.
-    """
-
-    request: EditRequest
-    images: list[bytes]
-    mask: bytes | None
-
-
-async def read_edit(request: Request, max_bytes: int) -> Upload:
-    """The body of an edit, its fields checked.
+async def read_edit(request: Request, max_bytes: int) -> ParsedBody:
+    """Read the body of an edit and check its fields.
 
     Raises:
-        ApiError: 413 as soon as the body exceeds `max_bytes`; 400 naming the field at fault.
-        ClientDisconnect: the client left before all of it arrived.
+        ApiError: 413 as soon as the body exceeds `max_bytes`; 400 naming the invalid field.
+        ClientDisconnect: the client disconnected before the body was complete.
     """
     if media_type(request) == "multipart/form-data":
-        upload = _from_parts(await _read_parts(request, max_bytes))
+        body = _from_parts(await _read_parts(request, max_bytes))
     elif media_type(request) == "application/json":
-        upload = _from_json(parse(EditRequest, await read_json_object(request, max_bytes)))
+        body = _from_json(parse(EditRequest, await read_json_object(request, max_bytes)))
     else:
         raise invalid(None, "The body must be multipart/form-data, or JSON with Content-Type: application/json.")
-    if not upload.images:
-        raise invalid("image", "The field image is required: the picture to edit.", "missing_required_parameter")
-    if len(upload.images) > MAX_SOURCES:
-        raise invalid(
-            "image", f"Invalid value for image: it takes 1..{MAX_SOURCES} pictures, not {len(upload.images)}."
-        )
-    return upload
+    if not body.images:
+        raise invalid("image", "The field image is required: the image to edit.", "missing_required_parameter")
+    if len(body.images) > MAX_SOURCES:
+        raise invalid("image", f"Invalid value for image: it takes 1..{MAX_SOURCES} images, not {len(body.images)}.")
+    return body
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _from_json(request: EditRequest) -> Upload:
+def _from_json(request: EditRequest) -> ParsedBody:
     if request.image is not None and request.images is not None:
-        raise invalid("images", "image and images are two names of one field; send one of them.")
+        raise invalid("images", "image and images are two names of the same field; send only one of them.")
     name = "image" if request.images is None else "images"
-    given = request.image if request.images is None else request.images
-    references = given if isinstance(given, list) else [] if given is None else [given]
-    return Upload(
+    value = request.image if request.images is None else request.images
+    references = value if isinstance(value, list) else [] if value is None else [value]
+    return ParsedBody(
         request.model_copy(update={"image": None, "images": None, "mask": None}),
-        [_dereferenced(name, reference) for reference in references],
-        None if request.mask is None else _dereferenced("mask", request.mask),
+        [_decode_reference(name, reference) for reference in references],
+        None if request.mask is None else _decode_reference("mask", request.mask),
     )
 
 
-def _dereferenced(param: str, reference: str | ImageReference) -> bytes:
+def _decode_reference(param: str, reference: str | ImageReference) -> bytes:
     url = reference if isinstance(reference, str) else reference.image_url
     if _WEB_URL.match(url):
-        raise invalid(param, f"{param}: this server fetches no URLs; send the file itself, or a data: URL.")
+        raise invalid(param, f"{param}: this server does not fetch URLs; send the file itself or a data: URL.")
     match = _DATA_URL.match(url)
     if match is None:
-        raise invalid(param, f"{param}: a picture in JSON is a data: URL, for example data:image/png;base64,iVBORw0...")
+        raise invalid(param, f"{param}: an image in JSON must be a data: URL, like data:image/png;base64,iVBORw0...")
     try:
         return base64.b64decode(url[match.end() :], validate=True)
     except ValueError:
-        raise invalid_image(param, f"{param}: what follows base64, in the data: URL is no base64.") from None
+        raise invalid_image(param, f"{param}: the data: URL does not contain valid base64.") from None
 
 
 # --- forms ------------------------------------------------------------------------------------------------------------
@@ -107,54 +91,55 @@ class _Part:
 
     @property
     def text(self) -> str:
-        """
+        """Return the part as a string.
+
         Raises:
-            ApiError: 400 where it is none.
+            ApiError: 400 for a file, or bytes that are not valid UTF-8.
         """
         if self.is_file:
-            raise invalid(self.name, f"{self.name} is a text; send it without a file name.")
+            raise invalid(self.name, f"{self.name} must be sent as text, without a file name.")
         try:
             return self.data.decode()
         except UnicodeDecodeError:
-            raise invalid(self.name, f"Invalid value for {self.name}: it is no UTF-8 text.") from None
+            raise invalid(self.name, f"Invalid value for {self.name}: it is not valid UTF-8.") from None
 
     @property
-    def picture(self) -> bytes:
-        """The file, which may also have been sent as a text with a `data:` URL.
+    def file(self) -> bytes:
+        """Return the file, which may also be sent as a string with a `data:` URL.
 
         Raises:
-            ApiError: 400 for another URL, or a broken one.
+            ApiError: 400 for any other URL or an invalid one.
         """
         param = self.name.removesuffix("[]")
         if self.data[:5].lower() in (b"data:", b"http:", b"https"):
-            return _dereferenced(param, self.data.decode(errors="replace").strip())
+            return _decode_reference(param, self.data.decode(errors="replace").strip())
         return bytes(self.data)
 
 
 class _FormReader:
-    """Takes the parts of a form as they arrive. The names of the methods are the parser's callbacks."""
+    """Collects the parts of a form as they arrive. The methods are named after the parser's callbacks."""
 
     def __init__(self, content_type: str) -> None:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
-            raise _broken_form("its Content-Type names no boundary")
+            raise _invalid_form("its Content-Type does not name a boundary")
         names = ("part_begin", "part_data", "header_field", "header_value", "header_end", "headers_finished", "end")
         self._parser = MultipartParser(boundary, {f"on_{name}": getattr(self, f"_{name}") for name in names})  # type: ignore[arg-type]
         self._parts: list[_Part] = []
         self._header, self._value, self._disposition = bytearray(), bytearray(), b""
-        self._is_whole = False
+        self._is_complete = False
 
     async def read(self, chunks: AsyncIterator[bytes]) -> list[_Part]:
         async for chunk in chunks:
             self._parser.write(chunk)
-        if not self._is_whole:
-            raise _broken_form("it ends before its last boundary")
+        if not self._is_complete:
+            raise _invalid_form("it ends before its last boundary")
         return self._parts
 
     def _part_begin(self) -> None:
         self._disposition = b""
         if len(self._parts) == MAX_PARTS:
-            raise _broken_form(f"it has more than {MAX_PARTS} parts")
+            raise _invalid_form(f"it has more than {MAX_PARTS} parts")
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -170,34 +155,34 @@ class _FormReader:
     def _headers_finished(self) -> None:
         options = parse_options_header(self._disposition)[1]
         if b"name" not in options:
-            raise _broken_form("a part of it has no name")
+            raise _invalid_form("one of its parts has no name")
         self._parts.append(_Part(options[b"name"].decode(errors="replace"), b"filename" in options))
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         self._parts[-1].data += data[start:end]
 
     def _end(self) -> None:
-        self._is_whole = True
+        self._is_complete = True
 
 
 async def _read_parts(request: Request, max_bytes: int) -> list[_Part]:
     try:
         return await _FormReader(request.headers["content-type"]).read(read_chunks(request, max_bytes))
     except FormParserError:
-        raise _broken_form("it cannot be parsed") from None
+        raise _invalid_form("it cannot be parsed") from None
 
 
-def _broken_form(reason: str) -> ApiError:
-    return invalid(None, f"The body is no valid multipart form: {reason}.")
+def _invalid_form(reason: str) -> ApiError:
+    return invalid(None, f"The body is not a valid multipart form: {reason}.")
 
 
-def _from_parts(parts: list[_Part]) -> Upload:
+def _from_parts(parts: list[_Part]) -> ParsedBody:
     images = [part for part in parts if part.name in _IMAGE_NAMES]
     masks = [part for part in parts if part.name in _MASK_NAMES]
     if len(masks) > 1:
-        raise invalid("mask", f"Invalid value for mask: it takes one picture, not {len(masks)}.")
+        raise invalid("mask", f"Invalid value for mask: it takes one image, not {len(masks)}.")
     request = parse(EditRequest, _fields(part for part in parts if part.name not in _IMAGE_NAMES | _MASK_NAMES))
-    return Upload(request, [part.picture for part in images], masks[0].picture if masks else None)
+    return ParsedBody(request, [part.file for part in images], masks[0].file if masks else None)
 
 
 def _fields(parts: Iterable[_Part]) -> dict[str, Any]:
@@ -205,7 +190,7 @@ def _fields(parts: Iterable[_Part]) -> dict[str, Any]:
     plan: dict[str, Any] = {}
     for part in parts:
         if part.name in ("images", "images[]"):
-            message = f"Unknown parameter: {part.name}. Send pictures as image or image[]."
+            message = f"Unknown parameter: {part.name}. Send images as image or image[]."
             raise invalid(part.name, message, "unknown_parameter")
         field = part.name.partition("[")[0]  # the official SDK spells a nested one `svg[model]`
         if field in UNSUPPORTED:
@@ -216,17 +201,17 @@ def _fields(parts: Iterable[_Part]) -> dict[str, Any]:
         if part.name in fields:
             raise _sent_twice(part.name)
         if part.name not in EditRequest.model_fields:
-            fields[part.name] = ""  # to be refused, whatever is in it
+            fields[part.name] = ""  # `parse` refuses it, whatever its value
             continue
-        reader = _READERS.get(part.name)
-        fields[part.name] = part.text if reader is None else reader(part.text)
+        convert = _CONVERTERS.get(part.name)
+        fields[part.name] = part.text if convert is None else convert(part.text)
     if plan and "plan" in fields:
         raise _sent_twice("plan")
     return {**fields, "plan": plan} if plan else fields
 
 
 def _add_to_plan(plan: dict[str, Any], match: re.Match[str], part: _Part) -> None:
-    """`plan[rows]`, `plan[tokens][]` and `plan[preview][tokens][]` are how the official SDK spells a plan in a form."""
+    """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][]`, the official SDK's names in a form."""
     grid = plan.setdefault("preview", {}) if match["preview"] else plan
     side = match["side"]
     if side is None:
@@ -260,15 +245,15 @@ def _json(text: str) -> Any:
         return text
 
 
-def _reader_of(annotation: Any) -> Callable[[str], Any] | None:
-    """What reads a field of this type; None where a text is what is wanted."""
-    kinds = {annotation, *get_args(annotation)}
-    readers = ((bool, _boolean), (float, _number), (int, _integer), (PlanBody, _json))
-    return next((reader for kind, reader in readers if kind in kinds), None)
+def _converter_for(annotation: Any) -> Callable[[str], Any] | None:
+    """Return what converts a string to the type of a field, None for a string field."""
+    types = {annotation, *get_args(annotation)}
+    converters = ((bool, _boolean), (float, _number), (int, _integer), (PlanBody, _json))
+    return next((convert for type_, convert in converters if type_ in types), None)
 
 
-_READERS = {
-    name: reader
-    for name, declared in EditRequest.model_fields.items()
-    if (reader := _reader_of(declared.annotation)) is not None
+_CONVERTERS = {
+    name: convert
+    for name, field_info in EditRequest.model_fields.items()
+    if (convert := _converter_for(field_info.annotation)) is not None
 }

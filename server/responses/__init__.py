@@ -1,1 +1,1 @@
-"""What goes out: answers, events, and the wait for a job."""
+"""JSON responses and event streams, made from the records of jobs."""

@@ -1,7 +1,6 @@
-"""Server-sent events: how they travel, and what a request's stream and a job's stream consist of.
+"""Server-sent events: the response that sends them, and the events of a request's and of a job's stream.
 
-What cannot be known when a stream begins is told within it: an error is an event, and what only shows that something
-goes on is a comment.
+The status has been sent when a stream begins, so an error is an event; keep-alives are comments.
 """
 
 import asyncio
@@ -25,95 +24,94 @@ from engine.observability.logs import event, where
 from engine.tasks import stop
 from server.admission.throughput import Throughput
 from server.errors import ApiError, internal_error, queue_unavailable
-from server.responses.images import ResponseOptions, common_fields, image_fields, job_body, render_job, usage
+from server.responses.images import ResponseOptions, common_fields, image_fields, usage
 from server.responses.job_wait import JobWait, cancel_on_disconnect
+from server.responses.jobs import job_body, render_job
 
-PING_EVERY_S = 10.0  # proxies close what stays silent for a minute, some for less
+PING_INTERVAL_S = 10.0  # proxies close connections that are silent for a minute, some sooner
 PING = b": ping\n\n"
 
 logger = logging.getLogger("glimmer.images")
 
 
 class EventStream(StreamingResponse):
-    """Sends events as they come, with a comment now and then, until the last one or until the client leaves.
+    """Sends events as they come, with pings in between, until the last event or until the client disconnects.
 
     Args:
-        held: what is to be left when the stream is over.
+        resources: closed when the stream ends.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes], held: ExitStack | None = None) -> None:
-        # nginx would collect the events otherwise.
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    def __init__(self, events: AsyncGenerator[bytes], resources: ExitStack | None = None) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # the latter: nginx would buffer the events
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._events, self._held = events, held or ExitStack()
+        self._events, self._resources = events, resources or ExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._held:
+        with self._resources:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with suppress(ClientDisconnect):  # what is made by now is let go all the same: nobody will ask for it
+            with suppress(ClientDisconnect):  # the background task below frees the result all the same
                 await cancel_on_disconnect(receive, self._send_all(send))
         if self.background is not None:
             await self.background()
 
     async def _send_all(self, send: Send) -> None:
-        pinging = asyncio.create_task(_ping(send))
+        pings = asyncio.create_task(_ping(send))
         try:
             async with aclosing(self._events) as events:
                 async for chunk in events:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except Exception as error:  # the status has been sent, so it can only be told in the stream
+        except Exception as error:
             await send({"type": "http.response.body", "body": _error_event(error), "more_body": True})
         finally:
-            await stop(pinging)
+            await stop(pings)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _ping(send: Send) -> None:
     while True:
-        await asyncio.sleep(PING_EVERY_S)
+        await asyncio.sleep(PING_INTERVAL_S)
         await send({"type": "http.response.body", "body": PING, "more_body": True})
 
 
 def to_event(name: str | None, data: bytes) -> bytes:
-    """One event. JSON made by orjson has no line breaks, so it is one line of data."""
+    """Return one event. `data` is JSON from orjson, which contains no line breaks."""
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
 
 
 async def image_events(queue: JobProducer, job_wait: JobWait) -> AsyncGenerator[bytes]:
-    """The events of a request with `stream: true`, as OpenAI's clients read them."""
+    """Yield the events of a request with `stream: true`, as OpenAI's clients read them."""
     record = await _record(queue, job_wait.job_id)
-    async with aclosing(queue.follow(job_wait.job_id)) as happenings:
-        async for happened in happenings:
-            if isinstance(happened, PartialImage):
-                yield to_event(
-                    f"{ResponseOptions.of(record).event_type}.partial_image", _partial_image(record, happened)
-                )
-            elif not happened.state.is_terminal:
-                yield _comment(happened)
+    prefix = ResponseOptions.from_record(record).event_prefix
+    async with aclosing(queue.follow(job_wait.job_id)) as updates:
+        async for update in updates:
+            if isinstance(update, PartialImage):
+                yield to_event(f"{prefix}.partial_image", _partial_image(record, update))
+            elif not update.state.is_terminal:
+                yield _comment(update)
             else:
-                result = await job_wait.result(happened)
+                result = await job_wait.result(update)
                 for index in range(len(result.images)):
-                    data = await asyncio.to_thread(_completed, happened, result, index)
-                    yield to_event(f"{ResponseOptions.of(happened).event_type}.completed", data)
+                    data = await asyncio.to_thread(_completed, update, result, index)
+                    yield to_event(f"{prefix}.completed", data)
 
 
 async def job_events(queue: JobProducer, job_id: str, throughput: Throughput) -> AsyncGenerator[bytes]:
-    """The events of `GET /v1/jobs/{id}/events`: status, progress, partial_image; at the end completed or failed."""
+    """Yield the events of `GET /v1/jobs/{id}/events`: status, progress, partial_image, finally completed or failed."""
     record = await _record(queue, job_id)
-    told: JobRecord | None = None
-    async with aclosing(queue.follow(job_id)) as happenings:
-        async for happened in happenings:
-            if isinstance(happened, PartialImage):
-                yield to_event("partial_image", _partial_image(record, happened))
+    last_record: JobRecord | None = None
+    async with aclosing(queue.follow(job_id)) as updates:
+        async for update in updates:
+            if isinstance(update, PartialImage):
+                yield to_event("partial_image", _partial_image(record, update))
                 continue
-            if happened.state.is_terminal:
-                name = "completed" if happened.state is JobState.SUCCEEDED else "failed"
-                yield to_event(name, await render_job(queue, happened, throughput))
-            elif told is None or (told.state, told.position) != (happened.state, happened.position):
-                yield to_event("status", orjson.dumps(job_body(happened, None, throughput)))
-            elif happened.progress:
-                yield to_event("progress", orjson.dumps(happened.progress))
-            told = happened
+            if update.state.is_terminal:
+                name = "completed" if update.state is JobState.SUCCEEDED else "failed"
+                yield to_event(name, await render_job(queue, update, throughput))
+            elif last_record is None or (last_record.state, last_record.position) != (update.state, update.position):
+                yield to_event("status", orjson.dumps(job_body(update, None, throughput)))
+            elif update.progress:
+                yield to_event("progress", orjson.dumps(update.progress))
+            last_record = update
 
 
 async def _record(queue: JobProducer, job_id: str) -> JobRecord:
@@ -124,7 +122,7 @@ async def _record(queue: JobProducer, job_id: str) -> JobRecord:
 
 
 def _error_event(error: Exception) -> bytes:
-    """It has no name: with one, the official SDK would not raise it."""
+    """Return an event without a name: with one, the official SDK would not raise the error."""
     if isinstance(error, QueueUnavailable):
         error = queue_unavailable()
     elif not isinstance(error, ApiError):
@@ -134,14 +132,14 @@ def _error_event(error: Exception) -> bytes:
 
 
 def _comment(record: JobRecord) -> bytes:
-    facts = record.progress if record.position is None else {"position": record.position}
-    return b": " + record.state.value.encode() + b" " + orjson.dumps(facts) + b"\n\n"
+    details = record.progress if record.position is None else {"position": record.position}
+    return b": " + record.state.value.encode() + b" " + orjson.dumps(details) + b"\n\n"
 
 
 def _event_fields(record: JobRecord, kind: str, index: int) -> dict[str, Any]:
-    several = {"image_index": index} if record.spec.n > 1 else {}
-    notes = ResponseOptions.of(record)
-    return {"type": f"{notes.event_type}.{kind}", "created_at": int(time.time()), **common_fields(record), **several}
+    event_type = f"{ResponseOptions.from_record(record).event_prefix}.{kind}"
+    image_index = {"image_index": index} if record.spec.n > 1 else {}
+    return {"type": event_type, "created_at": int(time.time()), **common_fields(record), **image_index}
 
 
 def _partial_image(record: JobRecord, partial: PartialImage) -> bytes:
@@ -157,7 +155,8 @@ def _partial_image(record: JobRecord, partial: PartialImage) -> bytes:
 
 
 def _completed(record: JobRecord, result: JobResult, index: int) -> bytes:
-    """The usage of all events adds up to that of the request: the first has the prompt, each its own plan."""
+    """Return the data of a `completed` event. The usages of all events add up to the request's: the first includes the
+    prompt, each its own plan."""
     prompt, sources = (result.prompt_tokens, result.source_tokens) if index == 0 else (0, 0)
     fields = {
         **_event_fields(record, "completed", index),

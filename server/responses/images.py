@@ -1,4 +1,4 @@
-"""From a job that has ended to the answer. A request, a stream and the jobs API all tell it from the job's record."""
+"""The JSON of images, for a response as a whole and for each image in a response or an event."""
 
 import asyncio
 import base64
@@ -10,24 +10,22 @@ from typing import Any, Literal, Self
 
 import orjson
 
-from engine.jobs.job import ImageResult, JobRecord, JobResult, JobState
+from engine.jobs.job import ImageResult, JobRecord, JobResult
 from engine.jobs.producer import JobProducer
-from server.admission.throughput import Throughput
-from server.errors import ApiError, internal_error
 
-LARGE_ANSWER_BYTES = 256 * 1024  # from here on, encoding would hold up the event loop noticeably
+LARGE_RESPONSE_BYTES = 256 * 1024  # encoding more than this would block the event loop noticeably
 
 Operation = Literal["generation", "edit"]
 
 
 @dataclass(frozen=True)
 class ResponseOptions:
-    """What the answer needs and no engine has to know: it waits in the job's record.
+    """What a response needs and an engine does not; stored as the `notes` of the job's record.
 
     Args:
-        quality: as the answer names it.
-        base_url: where the client reaches this server.
-        file_tokens: of the files that the pictures are handed out as, by `response_format` "url".
+        quality: as the response names it.
+        base_url: URL at which the client reaches this server.
+        file_tokens: with `response_format` "url", one per image: the names of the files in their URLs.
     """
 
     operation: Operation = "generation"
@@ -41,45 +39,49 @@ class ResponseOptions:
         return dataclasses.asdict(self)
 
     @classmethod
-    def of(cls, record: JobRecord) -> Self:
+    def from_record(cls, record: JobRecord) -> Self:
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in record.notes.items() if name in names})
 
     @property
-    def event_type(self) -> str:
-        """What the types of its events start with."""
+    def event_prefix(self) -> str:
+        """Return the first part of the types of the request's events."""
         return "image_edit" if self.operation == "edit" else "image_generation"
 
 
 def new_file_tokens(count: int) -> list[str]:
-    """Names that cannot be guessed."""
+    """Return `count` tokens that cannot be guessed."""
     return [secrets.token_urlsafe(24) for _ in range(count)]
 
 
 async def render_response(queue: JobProducer, record: JobRecord, result: JobResult) -> bytes:
-    """The JSON answer to a job that has succeeded, its pictures handed out if that is how they were asked for.
+    """Return the JSON response of a job that has succeeded; with `response_format` "url", share its images first.
 
     Raises:
-        QueueUnavailable: they could not be.
+        QueueUnavailable: the images could not be shared.
     """
     await share_images(queue, record, result)
-    return await _rendered(result, lambda: images_body(record, result))
+    return await encode(result, lambda: images_body(record, result))
 
 
-async def render_job(queue: JobProducer, record: JobRecord, throughput: Throughput) -> bytes:
-    """The job as JSON, with the answer once it has succeeded.
+async def share_images(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
+    """Make the images available under their file tokens, if the request asked for URLs."""
+    options = ResponseOptions.from_record(record)
+    if options.response_format == "url":
+        for token, image in zip(options.file_tokens, result.images, strict=True):
+            await queue.share(token, image.data, f"image/{record.spec.output_format}")
 
-    Raises:
-        QueueUnavailable: the answer could not be had.
-    """
-    result = await queue.result(record.id) if record.state is JobState.SUCCEEDED else None
-    if result is not None:
-        await share_images(queue, record, result)
-    return await _rendered(result, lambda: job_body(record, result, throughput))
+
+async def encode(result: JobResult | None, make_body: Callable[[], dict[str, Any]]) -> bytes:
+    """Encode a body that contains `result`, in a thread if it is large."""
+    size = sum(len(image.data) for image in result.images) if result else 0
+    if size > LARGE_RESPONSE_BYTES:
+        return await asyncio.to_thread(lambda: orjson.dumps(make_body()))
+    return orjson.dumps(make_body())
 
 
 def images_body(record: JobRecord, result: JobResult) -> dict[str, Any]:
-    """A `server.requests.schemas.ImagesBody`. Takes about a millisecond per megabyte of image."""
+    """Return a `server.requests.schemas.ImagesBody`; takes about a millisecond per megabyte of image."""
     return {
         "created": record.submitted_at // 1000,
         **common_fields(record),
@@ -89,33 +91,33 @@ def images_body(record: JobRecord, result: JobResult) -> dict[str, Any]:
 
 
 def common_fields(record: JobRecord) -> dict[str, Any]:
-    """What holds for all pictures of a job, as answers and events say it."""
+    """Return the fields of responses and events that are the same for all images of a job."""
     spec = record.spec
     return {
         "background": "opaque",
         "output_format": spec.output_format,
-        "quality": ResponseOptions.of(record).quality,
+        "quality": ResponseOptions.from_record(record).quality,
         "size": f"{spec.width}x{spec.height}",
     }
 
 
 def image_fields(record: JobRecord, result: JobResult, index: int) -> dict[str, Any]:
-    """A `server.requests.schemas.ImageBody`."""
-    notes, image = ResponseOptions.of(record), result.images[index]
-    fields = {**_data(record, notes, image, index), "seed": image.seed}
-    if notes.revised_prompt is not None:
-        fields["revised_prompt"] = notes.revised_prompt
+    """Return a `server.requests.schemas.ImageBody`."""
+    options, image = ResponseOptions.from_record(record), result.images[index]
+    fields = {**_data(record, options, image, index), "seed": image.seed}
+    if options.revised_prompt is not None:
+        fields["revised_prompt"] = options.revised_prompt
     return fields if image.plan is None else {**fields, "plan": image.plan}
 
 
-def _data(record: JobRecord, notes: ResponseOptions, image: ImageResult, index: int) -> dict[str, str]:
-    if notes.response_format == "url":
-        return {"url": f"{notes.base_url}/v1/files/{notes.file_tokens[index]}.{record.spec.output_format}"}
+def _data(record: JobRecord, options: ResponseOptions, image: ImageResult, index: int) -> dict[str, str]:
+    if options.response_format == "url":
+        return {"url": f"{options.base_url}/v1/files/{options.file_tokens[index]}.{record.spec.output_format}"}
     return {"b64_json": base64.b64encode(image.data).decode()}
 
 
 def usage(prompt_tokens: int, source_tokens: int, plan_tokens: int) -> dict[str, Any]:
-    """A `server.requests.schemas.UsageBody`."""
+    """Return a `server.requests.schemas.UsageBody`."""
     return {
         "total_tokens": prompt_tokens + plan_tokens,
         "input_tokens": prompt_tokens,
@@ -123,57 +125,3 @@ def usage(prompt_tokens: int, source_tokens: int, plan_tokens: int) -> dict[str,
         "input_tokens_details": {"text_tokens": prompt_tokens - source_tokens, "image_tokens": source_tokens},
         "output_tokens_details": {"text_tokens": 0, "image_tokens": plan_tokens},
     }
-
-
-def job_body(record: JobRecord, result: JobResult | None, throughput: Throughput) -> dict[str, Any]:
-    """A `server.requests.schemas.JobBody`."""
-    error = failure(record)
-    return {
-        "id": record.id,
-        "object": "image.job",
-        "operation": ResponseOptions.of(record).operation,
-        "status": record.state.value,
-        "created_at": record.submitted_at // 1000,
-        "deadline": record.deadline_ms // 1000,
-        "position": record.position,
-        "estimated_seconds": None if record.position is None else throughput.seconds_until_end(record.position),
-        "progress": record.progress or None,
-        "result": None if result is None else images_body(record, result),
-        "error": None if error is None else error.detail,
-    }
-
-
-def failure(record: JobRecord) -> ApiError | None:
-    """The answer for a job that has ended without a result; None for any other."""
-    if record.state is JobState.EXPIRED:
-        # The client's own limit passed; an SDK that posts it again by itself would only add to the load.
-        return ApiError(
-            504,
-            "The request did not finish within its timeout.",
-            type="server_error",
-            code="deadline_exceeded",
-            headers={"x-should-retry": "false"},
-        )
-    if record.state is JobState.CANCELLED:
-        return ApiError(409, "The job was cancelled.", code="job_cancelled", headers={"x-should-retry": "false"})
-    if record.state is not JobState.FAILED:
-        return None
-    error = record.error
-    if error is None:
-        return internal_error()
-    status = 400 if error.type == "invalid_request_error" else 500
-    return ApiError(status, error.message, type=error.type, code=error.code, param=error.param)
-
-
-async def share_images(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
-    notes = ResponseOptions.of(record)
-    if notes.response_format == "url":
-        for token, image in zip(notes.file_tokens, result.images, strict=True):
-            await queue.share(token, image.data, f"image/{record.spec.output_format}")
-
-
-async def _rendered(result: JobResult | None, make: Callable[[], dict[str, Any]]) -> bytes:
-    size = sum(len(image.data) for image in result.images) if result else 0
-    if size > LARGE_ANSWER_BYTES:
-        return await asyncio.to_thread(lambda: orjson.dumps(make()))
-    return orjson.dumps(make())

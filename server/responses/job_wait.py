@@ -1,4 +1,4 @@
-"""Who waits for a job, and what becomes of it when they leave."""
+"""Waiting for a job on behalf of a request, and what happens to the job when the client disconnects."""
 
 import asyncio
 import logging
@@ -17,42 +17,44 @@ from engine.tasks import stop
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admitted
 from server.errors import internal_error
-from server.responses.images import failure
-from server.responses.outcomes import JobOutcomes
+from server.responses.outcomes import JobOutcomes, job_error
 
 logger = logging.getLogger("glimmer.images")
 T = TypeVar("T")
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Does the work while the client is there.
+    """Await `work`, and cancel it if the client disconnects first.
 
     Args:
-        receive: of a request whose body has been read, so that nothing but the client's leaving can come.
+        receive: of a request whose body has been read completely: the only message left is the disconnect.
 
     Raises:
-        ClientDisconnect: the client left, and the work was given up.
+        ClientDisconnect: the client disconnected and `work` was cancelled.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_gone(receive))
+    work_task = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(_client_disconnected(receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
+        await asyncio.wait({work_task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if work_task.done():
+            return work_task.result()
         raise ClientDisconnect
     finally:
-        leaving.cancel()
-        await stop(working)
+        disconnect.cancel()
+        await stop(work_task)
 
 
-async def _client_gone(receive: Receive) -> None:
+async def _client_disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class JobWait:
-    """A request that waits for a job. If it ends before the job does, the job is discarded, unless the client was told
-    how to find it again (`detach`): then the job runs on and its result stays."""
+    """A request that waits for a job.
+
+    If the request ends before the job, the job is discarded, unless the client can find it again (`detach`): then the
+    job runs on and its result is kept.
+    """
 
     def __init__(
         self, queue: JobProducer, job: Admitted, *, detached: bool, abandoned_jobs: AbandonedJobs, outcomes: JobOutcomes
@@ -69,30 +71,30 @@ class JobWait:
         return self
 
     def detach(self) -> None:
-        """From now on the client knows the job, or can find it."""
+        """Keep the job when the request ends, because the client knows its id or its idempotency key."""
         if not self.detached and not self._attached:
             self._outcomes.watch(self.job_id)
         self.detached = True
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # Who leaves just as the job ends leaves its pictures behind.
-        was_left = not self._has_ended or isinstance(error, ClientDisconnect)
-        if was_left and not self.detached:
+        # If the client disconnects after completion, discard the result: nothing will fetch it.
+        was_abandoned = not self._has_ended or isinstance(error, ClientDisconnect)
+        if was_abandoned and not self.detached:
             self._abandoned_jobs.discard(self.job_id)
 
     async def end(self) -> tuple[JobRecord, JobResult]:
-        """Waits for the end. Rides out a restart of Redis, whenever it comes.
+        """Wait until the job ends, across a restart of Redis.
 
         Raises:
-            ApiError: it ended without a result.
-            QueueUnavailable: Redis stayed away.
+            ApiError: the job ended without a result.
+            QueueUnavailable: Redis stayed away for `REDIS_OUTAGE_TIMEOUT_S`.
         """
         record = await self._queue.wait(self.job_id)
         return record, await self.result(record)
 
     async def result(self, ended: JobRecord) -> JobResult:
-        """What the job has left. Raises as `end`."""
-        error = failure(ended)
+        """Return the result of the job, given its final record. Raises as `end`."""
+        error = job_error(ended)
         result = None if error else await self._queue.result(self.job_id, outage_timeout_s=REDIS_OUTAGE_TIMEOUT_S)
         self._has_ended = True
         if not self.detached:

@@ -1,4 +1,4 @@
-"""How jobs end, counted."""
+"""How jobs end: the error of a job without a result, and the metrics of all ends."""
 
 import asyncio
 import time
@@ -6,57 +6,80 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from engine.errors import QueueUnavailable
-from engine.jobs.job import JobState
+from engine.jobs.job import JobRecord, JobState
 from engine.jobs.producer import JobProducer
 from engine.tasks import stop
 from server.admission.throughput import Throughput
+from server.errors import ApiError, internal_error
 from server.metrics import Metrics
 
-POLL_INTERVAL_S, POLL_BATCH = 1.0, 500  # at jobs that no request waits for
+POLL_INTERVAL_S = 1.0
+POLL_BATCH = 500  # jobs per call to Redis
+
+
+def job_error(record: JobRecord) -> ApiError | None:
+    """Return the error of a job that has ended without a result, None for any other job."""
+    if record.state is JobState.EXPIRED:
+        # The client's own limit has passed: an SDK that repeats the request would only add load.
+        return ApiError(
+            504,
+            "The request did not finish within its timeout.",
+            type="server_error",
+            code="deadline_exceeded",
+            headers={"x-should-retry": "false"},
+        )
+    if record.state is JobState.CANCELLED:
+        return ApiError(409, "The job was cancelled.", code="job_cancelled", headers={"x-should-retry": "false"})
+    if record.state is not JobState.FAILED:
+        return None
+    error = record.error
+    if error is None:
+        return internal_error()
+    status = 400 if error.type == "invalid_request_error" else 500
+    return ApiError(status, error.message, type=error.type, code=error.code, param=error.param)
 
 
 class JobOutcomes:
-    """Counts how jobs end, those included that no request waits for. However many these are, they are looked after
-    together: a task and a look a second for each would cost more than to admit them."""
+    """Counts how jobs end, including jobs that no request waits for. These share two tasks and one poll per second: a
+    task and a poll for each would cost more than admitting it."""
 
     def __init__(self, queue: JobProducer, metrics: Metrics, throughput: Throughput) -> None:
         self._queue, self._metrics, self._throughput = queue, metrics, throughput
-        self._watched: dict[str, float] = {}  # when each was submitted
-        self._watching: list[asyncio.Task[None]] = []
+        self._watched: dict[str, float] = {}  # monotonic time of submission by job id
+        self._tasks: list[asyncio.Task[None]] = []
 
     def count(self, state: JobState, seconds: float) -> None:
-        """Takes note of a job's end, `seconds` after it was submitted."""
+        """Count the end of a job, `seconds` after its submission."""
         self._throughput.record_end(seconds)
         self._metrics.jobs.labels(state).inc()
 
     def watch(self, job_id: str) -> None:
-        """Counts the job when it ends, and expires it when its deadline passes first."""
+        """Count the job when it ends; expire it if its deadline passes first."""
         self._watched[job_id] = time.monotonic()
-        if not self._watching:
-            self._watching = [asyncio.create_task(self._hear()), asyncio.create_task(self._look())]
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._count_announced()), asyncio.create_task(self._poll())]
 
     async def close(self) -> None:
-        """Stops watching; the jobs go on."""
-        for task in self._watching:
+        """Stop watching; the jobs go on."""
+        for task in self._tasks:
             await stop(task)
 
-    async def _hear(self) -> None:
-        """Counts jobs as they end."""
+    async def _count_announced(self) -> None:
         async for job_id in self._queue.ended():
             if job_id in self._watched:
                 await self._count_ended([job_id])
 
-    async def _look(self) -> None:
-        """Finds the ends that were not heard of."""
+    async def _poll(self) -> None:
+        """Count ends whose announcement was lost."""
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
             watched = list(self._watched)
-            for first in range(0, len(watched), POLL_BATCH):
-                await self._count_ended(watched[first : first + POLL_BATCH])
+            for start in range(0, len(watched), POLL_BATCH):
+                await self._count_ended(watched[start : start + POLL_BATCH])
 
     async def _count_ended(self, job_ids: Sequence[str]) -> None:
         with suppress(QueueUnavailable):
             for job_id, state in (await self._queue.ended_among(job_ids)).items():
-                started = self._watched.pop(job_id, None)
-                if started is not None and state is not None:
-                    self.count(state, time.monotonic() - started)
+                submitted = self._watched.pop(job_id, None)
+                if submitted is not None and state is not None:
+                    self.count(state, time.monotonic() - submitted)

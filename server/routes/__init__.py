@@ -1,1 +1,1 @@
-"""The routes, one module for each part of the API."""
+"""The routes of the HTTP API."""

@@ -1,4 +1,4 @@
-"""GET /v1/files/{name}: pictures handed out by URL. Whoever knows the URL may have them, so no key is asked for."""
+"""GET /v1/files/{name}: images by URL. The URL cannot be guessed, so no key is required."""
 
 from typing import get_args
 
@@ -13,18 +13,18 @@ from server.services import ServicesDep
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 _FILE = {"schema": {"type": "string", "format": "binary"}}
-_PICTURE: openapi.Responses = {
-    200: {"description": "The picture.", "content": {f"image/{kind}": _FILE for kind in get_args(OutputFormat)}}
+_IMAGE: openapi.Responses = {
+    200: {"description": "The image.", "content": {f"image/{name}": _FILE for name in get_args(OutputFormat)}}
 }
 
 
-@router.get("/{name}", response_class=Response, responses={**_PICTURE, **openapi.errors(404, 500, 503)})
-async def picture(name: str, services: ServicesDep) -> Response:
-    """A picture by the name in its URL, while its result is kept."""
-    found = await with_redis_timeout(services.queue.shared(name.partition(".")[0]))
-    if found is None:
-        raise ApiError(404, "There is no such picture, or not any more.", code="file_not_found", param="name")
-    data, media_type = found
+@router.get("/{name}", response_class=Response, responses={**_IMAGE, **openapi.errors(404, 500, 503)})
+async def retrieve_file(name: str, services: ServicesDep) -> Response:
+    """Return the image with this name, while its result is kept."""
+    file = await with_redis_timeout(services.queue.shared(name.partition(".")[0]))
+    if file is None:
+        raise ApiError(404, "This image does not exist, or is no longer kept.", code="file_not_found", param="name")
+    data, media_type = file
     headers = {
         "cache-control": f"private, max-age={services.queue.result_ttl_s}, immutable",
         "x-content-type-options": "nosniff",

@@ -1,4 +1,4 @@
-"""What probes and Prometheus ask. These routes answer within a second, whatever state Redis is in."""
+"""Probes and Prometheus metrics. These routes respond within a second, whatever the state of Redis."""
 
 import asyncio
 from typing import Any
@@ -21,7 +21,7 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/live")
 async def live() -> dict[str, str]:
-    """200 while this process answers; says nothing of Redis or the engines."""
+    """Return 200 while this process responds, whatever the state of Redis and the engines."""
     return {"status": "ok"}
 
 
@@ -29,20 +29,22 @@ async def live() -> dict[str, str]:
     "/health", responses={200: {"model": HealthBody}, 503: {"model": HealthBody, "description": "See `reason`."}}
 )
 async def health(services: ServicesDep) -> Response:
-    """200 when a request sent now would be served, otherwise 503 with the `reason`."""
+    """Return 200 if a request sent now would be served, otherwise 503 with the `reason`."""
+    queue = services.queue
     try:
         engines, stats, takes_writes = await with_redis_timeout(
-            asyncio.gather(services.queue.engines(), services.queue.stats(), services.queue.takes_writes())
+            asyncio.gather(queue.engines(), queue.stats(), queue.takes_writes())
         )
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
-    return _health(_unavailable_reason(services, engines, stats, takes_writes=takes_writes), engines, stats)
+    reason = _unavailable_reason(services, engines, stats, takes_writes=takes_writes)
+    return _health(reason, engines, stats)
 
 
 def _unavailable_reason(
     services: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool
 ) -> str | None:
-    """Why a request sent now would not be served; None if it would."""
+    """Return why a request sent now would not be served, None if it would."""
     if not takes_writes:
         return "The job queue (Redis) refuses writes: memory or disk full, or a replica."
     if services.gate.closed:
@@ -54,24 +56,6 @@ def _unavailable_reason(
     return None
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(services: ServicesDep) -> Response:
-    """Prometheus text: this process, the queue, and every live engine under its `engine` label."""
-    try:
-        stats, engines, texts, takes_writes = await with_redis_timeout(
-            asyncio.gather(
-                services.queue.stats(),
-                services.queue.engines(),
-                services.queue.engine_metrics(),
-                services.queue.takes_writes(),
-            )
-        )
-    except QueueUnavailable:
-        stats, engines, texts, takes_writes = None, [], {}, False
-    services.metrics.queue(stats, engines, services.settings.max_queue, takes_writes=takes_writes)
-    return Response(exposition(services.metrics.registry, texts), media_type=CONTENT_TYPE_LATEST)
-
-
 def _health(reason: str | None, engines: list[EngineInfo], stats: QueueStats | None) -> Response:
     body: dict[str, Any] = {
         "status": "ok" if reason is None else "unavailable",
@@ -81,3 +65,17 @@ def _health(reason: str | None, engines: list[EngineInfo], stats: QueueStats | N
     if reason is not None:
         body["reason"] = reason
     return Response(orjson.dumps(body), 200 if reason is None else 503, media_type="application/json")
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(services: ServicesDep) -> Response:
+    """Return Prometheus text: this process, the queue, and every live engine with an `engine` label."""
+    queue = services.queue
+    try:
+        stats, engines, texts, takes_writes = await with_redis_timeout(
+            asyncio.gather(queue.stats(), queue.engines(), queue.engine_metrics(), queue.takes_writes())
+        )
+    except QueueUnavailable:
+        stats, engines, texts, takes_writes = None, [], {}, False
+    services.metrics.queue(stats, engines, services.settings.max_queue, takes_writes=takes_writes)
+    return Response(exposition(services.metrics.registry, texts), media_type=CONTENT_TYPE_LATEST)

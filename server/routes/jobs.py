@@ -1,4 +1,4 @@
-"""/v1/jobs: what became of requests with `Prefer: respond-async`, or of any other while it is kept."""
+"""/v1/jobs: the jobs of requests with `Prefer: respond-async`, and of any other request while they are kept."""
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
@@ -11,7 +11,7 @@ from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
 from server.requests.schemas import JobBody
 from server.responses.events import EventStream, job_events
-from server.responses.images import render_job
+from server.responses.jobs import render_job
 from server.services import Services, ServicesDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(require_key)])
@@ -21,44 +21,43 @@ _ERRORS = openapi.errors(401, 404, 500, 503)
 
 @router.get("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
 async def retrieve_job(job_id: str, request: Request, services: ServicesDep) -> Response:
-    """A job as it is now, with the answer once it has succeeded."""
-    return await _answer(services, await _own(job_id, request, services))
+    """Return a job as it is now, with its images once it has succeeded."""
+    return await _respond(services, await _find(job_id, request, services))
 
 
 @router.delete("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
 async def cancel_job(job_id: str, request: Request, services: ServicesDep) -> Response:
-    """Cancels a job; one that has ended stays as it is."""
-    record = await _own(job_id, request, services)
+    """Cancel a job. A job that has ended stays as it is."""
+    record = await _find(job_id, request, services)
     if not record.state.is_terminal:
         await with_redis_timeout(services.queue.cancel(job_id))
-        record = await _own(job_id, request, services)
-    return await _answer(services, record)
+        record = await _find(job_id, request, services)
+    return await _respond(services, record)
 
 
 @router.get("/{job_id}/events", response_class=StreamingResponse, responses={**openapi.EVENTS, **_ERRORS})
 async def follow_job(job_id: str, request: Request, services: ServicesDep) -> Response:
-    """Server-sent events of a job: `status` and `progress` as they change, each `partial_image` once, and at the end
-    `completed` or `failed`. The job goes on when its follower leaves."""
-    await _own(job_id, request, services)
+    """Stream the events of a job: `status` and `progress` when they change, each `partial_image` once, and finally
+    `completed` or `failed`. The job goes on when the client disconnects."""
+    await _find(job_id, request, services)
     return EventStream(job_events(services.queue, job_id, services.admission.throughput))
 
 
-async def _own(job_id: str, request: Request, services: Services) -> JobRecord:
-    """The job, if it is the caller's.
+async def _find(job_id: str, request: Request, services: Services) -> JobRecord:
+    """Return the job if it belongs to the caller, expired if its deadline has passed.
 
     Raises:
-        ApiError: 404, of another caller's job as of one that never was.
+        ApiError: 404, the same for another caller's job and an unknown one.
     """
     record = await with_redis_timeout(services.queue.get(job_id))
     if record is None or record.owner != request.state.caller.owner:
-        raise ApiError(404, "There is no such job, or not any more.", code="job_not_found", param="job_id")
+        raise ApiError(404, "This job does not exist, or is no longer kept.", code="job_not_found", param="job_id")
     bind(job=job_id)
-    if not record.state.is_terminal and await with_redis_timeout(services.queue.expire(job_id)):  # if its time is over
+    if not record.state.is_terminal and await with_redis_timeout(services.queue.expire(job_id)):
         record = await with_redis_timeout(services.queue.get(job_id)) or record
     return record
 
 
-async def _answer(services: Services, record: JobRecord) -> Response:
-    return Response(
-        await render_job(services.queue, record, services.admission.throughput), media_type="application/json"
-    )
+async def _respond(services: Services, record: JobRecord) -> Response:
+    content = await render_job(services.queue, record, services.admission.throughput)
+    return Response(content, media_type="application/json")

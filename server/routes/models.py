@@ -1,4 +1,4 @@
-"""GET /v1/models: the names this server answers to."""
+"""GET /v1/models: the served model names."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 @router.get("", responses={401: {"model": ErrorBody}})
 async def list_models(services: ServicesDep) -> dict[str, Any]:
-    """Lists the served names, the default first."""
+    """List the served names, the default first."""
     return {"object": "list", "data": [_model(name, services.started_at) for name in services.settings.model_names]}
 
 
 @router.get("/{model:path}", responses={401: {"model": ErrorBody}, 404: {"model": ErrorBody}})
 async def retrieve_model(model: str, services: ServicesDep) -> dict[str, Any]:
-    """Describes one served name; a name may hold slashes."""
+    """Describe one served name, which may contain slashes."""
     if model not in services.settings.model_names:
         raise model_not_found(services.settings.model_names)
     return _model(model, services.started_at)

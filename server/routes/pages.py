@@ -1,6 +1,7 @@
-"""GET /: the playground, a page that uses the API as any client would. It is open to all; what it asks for is not.
+"""GET /: the playground, a page that uses the API like any client. GET /docs: the API reference, from /openapi.json.
 
-GET /docs: the API reference, a page that shows what /openapi.json says. Neither needs anything from another server."""
+The pages need no key, but the API calls of the playground do. Neither page loads anything from another server.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ _POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
     "style-src": "'self'",
-    "img-src": "'self' blob:",  # pictures come as data of the API, not as addresses
+    "img-src": "'self' blob:",  # the API returns images as data, not as URLs
     "connect-src": "'self'",
     "base-uri": "'none'",
     "form-action": "'none'",
@@ -31,7 +32,7 @@ _HEADERS = {
     "content-security-policy": "; ".join(f"{name} {value}" for name, value in _POLICY.items()),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",  # asked for again every time, so that the files of one version meet
+    "cache-control": "no-cache",  # revalidated every time, so that all files are of one version
 }
 
 router = APIRouter(include_in_schema=False)
@@ -46,7 +47,7 @@ class _File:
 
 @cache
 def _files() -> dict[str, _File]:
-    """The files of the pages by name: nothing else can be asked for."""
+    """Return the files of the pages by name. Nothing else can be requested."""
     files = {}
     for path in FOLDER.iterdir():
         if path.suffix in _MEDIA_TYPES:
@@ -57,27 +58,27 @@ def _files() -> dict[str, _File]:
 
 
 @router.get("/")
-def page(request: Request) -> Response:
-    """The page itself."""
-    return _answer(request, "index.html")
+def playground(request: Request) -> Response:
+    """Return the playground."""
+    return _file_response(request, "index.html")
 
 
 @router.get("/docs")
 def reference(request: Request) -> Response:
-    """The API reference."""
-    return _answer(request, "reference.html")
+    """Return the API reference."""
+    return _file_response(request, "reference.html")
 
 
 @router.get("/playground/{name}")
-def part(name: str, request: Request) -> Response:
-    """What the pages consist of: style sheets, scripts, icon."""
-    return _answer(request, name)
+def page_file(name: str, request: Request) -> Response:
+    """Return a style sheet, script or icon of the pages."""
+    return _file_response(request, name)
 
 
-def _answer(request: Request, name: str) -> Response:
+def _file_response(request: Request, name: str) -> Response:
     file = _files().get(name)
     if file is None:
-        raise ApiError(404, "The playground has no such file.", code="not_found")
+        raise ApiError(404, "The playground has no file with this name.", code="not_found")
     headers = {**_HEADERS, "etag": file.etag}
     if request.headers.get("if-none-match") == file.etag:
         return Response(status_code=304, headers=headers)

@@ -251,7 +251,7 @@ async def test_plans_that_do_not_fit(
 async def test_large_answers_are_whole(
     client: httpx.AsyncClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.responses.images.LARGE_ANSWER_BYTES", 10)
+    monkeypatch.setattr("server.responses.images.LARGE_RESPONSE_BYTES", 10)
     body = (await client.post(URL, json={"prompt": "x", "n": 3, "seed": 1})).json()
     assert [base64.b64decode(image["b64_json"]) for image in body["data"]] == [
         picture(stub.specs[0], seed) for seed in (1, 2, 3)

@@ -124,7 +124,7 @@ async def test_progress_comes_as_comments(client: httpx.AsyncClient, queue: JobQ
 async def test_a_silent_stream_is_kept_alive(
     client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.responses.events.PING_EVERY_S", 0.1)
+    monkeypatch.setattr("server.responses.events.PING_INTERVAL_S", 0.1)
     async with StubEngine(queue, step_s=1):
         events = events_of(await client.post(URL, json={"prompt": "x", "stream": True, "num_inference_steps": 1}))
     assert events.comments.count("ping") >= 3

@@ -1,1 +1,1 @@
-"""The HTTP side: it checks requests, hands them to the queue and waits for what the engines make of them. No torch."""
+"""The HTTP API: validates requests, submits them as jobs and returns the results. No torch."""

@@ -1,10 +1,10 @@
-"""What an address says about who is behind it."""
+"""Classifying network addresses."""
 
 from ipaddress import ip_address
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can be at, or reach, this address or name."""
+    """Return whether `host`, an address or a name, belongs to this machine alone."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

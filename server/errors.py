@@ -1,9 +1,10 @@
-"""Every error leaves as `{"error": {"message", "type", "param", "code"}}`, also where the framework raised it.
+"""Error responses. All have the body `{"error": {"message", "type", "param", "code"}}`, also those of the framework.
 
 ApiError
-├── made by `invalid`          400  the request names something that cannot be served as asked
-├── made by `invalid_image`    400  a picture that was sent cannot be used
-└── made by `unavailable`      503  nothing wrong with the request; try again after `Retry-After`
+├── invalid()          400  a field has a value that cannot be served
+├── invalid_image()    400  an uploaded image cannot be used
+├── unavailable()      503  the request is valid; retry after `Retry-After`
+└── internal_error()   500  a bug in the server
 """
 
 from http import HTTPStatus
@@ -17,7 +18,7 @@ from starlette.routing import Match
 
 from engine.errors import QueueReadOnly, QueueUnavailable, RequestError
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's code: nobody is left to read it, but log and metrics show it
+CLIENT_CLOSED_REQUEST = 499  # nginx's code, for logs and metrics: the client has disconnected
 
 REDIS_RETRY_S = 2
 ENGINE_RETRY_S = 5
@@ -25,14 +26,14 @@ DRAINING_RETRY_S = 2
 
 
 class ApiError(Exception):
-    """An answer other than success.
+    """An error response.
 
     Args:
         status: HTTP status.
-        message: written for the person who sent the request; names what would be accepted.
-        type: `invalid_request_error` or another type of the HTTP contract.
-        code, param: the error's code and the request field at fault, where there is one.
-        headers: further response headers, for example `Retry-After`.
+        message: for the author of the request; names what is accepted.
+        type: `invalid_request_error` or another of OpenAI's error types.
+        code, param: the error's code and the invalid field, if any.
+        headers: additional response headers, for example `Retry-After`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ApiError(Exception):
 
     @property
     def detail(self) -> dict[str, Any]:
-        """What goes into the envelope."""
+        """Return the object in the body's `error`."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
     def response(self) -> Response:
@@ -59,30 +60,30 @@ class ApiError(Exception):
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    """400: `param` cannot be served as asked."""
+    """Return a 400 for the field `param`."""
     return ApiError(400, message, param=param, code=code)
 
 
 def invalid_image(param: str, message: str) -> ApiError:
-    """400: the picture sent as `param` cannot be used."""
+    """Return a 400 for an image uploaded as `param`."""
     return ApiError(400, message, type="image_generation_user_error", code="invalid_image_file", param=param)
 
 
 def queue_unavailable() -> ApiError:
-    """503 while Redis is away."""
+    """Return the 503 for an outage of Redis."""
     return unavailable("The job queue cannot be reached right now; try again shortly.", REDIS_RETRY_S)
 
 
 def unavailable(message: str, retry_after_s: int) -> ApiError:
-    """503: the same request will be served later, or by another replica now."""
+    """Return a 503: the request may succeed later, or on another replica."""
     return ApiError(
         503, message, type="server_error", code="service_unavailable", headers={"retry-after": str(retry_after_s)}
     )
 
 
 def internal_error() -> ApiError:
-    """500 for a mistake of ours: says nothing of the inside."""
-    return ApiError(500, "The server failed on this request.", type="server_error", code="internal_error")
+    """Return the 500 for a bug in the server, without internals."""
+    return ApiError(500, "The server failed to process this request.", type="server_error", code="internal_error")
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -100,29 +101,29 @@ async def _queue_unavailable(_: Request, error: Exception) -> Response:
 
 
 async def _queue_read_only(_: Request, error: Exception) -> Response:
-    return unavailable("The job queue takes no jobs right now; try again shortly.", REDIS_RETRY_S).response()
+    return unavailable("The job queue does not accept jobs right now; try again shortly.", REDIS_RETRY_S).response()
 
 
-async def _client_left(_: Request, error: Exception) -> Response:
+async def _client_disconnected(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the router raises: no such route, or not with this method."""
+    """Name the available routes or methods for the router's 404 and 405."""
     assert isinstance(error, HTTPException)
     status, message, headers = error.status_code, str(error.detail), dict(error.headers or {})
     if status == 404:
-        message = f"There is no route {request.method} {request.url.path}; /docs lists what there is."
+        message = f"There is no route {request.method} {request.url.path}; /docs lists the routes."
     elif status == 405:
-        accepted = _methods(request)
-        headers["Allow"] = ", ".join(accepted)
-        message = f"{request.url.path} does not accept {request.method}; it takes {' and '.join(accepted)}."
+        methods = _allowed_methods(request)
+        headers["Allow"] = ", ".join(methods)
+        message = f"{request.url.path} does not accept {request.method}; it accepts {' and '.join(methods)}."
     code = HTTPStatus(status).phrase.lower().replace(" ", "_")
     return ApiError(status, message, code=code, headers=headers).response()
 
 
-def _methods(request: Request) -> list[str]:
-    """What can be done at this path. (The router's own word is the first route's alone.)"""
+def _allowed_methods(request: Request) -> list[str]:
+    """Return the methods of all routes at this path; the router's own `Allow` names those of the first route only."""
     routes = request.app.routes
     scopes = [{**request.scope, "method": method} for method in ("GET", "POST", "DELETE")]
     return [scope["method"] for scope in scopes if any(route.matches(scope)[0] is Match.FULL for route in routes)]
@@ -133,12 +134,12 @@ _HANDLERS: dict[type[Exception], Any] = {
     RequestError: _request_error,
     QueueUnavailable: _queue_unavailable,
     QueueReadOnly: _queue_read_only,
-    ClientDisconnect: _client_left,
+    ClientDisconnect: _client_disconnected,
     HTTPException: _http_error,
 }
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Gives `app` the error envelope. What is not handled here, `server.middleware` answers with `internal_error`."""
-    for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+    """Install the error responses. `server.middleware` turns any other exception into `internal_error`."""
+    for error_type, handler in _HANDLERS.items():
+        app.add_exception_handler(error_type, handler)

@@ -1,6 +1,6 @@
-"""The API's metrics, and one exposition for them and the engines': families of one name under one HELP and TYPE.
+"""The API's metrics, and one Prometheus text for them and the engines' metrics.
 
-Labels are bounded: routes by template, methods from a list, never a path, a key or a job.
+Labels are bounded: templates of routes and a list of methods, never a path, a key or a job.
 """
 
 import logging
@@ -21,49 +21,52 @@ logger = logging.getLogger("glimmer.metrics")
 
 
 class Metrics:
-    """What this API process counts, in a registry of its own."""
+    """The metrics of one API process, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            "glimmer_http_requests", "Requests answered.", ("route", "method", "status"), registry=self.registry
+            "glimmer_http_requests", "Responses sent.", ("route", "method", "status"), registry=self.registry
         )
         self._seconds = Histogram(
             "glimmer_http_request_seconds",
-            "Time from a request's headers to the end of its answer.",
+            "Time from a request's headers to the end of its response.",
             ("route", "method"),
             buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )
-        self.in_flight = Gauge("glimmer_http_requests_in_flight", "Requests being answered.", registry=self.registry)
+        self.in_flight = Gauge("glimmer_http_requests_in_flight", "Requests in progress.", registry=self.registry)
         self.jobs = Counter(
-            "glimmer_api_jobs", "Jobs this API process saw end, by end state.", ("state",), registry=self.registry
+            "glimmer_api_jobs", "Jobs that ended, as seen by this API process.", ("state",), registry=self.registry
         )
-        for state in TERMINAL_STATES:  # from 0, or Prometheus does not see the first one
+        for state in TERMINAL_STATES:  # start at 0: Prometheus would not see the first increase otherwise
             self.jobs.labels(state)
         self.rewrites = Counter(
             "glimmer_prompt_rewrites",
-            "Prompts sent to the rewriter: rewritten, dropped (not fit for use) or failed.",
+            "Prompts sent to the rewriter: rewritten, dropped (result not usable) or failed.",
             ("outcome",),
             registry=self.registry,
         )
         self._queue = Gauge("glimmer_queue_jobs", "Jobs in the queue.", ("state",), registry=self.registry)
-        self._queue_cap = Gauge("glimmer_queue_cap", "Jobs that may wait.", registry=self.registry)
-        self._given_up = Gauge(
+        self._queue_cap = Gauge("glimmer_queue_cap", "Maximum number of waiting jobs.", registry=self.registry)
+        self._dead_lettered = Gauge(
             "glimmer_queue_jobs_given_up",
-            "Jobs given up because they brought their engines down, since the queue was made.",
+            "Jobs failed because they repeatedly crashed their engines, since the queue was created.",
             registry=self.registry,
         )
         self._engines = Gauge("glimmer_engines", "Engines with a heartbeat.", ("state",), registry=self.registry)
         self._source_bytes = Gauge(
-            "glimmer_queue_source_bytes", "Memory in Redis of the pictures of edits.", registry=self.registry
+            "glimmer_queue_source_bytes", "Memory that source images take in Redis.", registry=self.registry
         )
-        self._redis_up = Gauge("glimmer_redis_up", "1 when Redis answered this scrape.", registry=self.registry)
+        self._redis_up = Gauge("glimmer_redis_up", "1 if Redis responded during this scrape.", registry=self.registry)
         self._redis_takes_writes = Gauge(
-            "glimmer_redis_takes_writes", "1 when Redis took a small write at this scrape.", registry=self.registry
+            "glimmer_redis_takes_writes",
+            "1 if Redis accepted a small write during this scrape.",
+            registry=self.registry,
         )
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request; `route` is the template of its path."""
         method = method if method in _METHODS else "other"
         self._requests.labels(route, method, status).inc()
         self._seconds.labels(route, method).observe(seconds)
@@ -71,14 +74,14 @@ class Metrics:
     def queue(
         self, stats: QueueStats | None, engines: Sequence[EngineInfo], max_queue: int, *, takes_writes: bool
     ) -> None:
-        """The queue and its engines now; None when Redis did not say, and then none are shown rather than old ones."""
+        """Set the gauges of the queue and the engines; clear them if `stats` is None (no response)."""
         self._redis_up.set(stats is not None)
         self._redis_takes_writes.set(takes_writes)
         self._queue_cap.set(max_queue)
         self._queue.clear()
         self._engines.clear()
         self._source_bytes.set(math.nan if stats is None else stats.source_bytes)
-        self._given_up.set(math.nan if stats is None else stats.dead_lettered)
+        self._dead_lettered.set(math.nan if stats is None else stats.dead_lettered)
         if stats is not None:
             self._queue.labels("waiting").set(stats.waiting)
             self._queue.labels("running").set(stats.running)
@@ -87,7 +90,7 @@ class Metrics:
 
 
 class _Families:
-    """Finished families as a collector, which is what prometheus_client writes out."""
+    """A collector of existing families, for prometheus_client's `generate_latest`."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
@@ -96,10 +99,10 @@ class _Families:
         return self._families
 
 
-def exposition(own: CollectorRegistry, engines: dict[str, str]) -> bytes:
-    """One valid Prometheus text: `own`, and each engine's text with an `engine` label on every sample."""
+def exposition(api: CollectorRegistry, engines: dict[str, str]) -> bytes:
+    """Return one Prometheus text of the API's registry and, with an `engine` label, each engine's text."""
     families: dict[str, Metric] = {}
-    for family in own.collect():
+    for family in api.collect():
         _add(families, family, {})
     for engine_id, text in engines.items():
         try:
@@ -113,8 +116,8 @@ def exposition(own: CollectorRegistry, engines: dict[str, str]) -> bytes:
 
 
 def _add(families: dict[str, Metric], family: Metric, labels: dict[str, str]) -> None:
-    """Joins `family` to the one of its name. One of another type, from an engine of another version, is left out: two
-    types under one name would make the whole text invalid. So would the `_created` gauges, whose names collide."""
+    """Merge `family` into the one of its name. Leave out what would make the whole text invalid: another type under the
+    same name (an engine of another version), and `_created` gauges, whose names collide."""
     if family.name.endswith("_created"):
         return
     target = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

@@ -1,4 +1,4 @@
-"""Around every request: an id, the time it took, one log line, a span, the metrics, and no exception that gets out.
+"""Middleware around every request: its id, log line, span and metrics, and the 500 for unhandled exceptions.
 
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
 """
@@ -18,15 +18,15 @@ from engine.observability.tracing import Span, Tracing
 from server.errors import internal_error
 from server.metrics import Metrics
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET_ROUTES = frozenset({"/live", "/health", "/metrics"})  # probes come every few seconds and say nothing new
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET_ROUTES = frozenset({"/live", "/health", "/metrics"})  # probes, every few seconds
 
 logger = logging.getLogger("glimmer.http")
 
 
 @dataclass
 class _Exchange:
-    """One request as it goes by. `status` is 0 until the answer starts."""
+    """A request in progress. `status` is 0 until the response starts."""
 
     request_id: str
     span: Span
@@ -39,8 +39,8 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Gives each request its id and its span (`request.state.origin`) and reports it when it is over. What a route puts
-    into `request.state.response_headers` goes onto the answer, whatever that is."""
+    """Gives each request an id and a span (`request.state.origin`) and reports its end. Headers that a route puts into
+    `request.state.response_headers` are added to every response, also to errors."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
@@ -52,7 +52,7 @@ class RequestObserver:
             return
         headers = Headers(scope=scope)
         exchange = _Exchange(_request_id(headers), self._span(scope, headers))
-        bind(request=exchange.request_id, job=None)  # a connection's next request may start in the task of its last
+        bind(request=exchange.request_id, job=None)  # requests of one connection may share a task
         scope.setdefault("state", {})["origin"] = Origin(exchange.request_id, exchange.span.traceparent)
         with self._metrics.in_flight.track_inprogress():
             try:
@@ -61,25 +61,24 @@ class RequestObserver:
                 self._report(scope, exchange)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, exchange: _Exchange) -> None:
-        async def send_stamped(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers.update(scope["state"].get("response_headers", {}))
                 headers["x-request-id"] = exchange.request_id
                 if scope["app"].state.gate.closed:
-                    headers["connection"] = "close"  # the next request would find nobody
+                    headers["connection"] = "close"  # this process accepts no further requests
                 headers["openai-processing-ms"] = str(round(exchange.seconds * 1000))
             await send(message)
 
         try:
-            await self._app(scope, receive, send_stamped)
+            await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            kind, frames = type(error).__name__, where(error)
-            event(logger, "unhandled", logging.ERROR, error=kind, where=frames)
+            event(logger, "unhandled", logging.ERROR, error=type(error).__name__, where=where(error))
             if exchange.status:
-                raise  # too late for an answer; the server closes the connection
-            await internal_error().response()(scope, receive, send_stamped)
+                raise  # the response has started; the server closes the connection
+            await internal_error().response()(scope, receive, send_with_headers)
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
@@ -112,6 +111,6 @@ class RequestObserver:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's id where it is fit for a header and a log line, otherwise a new one."""
+    """Return the client's id if it is safe in a header and a log line, otherwise a new one."""
     sent = headers.get("x-request-id", "")
-    return sent if _SANE_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
+    return sent if _REQUEST_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"

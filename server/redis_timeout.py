@@ -1,4 +1,4 @@
-"""A bound on how long a request waits for Redis."""
+"""The timeout of calls to Redis while a client waits."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -6,24 +6,24 @@ from typing import TypeVar
 
 from engine.errors import QueueUnavailable
 
-REDIS_TIMEOUT_S = 0.8  # of a Redis that is cut off without a reset: a client hears within a second
-SOURCE_BYTES_PER_S = 20e6  # that a link to Redis carries at least: large pictures get so much more time
+REDIS_TIMEOUT_S = 0.8  # a client gets its 503 within a second, even if the connection hangs without a reset
+SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis: large images extend the timeout
 
 T = TypeVar("T")
 
 
-async def with_redis_timeout(asked: Awaitable[T], size: int = 0) -> T:
-    """What Redis says, if it says it while a client or a probe can wait.
+async def with_redis_timeout(call: Awaitable[T], size: int = 0) -> T:
+    """Await a Redis call with a timeout short enough for HTTP clients and probes.
 
     Args:
-        size: of what it is sent, in bytes, where that is large.
+        size: of the data sent, in bytes, if it is large.
 
     Raises:
-        QueueUnavailable: it took longer than `REDIS_TIMEOUT_S`, and what the size takes.
+        QueueUnavailable: the call took longer than `REDIS_TIMEOUT_S` plus the time for `size`.
     """
     timeout_s = REDIS_TIMEOUT_S + size / SOURCE_BYTES_PER_S
     try:
         async with asyncio.timeout(timeout_s):
-            return await asked
+            return await call
     except TimeoutError:
-        raise QueueUnavailable(f"no answer from Redis within {timeout_s:.1f} s") from None
+        raise QueueUnavailable(f"no response from Redis within {timeout_s:.1f} s") from None

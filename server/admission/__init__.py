@@ -1,1 +1,1 @@
-"""Who gets in: keys, limits, room in the queue, engines that work."""
+"""Admission of requests: API keys, rate limits, room in the queue, ready engines."""

@@ -1,4 +1,4 @@
-"""Takes back, in the background, jobs that nobody waits for: an engine's time is too dear to finish them."""
+"""Discarding jobs whose client has disconnected: engine time is too expensive to finish them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,32 +10,32 @@ from engine.jobs.job import JobState
 from engine.jobs.producer import JobProducer
 from server.metrics import Metrics
 
-CLOSE_TIMEOUT_S = 2.0  # what the shutdown of the server leaves for those under way
+CLOSE_TIMEOUT_S = 2.0  # for pending discards when the server shuts down
 
 
 class AbandonedJobs:
-    """The abandoned jobs of one API process."""
+    """Discards jobs of one API process in the background."""
 
     def __init__(self, queue: JobProducer, metrics: Metrics) -> None:
         self._queue, self._metrics = queue, metrics
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Has the job withdrawn as soon as Redis allows, whether its submit has arrived there or not; never raises.
+        """Discard the job as soon as Redis responds, even if its submit is still in flight. Never raises.
 
         Args:
-            then: done after that, when it is certain that nothing comes of the job.
+            then: called afterwards, when the job can no longer produce a result.
         """
         task = asyncio.create_task(self._discard(job_id, then))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Gives those under way a last chance; needs the queue."""
-        if not self._under_way:
+        """Wait up to `CLOSE_TIMEOUT_S` for pending discards. Call it before the queue is closed."""
+        if not self._tasks:
             return
-        _, late = await asyncio.wait(self._under_way, timeout=CLOSE_TIMEOUT_S)
-        for task in late:
+        _, pending = await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+        for task in pending:
             task.cancel()
 
     async def _discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None) -> None:

@@ -1,4 +1,4 @@
-"""Who gets in: nobody while draining, nobody without an engine, and never more than the queue may hold."""
+"""Submitting jobs within the limits of the queue and of the caller."""
 
 import asyncio
 import hashlib
@@ -18,41 +18,41 @@ from server.admission.throughput import Throughput
 from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
 
-_NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # stands for one where none is to be put into the queue
-_FULL = "The queue is full"
-_FULL_OF_PICTURES = "The pictures of the edits in the queue take all the memory there is for them"
+_NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # for a submit that only looks up its idempotency key
+_QUEUE_FULL = "The queue is full"
+_SOURCES_FULL = "The images of queued edits take all the memory reserved for them"
 
 
 @dataclass(frozen=True)
 class Idempotency:
-    """What makes a repeated request find the job of the first.
+    """Lets a repeated request find the job of the first.
 
     Args:
-        key: the `Idempotency-Key` as it was sent. Another caller's equal key is another key.
-        fingerprint: a hash of what was asked for; the key with another one is refused.
+        key: the `Idempotency-Key` header. Equal keys of different callers are different keys.
+        fingerprint: hash of the request; the same key with another fingerprint is refused.
     """
 
     key: str
     fingerprint: str
 
     def scoped(self, caller: Caller) -> str:
-        """The key in Redis: of bounded length, and the caller's own."""
+        """Return the key in Redis, of fixed length and distinct for each caller."""
         return hashlib.sha256(f"{caller.owner}\0{self.key}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """A job in the queue. `attached`: it is an earlier request's, which may be waiting for it, too."""
+    """A job in the queue. `attached`: an earlier request submitted it and may be waiting for it, too."""
 
     job_id: str
     attached: bool = False
 
 
 class Admission:
-    """Puts jobs into the queue while it has room and the caller may.
+    """Submits jobs while the queue and the caller's limits allow it.
 
-    The order for a request: `find_by_idempotency_key`, which costs nothing; `charge`; only then what takes time or
-    money, such as rewriting the prompt; `submit`, which gives the charge back where no job comes of it.
+    For each request call `find_by_idempotency_key`, which is free; then `charge`; only then spend time or money, such
+    as rewriting the prompt; finally `submit`, which refunds the charge if it creates no job.
     """
 
     def __init__(
@@ -69,40 +69,39 @@ class Admission:
         self.throughput = Throughput()
 
     async def check_room(self) -> None:
-        """For those who are about to decode the pictures of an edit.
+        """Check the queue before decoding the images of an edit.
 
         Raises:
-            ApiError: 429 when the queue is at a cap now.
+            ApiError: 429 when the queue is at one of its limits.
             QueueUnavailable: Redis is away.
         """
         stats = await with_redis_timeout(self._queue.stats())
         if stats.waiting >= self._max_queue:
-            raise self._try_again_later(_FULL, self._max_queue)
+            raise self._try_again_later(_QUEUE_FULL, self._max_queue)
         if self._max_source_bytes is not None and stats.source_bytes >= self._max_source_bytes:
-            raise self._try_again_later(_FULL_OF_PICTURES, 1)
+            raise self._try_again_later(_SOURCES_FULL, 1)
 
     async def find_by_idempotency_key(self, caller: Caller, idempotency: Idempotency) -> str | None:
-        """The id of the job that a repeated request is to be answered with; None if it is the first, or if that one
-        ended without a result.
+        """Return the id of the first request's job; None if this is the first, or that job ended without a result.
 
         Raises:
-            ApiError: 422 when the key came with another request.
+            ApiError: 422 when the key was used with a different request.
             QueueUnavailable: Redis is away.
         """
         try:
-            # A submit to a queue without room: only a known key gets past that.
-            return await self._put(
+            # With `max_queue` of 0 only a known key is not refused.
+            return await self._enqueue(
                 _NO_JOB, caller, idempotency, job_id=_new_id(), timeout_s=1.0, priority="batch", max_queue=0
             )
         except QueueFull:
             return None
 
     async def charge(self, caller: Caller, spec: JobSpec) -> Charge:
-        """Counts the job against the limits of the caller's key. `headers` of the charge go onto the answer.
+        """Charge the job to the limits of the caller's key.
 
         Raises:
             ApiError: 429 when a limit is reached; nothing is charged.
-            QueueUnavailable: Redis is away. Should it have counted the job before that, the charge stands.
+            QueueUnavailable: Redis is away; the charge stands if Redis had already counted it.
         """
         pixel_steps = spec.width * spec.height * spec.num_inference_steps * spec.n
         return await with_redis_timeout(self._limits.charge(caller, pixel_steps))
@@ -119,20 +118,20 @@ class Admission:
         idempotency: Idempotency | None = None,
         origin: Origin = Origin(),
     ) -> Admitted:
-        """Reserves a place and queues the job of the caller who was charged, in one atomic step.
+        """Queue the job of the charged caller, in one atomic step.
 
-        Without an answer the job may be queued all the same. Nobody would wait for it, so it is withdrawn then, and the
-        charge given back when that is done. But not with an idempotency key, under which another request may have found
-        the job or may ask for it: there the charge stands, and a repetition costs nothing if it finds the job.
+        If Redis does not respond, the job may be queued all the same. No request waits for it, so it is discarded and
+        the charge then refunded. Except with an idempotency key, with which other requests may find the job: then the
+        charge stands, and a repeated request that finds the job is not charged.
 
         Raises:
-            ApiError: 429 when the queue is at a cap or the caller at its own; 422 when the idempotency key came with
-                another request.
+            ApiError: 429 when the queue or the caller is at a limit; 422 when the idempotency key was used with a
+                different request.
             QueueUnavailable: Redis is away.
         """
         job_id, caller = _new_id(), charge.caller
         try:
-            found = await self._put(
+            queued_id = await self._enqueue(
                 spec,
                 caller,
                 idempotency,
@@ -155,20 +154,20 @@ class Admission:
             if idempotency is None:
                 self._abandoned_jobs.discard(job_id, then=lambda: self._refund(charge))
             raise
-        if found != job_id:
+        if queued_id != job_id:
             await self._refund(charge)
-        return Admitted(found, attached=found != job_id)
+        return Admitted(queued_id, attached=queued_id != job_id)
 
-    async def _put(
+    async def _enqueue(
         self,
         spec: JobSpec,
         caller: Caller,
         idempotency: Idempotency | None,
         *,
         source_images: SourceImages | None = None,
-        **how: Any,
+        **options: Any,
     ) -> str:
-        """`JobProducer.submit` on behalf of a caller."""
+        """Call `JobProducer.submit` for a caller."""
         try:
             return await with_redis_timeout(
                 self._queue.submit(
@@ -178,32 +177,32 @@ class Admission:
                     max_owned=caller.max_concurrent,
                     idempotency_key=idempotency.scoped(caller) if idempotency else "",
                     fingerprint=idempotency.fingerprint if idempotency else "",
-                    **how,
+                    **options,
                 ),
                 source_images.size if source_images else 0,
             )
         except KeyReused:
             raise ApiError(
                 422,
-                "This Idempotency-Key came with another request before; use a new key for each request.",
+                "This Idempotency-Key was used with a different request; use a new key for each request.",
                 code="idempotency_key_reused",
                 param="Idempotency-Key",
             ) from None
 
     async def _refund(self, charge: Charge) -> None:
-        with suppress(QueueUnavailable):  # then a refusal has cost something; a day is soon over
+        with suppress(QueueUnavailable):  # then the refused request stays charged, at most until the end of the day
             await with_redis_timeout(self._limits.refund(charge))
 
     def _refused(self, refusal: QueueFull | TooManyJobs, caller: Caller) -> ApiError:
         if isinstance(refusal, SourcesFull):
-            return self._try_again_later(_FULL_OF_PICTURES, 1)
+            return self._try_again_later(_SOURCES_FULL, 1)
         if isinstance(refusal, QueueFull):
-            return self._try_again_later(_FULL, self._max_queue)
-        most = caller.max_concurrent or 0
-        return self._try_again_later(f"This key may have {most} jobs waiting and running at once", most)
+            return self._try_again_later(_QUEUE_FULL, self._max_queue)
+        maximum = caller.max_concurrent or 0
+        return self._try_again_later(f"This key may have {maximum} jobs waiting and running at once", maximum)
 
     def _try_again_later(self, reason: str, jobs: int) -> ApiError:
-        """429, with the time until about a tenth of `jobs` will have ended."""
+        """Return a 429 with the estimated time until a tenth of `jobs` have ended."""
         retry = self.throughput.retry_after_s(jobs)
         return ApiError(
             429,

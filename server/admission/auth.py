@@ -1,4 +1,4 @@
-"""Who may use /v1: everybody, or whoever sends one of the keys that the settings name."""
+"""Authentication for /v1 with the API keys of the settings, if there are any."""
 
 from typing import Annotated
 
@@ -8,12 +8,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from server.admission.keys import ANONYMOUS, KeyRing
 from server.errors import ApiError
 
-_bearer = HTTPBearer(auto_error=False, description="A key of `--api-key` or `--api-keys`, where any is set.")
+_bearer = HTTPBearer(auto_error=False, description="A key of `--api-key` or `--api-keys`, if either is set.")
 
 
 async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
-    """A dependency that lets a request through only with a known key. Who sent it is `request.state.caller` then, a
-    `server.admission.keys.Caller`.
+    """Set `request.state.caller`, a `server.admission.keys.Caller`. A FastAPI dependency.
 
     Raises:
         ApiError: 401 without a key or with an unknown one.
@@ -23,7 +22,7 @@ async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredent
         request.state.caller = ANONYMOUS
         return
     if sent is None:
-        raise _unauthorized("An API key is needed: send it as Authorization: Bearer KEY.")
+        raise _unauthorized("An API key is required: send it as Authorization: Bearer KEY.")
     caller = keys.find(sent.credentials)
     if caller is None:
         raise _unauthorized("The API key is not valid here.")

@@ -1,4 +1,4 @@
-"""The gate that closes when the server drains."""
+"""The gate that refuses requests while the server drains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,19 @@ from server.errors import DRAINING_RETRY_S, unavailable
 
 
 class Gate:
-    """Counts the requests being served and, once closed, lets no further one in."""
+    """Counts the requests in progress and, once closed, refuses further requests."""
 
     def __init__(self) -> None:
         self.closed = False
         self.inside = 0
 
     def close(self) -> None:
-        """Start of the drain; there is no way back."""
+        """Refuse all further requests."""
         self.closed = True
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Holds a place while a request is served.
+        """Count a request while it is served.
 
         Raises:
             ApiError: 503 when the gate is closed.

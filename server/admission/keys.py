@@ -1,15 +1,15 @@
-"""API keys: who the callers are and what each may use.
+"""API keys: the callers and their limits.
 
 The file of `--api-keys` is TOML, one table per key, which `glimmer key NAME` prints:
 
     [alice]
     sha256 = "..."                    # of the key
-    max_concurrent = 4                # jobs waiting and running; this and what follows may be left out
+    max_concurrent = 4                # jobs waiting and running; this and the other limits are optional
     requests_per_minute = 60
     pixel_steps_per_day = 50_000_000_000  # width * height * steps * n, summed over a day (UTC)
 
-Keys are stored as plain SHA-256: they are random tokens of 256 bits, so there is nothing to guess that a salt or a slow
-hash would protect, and every request has to be checked against all of them.
+Keys are stored as plain SHA-256: a random token of 256 bits cannot be guessed, so a salt or a slow hash would add no
+protection, and every request is compared with all keys.
 """
 
 import hashlib
@@ -28,26 +28,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine.observability.logs import event
 from server.settings import ServerSettings
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # a name is a bare key in TOML, and part of keys in Redis
-POLL_INTERVAL_S = 1.0  # how soon a change of the file takes effect
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # a bare key in TOML, and a part of keys in Redis
+POLL_INTERVAL_S = 1.0  # how often the file is checked for changes
 
 logger = logging.getLogger("glimmer.keys")
 
-Count = Annotated[int, Field(ge=1, le=2**53 - 1)]  # Redis' scripts count exactly up to there
+Count = Annotated[int, Field(ge=1, le=2**53 - 1)]  # Lua numbers are exact up to here
 
 
 class KeyFileError(ValueError):
-    """The file of keys cannot be used; the message is for whoever wrote it."""
+    """The key file is not valid; the message is for its author."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request. A limit of None is no limit.
+    """The owner of an API key. A limit of None means unlimited.
 
     Args:
-        owner: the name its jobs are kept under; callers never see each other's. Empty where /v1 is open to all.
+        owner: name in the key file. Jobs are stored under it; callers never see each other's. Empty without keys.
         max_concurrent: jobs waiting and running.
-        requests_per_minute: jobs asked for within any 60 seconds.
+        requests_per_minute: jobs submitted within any 60 seconds.
         pixel_steps_per_day: width * height * steps * n, summed over a day (UTC).
     """
 
@@ -58,7 +58,7 @@ class Caller:
 
 
 ANONYMOUS = Caller("")
-API_KEY_CALLER = Caller("--api-key")  # no name in a file can be this
+API_KEY_CALLER = Caller("--api-key")  # not a valid name in a key file
 
 
 class _KeyTable(BaseModel):
@@ -66,7 +66,7 @@ class _KeyTable(BaseModel):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     max_concurrent: Count | None = None
-    # A minute's requests are kept one by one.
+    # Bounded because Redis stores the requests of a minute one by one.
     requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = None
     pixel_steps_per_day: Count | None = None
 
@@ -80,30 +80,30 @@ _ACCEPTED = {
 
 
 def new_key() -> str:
-    """A key that nobody has had before."""
+    """Return a new random key."""
     return f"glm-{secrets.token_urlsafe(32)}"
 
 
 def hash_key(key: str) -> bytes:
-    """What is stored of a key."""
+    """Return the hash under which a key is stored."""
     return hashlib.sha256(key.encode()).digest()
 
 
 def key_table(name: str, key: str) -> str:
-    """The table of a new key, its limits as comments."""
+    """Return the TOML table of a new key, with its limits as comments."""
     return f"""
 [{name}]
 sha256 = "{hash_key(key).hex()}"
 # max_concurrent = 4
 # requests_per_minute = 60
-# pixel_steps_per_day = 50_000_000_000  # a picture of 1024 x 1024 in 50 steps takes 52_428_800"""
+# pixel_steps_per_day = 50_000_000_000  # one 1024 x 1024 image in 50 steps takes 52_428_800"""
 
 
 def parse_key_file(text: str) -> dict[bytes, Caller]:
-    """The callers by the hashes of their keys.
+    """Return the callers by the hashes of their keys.
 
     Raises:
-        KeyFileError: names the table and the entry at fault, never a hash.
+        KeyFileError: names the invalid table and entry, never a hash.
     """
     try:
         tables = tomllib.loads(text)
@@ -113,7 +113,7 @@ def parse_key_file(text: str) -> dict[bytes, Caller]:
     for name, table in tables.items():
         sha256, caller = _read_table(name, table)
         if sha256 in callers:
-            raise KeyFileError(f"[{name}] has the same key as [{callers[sha256].owner}]; make one for each")
+            raise KeyFileError(f"[{name}] has the same key as [{callers[sha256].owner}]; create one for each")
         callers[sha256] = caller
     return callers
 
@@ -126,46 +126,46 @@ def _read_table(name: str, table: object) -> tuple[bytes, Caller]:
     except ValidationError as error:
         field = str((*error.errors()[0]["loc"], "")[0])
         if field not in _ACCEPTED:
-            raise KeyFileError(f"[{name}] is to be a table of {', '.join(_KeyTable.model_fields)}") from None
-        raise KeyFileError(f"{field} of [{name}] is to be {_ACCEPTED[field]}") from None
+            raise KeyFileError(f"[{name}] must be a table of {', '.join(_KeyTable.model_fields)}") from None
+        raise KeyFileError(f"{field} of [{name}] must be {_ACCEPTED[field]}") from None
     return bytes.fromhex(entry.sha256), Caller(name, **entry.model_dump(exclude={"sha256"}))
 
 
 class KeyRing:
-    """The keys this server knows; the file is read again when it has changed.
+    """The known keys; the key file is read again when it changes.
 
-    A file that has become unreadable changes nothing, since a slip in it should not shut everybody out; it is logged.
+    A file that has become invalid is logged and the last valid keys stay, so that a typo does not lock out all callers.
 
     Raises:
-        KeyFileError: the file cannot be used at the start.
+        KeyFileError: the file is not valid at the start.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self.open_to_all = not settings.asks_for_keys
         key, self._path = settings.api_key, settings.api_keys_file
         self._fixed = {hash_key(key.get_secret_value()): API_KEY_CALLER} if key else {}
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         self._version = _version_of(self._path) if self._path else None
         self._from_file = _read(self._path) if self._path else {}
 
     def find(self, key: str) -> Caller | None:
-        """Whose key this is. Takes as long for one that is nearly right as for any other."""
-        self._look()
-        sent, found = hash_key(key), None
+        """Return the caller with this key, in time that does not depend on how similar it is to a known key."""
+        self._reload_if_changed()
+        digest, found = hash_key(key), None
         for known, caller in (*self._fixed.items(), *self._from_file.items()):
-            if hmac.compare_digest(known, sent):
+            if hmac.compare_digest(known, digest):
                 found = caller
         return found
 
-    def _look(self) -> None:
+    def _reload_if_changed(self) -> None:
         now = time.monotonic()
-        if self._path is None or now - self._looked_at < POLL_INTERVAL_S:
+        if self._path is None or now - self._checked_at < POLL_INTERVAL_S:
             return
-        self._looked_at = now
+        self._checked_at = now
         version = _version_of(self._path)
         if version == self._version:
             return
-        self._version = version  # also of a file that cannot be used: it is complained of once
+        self._version = version  # also of an invalid file, so that it is logged once
         try:
             self._from_file = _read(self._path)
             event(logger, "keys_read", keys=len(self._from_file))
@@ -174,7 +174,7 @@ class KeyRing:
 
 
 def _version_of(path: Path) -> object:
-    """Something that changes with the file."""
+    """Return a value that changes with the file."""
     try:
         status = path.stat()
     except OSError:

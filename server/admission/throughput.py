@@ -1,4 +1,4 @@
-"""How fast jobs end, to tell a refused client when to come back."""
+"""Estimating when jobs will have ended."""
 
 import math
 import time
@@ -9,9 +9,9 @@ MIN_RETRY_S, MAX_RETRY_S = 1, 60
 
 
 class Throughput:
-    """How often jobs end, to tell a refused client when to come back.
+    """The average time between two ends of jobs, for `Retry-After` and estimates.
 
-    An idle hour says nothing about the pace, so the time between two ends counts at most as long as a job took.
+    An idle hour says nothing about the pace, so an interval counts for at most the duration of the job.
     """
 
     def __init__(self) -> None:
@@ -19,17 +19,18 @@ class Throughput:
         self._last_end = -math.inf
 
     def record_end(self, duration_s: float) -> None:
+        """Record that a job has ended, `duration_s` after its submission."""
         now = time.monotonic()
         interval = min(now - self._last_end, duration_s)
         self._last_end = now
         self._interval_s.add(interval)
 
     def seconds_until_end(self, ahead: int) -> float | None:
-        """About how long until a job with `ahead` others before it will have ended; None before any has."""
+        """Estimate the seconds until a job with `ahead` jobs before it ends; None before the first end of a job."""
         interval = self._interval_s.value
         return None if interval is None else round(interval * (ahead + 1), 1)
 
     def retry_after_s(self, queued: int) -> int:
-        """Whole seconds until about a tenth of `queued` jobs, at least one, will have ended."""
+        """Estimate the whole seconds until a tenth of `queued` jobs, at least one, have ended."""
         interval = 1.0 if self._interval_s.value is None else self._interval_s.value
         return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(interval * max(1, queued // 10))))

@@ -1,1 +1,1 @@
-"""What comes in: bodies, fields, uploaded images."""
+"""Reading and validating requests: bodies, fields, uploaded images, prompts."""

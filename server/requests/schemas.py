@@ -1,4 +1,4 @@
-"""The bodies of the API, checked strictly: a string is not a number and a boolean is not an integer."""
+"""The bodies of requests and responses. Types are strict: a string is not a number, a boolean not an integer."""
 
 import difflib
 import re
@@ -7,30 +7,33 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from engine.geometry import CELL, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, MAX_STEPS, MIN_SIDE
 from engine.jobs.job import JobState, OutputFormat, Priority
 from server.errors import ApiError, invalid
 from server.requests.quality import Quality
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON parser keeps exact
+MAX_PROMPT_CHARS = 32_000
+MAX_GRID_SIDE = MAX_SIDE // CELL
 
-_NOT_FOR_CLIENTS = re.compile("^(Input|String|List) | after validation.*")  # of what pydantic says
+_PYDANTIC_TERMS = re.compile("^(Input|String|List) | after validation.*")  # cut from messages to clients
 
 UNSUPPORTED = {
-    "complexity": "how much is planned follows from the size; quality and num_inference_steps set the work on the rest",
-    "frame_count": "a picture has one frame",
-    "frame_duration_ms": "a picture has one frame",
-    "markup": "an edit takes a prompt, pictures and a mask",
-    "svg": 'pictures are made of pixels; output_format takes "png", "jpeg" or "webp"',
+    "complexity": "the length of the plan follows from size; use quality or num_inference_steps to set the steps",
+    "frame_count": "an image has one frame",
+    "frame_duration_ms": "an image has one frame",
+    "markup": "an edit takes a prompt, images and a mask",
+    "svg": 'only pixel formats are supported; output_format takes "png", "jpeg" or "webp"',
 }
-"""OpenAI's fields that nothing here can do justice to, and why."""
+"""OpenAI's fields that this server cannot honour, and why."""
 
 
 def _optional_is_nullable(schema: dict[str, Any]) -> None:
-    """Says in the OpenAPI document what `_Body` does: null stands for an absent field."""
+    """Declare optional fields as nullable in the OpenAPI document: `_Body` treats null as absent."""
     for name, field in schema["properties"].items():
         if name not in schema.get("required", ()):
-            notes = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **notes}
+            annotations = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **annotations}
 
 
 class _Body(BaseModel):
@@ -41,7 +44,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Clients send null for what they leave open (the OpenAI SDK does); an unknown field stays, to be refused."""
+        """Drop fields that are null, as the OpenAI SDK sends them; unknown fields stay, to be refused."""
         if not isinstance(data, dict):
             return data
         known = cls.model_fields.keys() | UNSUPPORTED.keys()
@@ -51,25 +54,29 @@ class _Body(BaseModel):
 class TokenGridBody(_Body):
     """Codebook indices in raster order, `rows * cols` of them."""
 
-    rows: int = Field(ge=1, le=64)
-    cols: int = Field(ge=1, le=64)
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=64 * 64)
+    rows: int = Field(ge=1, le=MAX_GRID_SIDE)
+    cols: int = Field(ge=1, le=MAX_GRID_SIDE)
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=MAX_GRID_SIDE**2)
 
 
 class PlanBody(TokenGridBody):
-    """A plan as `return_plan` gives it: one token per 32 x 32 pixels of the picture."""
+    """A plan as `return_plan` returns it: one token per 32 x 32 pixels of the image."""
 
     preview: TokenGridBody | None = None
 
 
 class GenerationRequest(_Body):
-    """`POST /v1/images/generations`: OpenAI's fields, and beside them what this server adds."""
+    """`POST /v1/images/generations`: OpenAI's fields and this server's extensions."""
 
     # A field's description completes the sentence "n takes ..." in error messages.
-    prompt: str = Field(min_length=1, max_length=32_000, description="a text of 1..32000 characters")
-    model: str | None = Field(None, description="a name that GET /v1/models lists")
-    n: int = Field(1, ge=1, le=10, description="a number of images, 1..10")
-    size: str = Field("auto", description='"auto" (the model\'s default) or "WIDTHxHEIGHT", each side 64..2048')
+    prompt: str = Field(
+        min_length=1, max_length=MAX_PROMPT_CHARS, description=f"a string of 1..{MAX_PROMPT_CHARS} characters"
+    )
+    model: str | None = Field(None, description="one of the names that GET /v1/models lists")
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description=f"a number of images, 1..{MAX_IMAGES}")
+    size: str = Field(
+        "auto", description=f'"auto" (the model\'s default) or "WIDTHxHEIGHT", each side {MIN_SIDE}..{MAX_SIDE}'
+    )
     quality: Quality = Field(
         "auto",
         description='"auto" (the model\'s default) or a name for a number of steps: "low", "medium", "high", "xhigh", '
@@ -77,38 +84,45 @@ class GenerationRequest(_Body):
     )
     response_format: Literal["b64_json", "url"] | None = Field(None, description='"b64_json" or "url"')
     output_format: OutputFormat = Field("png", description='"png", "jpeg" or "webp"')
-    output_compression: int = Field(100, ge=0, le=100, description="0..100, quality of jpeg and webp, effort of png")
+    output_compression: int = Field(
+        100, ge=0, le=100, description="0..100: quality of jpeg and webp, compression of png"
+    )
     background: Literal["auto", "opaque", "transparent"] = Field("auto", description='"auto" or "opaque"')
     stream: bool = Field(False, description="true for server-sent events, or false")
-    partial_images: int = Field(0, ge=0, le=3, description="0..3 pictures on the way to each image, in a stream or job")
+    partial_images: int = Field(0, ge=0, le=3, description="0..3 partial images of each image, in a stream or a job")
 
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="0..2**53-1; image i uses seed + i")
-    num_inference_steps: int | None = Field(None, ge=1, le=200, description="1..200 steps; wins over quality")
+    num_inference_steps: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description=f"1..{MAX_STEPS} denoising steps; overrides quality"
+    )
     guidance_scale: float | None = Field(None, ge=0, le=20, description="0..20; 1 or less turns guidance off")
-    negative_prompt: str = Field("", max_length=32_000, description="a text of at most 32000 characters")
-    temperature: float | None = Field(None, ge=0, le=2, description="0..2; 0 is greedy")
+    negative_prompt: str = Field(
+        "", max_length=MAX_PROMPT_CHARS, description=f"a string of at most {MAX_PROMPT_CHARS} characters"
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="0..2; 0 decodes greedily")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0, at most 1")
     return_plan: bool = Field(False, description="true to get the plan of each image, or false")
     plan: PlanBody | None = Field(None, description='{"rows", "cols", "tokens"}: a plan to render instead of planning')
-    embed_prompt: bool = Field(False, description="true to have the prompt in the metadata of a png, or false")
-    rewrite_prompt: bool | None = Field(None, description="true or false; unset leaves it to the server")
+    embed_prompt: bool = Field(False, description="true to store the prompt in the metadata of a png, or false")
+    rewrite_prompt: bool | None = Field(None, description="true or false; the server decides if it is unset")
     priority: Priority = Field("interactive", description='"interactive" or "batch"')
     timeout: float | None = Field(None, gt=0, description="a number of seconds above 0")
 
-    # Accepted because clients send them; they cannot change the picture and are not logged.
     width: int | None = Field(None, ge=1, description="the width in pixels, as in size")
     height: int | None = Field(None, ge=1, description="the height in pixels, as in size")
-    input_fidelity: str | None = Field(None, description="a text; no effect")
-    moderation: str | None = Field(None, description="a text; no effect")
-    style: str | None = Field(None, description="a text; no effect")
-    user: str | None = Field(None, description="a text; no effect")
-    safety_identifier: str | None = Field(None, description="a text; no effect")
-    # LiteLLM has in the body what it sends as headers.
-    extra_headers: dict[str, Any] | None = Field(None, description="an object; no effect")
+
+    # Accepted because clients send them, without effect and never logged.
+    input_fidelity: str | None = Field(None, description="a string; has no effect")
+    moderation: str | None = Field(None, description="a string; has no effect")
+    style: str | None = Field(None, description="a string; has no effect")
+    user: str | None = Field(None, description="a string; has no effect")
+    safety_identifier: str | None = Field(None, description="a string; has no effect")
+    # LiteLLM repeats its headers in the body.
+    extra_headers: dict[str, Any] | None = Field(None, description="an object; has no effect")
 
 
 class ImageReference(_Body):
-    """A picture in JSON, as OpenAI's schema has it."""
+    """An image in JSON, in the form of OpenAI's schema."""
 
     image_url: str
 
@@ -119,30 +133,35 @@ EDIT_FIELDS = frozenset({"image", "images", "mask"})
 
 
 class EditRequest(GenerationRequest):
-    """`POST /v1/images/edits` as JSON: the fields of a generation, and the pictures as `data:` URLs."""
+    """`POST /v1/images/edits` as JSON: the fields of a generation, and images as `data:` URLs."""
 
     image: Reference | list[Reference] | None = Field(
-        None, description='a data: URL of a PNG, JPEG or WEBP file, or {"image_url": "data:..."}, or a list of 1..4'
+        None,
+        description='a data: URL of a PNG, JPEG or WEBP file, or {"image_url": "data:..."}, or a list of '
+        f"1..{MAX_SOURCES}",
     )
-    images: list[Reference] | None = Field(None, description="the same list under OpenAI's other name")
+    images: list[Reference] | None = Field(None, description="a list as in image: OpenAI's other name for it")
     mask: Reference | None = Field(
-        None, description="a data: URL of a PNG, as large as the first image; where its alpha is 0 the image may change"
+        None,
+        description="a data: URL of a PNG of the first image's size; the edit changes only where its alpha is 0",
     )
-    size: str = Field("auto", description='"auto" (the first image\'s size) or "WIDTHxHEIGHT", each side 64..2048')
+    size: str = Field(
+        "auto", description=f'"auto" (the first image\'s size) or "WIDTHxHEIGHT", each side {MIN_SIDE}..{MAX_SIDE}'
+    )
 
 
 class ImageBody(BaseModel):
-    """One picture, as `b64_json` or as `url`, and the seed that makes it again."""
+    """One image, as `b64_json` or as `url`, and the seed that reproduces it."""
 
     b64_json: str | None = None
-    url: str | None = Field(None, description="open to whoever knows it, for a while")
+    url: str | None = Field(None, description="needs no key; expires with the result")
     seed: int
-    revised_prompt: str | None = Field(None, description="present when the prompt was rewritten")
-    plan: dict[str, Any] | None = Field(None, description="present when return_plan was true")
+    revised_prompt: str | None = Field(None, description="present if the prompt was rewritten")
+    plan: dict[str, Any] | None = Field(None, description="present if return_plan is true")
 
 
 class UsageBody(BaseModel):
-    """Tokens, as counted by the engine."""
+    """Numbers of tokens, counted by the engine."""
 
     total_tokens: int
     input_tokens: int
@@ -152,7 +171,7 @@ class UsageBody(BaseModel):
 
 
 class ImagesBody(BaseModel):
-    """The answer to a generation or an edit."""
+    """The response of a generation or an edit."""
 
     created: int
     background: str
@@ -164,31 +183,31 @@ class ImagesBody(BaseModel):
 
 
 class _ImageEvent(BaseModel):
-    type: str = Field(description="image_generation. or image_edit. and the kind of event")
+    type: str = Field(description="image_generation or image_edit, a dot, and partial_image or completed")
     created_at: int
     background: str
     output_format: str
     quality: str
     size: str
-    image_index: int | None = Field(None, description="which of the images of the request, where there are several")
+    image_index: int | None = Field(None, description="index of the image, if the request is for several")
 
 
 class PartialImageEvent(_ImageEvent):
-    """A picture on its way to an image."""
+    """An image before it is finished."""
 
     partial_image_index: int
     b64_json: str
-    plan: TokenGridBody | None = Field(None, description="what it was made from, when return_plan was true")
+    plan: TokenGridBody | None = Field(None, description="the plan it was rendered from, if return_plan is true")
 
 
 class CompletedEvent(_ImageEvent, ImageBody):
-    """A finished image. The usage of all of them adds up to that of the request."""
+    """A finished image. The usages of all events add up to the request's."""
 
     usage: UsageBody
 
 
 class EngineBody(BaseModel):
-    """One engine, as its last heartbeat has it."""
+    """One engine, as of its last heartbeat."""
 
     id: str
     pid: int
@@ -197,7 +216,7 @@ class EngineBody(BaseModel):
 
 
 class QueueBody(BaseModel):
-    """Jobs that no engine has taken yet, and jobs that one has."""
+    """Numbers of jobs that wait for an engine and that run."""
 
     waiting: int
     running: int
@@ -207,9 +226,9 @@ class HealthBody(BaseModel):
     """Whether a request sent now would be served."""
 
     status: Literal["ok", "unavailable"]
-    reason: str | None = Field(None, description="present when the status is not ok")
+    reason: str | None = Field(None, description="present if the status is not ok")
     engines: list[EngineBody]
-    queue: QueueBody | None = Field(description="null when Redis does not answer")
+    queue: QueueBody | None = Field(description="null if Redis does not respond")
 
 
 class ErrorDetail(BaseModel):
@@ -220,13 +239,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The answer to anything that went wrong."""
+    """The response to a request that failed."""
 
     error: ErrorDetail
 
 
 class ProgressBody(BaseModel):
-    """How far the slowest image of a job is."""
+    """The progress of the slowest image of a job."""
 
     phase: str = Field(description="planning or rendering")
     step: int
@@ -241,22 +260,22 @@ class JobBody(BaseModel):
     operation: Literal["generation", "edit"]
     status: JobState
     created_at: int
-    deadline: int = Field(description="a job that has not ended by then is expired")
-    position: int | None = Field(description="how many jobs wait before it; null once it does not wait any more")
-    estimated_seconds: float | None = Field(description="until it ends, while it waits; null where it is not known")
+    deadline: int = Field(description="the job expires if it has not ended by then")
+    position: int | None = Field(description="number of jobs ahead of it; null once it does not wait")
+    estimated_seconds: float | None = Field(description="until it ends; null if unknown or not waiting")
     progress: ProgressBody | None
-    result: ImagesBody | None = Field(description="the answer, of a job that succeeded")
-    error: ErrorDetail | None = Field(description="why, of a job that ended otherwise")
+    result: ImagesBody | None = Field(description="the response, once the job has succeeded")
+    error: ErrorDetail | None = Field(description="the reason, if the job ended without a result")
 
 
 _Request = TypeVar("_Request", bound=GenerationRequest)
 
 
 def parse(model: type[_Request], body: dict[str, Any]) -> _Request:
-    """Checks a body's fields one by one.
+    """Check the fields of a body one by one.
 
     Raises:
-        ApiError: 400 naming the first field at fault.
+        ApiError: 400 naming the first invalid field.
     """
     try:
         return model.model_validate(body)
@@ -266,35 +285,35 @@ def parse(model: type[_Request], body: dict[str, Any]) -> _Request:
 
 
 def _explain(model: type[GenerationRequest], detail: ErrorDetails) -> ApiError:
-    """The error in words, without what was sent: it may be a prompt."""
+    """Return the 400 for a validation error, without the value that was sent: it may be a prompt."""
     param = ".".join(str(part) for part in detail["loc"])
     name = str(detail["loc"][0])
     field = model.model_fields.get(name)
-    if field is not None and name in EDIT_FIELDS:  # its location and message would name alternatives of a union
+    if field is not None and name in EDIT_FIELDS:  # pydantic's location and message name members of the union
         return invalid(name, f"Invalid value for {name}: it takes {field.description}.")
     if detail["type"] == "missing":
         return invalid(param, f"The field {param} is required.", "missing_required_parameter")
     if name in UNSUPPORTED:
         return unsupported(name)
     if field is None or detail["type"] == "extra_forbidden":
-        return invalid(param, _unknown(model, param, name), "unknown_parameter")
-    if detail["type"] == "literal_error":  # the description lists them
+        return invalid(param, _unknown_parameter(model, param, name), "unknown_parameter")
+    if detail["type"] == "literal_error":  # the description lists the values
         reason = "it"
     elif detail["type"] == "model_type":
         reason = f"it should be an object. {name}"
     else:
-        reason = f"it {_NOT_FOR_CLIENTS.sub('', detail['msg'])}. {name}"
+        reason = f"it {_PYDANTIC_TERMS.sub('', detail['msg'])}. {name}"
     return invalid(param, f"Invalid value for {param}: {reason} takes {field.description}.")
 
 
 def unsupported(name: str) -> ApiError:
-    """400 for one of the fields `UNSUPPORTED`."""
+    """Return the 400 for a field in `UNSUPPORTED`."""
     return invalid(name, f"{name} is not supported: {UNSUPPORTED[name]}.", "unsupported_parameter")
 
 
-def _unknown(model: type[GenerationRequest], param: str, name: str) -> str:
+def _unknown_parameter(model: type[GenerationRequest], param: str, name: str) -> str:
     if param in EDIT_FIELDS:
-        return f"{param} belongs to edits; POST /v1/images/generations makes pictures from text alone."
+        return f"{param} is a field of edits; POST /v1/images/generations creates images from text alone."
     close = difflib.get_close_matches(param, model.model_fields, n=1) if param == name else []
-    hint = f"Did you mean {close[0]}?" if close else "/docs lists those there are."
+    hint = f"Did you mean {close[0]}?" if close else "/docs lists the parameters."
     return f"Unknown parameter: {param[:100]}. {hint}"

@@ -1,4 +1,4 @@
-"""From a checked request to a job. No I/O."""
+"""From a request's fields to a job. No I/O."""
 
 import re
 import secrets
@@ -12,21 +12,21 @@ from server.requests.schemas import MAX_SEED, GenerationRequest, PlanBody, Token
 from server.settings import ServerSettings
 
 STEPS_BY_QUALITY = {"low": 12, "medium": 25, "high": 50, "xhigh": 75, "max": 100}
-"""Denoising steps of each quality. The published model is meant to run 50; beyond that little changes."""
+"""Denoising steps of each quality. The published model is made for 50; more change little."""
 
-_SAME_AS = {"auto": "high", "standard": "medium", "hd": "high"}
-"""Qualities that the answer calls by one of the names above. But `auto` runs as many steps as the checkpoint names."""
+_QUALITY_ALIASES = {"auto": "high", "standard": "medium", "hd": "high"}
+"""Other names, and the quality that the response names for them. `auto` runs the checkpoint's default steps."""
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
 @dataclass(frozen=True)
 class ValidatedRequest:
-    """A request all of whose fields are in range.
+    """A request with all fields in range.
 
     Args:
-        model: the name the client knows the model by.
-        size: None where the engine's default is wanted, or that of the first picture of an edit.
+        model: the served name that the client used.
+        size: width and height in pixels; None for the engine's default, or the size of an edit's first image.
     """
 
     request: GenerationRequest
@@ -37,22 +37,22 @@ class ValidatedRequest:
 
     @property
     def quality(self) -> str:
-        """The quality as the answer names it."""
-        return _SAME_AS.get(self.request.quality, self.request.quality)
+        """Return the quality as the response names it."""
+        return _QUALITY_ALIASES.get(self.request.quality, self.request.quality)
 
 
 def validate(request: GenerationRequest, settings: ServerSettings) -> ValidatedRequest:
-    """Everything that can be checked without knowing the engine.
+    """Check everything that does not depend on the engine.
 
     Raises:
-        ApiError: 400 or 404, naming the field and what it would accept.
+        ApiError: 400 or 404, naming the field and what it accepts.
     """
     _check_model(request.model, settings.model_names)
     _refuse_unsupported(request, settings)
     if request.timeout is not None and request.timeout > settings.max_timeout:
-        raise invalid("timeout", f"Invalid value for timeout: at most {settings.max_timeout:g} seconds.")
+        raise invalid("timeout", f"Invalid value for timeout: it takes at most {settings.max_timeout:g} seconds.")
     if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
-        raise invalid("seed", f"Invalid value for seed: image i uses seed + i, which is at most {MAX_SEED}.")
+        raise invalid("seed", f"Invalid value for seed: image i uses seed + i, which may be at most {MAX_SEED}.")
     return ValidatedRequest(
         request,
         model=request.model or settings.model_names[0],
@@ -65,11 +65,12 @@ def validate(request: GenerationRequest, settings: ServerSettings) -> ValidatedR
 def to_job_spec(
     validated: ValidatedRequest, engine: EngineInfo, edit: EditInput | None, *, with_partials: bool
 ) -> JobSpec:
-    """The job for an engine like `engine`; draws the seed where none was given.
+    """Return the job of a request; draw a random seed if it has none.
 
     Args:
-        edit: what an edit starts from.
-        with_partials: whether anybody can see the partial images. Otherwise none are made.
+        engine: any ready engine, for its defaults and its codebook.
+        edit: the decoded images of an edit.
+        with_partials: whether the client can receive partial images.
 
     Raises:
         ApiError: 400 when a plan does not fit the size or the engine's codebook.
@@ -107,37 +108,39 @@ def _check_model(model: str | None, served: list[str]) -> None:
 
 
 def model_not_found(served: list[str]) -> ApiError:
-    """404 that lists the models there are."""
+    """Return the 404 that lists the served models."""
     return ApiError(
         404,
-        f"That model is not served here. Served: {', '.join(served)}.",
+        f"This model is not served here. Served: {', '.join(served)}.",
         code="model_not_found",
         param="model",
     )
 
 
 def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) -> None:
-    """What this server knows and cannot do; dropping it silently would be a wrong answer."""
+    """Raise for values this server cannot honour; ignoring them would return a wrong image."""
     if request.background == "transparent":
         raise invalid("background", 'background "transparent" is not supported: the model has no alpha channel.')
     if request.stream and request.response_format == "url":
-        raise invalid("response_format", 'response_format "url" does not go with stream=true, whose events carry data.')
+        raise invalid(
+            "response_format", 'response_format "url" cannot be combined with stream=true: events contain the images.'
+        )
     if request.rewrite_prompt and settings.prompt_rewriter is None:
         raise invalid("rewrite_prompt", "This server has no prompt rewriter; leave rewrite_prompt out or send false.")
 
 
 def _size(request: GenerationRequest, max_pixels: int) -> tuple[int, int] | None:
-    """Width and height asked for, by `size` or by `width` and `height`; None for the engine's default."""
+    """Return the requested width and height, from `size` or `width` and `height`; None for the default."""
     size = None if request.size == "auto" else _parse_size(request.size)
-    given = (request.width, request.height)
-    if size is None and None in given:
-        if given != (None, None):
-            raise invalid("width" if given[0] else "height", "width and height go together; or use size.")
+    sides = (request.width, request.height)
+    if size is None and None in sides:
+        if sides != (None, None):
+            raise invalid("width" if sides[0] else "height", "width and height must be sent together; or use size.")
         return None
     chosen = size or (request.width or 0, request.height or 0)
-    for name, side, wanted in zip(("width", "height"), chosen, given, strict=True):
+    for name, side, wanted in zip(("width", "height"), chosen, sides, strict=True):
         if wanted not in (None, side):
-            raise invalid(name, f"{name} is {wanted} but size says {side}; leave {name} out or make them agree.")
+            raise invalid(name, f"{name} is {wanted} but size says {side}; leave {name} out or make them equal.")
     _check_size(*chosen, max_pixels)
     return chosen
 
@@ -155,7 +158,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise invalid("size", f"Invalid value for size: one side may be at most {MAX_ASPECT} times the other.")
     if width * height > max_pixels:
-        raise invalid("size", f"Invalid value for size: this server makes pictures of at most {max_pixels} pixels.")
+        raise invalid("size", f"Invalid value for size: this server creates images of at most {max_pixels} pixels.")
 
 
 def _steps(validated: ValidatedRequest, engine: EngineInfo) -> int:
@@ -176,11 +179,11 @@ def _check_plan(plan: PlanBody, geometry: Geometry, codebook_size: int) -> None:
 def _check_grid(name: str, given: TokenGridBody, grid: Grid, geometry: Geometry, codebook_size: int) -> None:
     if (given.rows, given.cols) != (grid.rows, grid.cols):
         size = f"{geometry.width}x{geometry.height}"
-        its = f"{grid.rows} rows and {grid.cols} cols, not {given.rows} and {given.cols}"
-        raise invalid(name, f"Invalid value for {name}: for {size} it has {its}.")
+        expected = f"{grid.rows} rows and {grid.cols} cols, not {given.rows} and {given.cols}"
+        raise invalid(name, f"Invalid value for {name}: for size {size} it must have {expected}.")
     if len(given.tokens) != grid.tokens:
         raise invalid(
             f"{name}.tokens", f"{name}.tokens must have rows * cols = {grid.tokens} entries, not {len(given.tokens)}."
         )
     if max(given.tokens) >= codebook_size:
-        raise invalid(f"{name}.tokens", f"{name}.tokens must be 0..{codebook_size - 1}.")
+        raise invalid(f"{name}.tokens", f"{name}.tokens must be in 0..{codebook_size - 1}.")

@@ -18,7 +18,7 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 from engine.geometry import Geometry
 from engine.jobs.job import Claim, JobError, JobSpec
-from server.admission.engine_directory import ENGINES_FRESH_S
+from server.admission.engine_directory import CACHE_TTL_S
 from server.settings import ServerSettings
 from tests import pictures
 from tests.browser.conftest import open_page
@@ -204,7 +204,7 @@ async def test_errors_of_folded_fields_of_no_field_and_of_the_engine(page: Page,
     await ask(page, "a fox")
     await expect(page.locator("#problem .error")).to_have_text("No engine is running.")
     async with StubEngine(queue) as stub:
-        await asyncio.sleep(ENGINES_FRESH_S)
+        await asyncio.sleep(CACHE_TTL_S)
         await page.get_by_text("More", exact=True).click()
         await page.get_by_label("Guidance").fill("99")
         await page.get_by_text("More", exact=True).click()

@@ -278,7 +278,7 @@ async def test_messages_help(client: httpx.AsyncClient, stub: StubEngine) -> Non
     masks = await post(client, ("image", PICTURE), ("mask", PICTURE), ("mask", PICTURE))
     assert error_of(masks)["param"] == "mask"
     url_in_form = await post(client, ("image", b"https://example.org/a.png"))
-    assert "fetches no URLs" in error_of(url_in_form)["message"]
+    assert "does not fetch URLs" in error_of(url_in_form)["message"]
     file_as_text = await post(client, ("image", PICTURE), ("quality", b"low"))
     assert error_of(file_as_text)["param"] == "quality"
     no_text = await client.post(URL, files=[*upload(("image", PICTURE)), ("prompt", (None, b"\xff"))])
@@ -369,7 +369,7 @@ async def test_the_memory_for_pictures_in_the_queue_has_a_limit(
             refused = await client.post(URL, **edit)
         for response in (refused_with_it, refused):
             assert (response.status_code, error_of(response)["code"]) == (429, "rate_limit_exceeded")
-            assert "pictures of the edits in the queue" in error_of(response)["message"]
+            assert "images of queued edits" in error_of(response)["message"]
             assert int(response.headers["retry-after"]) >= 1
         assert (await client.post("/v1/images/generations", json={"prompt": "x"}, headers=ASYNC)).status_code == 202
         assert f"glimmer_queue_source_bytes {float(held)}" in (await client.get("/metrics")).text

@@ -102,7 +102,7 @@ async def test_bad_fields_are_named_even_without_an_engine(client: httpx.AsyncCl
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": ""}, "it should have at least 1 character. prompt takes a text of 1..32000 characters."),
+        ({"prompt": ""}, "it should have at least 1 character. prompt takes a string of 1..32000 characters."),
         ({"n": "2"}, "it should be a valid integer. n takes a number of images, 1..10."),
         ({"background": "red"}, 'it takes "auto" or "opaque".'),
         ({"plan": []}, 'it should be an object. plan takes {"rows", "cols", "tokens"}'),
@@ -207,7 +207,7 @@ async def test_no_such_route(client: httpx.AsyncClient, method: str, path: str, 
 async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/jobs/x")
     assert response.headers["allow"] == "GET, DELETE"
-    assert error_of(response)["message"] == "/v1/jobs/x does not accept POST; it takes GET and DELETE."
+    assert error_of(response)["message"] == "/v1/jobs/x does not accept POST; it accepts GET and DELETE."
 
 
 async def test_unknown_model(client: httpx.AsyncClient, stub: StubEngine) -> None:

@@ -178,7 +178,7 @@ def test_another_format_is_told_by_name() -> None:
 @pytest.mark.parametrize("left", [0.1, 0.5, 0.9])
 def test_truncated_files(kind: str, left: float) -> None:
     whole = file_of(patterned(), kind)
-    assert "damaged or cut short" in refusal(whole[: int(left * len(whole))]).message
+    assert "damaged or incomplete" in refusal(whole[: int(left * len(whole))]).message
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

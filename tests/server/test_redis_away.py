@@ -101,7 +101,9 @@ async def test_new_work_is_refused_and_what_runs_gets_its_picture(
     assert refused.status_code == 503, refused.text
     error = refused.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "service_unavailable")
-    assert error["message"].startswith(f"The job queue {'takes no jobs' if trouble in CURES else 'cannot be reached'}")
+    assert error["message"].startswith(
+        f"The job queue {'does not accept jobs' if trouble in CURES else 'cannot be reached'}"
+    )
     health = (await site.http.get("/health")).json()
     assert (health["status"], "refuses writes" in health["reason"]) == ("unavailable", trouble in CURES)
     assert 1 <= int(refused.headers["retry-after"]) <= 10

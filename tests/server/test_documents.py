@@ -1,4 +1,5 @@
-"""The examples of docs/api.md, run as they are written there, against a live server with a stub engine."""
+"""The examples of docs/api.md, run as they are written there, against a live server with a stub engine, and the
+commands of docs/operations.md."""
 
 import asyncio
 import os
@@ -95,7 +96,11 @@ def test_every_field_of_a_request_is_described() -> None:
     assert all(f"`{name}`" in PAGE for name in (*EditRequest.model_fields, *UNSUPPORTED))
 
 
-def test_links_within_the_page_lead_somewhere() -> None:
-    headings = re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= anchors
+async def test_the_commands_for_operators_exist(tmp_path: Path) -> None:
+    """Runs each with `--help`: its flags are parsed first, and nothing is started."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    commands = re.findall(r"^\.venv/bin/glimmer .*$", page, re.MULTILINE)
+    assert len(commands) > 5
+    for line in commands:
+        _, *arguments = shlex.split(line.partition(">>")[0], comments=True)
+        assert "Usage: " in await run(tmp_path, *GLIMMER, *arguments, "--help")

@@ -240,7 +240,7 @@ class TestSettings:
         with Collector() as gone:
             pass
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", gone.url)
-        monkeypatch.setattr("engine.observability.tracing.LAST_SPANS_S", 0.2)
+        monkeypatch.setattr("engine.observability.tracing.LAST_EXPORT_TIMEOUT_S", 0.2)
         tracing = open_tracing("glimmer-api")
         tracing.request("GET", "").end()
         began = time.monotonic()

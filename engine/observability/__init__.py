@@ -1,1 +1,1 @@
-"""Logs, traces and metrics. No torch."""
+"""No torch."""

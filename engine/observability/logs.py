@@ -1,8 +1,4 @@
-"""Logs: one line per event, `key=value` or JSON, to stderr. No prompts, no image data: events carry ids and sizes.
-
-The way of a request through the processes is in the lines with its id: the API's have it as `request`, and as `job` the
-id of the job it is for; an engine's have both, which it finds in the job's record.
-"""
+"""Logs: one line per event, as text or JSON, to stderr. Events hold ids and sizes, never prompts or image data."""
 
 import logging
 import sys
@@ -20,7 +16,7 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 
 
 def _value(value: Any) -> str:
-    """A value on one line, quoted where it has spaces, so that a line can be split again."""
+    """Format a value, quoted unless it is one word."""
     text = f"{value:.1f}" if isinstance(value, float) else str(value)
     if text and _PLAIN.issuperset(text):
         return text
@@ -31,17 +27,17 @@ _bound: ContextVar[dict[str, Any] | None] = ContextVar("bound", default=None)
 
 
 def bind(**fields: Any) -> None:
-    """Adds fields to all further events of this task and of the tasks that it starts from now on."""
+    """Add fields to events of this task and tasks it starts."""
     _bound.set({**bound(), **fields})
 
 
 def bound() -> dict[str, Any]:
-    """The fields of `bind` that hold here."""
+    """Return the fields bound in this task."""
     return _bound.get() or {}
 
 
 def event(logger: logging.Logger, name: str, level: int = logging.INFO, **fields: Any) -> None:
-    """Logs `name key=value ...`, the fields of `bind` among them; fields that are None are left out."""
+    """Log `name key=value ...` with the bound fields, without None values."""
     if logger.isEnabledFor(level):
         fields = {key: value for key, value in (bound() | fields).items() if value is not None}
         line = " ".join((name, *(f"{key}={_value(value)}" for key, value in fields.items())))
@@ -49,13 +45,13 @@ def event(logger: logging.Logger, name: str, level: int = logging.INFO, **fields
 
 
 def where(error: BaseException) -> str:
-    """The frames of a traceback on one line, innermost first, without the error's text: that may quote a prompt."""
+    """Return the last 8 frames on one line, innermost first, without the error's text, which may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return "<".join(f"{frame.filename}:{frame.lineno}:{frame.name}" for frame in reversed(frames))
 
 
 class LineFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00Z info glimmer.api message`, exceptions on the same line."""
+    """`2026-01-31T12:00:00Z info glimmer.api message`."""
 
     converter = time.gmtime
 
@@ -74,8 +70,7 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time": "2026-01-31T12:00:00.123Z", "level": "info", "logger": "glimmer.api", "event": name, key: value, ...}`.
-    What is logged by others has a `message` in place of the event."""
+    """`{"time": "2026-01-31T12:00:00.123Z", "level", "logger", "event", key: value}`; other records have `message`."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -91,10 +86,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, log_format: LogFormat = "text") -> None:
-    """Sends all logging of this process to stderr in one format. Other people's libraries are heard from warnings up:
-    what they say below that may quote what clients sent."""
+    """Send all logs to stderr; those of libraries from warnings up, since others may quote requests."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else LineFormatter())
-    least = getattr(logging, level.upper())
-    logging.basicConfig(level=max(least, logging.WARNING), handlers=[handler], force=True)
-    logging.getLogger("glimmer").setLevel(least)
+    minimum = getattr(logging, level.upper())
+    logging.basicConfig(level=max(minimum, logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger("glimmer").setLevel(minimum)

@@ -1,4 +1,6 @@
-"""What an engine counts, as Prometheus metrics."""
+"""Prometheus metrics of an engine."""
+
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,66 +12,46 @@ BATCH = (1, 2, 4, 8, 16, 32, 64)
 
 
 class EngineMetrics:
-    """The metrics of one engine, in a registry of their own; no label depends on a request."""
+    """One engine's metrics. No label depends on a request."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        self.jobs = Counter("glimmer_jobs", "Jobs this engine ended, by end state", ["state"], registry=registry)
-        for state in TERMINAL_STATES:  # from 0, or Prometheus does not see the first one
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        duration = partial(Histogram, buckets=SECONDS, registry=registry)
+        step_duration = partial(Histogram, buckets=STEP_SECONDS, registry=registry)
+        batch_size = partial(Histogram, buckets=BATCH, registry=registry)
+
+        self.jobs = counter("glimmer_jobs", "Jobs this engine ended, by final state", ["state"])
+        for state in TERMINAL_STATES:  # from 0: Prometheus would miss the first increase
             self.jobs.labels(state.value)
-        self.images = Counter("glimmer_images", "Images made", registry=registry)
-        self.partial_images = Counter(
-            "glimmer_partial_images", "Pictures shown of images on their way", registry=registry
-        )
-        self.plan_cache_hits = Counter(
-            "glimmer_plan_cache_hits", "Images whose plan was kept from an earlier request", registry=registry
-        )
-        self.plans_resumed = Counter(
-            "glimmer_plans_resumed", "Images whose plan was kept from an earlier run of their job", registry=registry
-        )
-        self.pixels = Counter("glimmer_pixels", "Pixels of the images made", registry=registry)
-        self.queued = Histogram(
-            "glimmer_queued_seconds", "From submission to claim", buckets=SECONDS, registry=registry
-        )
-        self.planning = Histogram(
-            "glimmer_planning_seconds", "Planning of an image", buckets=SECONDS, registry=registry
-        )
-        self.rendering = Histogram(
-            "glimmer_rendering_seconds", "Rendering of an image, waiting included", buckets=SECONDS, registry=registry
-        )
-        self.decoding = Histogram(
-            "glimmer_decoding_seconds", "Latents of an image to pixels", buckets=SECONDS, registry=registry
-        )
-        self.planner_step = Histogram(
-            "glimmer_planner_step_seconds", "A planner step", buckets=STEP_SECONDS, registry=registry
-        )
-        self.planner_batch = Histogram(
-            "glimmer_planner_batch_size", "Sequences of a planner step", buckets=BATCH, registry=registry
-        )
-        self.planner_tokens = Counter("glimmer_planner_tokens", "Plan tokens written", registry=registry)
-        self.prompt_tokens = Counter("glimmer_planner_prompt_tokens", "Prompt tokens prefilled", registry=registry)
-        self.renderer_step = Histogram(
-            "glimmer_renderer_step_seconds", "A renderer tick", buckets=STEP_SECONDS, registry=registry
-        )
-        self.renderer_rows = Histogram(
-            "glimmer_renderer_rows", "Rows packed in a renderer tick", buckets=BATCH, registry=registry
-        )
-        self.renderer_tokens = Counter("glimmer_renderer_tokens", "Tokens of the rows packed", registry=registry)
-        self.renderer_padding = Counter("glimmer_renderer_padding_tokens", "Padding computed", registry=registry)
-        self.out_of_memory = Counter(
+        self.images = counter("glimmer_images", "Finished images")
+        self.partial_images = counter("glimmer_partial_images", "Partial images rendered")
+        self.plan_cache_hits = counter("glimmer_plan_cache_hits", "Images whose plan came from the plan cache")
+        self.plans_resumed = counter("glimmer_plans_resumed", "Images whose plan came from an earlier run of their job")
+        self.pixels = counter("glimmer_pixels", "Pixels of the finished images")
+        self.queued = duration("glimmer_queued_seconds", "Time from submission to claim")
+        self.planning = duration("glimmer_planning_seconds", "Time to plan an image")
+        self.rendering = duration("glimmer_rendering_seconds", "Time to render an image, waiting included")
+        self.decoding = duration("glimmer_decoding_seconds", "Time to decode the latents of an image to pixels")
+        self.planner_step = step_duration("glimmer_planner_step_seconds", "Time of a planner step")
+        self.planner_batch = batch_size("glimmer_planner_batch_size", "Sequences in a planner step")
+        self.planner_tokens = counter("glimmer_planner_tokens", "Plan tokens generated")
+        self.prompt_tokens = counter("glimmer_planner_prompt_tokens", "Prompt tokens prefilled")
+        self.renderer_step = step_duration("glimmer_renderer_step_seconds", "Time of a renderer step")
+        self.renderer_rows = batch_size("glimmer_renderer_rows", "Sequences packed into a renderer step")
+        self.renderer_tokens = counter("glimmer_renderer_tokens", "Tokens of the packed sequences")
+        self.renderer_padding = counter("glimmer_renderer_padding_tokens", "Padding tokens computed")
+        self.out_of_memory = counter(
             "glimmer_out_of_memory",
-            "Times that device memory was too little: for a batch, which was split, or for a request, which failed",
+            "Times the device was out of memory: for a batch, which was split, or for a request, which failed",
             ["whose"],
-            registry=registry,
         )
         for whose in ("batch", "request"):
             self.out_of_memory.labels(whose)
-        self.render_token_budget = Gauge(
-            "glimmer_render_token_budget", "Tokens a renderer tick may have now", registry=registry
-        )
-        self.kv_blocks_used = Gauge("glimmer_kv_blocks_used", "Key/value cache blocks in use", registry=registry)
-        self.kv_blocks = Gauge("glimmer_kv_blocks", "Key/value cache blocks in all", registry=registry)
+        self.render_token_budget = gauge("glimmer_render_token_budget", "Current token limit of a renderer step")
+        self.kv_blocks_used = gauge("glimmer_kv_blocks_used", "Key/value cache blocks in use")
+        self.kv_blocks = gauge("glimmer_kv_blocks", "Key/value cache blocks in total")
 
     def exposition(self) -> str:
-        """The metrics in Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()

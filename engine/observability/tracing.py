@@ -1,15 +1,12 @@
-"""Traces through OpenTelemetry. No torch.
+"""Traces through OpenTelemetry; no-op spans unless `OTEL_EXPORTER_OTLP_ENDPOINT` is set. No torch.
 
-    POST /v1/images/generations        in the API, from the request's head to the end of its response
+    POST /v1/images/generations        of the API
         queue                          from submit to claim
-        run                            an engine's work on the job; one per engine that claims it
+        run                            one per engine
             plan render decode encode  of each image
             commit
 
-A job carries its request's `traceparent` through Redis, so that the spans of all processes form one trace. Spans hold
-times, sizes and ids, never prompts or images. Without `OTEL_EXPORTER_OTLP_ENDPOINT` all spans are the API package's
-no-op spans, and the SDK is not imported. The standard's other variables apply too: service name, sampler, headers,
-batches.
+Jobs carry the `traceparent` to the engines. Spans hold times, sizes and ids, never prompts or images.
 """
 
 import os
@@ -27,7 +24,7 @@ from engine.jobs.job import Claim
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-LAST_SPANS_S = 2.0  # how long the end of a process waits for the collector to take the last spans
+LAST_EXPORT_TIMEOUT_S = 2.0
 
 _PROTOCOL = "http/protobuf"
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -36,19 +33,17 @@ Attributes = dict[str, str | int | None]
 
 
 class TracingError(Exception):
-    """Tracing is enabled but cannot be set up; the message says why."""
+    """Tracing is enabled but cannot be set up."""
 
 
 class Span:
-    """A span in progress, to which finished child spans can be added.
+    """A span in progress, to which finished ones can be added.
 
-    Times are `time.monotonic()` seconds. All are converted to wall-clock time by one offset, taken at the start, so
-    that an adjusted clock cannot change their order.
+    Times are `time.monotonic()` seconds, converted by one offset: clock changes cannot reorder them.
 
     Args:
-        tracer: the default makes no-op spans.
-        parent: a `traceparent`; empty or invalid starts a new trace.
-        attributes: set on this span and on those added to it; None values are left out.
+        parent: a `traceparent`; an invalid one starts a new trace.
+        attributes: for added spans, too; without None values.
     """
 
     def __init__(
@@ -68,18 +63,13 @@ class Span:
 
     @property
     def traceparent(self) -> str:
-        """Return the header that makes a span in any process a child of this one; empty for a no-op span."""
+        """Return the header; empty for a no-op span."""
         carrier: dict[str, str] = {}
         _PROPAGATOR.inject(carrier, self._context)
         return carrier.get("traceparent", "")
 
     def child(self, name: str, began: float, ended: float | None = None, image: int | None = None) -> None:
-        """Add a finished child span.
-
-        Args:
-            ended: now if None.
-            image: index of the image it belongs to, if to one.
-        """
+        """Add a finished child span; without `ended` it ends now. `image` is an index."""
         self._add(name, self._context, began, ended, {"glimmer.image_index": image})
 
     def sibling(self, name: str, began: float, ended: float) -> None:
@@ -87,12 +77,7 @@ class Span:
         self._add(name, self._parent, began, ended, {})
 
     def end(self, *, name: str = "", error: str | None = None, attributes: Attributes | None = None) -> None:
-        """End the span; the SDK exports it some seconds later.
-
-        Args:
-            name: replaces the span's name.
-            error: error code; marks the span as failed.
-        """
+        """End the span, as failed if it has an `error` code."""
         if name:
             self._span.update_name(name)
         if error is not None:
@@ -115,25 +100,21 @@ class Span:
 
 
 class Tracing:
-    """Starts the spans of a process.
-
-    Args:
-        provider: the SDK's; None makes no-op spans.
-    """
+    """Starts the spans of a process; no-op spans without a provider."""
 
     def __init__(self, provider: "TracerProvider | None" = None) -> None:
         self._provider = provider
         self._tracer = (provider or trace.NoOpTracerProvider()).get_tracer("glimmer")
 
     def request(self, method: str, traceparent: str) -> Span:
-        """Start the span of an HTTP request, as a child of the client's span if it sent one."""
+        """Start the span of an HTTP request."""
         if self._provider is None:
-            traceparent = ""  # a no-op span would pass the client's on, and engines would trace requests of this API
+            traceparent = ""  # a no-op span would pass it on to the engines
         return Span(self._tracer, method, traceparent, {"http.request.method": method}, SpanKind.SERVER)
 
     def run(self, claim: Claim, engine_id: str) -> Span:
-        """Start the span of an engine's work on a job claimed just now, and add the one of its wait in the queue."""
-        if not claim.origin.traceparent:  # its API does not trace
+        """Start the `run` span of a new claim; add its `queue` span."""
+        if not claim.origin.traceparent:
             return Span()
         spec = claim.spec
         attributes: Attributes = {
@@ -150,21 +131,21 @@ class Tracing:
         return span
 
     def close(self) -> None:
-        """Export the remaining spans; after `LAST_SPANS_S` the rest is lost."""
+        """Export the remaining spans within `LAST_EXPORT_TIMEOUT_S`."""
         if self._provider is not None:
             shutdown = threading.Thread(target=self._provider.shutdown, daemon=True)
             shutdown.start()
-            shutdown.join(LAST_SPANS_S)
+            shutdown.join(LAST_EXPORT_TIMEOUT_S)
 
 
 def open_tracing(service: str) -> Tracing:
-    """Set up tracing as the environment says.
+    """Set up tracing from the `OTEL_*` variables.
 
     Args:
-        service: name of the service, unless `OTEL_SERVICE_NAME` or `OTEL_RESOURCE_ATTRIBUTES` has one.
+        service: default service name.
 
     Raises:
-        TracingError: the SDK is not installed, or a variable asks for something unsupported.
+        TracingError: the SDK is missing, or a variable invalid.
     """
     endpoint = _exporter_variable("ENDPOINT")
     if not endpoint or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
@@ -200,7 +181,7 @@ def open_tracing(service: str) -> Tracing:
 
 
 def _exporter_variable(name: str) -> str:
-    """Return an exporter's setting for traces, or else for all signals."""
+    """Return the setting for traces, or for all signals."""
     return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
 
 

@@ -1,1 +1,1 @@
-"""The engine process: connects the job queue with the engine."""
+"""The engine process."""

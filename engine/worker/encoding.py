@@ -1,4 +1,4 @@
-"""Pixels to files. Runs on threads beside the engine's: an encoder releases the interpreter lock."""
+"""Encode pixels [height, width, 3], uint8, as files."""
 
 import io
 from collections.abc import Mapping
@@ -16,11 +16,7 @@ PNG_COMPRESS_LEVEL = 4  # of 9: twice as fast as the default of 6 for files 2% l
 
 
 def encode_result(image: Image, pixels: Tensor) -> ImageResult:
-    """Return a finished image's file and seed, with its plan if the request asks for it.
-
-    Args:
-        pixels: [height, width, 3], uint8.
-    """
+    """Return a finished image's file and seed, and its plan if requested."""
     spec = image.request.spec
     pixels = _with_overlay(pixels, image.request)
     data = encode(pixels, spec.output_format, spec.output_compression, metadata(spec, image.seed))
@@ -28,7 +24,7 @@ def encode_result(image: Image, pixels: Tensor) -> ImageResult:
 
 
 def encode_partial(partial: Partial) -> PartialImage:
-    """Return the file of a partial image, at the size of the final one."""
+    """Return a partial image's file, at the final size."""
     spec = partial.request.spec
     pixels = _with_overlay(resize(partial.pixels, spec.width, spec.height), partial.request)
     data = encode(pixels, spec.output_format, spec.output_compression)
@@ -36,7 +32,7 @@ def encode_partial(partial: Partial) -> PartialImage:
 
 
 def resize(pixels: Tensor, width: int, height: int) -> Tensor:
-    """Resample pixels [h, w, 3], uint8, to [height, width, 3]."""
+    """Resample pixels to [height, width, 3]."""
     if tuple(pixels.shape[:2]) == (height, width):
         return pixels
     image = PillowImage.fromarray(pixels.numpy()).resize((width, height), PillowImage.Resampling.BICUBIC)
@@ -44,7 +40,7 @@ def resize(pixels: Tensor, width: int, height: int) -> Tensor:
 
 
 def apply_overlay(pixels: Tensor, overlay: bytes) -> Tensor:
-    """Paste an RGBA PNG over pixels [height, width, 3], uint8, of its size. Opaque pixels replace theirs exactly."""
+    """Paste an RGBA PNG of the same size over pixels; its opaque pixels stay exact."""
     image = PillowImage.fromarray(pixels.numpy())
     with PillowImage.open(io.BytesIO(overlay), formats=["PNG"]) as cover:
         assert cover.size == image.size, f"an overlay of {cover.size} for an image of {image.size}"
@@ -53,7 +49,7 @@ def apply_overlay(pixels: Tensor, overlay: bytes) -> Tensor:
 
 
 def metadata(spec: JobSpec, seed: int) -> dict[str, str]:
-    """Return the texts to embed in a PNG (see `encode`); the prompt only if the request allows it."""
+    """Return the texts that `encode` embeds; the prompt only if requested."""
     texts = {"seed": str(seed), "size": f"{spec.width}x{spec.height}", "model": spec.model}
     if spec.embed_prompt:
         texts["prompt"] = spec.prompt
@@ -61,7 +57,7 @@ def metadata(spec: JobSpec, seed: int) -> dict[str, str]:
 
 
 def encode(pixels: Tensor, output_format: OutputFormat, quality: int, texts: Mapping[str, str] | None = None) -> bytes:
-    """Encode pixels [height, width, 3], uint8, as PNG, JPEG or WEBP. The same pixels and texts give the same bytes.
+    """Encode pixels; equal inputs give equal bytes.
 
     Args:
         quality: 0..100, for JPEG and WEBP.
@@ -78,7 +74,7 @@ def encode(pixels: Tensor, output_format: OutputFormat, quality: int, texts: Map
 
 
 def _with_overlay(pixels: Tensor, request: Request) -> Tensor:
-    """Apply an edit's overlay, which holds the parts of the source image that its mask keeps."""
+    """Apply an edit's overlay: the parts of the source image that its mask keeps."""
     overlay = request.source_images.overlay if request.source_images else None
     return pixels if overlay is None else apply_overlay(pixels, overlay)
 
@@ -86,5 +82,5 @@ def _with_overlay(pixels: Tensor, request: Request) -> Tensor:
 def _png_info(texts: Mapping[str, str]) -> PngInfo:
     info = PngInfo()
     for name, text in texts.items():
-        info.add_text(name, text)  # becomes iTXt in UTF-8 where Latin-1 does not suffice
+        info.add_text(name, text)  # iTXt in UTF-8 unless Latin-1 suffices
     return info

@@ -1,4 +1,4 @@
-"""Map an exception that ended a request to the error its client gets."""
+"""Map exceptions to the errors clients get."""
 
 from engine.device_errors import is_out_of_memory
 from engine.errors import RequestError, WriteRefused
@@ -6,19 +6,19 @@ from engine.jobs.job import JobError, JobSpec
 
 
 def to_job_error(error: Exception, spec: JobSpec) -> JobError:
-    """What the sender of a request hears of its failure. Of what is not the request's doing: no more than that."""
+    """Return the client's error; internal failures without their text, which may quote a prompt."""
     if isinstance(error, RequestError):
         return JobError(error.message, "invalid_request_error", error.code, error.param)
     if isinstance(error, WriteRefused):
         return JobError(
-            f"The queue has no room for {_images(spec)} of {spec.width}x{spec.height}. {_less(spec)}, or for jpeg or "
-            "webp.",
+            f"The queue has no room for {_images(spec)} of {spec.width}x{spec.height}. {_advice(spec)}, or for jpeg "
+            "or webp.",
             code="result_too_large",
         )
     if is_out_of_memory(error):
         return JobError(
             f"The engine's device has not enough memory for {_images(spec)} of {spec.width}x{spec.height}. "
-            f"{_less(spec)}.",
+            f"{_advice(spec)}.",
             code="out_of_memory",
         )
     return JobError("The engine failed on this request.", code="engine_error")
@@ -28,11 +28,10 @@ def _images(spec: JobSpec) -> str:
     return f"{spec.n} images" if spec.n > 1 else "an image"
 
 
-def _less(spec: JobSpec) -> str:
-    """What would take less room."""
+def _advice(spec: JobSpec) -> str:
     ways = ["a smaller size"]
     if spec.n > 1:
         ways.append("fewer images (n)")
     if spec.num_sources:
-        ways.append("an edit of fewer or smaller pictures")
+        ways.append("an edit of fewer or smaller images")
     return "Ask for " + " or ".join(ways)

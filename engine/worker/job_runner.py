@@ -1,4 +1,4 @@
-"""A claimed job, from its inputs in the queue to its result there."""
+"""Run a claimed job, from its inputs in the queue to its result there."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ from engine.worker.job_errors import to_job_error
 from engine.worker.plan_cache import PlanCache
 
 REDIS_RETRY_S = 0.3
-MAX_WRITE_ATTEMPTS = 10  # of one write, while small writes between them succeed
+MAX_WRITE_ATTEMPTS = 10  # refused while small writes succeed
 
 logger = logging.getLogger("glimmer.engine")
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class Lost:
 
 @dataclass(eq=False)
 class RunningJob:
-    """A claimed job and what has come of it so far."""
+    """A claimed job and its results so far."""
 
     claim: Claim
     request: Request
@@ -50,22 +50,22 @@ class RunningJob:
 
     @property
     def source_tokens(self) -> int:
-        """Return the tokens of its source images: an upper bound until they have been preprocessed."""
+        """Return the source images' tokens: an upper bound until they are preprocessed."""
         return self.request.source_tokens or self.claim.spec.source_tokens
 
     @property
     def log_fields(self) -> dict[str, Any]:
-        """Return the ids of the job and of the request that submitted it, for log events."""
+        """Return the ids of the job and its request."""
         return {"job": self.claim.job_id, "request": self.claim.origin.request_id or None}
 
 
 class JobRunner:
-    """Runs claimed jobs to their ends, one `run` per job, so that a failure ends one job only.
+    """Runs claimed jobs, each in one call of `run`, so that a failure ends only its job.
 
     Args:
-        stopping: set when the process ends; writes are not retried then.
-        wake_engine: called after a submit, for the engine's thread may be idle.
-        capacity_changed: called when a job turns out to need less memory than its claim said.
+        stopping: ends the retries of writes.
+        wake_engine: called after a submit.
+        capacity_changed: called when a job's exact memory is known.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class JobRunner:
         self._wake_engine, self._capacity_changed = wake_engine, capacity_changed
 
     async def run(self, job: RunningJob) -> None:
-        """Run a job until it is committed, failed, expired or lost."""
+        """Run a job until it has ended or is lost."""
         claim, state = job.claim, None
         bind(**job.log_fields)
         event(logger, "job_claimed", run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans))
@@ -102,20 +102,20 @@ class JobRunner:
         event(logger, "job_ended", state=ended, seconds=time.monotonic() - job.started)
 
     async def _load_inputs(self, job: RunningJob) -> None:
-        """Fetch an edit's source images, and plans that earlier requests left in the plan cache."""
+        """Fetch an edit's source images, and cached plans."""
         claim, request = job.claim, job.request
         if claim.spec.num_sources:
             request.source_images = await self._write_with_retry(job, lambda: self._queue.source_images(claim))
-        if request.source_images is not None:  # otherwise the job is no edit, or has ended
+        if request.source_images is not None:  # they are deleted when the job ends
             request.preprocessed = await asyncio.to_thread(self._engine.preprocess_images, request.source_images)
             self._capacity_changed()
         with suppress(QueueUnavailable):
-            cached = await self._plan_cache.known(claim.spec, request.source_images)
+            cached = await self._plan_cache.lookup(claim.spec, request.source_images)
             self._engine.metrics.plan_cache_hits.inc(len(cached.keys() - claim.plans.keys()))
             request.plans = cached | request.plans
 
     async def _handle_events(self, job: RunningJob) -> JobState | None:
-        """Act on the engine's events until the last one. Return the job's final state; None if it was lost."""
+        """Act on the engine's events. Return the job's final state; None if it was lost."""
         while True:
             match await job.events.get():
                 case Planned(index=index, plan=plan):
@@ -125,7 +125,7 @@ class JobRunner:
                         job, lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p)
                     )
                     with suppress(QueueUnavailable):
-                        await self._plan_cache.keep(job.claim.spec, job.request.source_images, index, plan)
+                        await self._plan_cache.store(job.claim.spec, job.request.source_images, index, plan)
                 case Partial() as partial:
                     job.partials.append(asyncio.ensure_future(self._send_partial(job, partial)))
                 case Rendered(image=image, pixels=pixels):
@@ -144,7 +144,7 @@ class JobRunner:
                     return None
 
     async def _send_partial(self, job: RunningJob, partial: Partial) -> None:
-        """Send a partial image once: it is worth nothing later, so an error only loses it."""
+        """Send a partial image without retries: a late one is worthless."""
         try:
             await self._queue.partial_image(job.claim, await asyncio.to_thread(encode_partial, partial))
         except Exception as error:
@@ -152,7 +152,7 @@ class JobRunner:
 
     async def _commit(self, job: RunningJob) -> JobState | None:
         images = await asyncio.gather(*(job.results[index] for index in range(job.claim.spec.n)))
-        await asyncio.gather(*job.partials)  # clients stop listening at the commit
+        await asyncio.gather(*job.partials)  # not delivered after the commit
         request = job.request
         result = JobResult(images, len(request.prompt_ids), job.claim.spec.plan_tokens, request.source_tokens)
         began = time.monotonic()
@@ -172,15 +172,14 @@ class JobRunner:
         return JobState.FAILED if written else None
 
     async def _write_with_retry(self, job: RunningJob, write: Callable[[], Awaitable[T]]) -> T:
-        """Write to the queue, however long Redis is away or full: the epoch decides whether the write counts.
+        """Write to the queue, retrying while Redis is unavailable; the epoch decides whether the write counts.
 
-        If Redis has no room for this write alone (a value over its size limit, which breaks the connection, or over
-        the memory that is left), retrying would never end and cost the other jobs' writes memory each time. The error
-        does not tell that from an outage, but small writes do: the large one waits until they succeed, and is given
-        up once it has been refused `MAX_WRITE_ATTEMPTS` times with small ones succeeding in between.
+        A value over Redis' size limit (which breaks the connection) or free memory fails like an outage. Small writes
+        tell the two apart: each retry waits until one succeeds. After `MAX_WRITE_ATTEMPTS` the write is given up, for
+        each attempt takes memory from other writes.
 
         Raises:
-            WriteRefused: all attempts were refused.
+            WriteRefused: Redis accepts only small writes.
             QueueUnavailable: the process ends.
         """
         for _ in range(MAX_WRITE_ATTEMPTS):

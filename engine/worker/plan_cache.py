@@ -1,9 +1,4 @@
-"""Plans kept in Redis, so that the same request is not planned twice. No torch.
-
-A plan follows from the model (`GlmImage.planning_fingerprint`), the prompt, the pictures to edit, the size, the seed
-and the sampling, and from nothing else; these make its key. Steps, guidance and output format are free to change:
-trying those on a plan costs no planning.
-"""
+"""Plans kept in Redis: a request that differs only in steps, guidance or output format needs no planning. No torch."""
 
 import hashlib
 
@@ -17,38 +12,39 @@ class PlanCache:
     """The plans of one planner.
 
     Args:
-        planner: what tells this planner from every other.
-        ttl_s: seconds a plan is kept; 0 keeps none.
+        planner: `GlmImage.planning_fingerprint`.
+        ttl_s: 0 keeps no plans.
     """
 
     def __init__(self, queue: JobConsumer, planner: str, ttl_s: int):
         self._queue, self._planner, self._ttl_s = queue, planner, ttl_s
 
-    async def known(self, spec: JobSpec, sources: SourceImages | None) -> dict[int, Plan]:
-        """The plans that are kept for the images of a request, by image index.
+    async def lookup(self, spec: JobSpec, sources: SourceImages | None) -> dict[int, Plan]:
+        """Return the plans kept for a request's images, by image index.
 
         Raises:
-            QueueUnavailable: Redis is away.
+            QueueUnavailable: Redis cannot be reached.
         """
         if not self._ttl_s or spec.plan:
             return {}
         plans = await self._queue.cached_plans([self._key(spec, sources, index) for index in range(spec.n)])
         return {index: plan for index, plan in enumerate(plans) if plan is not None}
 
-    async def keep(self, spec: JobSpec, sources: SourceImages | None, index: int, plan: Plan) -> None:
-        """Keeps a plan that was written for image number `index`.
+    async def store(self, spec: JobSpec, sources: SourceImages | None, index: int, plan: Plan) -> None:
+        """Keep the plan of image `index` for `ttl_s`.
 
         Raises:
-            QueueUnavailable: Redis is away.
+            QueueUnavailable: Redis cannot be reached.
         """
         if self._ttl_s:
             await self._queue.cache_plan(self._key(spec, sources, index), plan, self._ttl_s)
 
     def _key(self, spec: JobSpec, sources: SourceImages | None, index: int) -> str:
+        """Hash everything a plan depends on."""
         geometry = spec.geometry
-        pictures = [hashlib.sha256(picture).hexdigest() for picture in sources.files] if sources else []
-        decides = [
-            self._planner, spec.prompt, pictures, geometry.canvas_width, geometry.canvas_height, spec.seed + index,
+        source_hashes = [hashlib.sha256(file).hexdigest() for file in sources.files] if sources else []
+        inputs = [
+            self._planner, spec.prompt, source_hashes, geometry.canvas_width, geometry.canvas_height, spec.seed + index,
             spec.temperature, spec.top_p,
         ]  # fmt: skip
-        return hashlib.sha256(orjson.dumps(decides)).hexdigest()
+        return hashlib.sha256(orjson.dumps(inputs)).hexdigest()

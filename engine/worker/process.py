@@ -1,4 +1,4 @@
-"""One engine process, from its settings to its exit code: load the model, build the engine, work until told to stop."""
+"""One engine process, from its settings to its exit code."""
 
 import asyncio
 import logging
@@ -27,11 +27,11 @@ logger = logging.getLogger("glimmer.engine")
 
 
 class ConfigurationError(Exception):
-    """Settings this machine cannot serve; the message says which."""
+    """A setting that this machine cannot serve."""
 
 
 def main(settings: EngineSettings) -> int:
-    """Run one engine process. Returns its exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
+    """Run an engine until SIGTERM. Return the exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
     configure(settings.log_level, settings.log_format)
     try:
         with closing(open_tracing("glimmer-engine")) as tracing:
@@ -87,13 +87,17 @@ def _load(settings: EngineSettings) -> Engine:
     return Engine(model, limits)
 
 
-def _ready(starting: EngineInfo, model: GlmImage, named: str | None) -> EngineInfo:
-    """What the heartbeats say once the model is loaded, which the settings call `named`."""
+def _ready(starting: EngineInfo, model: GlmImage, configured: str | None) -> EngineInfo:
+    """Return the heartbeats' content once the model is loaded.
+
+    Args:
+        configured: the settings' model; empty for the shipped one.
+    """
     side = model.autoencoder.default_side
     return replace(
         starting,
         state="ready",
-        model=named or NAME,
+        model=configured or NAME,
         default_size=model.defaults.size or f"{side}x{side}",
         codebook_size=model.planner.config.codebook_size,
         default_steps=model.defaults.num_inference_steps,
@@ -109,7 +113,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigurationError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device {name!r}: torch sees no CUDA device on this machine")
+        raise ConfigurationError(f"device {name!r}: torch finds no CUDA device on this machine")
     return device
 
 

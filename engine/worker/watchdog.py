@@ -1,4 +1,4 @@
-"""Watchdog of the engine's thread. No torch."""
+"""Watchdog of the engine's thread."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ from engine.jobs.job import JobSpec
 from engine.observability.logs import event
 
 STEP_TIMEOUT_S = 11.0  # watchdog timeout of one engine step
-CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added on a CPU per megapixel in flight, where a step can take that long
+CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added on a CPU per megapixel in flight: a step can take that long
 
 logger = logging.getLogger("glimmer.engine")
 
 
 class Watchdog:
-    """Detects an engine step that hangs, and ends the process then: a thread in a device call cannot be ended.
+    """Detects an engine step that hangs; a thread in a device call can only be ended with its process.
 
     Args:
         running: returns the specs of the jobs in flight.
@@ -29,15 +29,15 @@ class Watchdog:
     def __init__(self, running: Callable[[], Sequence[JobSpec]], *, on_cpu: bool):
         self._running, self._on_cpu = running, on_cpu
         self._step_began_at = time.monotonic()
-        self._suspected_step: float | None = None  # start of the step that was stuck at the last `check`
+        self._suspected_step: float | None = None  # its start
 
     def begin_step(self) -> None:
-        """Restart the timeout; called by the engine's thread before each step."""
+        """Restart the timeout."""
         self._step_began_at = time.monotonic()
 
     @property
     def is_stuck(self) -> bool:
-        """Return whether the current step has passed its timeout."""
+        """Return whether the step has passed its timeout."""
         timeout = STEP_TIMEOUT_S
         if self._on_cpu:
             pixels = sum(spec.n * spec.width * spec.height for spec in self._running())
@@ -45,8 +45,7 @@ class Watchdog:
         return time.monotonic() - self._step_began_at > timeout
 
     def check(self) -> bool:
-        """Return whether the step that was stuck at the last check still is: a process that was only frozen (SIGSTOP)
-        finishes its step between two checks."""
+        """Return whether the same step is stuck as at the last check: one stopped by SIGSTOP ends between checks."""
         began_at = self._step_began_at
         stuck = self.is_stuck
         confirmed = stuck and began_at == self._suspected_step
@@ -54,7 +53,7 @@ class Watchdog:
         return confirmed
 
     async def give_up(self, queue: JobConsumer, engine_id: str) -> NoReturn:
-        """End the process with `EXIT_STUCK`, after giving its jobs to other engines. The supervisor starts another."""
+        """Requeue the jobs and end the process with `EXIT_STUCK`."""
         seconds = time.monotonic() - self._step_began_at
         event(logger, "engine_stuck", logging.CRITICAL, jobs=len(self._running()), seconds=seconds)
         with suppress(QueueUnavailable):

@@ -1,7 +1,7 @@
-"""An engine process: takes jobs from the queue, runs them on the engine, commits their results.
+"""Take jobs from the queue and run them on the engine.
 
-The engine has a thread of its own. Everything that waits runs on the event loop here: claiming, renewing leases,
-heartbeats, and one task per job (`JobRunner`).
+The engine has a thread of its own. Everything that waits runs on an event loop: claims, leases, heartbeats, and one
+task per job.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from engine.worker.plan_cache import PlanCache
 from engine.worker.watchdog import Watchdog
 
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
-CLAIM_POLL_INTERVAL_S = 0.5  # for wake-ups that were lost
+CLAIM_POLL_INTERVAL_S = 0.5  # in case a wake-up was lost
 
 logger = logging.getLogger("glimmer.engine")
 
 
 class Worker:
-    """Connects the queue with the engine until SIGTERM.
+    """Connects the queue with the engine.
 
     Args:
-        engine: driven by this worker's thread alone.
-        info: sent with every heartbeat; `info.id` is the consumer's name in the queue.
+        engine: stepped only by this worker.
+        info: content of the heartbeats; `info.id` is also the consumer's name.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Worker:
     ):
         self._tracing = tracing
         self._engine, self._queue, self._info, self._settings = engine, queue, info, settings
-        self._jobs: dict[str, RunningJob] = {}  # by the request's id, which is new with every claim
+        self._jobs: dict[str, RunningJob] = {}  # by the request's id, new with every claim
         self._job_tasks: set[asyncio.Task[None]] = set()
-        self._capacity_changed = asyncio.Event()  # also set when the drain begins
+        self._capacity_changed = asyncio.Event()  # also set by `drain`
         self._draining = asyncio.Event()
         self._hand_back = asyncio.Event()  # the grace period is over
         self._stopping = threading.Event()
-        self._work = threading.Event()  # wakes the engine's thread
+        self._wake_engine = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._renewed_at = time.monotonic()
         self._redis_was_away = False
@@ -67,7 +67,7 @@ class Worker:
             queue,
             PlanCache(queue, planner, settings.plan_cache_s),
             stopping=self._stopping,
-            wake_engine=self._work.set,
+            wake_engine=self._wake_engine.set,
             capacity_changed=self._capacity_changed.set,
         )
 
@@ -75,7 +75,7 @@ class Worker:
         """Work until SIGTERM or SIGINT, then drain.
 
         Raises:
-            Exception: the engine's thread failed; the process cannot go on.
+            Exception: the engine's thread failed.
         """
         for sig in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(sig, self.drain)
@@ -90,18 +90,18 @@ class Worker:
             await self._finish_jobs(thread)
         finally:
             self._stopping.set()
-            self._work.set()
+            self._wake_engine.set()
             for task in (claiming, *loops, *self._job_tasks):
                 task.cancel()
             await asyncio.gather(claiming, *loops, *self._job_tasks, return_exceptions=True)
             with suppress(QueueUnavailable):
                 await self._queue.deregister(self._info.id)
-                await self._queue.requeue_all(self._info.id)  # there are jobs left only after a crash
+                await self._queue.requeue_all(self._info.id)  # some are left only after a failure
         await thread
 
     def drain(self) -> None:
-        """Stop claiming; `run` returns when the running jobs have ended, or at the end of the grace period. The second
-        call hands the running jobs back at once."""
+        """Stop claiming; `run` returns when the running jobs have ended or the grace period is over. A second call ends
+        the grace period."""
         event(logger, "draining", jobs=len(self._jobs))
         if self._draining.is_set():
             self._hand_back.set()
@@ -114,8 +114,8 @@ class Worker:
         while not self._stopping.is_set():
             self._watchdog.begin_step()
             if self._engine.is_idle:
-                self._work.wait(HEARTBEAT_S)
-                self._work.clear()
+                self._wake_engine.wait(HEARTBEAT_S)
+                self._wake_engine.clear()
             if events := self._engine.step():
                 self._loop.call_soon_threadsafe(self._dispatch, events)
 
@@ -127,7 +127,7 @@ class Worker:
     # --- loops --------------------------------------------------------------------------------------------------------
 
     async def _claim_loop(self) -> None:
-        """Claim what the engine can admit at once, and no more: a job that waits here could run elsewhere."""
+        """Claim only what the engine can admit at once: other engines may have room for the rest."""
         while not self._draining.is_set():
             self._capacity_changed.clear()
             claim = await self._next_claim()
@@ -159,8 +159,8 @@ class Worker:
             return None
 
     async def _wait_for_lease_renewals(self) -> None:
-        """Renew the leases, then wait for as long as the other engines take to renew theirs: after an outage they may
-        all have lapsed, and a claim would get jobs that this or another living engine runs."""
+        """Renew the leases, and let other engines renew theirs: after an outage all may have lapsed, so that a claim
+        would return jobs that still run."""
         await self._queue.ping()
         await self._renew_leases()
         self._redis_was_away = False
@@ -168,13 +168,13 @@ class Worker:
             async with asyncio.timeout(self._settings.lease_s / 4 + REDIS_RETRY_S):
                 await self._draining.wait()
 
-    # The loops check `_stopping` because a cancellation can get lost inside a call to Redis.
+    # The loops check `_stopping`: a Redis call can swallow the cancellation.
 
     async def _renew_loop(self) -> None:
         while not self._stopping.is_set():
             await asyncio.sleep(self._settings.lease_s / 4)
             if self._watchdog.is_stuck:
-                continue  # so that the leases lapse even if `Watchdog.give_up` does not reach Redis
+                continue  # the leases lapse, should `give_up` not reach Redis
             with suppress(QueueUnavailable):
                 await self._renew_leases()
 
@@ -226,7 +226,7 @@ class Worker:
         source_tokens = sum(job.source_tokens for job in jobs)
         return FreeCapacity(
             images=limits.max_images - sum(job.claim.spec.n for job in jobs),
-            kv_tokens=max(0, limits.kv_tokens - kv_tokens),  # a job that has its plan is claimed even if none are left
+            kv_tokens=max(0, limits.kv_tokens - kv_tokens),  # a planned job needs none
             source_tokens=max(0, limits.source_tokens - source_tokens),
             idle=not jobs,
         )
@@ -236,7 +236,7 @@ class Worker:
             self._jobs[request_id].events.put_nowait(Lost())
 
     async def _finish_jobs(self, thread: asyncio.Future[None]) -> None:
-        """Wait for the running jobs until the grace period ends, then hand back those that are left."""
+        """Hand back the jobs that are left after the grace period."""
         if self._job_tasks:
             ends = asyncio.create_task(asyncio.wait(self._job_tasks))
             over = asyncio.create_task(self._hand_back.wait())

@@ -179,7 +179,7 @@ def test_who_asks_for_too_much_hears_what_would_help() -> None:
         "The engine's device has not enough memory for an image of 2048x1024. Ask for a smaller size."
     )
     assert many.message.endswith(
-        "3 images of 2048x1024. Ask for a smaller size or fewer images (n) or an edit of fewer or smaller pictures."
+        "3 images of 2048x1024. Ask for a smaller size or fewer images (n) or an edit of fewer or smaller images."
     )
     refused = to_job_error(WriteRefused("x"), spec)
     assert refused.code == "result_too_large"

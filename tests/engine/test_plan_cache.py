@@ -62,32 +62,32 @@ def test_models_that_plan_the_same_share_a_fingerprint(checkpoint: Path, model: 
 
 async def test_a_plan_is_kept_for_the_same_pictures_in_the_same_order(queue: JobQueue) -> None:
     cache = PlanCache(queue, "planner", ttl_s=60)
-    await cache.keep(SPEC, SOURCES, 1, PLAN)
-    assert await cache.known(SPEC, SOURCES) == {1: PLAN}
-    assert await cache.known(SPEC, replace(SOURCES, overlay=None)) == {1: PLAN}, "a mask has no part in the plan"
+    await cache.store(SPEC, SOURCES, 1, PLAN)
+    assert await cache.lookup(SPEC, SOURCES) == {1: PLAN}
+    assert await cache.lookup(SPEC, replace(SOURCES, overlay=None)) == {1: PLAN}, "a mask has no part in the plan"
     for pictures in ([b"second", b"first"], [b"first"], [b"first", b"other"], [b"firsts", b"econd"]):
-        assert await cache.known(SPEC, SourceImages(pictures)) == {}
-    assert await cache.known(SPEC, None) == {}
+        assert await cache.lookup(SPEC, SourceImages(pictures)) == {}
+    assert await cache.lookup(SPEC, None) == {}
 
 
 async def test_a_plan_is_kept_for_its_seed_and_not_its_place(queue: JobQueue) -> None:
     cache = PlanCache(queue, "planner", ttl_s=60)
-    await cache.keep(SPEC, SOURCES, 1, PLAN)
+    await cache.store(SPEC, SOURCES, 1, PLAN)
     free = {"num_inference_steps": 7, "guidance_scale": 4.0, "output_format": "jpeg", "negative_prompt": "no 'words'"}
-    assert await cache.known(replace(SPEC, seed=2, n=1, **free), SOURCES) == {0: PLAN}  # type: ignore[arg-type]
+    assert await cache.lookup(replace(SPEC, seed=2, n=1, **free), SOURCES) == {0: PLAN}  # type: ignore[arg-type]
     for change in ({"seed": 3}, {"prompt": "make it"}, {"width": 128}, {"temperature": 1.0}, {"top_p": 0.5}):
-        assert await cache.known(replace(SPEC, **change), SOURCES) == {}  # type: ignore[arg-type]
+        assert await cache.lookup(replace(SPEC, **change), SOURCES) == {}  # type: ignore[arg-type]
 
 
 async def test_planners_do_not_share(queue: JobQueue) -> None:
-    await PlanCache(queue, "planner", ttl_s=60).keep(SPEC, SOURCES, 0, PLAN)
-    assert await PlanCache(queue, "another", ttl_s=60).known(SPEC, SOURCES) == {}
+    await PlanCache(queue, "planner", ttl_s=60).store(SPEC, SOURCES, 0, PLAN)
+    assert await PlanCache(queue, "another", ttl_s=60).lookup(SPEC, SOURCES) == {}
 
 
 @pytest.mark.parametrize("given", [True, False])
 async def test_nothing_is_kept_that_is_not_wanted(queue: JobQueue, given: bool) -> None:
     """Where the settings keep none, and for a request that brings its plan."""
     cache = PlanCache(queue, "planner", ttl_s=60)
-    await (cache if given else PlanCache(queue, "planner", ttl_s=0)).keep(SPEC, SOURCES, 0, PLAN)
+    await (cache if given else PlanCache(queue, "planner", ttl_s=0)).store(SPEC, SOURCES, 0, PLAN)
     spec = replace(SPEC, plan=PLAN.to_dict()) if given else SPEC
-    assert await cache.known(spec, SOURCES) == {}
+    assert await cache.lookup(spec, SOURCES) == {}

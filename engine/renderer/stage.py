@@ -10,7 +10,8 @@ from engine.fault_boundary import FaultBoundary
 from engine.geometry import PATCH
 from engine.limits import EngineLimits
 from engine.observability.metrics import EngineMetrics
-from engine.renderer.runner import RendererRunner, Rendering
+from engine.renderer.rendering import Rendering
+from engine.renderer.runner import RendererRunner
 from engine.renderer.scheduler import RenderScheduler
 from engine.request import Event, Finished, Image, Partial, Progress, Rendered, Request
 from models.glm_image.model import GlmImage

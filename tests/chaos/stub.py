@@ -36,7 +36,8 @@ from engine.jobs.job import JobSpec, SourceImages, TokenGrid
 from engine.limits import EngineLimits
 from engine.planner.scheduler import PromptGroup
 from engine.planner.scheduler import Sequence as PlanSequence
-from engine.renderer.runner import PREVIEW_STEPS, Rendering
+from engine.renderer.rendering import Rendering
+from engine.renderer.runner import PREVIEW_STEPS
 from engine.renderer.timesteps import partial_steps
 from engine.request import Image, Request
 from engine.worker import process

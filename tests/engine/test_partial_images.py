@@ -7,7 +7,7 @@ import torch
 
 from engine.geometry import CELL
 from engine.jobs.job import JobSpec, Plan
-from engine.renderer.runner import Rendering
+from engine.renderer.rendering import Rendering
 from engine.renderer.timesteps import partial_steps
 from engine.request import Failed, Finished, Image, Partial, Planned, Rendered, Request
 from models.glm_image.model import GlmImage

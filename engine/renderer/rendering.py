@@ -11,39 +11,24 @@ from engine.request import Image, Request
 
 @dataclass(eq=False)
 class Rendering:
-    """An image being rendered, or its preview: what all its steps share, and how far it is.
-
-    Args:
-        geometry: of the canvas; a preview has one of its own.
-        grid: the tokens that are rendered: the plan's or the preview's.
-        is_preview: it shows where the image is going, and is not the image.
-        shown_after: steps after which the picture is shown on its way.
-        latents: [patches, P] float32, changed by every step.
-        plan: [patches, dim] the plan, embedded.
-        glyphs: [g, dim] glyph tokens of the conditional row.
-        no_glyphs: the unconditional row's; None without guidance.
-        time_embeddings: [steps, E].
-        sigmas: [steps + 1] float32, on the CPU.
-        angles: rotary angles [patches, D].
-        sources: keys and values of an edit's sources, for the conditional row.
-    """
+    """What all steps of an image share (filled by `RendererRunner.prepare`), and how far it is."""
 
     image: Image
-    geometry: Geometry
-    grid: TokenGrid
+    geometry: Geometry  # of the canvas; a preview has one of its own
+    grid: TokenGrid  # the plan's or the preview's tokens
     is_preview: bool
-    shown_after: list[int]
-    latents: Tensor
-    plan: Tensor
-    glyphs: Tensor
-    no_glyphs: Tensor | None
-    time_embeddings: Tensor
-    sigmas: Tensor
-    angles: Tensor
-    sources: Tensor | None
-    step: int = 0
-    shown: int = 0  # pictures on its way, as `due` counts them
-    velocity: Tensor | None = None  # [patches, P] float32 of the last step, filled by it
+    partial_after: list[int]  # numbers of steps after which a partial image is due
+    latents: Tensor  # [patches, P] float32, replaced by every step
+    plan: Tensor  # [patches, dim], embedded
+    glyphs: Tensor  # [g, dim] glyph tokens of the conditional branch
+    negative_glyphs: Tensor | None  # of the unconditional branch; None without guidance
+    time_embeddings: Tensor  # [steps, E]
+    sigmas: Tensor  # [steps + 1] float32, on the CPU
+    angles: Tensor  # rotary angles [patches, D]
+    source_kv: Tensor | None  # an edit's sources [layers, 2, heads, S, D], for the conditional branch
+    step: int = 0  # steps done
+    partials_sent: int = 0  # set to `partials_due` by the engine when it sends one
+    velocity: Tensor | None = None  # [patches, P] float32, of the last step
 
     @property
     def request(self) -> Request:
@@ -58,32 +43,32 @@ class Rendering:
         return self.steps - self.step
 
     @property
-    def due(self) -> int:
-        """How many pictures on its way should have been shown by now; at the end the image itself takes their place."""
-        return sum(step <= self.step for step in self.shown_after) if self.is_preview or self.steps_left else 0
+    def partials_due(self) -> int:
+        """Return how many partial images should have been sent by now; 0 once the image itself is done."""
+        return sum(step <= self.step for step in self.partial_after) if self.is_preview or self.steps_left else 0
 
     @property
     def has_partial_due(self) -> bool:
-        """Whether the picture as it is now goes out as a partial image."""
-        return self.due > self.shown
+        return self.partials_due > self.partials_sent
 
     @property
     def partial_index(self) -> int:
-        """The number of the partial image that is shown now; the preview is number 0, where there is one."""
-        return 0 if self.is_preview else self.due - 1 + (self.image.preview is not None)
+        """Return the index of the partial image that is due; a preview has index 0."""
+        return 0 if self.is_preview else self.partials_due - 1 + (self.image.preview is not None)
 
     @property
     def patches(self) -> int:
         return self.latents.shape[0]
 
     @property
-    def rows(self) -> list[Tensor]:
-        """The glyph tokens of the image's rows, the conditional one first."""
-        return [self.glyphs] if self.no_glyphs is None else [self.glyphs, self.no_glyphs]
+    def branches(self) -> list[Tensor]:
+        """Return the glyph tokens of every branch, the conditional one first."""
+        return [self.glyphs] if self.negative_glyphs is None else [self.glyphs, self.negative_glyphs]
 
     @property
     def tokens(self) -> int:
-        return sum(len(glyphs) + self.patches for glyphs in self.rows)
+        """Return the packed tokens of one step: every branch's glyph tokens and patches."""
+        return sum(len(glyphs) + self.patches for glyphs in self.branches)
 
     @property
     def deadline_at(self) -> float:

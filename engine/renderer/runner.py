@@ -54,9 +54,11 @@ class RendererRunner:
         """Everything about an image that its steps share. Its plan must be known."""
         spec, plan = image.request.spec, image.plan
         assert plan is not None
-        shown_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
+        partial_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
         grid = TokenGrid(plan.rows, plan.cols, plan.tokens)
-        return self._prepare(image, grid, spec.geometry, spec.num_inference_steps, spec.guidance_scale > 1, shown_after)
+        return self._prepare(
+            image, grid, spec.geometry, spec.num_inference_steps, spec.guidance_scale > 1, partial_after
+        )
 
     def prepare_preview(self, image: Image) -> Rendering:
         """The same for the image's preview, on a canvas of the preview's grid."""
@@ -73,12 +75,12 @@ class RendererRunner:
         geometry: Geometry,
         steps: int,
         guided: bool,
-        shown_after: list[int],
+        partial_after: list[int],
         is_preview: bool = False,
     ) -> Rendering:
         spec = image.request.spec
         glyphs = self._glyphs(tuple(quoted_strings(spec.prompt)))
-        no_glyphs = self._glyphs(tuple(quoted_strings(spec.negative_prompt))) if guided else None
+        negative_glyphs = self._glyphs(tuple(quoted_strings(spec.negative_prompt))) if guided else None
         codes = torch.tensor(grid.tokens, device=self.model.device).view(grid.rows, grid.cols)
         timesteps, sigmas = schedule(self.model.scheduler, geometry, steps)
         noise = initial_noise(image.seed, self.renderer.config.in_channels, geometry)
@@ -87,17 +89,17 @@ class RendererRunner:
             geometry,
             grid,
             is_preview,
-            shown_after,
+            partial_after,
             latents=patchify(noise, self.renderer.config.patch_size).to(self.model.device),
             plan=self.renderer.plan(codes),
             glyphs=glyphs,
-            no_glyphs=no_glyphs,
+            negative_glyphs=negative_glyphs,
             time_embeddings=self.renderer.time_embeddings(
                 timesteps.to(self.model.device), geometry.canvas_height, geometry.canvas_width
             ),
             sigmas=sigmas,
             angles=self._angles(geometry.patches.rows, geometry.patches.cols),
-            sources=self.source_kv.of(image.request),
+            source_kv=self.source_kv.of(image.request),
         )
 
     def release(self, request: Request) -> None:
@@ -147,7 +149,7 @@ class RendererRunner:
         for rendering, spans in zip(packed.renderings, packed.patch_spans, strict=True):
             own = patches[first : first + rendering.patches]
             plans = (rendering.plan, self._no_plan)
-            for glyphs, plan, (start, end) in zip(rendering.rows, plans, spans, strict=False):
+            for glyphs, plan, (start, end) in zip(rendering.branches, plans, spans, strict=False):
                 x[start - len(glyphs) : start] = glyphs
                 x[start:end] = own + plan
             first += rendering.patches
@@ -191,8 +193,8 @@ class RendererRunner:
         start = 0
         for number, rendering in enumerate(renderings):
             spans.append([])
-            sources += [rendering.sources, None][: len(rendering.rows)]
-            for glyphs in rendering.rows:
+            sources += [rendering.source_kv, None][: len(rendering.branches)]
+            for glyphs in rendering.branches:
                 patches = slice(start + len(glyphs), start + len(glyphs) + rendering.patches)
                 modulation[start : patches.start] = 2 * number + 1
                 modulation[patches] = 2 * number

@@ -83,7 +83,7 @@ class RendererStage:
         if not batch:
             return
         started = time.monotonic()
-        tokens, sequences = sum(r.tokens for r in batch), sum(len(r.rows) for r in batch)
+        tokens, sequences = sum(r.tokens for r in batch), sum(len(r.branches) for r in batch)
         advanced = self._boundary.run(batch, self.runner.advance, lambda: self.scheduler.budget.ran_out(tokens))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -138,7 +138,7 @@ class RendererStage:
         pixels = self.runner.decode(rendering)
         self._metrics.partial_images.inc()
         self._emit(Partial(rendering.image, rendering.partial_index, pixels, rendering.grid))
-        rendering.shown = rendering.due
+        rendering.partials_sent = rendering.partials_due
 
     def _finish(self, rendering: Rendering) -> None:
         self.scheduler.remove(rendering)

@@ -131,9 +131,9 @@ class SleepingRenderer:
         assert plan is not None
         if image.request.encoded:
             self.source_kv[image.request] = None
-        shown_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
+        partial_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
         grid = TokenGrid(plan.rows, plan.cols, plan.tokens)
-        return _rendering(image, grid, spec.num_inference_steps, shown_after, is_preview=False)
+        return _rendering(image, grid, spec.num_inference_steps, partial_after, is_preview=False)
 
     def prepare_preview(self, image: Image) -> Rendering:
         assert image.preview is not None
@@ -167,7 +167,7 @@ class SleepingRenderer:
             time.sleep(3600)
 
 
-def _rendering(image: Image, grid: TokenGrid, steps: int, shown_after: list[int], *, is_preview: bool) -> Rendering:
+def _rendering(image: Image, grid: TokenGrid, steps: int, partial_after: list[int], *, is_preview: bool) -> Rendering:
     """The real thing, with tensors that have their lengths and nothing else."""
     geometry = image.request.spec.geometry
     patches, nothing = torch.empty(geometry.patches.tokens, 0), torch.empty(0)
@@ -176,15 +176,15 @@ def _rendering(image: Image, grid: TokenGrid, steps: int, shown_after: list[int]
         geometry,
         grid,
         is_preview,
-        shown_after,
+        partial_after,
         latents=patches,
         plan=nothing,
         glyphs=torch.empty(1, 0),
-        no_glyphs=torch.empty(1, 0),
+        negative_glyphs=torch.empty(1, 0),
         time_embeddings=torch.empty(steps, 0),
         sigmas=nothing,
         angles=nothing,
-        sources=None,
+        source_kv=None,
     )
 
 

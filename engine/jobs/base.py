@@ -3,20 +3,18 @@
 A job is submitted once, claimed by engines until one of them ends it, and ends once. A claim is a lease: the engine
 renews it while it works, and any engine may take a job whose lease has lapsed. Every claim has a new epoch, and what
 an engine writes counts only while its epoch is the job's. So a job may run more than once, but has one visible end.
-The states and their changes are in `engine.jobs.scripts`.
+The states and their changes are in `lua/prelude.lua`.
 """
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 import orjson
 import redis.asyncio
-from redis.commands.core import AsyncScript
 
 from engine.jobs.connection import redis_errors
 from engine.jobs.events import JobEvents, WakeUps
 from engine.jobs.job import JobError, JobState
-from engine.jobs.scripts.api_side import END
+from engine.jobs.scripts import LuaScripts
 
 
 class QueueBase:
@@ -45,10 +43,10 @@ class QueueBase:
     ):
         self._redis, self._prefix = redis, prefix
         self._lease_ms, self._result_ttl_ms, self._max_runs = lease_ms, 1000 * result_ttl_s, max_runs
-        self._poison_error = orjson.dumps(
+        self._dead_letter_error = orjson.dumps(
             JobError(f"The job brought its engine down {max_runs} times and was given up.").to_dict()
         )
-        self._scripts: dict[str, AsyncScript] = {}
+        self._scripts = LuaScripts(redis, "engine.jobs", prefix=prefix, result_ttl_ms=self._result_ttl_ms)
         self._events = JobEvents(redis, f"{prefix}:events")
         self._wake_ups = WakeUps(redis, f"{prefix}:wake")
 
@@ -82,13 +80,7 @@ class QueueBase:
 
     async def expire(self, job_id: str) -> bool:
         """Ends a queued or running job as expired if its deadline has passed. True if this call ended it."""
-        return bool(await self._run(END, job_id, JobState.EXPIRED.value))
+        return bool(await self._scripts.run("end_job", id=job_id, state=JobState.EXPIRED.value))
 
     def _key(self, *parts: str) -> str:
         return ":".join((self._prefix, *parts))
-
-    async def _run(self, script: str, *args: str | bytes | float) -> Any:
-        if script not in self._scripts:
-            self._scripts[script] = self._redis.register_script(script)
-        with redis_errors():
-            return await self._scripts[script](args=[self._prefix, self._result_ttl_ms, *args])

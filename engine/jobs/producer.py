@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from engine.errors import KeyReused, QueueFull, QueueReadOnly, QueueUnavailable, SourcesFull, TooManyJobs
+from engine.errors import GlimmerError, KeyReused, QueueFull, QueueReadOnly, QueueUnavailable, SourcesFull, TooManyJobs
 from engine.jobs.base import QueueBase
 from engine.jobs.codec import RECORD_FIELDS, decode_record, decode_result, encode_sources
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, redis_errors, retry_while_away
@@ -24,10 +24,17 @@ from engine.jobs.job import (
     QueueStats,
     SourceImages,
 )
-from engine.jobs.scripts import api_side as scripts
+from engine.jobs.scripts import Argument
 
 _POLL_INTERVAL_S = 1.0  # how often `wait` looks by itself, should an event have been lost
 _DELIVERED_TTL_S = 5.0  # leaves time to ask for a result once more, should its answer have been lost on the way
+
+_REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `submit.lua`
+    b"full": (QueueFull, "{max_queue} jobs are waiting already"),
+    b"full of sources": (SourcesFull, "the jobs in the queue have {max_source_bytes} bytes of sources, or nearly so"),
+    b"too many": (TooManyJobs, "{max_owned} jobs of this owner are waiting or running already"),
+    b"reused": (KeyReused, "this idempotency key came with another request before"),
+}
 
 
 class JobProducer(QueueBase):
@@ -76,43 +83,36 @@ class JobProducer(QueueBase):
             TooManyJobs: the owner has `max_owned` already.
             KeyReused: the key came with another fingerprint before.
         """
-        cost = (spec.n, spec.plan_tokens + spec.prompt_tokens_bound, spec.source_tokens)
-        reply = await self._run(
-            scripts.SUBMIT,
-            job_id,
-            priority,
-            orjson.dumps(spec.to_dict()),
-            *cost,
-            round(timeout_s * 1000),
-            max_queue,
-            owner,
-            "" if max_owned is None else max_owned,
-            orjson.dumps(notes or {}),
-            idempotency_key,
-            fingerprint,
-            orjson.dumps(origin.to_dict()),
-            source_images.size if source_images else 0,
-            "" if max_source_bytes is None else max_source_bytes,
-            *encode_sources(source_images),
-        )
-        if reply == b"full":
-            raise QueueFull(f"{max_queue} jobs are waiting already")
-        if reply == b"full of sources":
-            raise SourcesFull(f"the jobs in the queue have {max_source_bytes} bytes of sources, or nearly so")
-        if reply == b"too many":
-            raise TooManyJobs(f"{max_owned} jobs of this owner are waiting or running already")
-        if reply == b"reused":
-            raise KeyReused("this idempotency key came with another request before")
+        arguments: dict[str, Argument] = {
+            "id": job_id,
+            "priority": priority,
+            "images": spec.n,
+            "kv_tokens": spec.plan_tokens + spec.prompt_tokens_bound,
+            "source_tokens": spec.source_tokens,
+            "timeout_ms": round(timeout_s * 1000),
+            "owner": owner,
+            "idempotency_key": idempotency_key,
+            "fingerprint": fingerprint,
+            "max_queue": max_queue,
+            "max_owned": max_owned,
+            "source_bytes": source_images.size if source_images else 0,
+            "max_source_bytes": max_source_bytes,
+        }
+        documents = (orjson.dumps(part) for part in (spec.to_dict(), notes or {}, origin.to_dict()))
+        reply = await self._scripts.run("submit", *documents, *encode_sources(source_images), **arguments)
+        if reply in _REFUSALS:
+            error, message = _REFUSALS[reply]
+            raise error(message.format_map(arguments))
         return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id
 
     async def cancel(self, job_id: str) -> bool:
         """Ends a queued or running job as cancelled. True if this call ended it."""
-        return bool(await self._run(scripts.END, job_id, JobState.CANCELLED.value))
+        return bool(await self._scripts.run("end_job", id=job_id, state=JobState.CANCELLED.value))
 
     async def ended_among(self, job_ids: Sequence[str]) -> dict[str, JobState | None]:
         """Those of these jobs that have ended, and how; None where the job is not known. Ends those whose deadline has
         passed. Redis does nothing else meanwhile, so ask for hundreds at once, not for tens of thousands."""
-        reply = await self._run(scripts.ENDED, *job_ids)
+        reply = await self._scripts.run("ended_among", ids=list(job_ids))
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return {job_id.decode(): JobState(state.decode()) if state else None for job_id, state in pairs}
 
@@ -138,7 +138,7 @@ class JobProducer(QueueBase):
         Unlike `cancel` it is also for a submit whose answer never came: should that still be under way, it will not
         take effect. And the result of a job that has succeeded is deleted.
         """
-        return bool(await self._run(scripts.WITHDRAW, job_id))
+        return bool(await self._scripts.run("discard", id=job_id))
 
     async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
         """What a succeeded job left; None for any other, once it was withdrawn, and `result_ttl_s` after the end.
@@ -152,8 +152,8 @@ class JobProducer(QueueBase):
     async def shorten_ttl(self, job_id: str) -> None:
         """Says that the result of an ended job has been handed over: its record and its result, which may be megabytes,
         live for some seconds more instead of `result_ttl_s`."""
-        left_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
-        await self._run(scripts.DELIVERED, job_id, left_ms)
+        ttl_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
+        await self._scripts.run("shorten_ttl", id=job_id, ttl_ms=ttl_ms)
 
     async def share(self, token: str, data: bytes, media_type: str) -> None:
         """Keeps a file for `result_ttl_s` seconds for whoever knows the token, unless it is there already."""
@@ -183,7 +183,7 @@ class JobProducer(QueueBase):
         return True
 
     async def stats(self) -> QueueStats:
-        return QueueStats(*await self._run(scripts.STATS))
+        return QueueStats(*await self._scripts.run("stats"))
 
     async def engines(self) -> list[EngineInfo]:
         """The engines whose heartbeat has not run out, by id."""
@@ -195,7 +195,7 @@ class JobProducer(QueueBase):
         return {engine: text.decode() for engine, text in (await self._heartbeats("metrics")).items()}
 
     async def _heartbeats(self, field: str) -> dict[str, bytes]:
-        reply = await self._run(scripts.ENGINES, field)
+        reply = await self._scripts.run("engines", field=field)
         return {engine.decode(): value for engine, value in zip(reply[::2], reply[1::2], strict=True)}
 
     async def wait(self, job_id: str) -> JobRecord:

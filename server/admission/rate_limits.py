@@ -1,82 +1,17 @@
-"""What a key may use within a time, counted in Redis, so that all replicas of the API share it.
+"""The limits of an API key over time, counted in Redis, so that all replicas of the API share them.
 
-Two limits, both optional: jobs asked for within any 60 seconds, and pixel-steps within a day (UTC). How many jobs may
-wait and run at once is the queue's to hold. Keys, behind the queue's prefix:
-
-rate:{owner}         sorted set, one ticket per request, by its time; goes a minute after the last one
-quota:{owner}:{day}  pixel-steps charged on that day, days since the epoch; goes when the day is over
-
-All times are Redis' own. In each script that charges, the first write is one that Redis refuses when it is out of
-memory, so a script is not stopped half way.
+Two limits, both optional: requests within any 60 seconds, and pixel-steps within a day (UTC). The queue limits how many
+jobs may wait and run at once.
 """
 
 import math
 import secrets
 from dataclasses import dataclass, field
-from typing import Any
 
-from redis.commands.core import AsyncScript
-
-from engine.jobs.connection import redis_errors
 from engine.jobs.producer import JobProducer
+from engine.jobs.scripts import LuaScripts
 from server.admission.keys import ANONYMOUS, Caller
 from server.errors import ApiError
-
-_PRELUDE = """
-local PREFIX, owner, ticket, pixel_steps = unpack(ARGV)
-local RATE, MINUTE_MS, DAY_MS = PREFIX .. ':rate:' .. owner, 60000, 86400000
-local function quota_key(day) return PREFIX .. ':quota:' .. owner .. ':' .. day end
-"""
-
-# Limits are empty where there is none. -> [what stands in the way: '' | 'rate' | 'quota', requests left, ms until the
-# oldest request of the minute counts no more, ms until all of them do, pixel-steps charged today before this, day, ms
-# left of it]
-CHARGE = (
-    _PRELUDE
-    + """
-local per_minute, per_day = tonumber(ARGV[5]), tonumber(ARGV[6])
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local day, day_left = math.floor(now / DAY_MS), DAY_MS - now % DAY_MS
-local since, used, oldest, newest = '(' .. string.format('%.0f', now - MINUTE_MS), 0, now, now
-if per_minute then
-  used = redis.call('ZCOUNT', RATE, since, '+inf')
-  local first = redis.call('ZRANGEBYSCORE', RATE, since, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-  local last = redis.call('ZREVRANGE', RATE, 0, 0, 'WITHSCORES')
-  if used > 0 then oldest, newest = tonumber(first[2]), tonumber(last[2]) end
-end
-local charged = per_day and tonumber(redis.call('GET', quota_key(day)) or 0) or 0
-
-local function answer(obstacle, left, newest)
-  return {obstacle, left, oldest + MINUTE_MS - now, newest + MINUTE_MS - now, charged, day, day_left}
-end
-if per_minute and used >= per_minute then return answer('rate', 0, newest) end
-if per_day and charged + tonumber(pixel_steps) > per_day then
-  return answer('quota', per_minute and per_minute - used or 0, newest)
-end
-
-if per_minute then
-  redis.call('ZADD', RATE, now, ticket)
-  redis.call('ZREMRANGEBYSCORE', RATE, '-inf', string.format('%.0f', now - MINUTE_MS))
-  redis.call('PEXPIRE', RATE, MINUTE_MS)
-end
-if per_day then
-  redis.call('INCRBY', quota_key(day), pixel_steps)
-  redis.call('PEXPIRE', quota_key(day), day_left)
-end
-return answer('', per_minute and per_minute - used - 1 or 0, now)
-"""
-)
-
-REFUND = (
-    _PRELUDE
-    + """
-local quota = quota_key(ARGV[5])
-redis.call('ZREM', RATE, ticket)
-local charged = tonumber(redis.call('GET', quota) or 0)
-if charged > 0 then redis.call('DECRBY', quota, string.format('%.0f', math.min(charged, tonumber(pixel_steps)))) end
-"""
-)
 
 
 @dataclass(frozen=True)
@@ -102,9 +37,7 @@ class RateLimits:
     """The limits of all keys. Methods raise `QueueUnavailable` when Redis is away."""
 
     def __init__(self, queue: JobProducer) -> None:
-        self._prefix = queue.prefix
-        self._charge = queue.client.register_script(CHARGE)
-        self._refund = queue.client.register_script(REFUND)
+        self._scripts = LuaScripts(queue.client, "server.admission", prefix=queue.prefix)
 
     async def charge(self, caller: Caller, pixel_steps: int) -> Charge:
         """Counts a job against the caller's limits, or refuses it and counts nothing.
@@ -115,25 +48,31 @@ class RateLimits:
         if caller.requests_per_minute is None and caller.pixel_steps_per_day is None:
             return Charge(caller)
         ticket = secrets.token_hex(8)
-        limits = ("" if it is None else it for it in (caller.requests_per_minute, caller.pixel_steps_per_day))
-        obstacle, left, next_ms, reset_ms, charged, day, day_left_ms = await self._run(
-            self._charge, caller.owner, ticket, pixel_steps, *limits
+        exceeded, left, next_ms, reset_ms, charged, day, day_left_ms = await self._scripts.run(
+            "charge",
+            owner=caller.owner,
+            ticket=ticket,
+            pixel_steps=pixel_steps,
+            per_minute=caller.requests_per_minute,
+            per_day=caller.pixel_steps_per_day,
         )
         headers = _headers(caller, left, reset_ms)
-        if obstacle == b"rate":
+        if exceeded == b"rate":
             raise _too_fast(caller, next_ms, headers)
-        if obstacle == b"quota":
+        if exceeded == b"quota":
             raise _used_up(caller, pixel_steps, charged, day_left_ms, headers)
         return Charge(caller, pixel_steps, headers, ticket, day)
 
     async def refund(self, charge: Charge) -> None:
         """Takes a charge back, whole, because no job came of it."""
         if charge.ticket:
-            await self._run(self._refund, charge.caller.owner, charge.ticket, charge.pixel_steps, charge.day)
-
-    async def _run(self, script: AsyncScript, *args: str | int) -> Any:
-        with redis_errors():
-            return await script(args=[self._prefix, *args])
+            await self._scripts.run(
+                "refund",
+                owner=charge.caller.owner,
+                ticket=charge.ticket,
+                pixel_steps=charge.pixel_steps,
+                day=charge.day,
+            )
 
 
 def _headers(caller: Caller, left: int, reset_ms: int) -> dict[str, str]:

@@ -42,9 +42,9 @@ class WitnessedConsumer(JobConsumer):
 
     journal: Journal
 
-    async def claim(self, consumer: str, budget: FreeCapacity) -> Claim | None:
+    async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
         began = time.monotonic()
-        claim = await super().claim(consumer, budget)
+        claim = await super().claim(consumer, free)
         if claim is not None:
             known = sorted(claim.plans)
             self.journal.write(

@@ -22,7 +22,10 @@ from engine.jobs.embedded import EmbeddedRedis
 from tests.jobs.test_any_order import SIZES, QueueMachine
 
 ROOT = Path(__file__).parents[2]
-PRELUDE, ENGINE, API = (f"engine/jobs/scripts/{name}.py" for name in ("__init__", "engine_side", "api_side"))
+PRELUDE, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT = (
+    f"engine/jobs/lua/{name}.lua"
+    for name in ("prelude", "submit", "end_job", "discard", "claim", "renew", "requeue", "requeue_all", "commit")
+)
 ANYWHERE = "tests/jobs/test_any_order.py"
 
 
@@ -44,41 +47,51 @@ class Bug:
 XDEL_IF_ACKED = "if redis.call('XACK', queue, GROUP, entry) == 1 then redis.call('XDEL', queue, entry) end"
 BUGS = [
     # whose word counts
-    Bug("no epoch check", PRELUDE, "state == 'running' and current == epoch", "state == 'running'"),
-    Bug("no check whether the job still runs", PRELUDE, "state == 'running' and current == epoch", "current == epoch"),
+    Bug("no epoch check", PRELUDE, "state == 'running' and tonumber(current) == epoch", "state == 'running'"),
+    Bug(
+        "no check whether the job still runs",
+        PRELUDE,
+        "state == 'running' and tonumber(current) == epoch",
+        "tonumber(current) == epoch",
+    ),
     *(
-        Bug(f"{name} takes any claim", ENGINE, f"if not holds(id, epoch) then return 0 end\n{then}", then)
-        for name, then in (
-            ("progress", "redis.call('HSET', job_key(id), 'progress'"),
-            ("checkpoint", "redis.call('HSET', plans_key(id)"),
-            ("partial image", "local name = image"),
-            ("commit", "redis.call('HSET', result_key(id)"),
-            ("fail", "finish(id, 'failed', error)"),
+        Bug(
+            f"{script} takes any claim",
+            f"engine/jobs/lua/{script}.lua",
+            f"if not holds({job}, args.epoch) then return 0 end\n",
+            "",
+        )
+        for script, job in (
+            ("progress", "id"),
+            ("checkpoint_plan", "args.id"),
+            ("partial_image", "id"),
+            ("commit", "id"),
+            ("fail", "args.id"),
         )
     ),
-    Bug("claim does not raise the epoch", ENGINE, "redis.call('HINCRBY', job, 'epoch', 1)", "1"),
-    Bug("release raises the epoch", ENGINE, "'runs', -1)", "'epoch', redis.call('HINCRBY', job_key(id), 'runs', -1))"),
-    Bug("renew by anybody", ENGINE, "epoch) or engine ~= consumer then\n", "epoch) then\n"),
-    Bug("release by anybody", ENGINE, "epoch) or engine ~= consumer then return 0", "epoch) then return 0"),
+    Bug("claim does not raise the epoch", CLAIM, "redis.call('HINCRBY', job, 'epoch', 1)", "1"),
+    Bug("requeue raises the epoch", REQUEUE, "'runs', -1)", "'epoch', redis.call('HINCRBY', job_key(id), 'runs', -1))"),
+    Bug("any consumer can renew", RENEW, "epoch) or engine ~= consumer then\n", "epoch) then\n"),
+    Bug("any consumer can requeue", REQUEUE, "epoch) or engine ~= args.consumer then return 0", "epoch) then return 0"),
     # leases
-    Bug("claim ignores leases", ENGINE, "'IDLE', lease_ms, '-'", "'IDLE', 0, '-'"),
+    Bug("claim ignores leases", CLAIM, "'IDLE', args.lease_ms, '-'", "'IDLE', 0, '-'"),
     Bug(
-        "claim does not start the lease anew",
-        ENGINE,
+        "claim does not restart the lease",
+        CLAIM,
         "consumer, 0, entry, 'JUSTID')\n  else",
         "consumer, 9e9, entry)\n  else",
     ),
     Bug(
-        "renew renews nothing", ENGINE, "redis.call('XCLAIM', queue_key(priority), GROUP, consumer", "tostring(consumer"
+        "renew renews nothing", RENEW, "redis.call('XCLAIM', queue_key(priority), GROUP, consumer", "tostring(consumer"
     ),
-    Bug("what is handed back waits for its lease", PRELUDE, "'TIME', 0, 'JUSTID'", "'JUSTID'"),
+    Bug("a requeued job waits for its lease", PRELUDE, "'TIME', 0, 'JUSTID'", "'JUSTID'"),
     Bug(
-        "surrender of one priority",
-        ENGINE,
+        "requeue_all of one priority",
+        REQUEUE_ALL,
         "{'interactive', 'batch'}) do\n  local queue",
         "{'interactive'}) do\n  local queue",
     ),
-    Bug("surrender takes everybody's jobs", ENGINE, "10000, consumer)", "10000)"),
+    Bug("requeue_all takes the jobs of all engines", REQUEUE_ALL, "10000, consumer)", "10000)"),
     # the streams
     Bug("no XDEL at the end", PRELUDE, XDEL_IF_ACKED, "redis.call('XACK', queue, GROUP, entry)"),
     Bug(
@@ -88,13 +101,13 @@ BUGS = [
         "#redis.call('XPENDING', queue, GROUP, entry, entry, 1) == 1",
     ),
     Bug("XDEL of what was not delivered", PRELUDE, XDEL_IF_ACKED, "redis.call('XDEL', queue, entry)"),
-    Bug("dead entries are not deleted", ENGINE, "entry)\n      redis.call('XDEL', queue, entry)", "entry)"),
+    Bug("stale entries are not deleted", CLAIM, "entry)\n      redis.call('XDEL', queue, entry)", "entry)"),
     Bug("the group begins at the end of the stream", PRELUDE, "GROUP, '0', 'MKSTREAM'", "GROUP, '$', 'MKSTREAM'"),
     # places in the queue
-    Bug("cap one too high", API, ">= tonumber(max_queue)", "> tonumber(max_queue)"),
+    Bug("max_queue one too high", SUBMIT, ">= args.max_queue", "> args.max_queue"),
     Bug(
-        "running jobs count against the cap",
-        API,
+        "running jobs count against max_queue",
+        SUBMIT,
         "('ZCARD', WAITING) >=",
         "('ZCARD', WAITING) + redis.call('SCARD', RUNNING) >=",
     ),
@@ -110,71 +123,69 @@ BUGS = [
         "  redis.call('SREM', RUNNING, id)\n  redis.call('DEL'",
         "  redis.call('DEL'",
     ),
-    Bug("a claim does not free the place", ENGINE, "redis.call('ZREM', WAITING, id)", ""),
+    Bug("a claim does not free the place", CLAIM, "redis.call('ZREM', WAITING, id)", ""),
     Bug(
-        "what is handed back takes no place",
+        "a requeued job takes no place",
         PRELUDE,
         "redis.call('ZADD', WAITING, redis.call('HGET', job, 'sequence'), id)",
         "",
     ),
-    Bug("what is handed back goes to the end", PRELUDE, "redis.call('HGET', job, 'sequence'), id)", "now_ms(), id)"),
-    Bug("owner's cap one too high", API, ">= tonumber(max_owned)", "> tonumber(max_owned)"),
+    Bug("a requeued job goes to the end", PRELUDE, "redis.call('HGET', job, 'sequence'), id)", "now_ms(), id)"),
+    Bug("max_owned one too high", SUBMIT, ">= args.max_owned", "> args.max_owned"),
     Bug("an end does not free the owner's place", PRELUDE, "redis.call('SREM', owned_key(owner), id)", "owner = ''"),
     # who is drawn next
-    Bug("batch has no turn", ENGINE, "if (granted + 1) % BATCH_TURN == 0 then", "if false then"),
-    Bug("claims are not counted", ENGINE, "redis.call('HINCRBY', COUNTERS, 'granted', 1)", ""),
+    Bug("batch has no turn", CLAIM, "if (granted + 1) % BATCH_TURN == 0 then", "if false then"),
+    Bug("claims are not counted", CLAIM, "redis.call('HINCRBY', COUNTERS, 'granted', 1)", ""),
     Bug(
-        "what does not fit is passed over",
-        ENGINE,
-        "if verdict == 'waits' then return false end",
-        "if verdict == 'waits' then break end",
+        "a job that does not fit is passed over",
+        CLAIM,
+        "if class == 'waits' then return false end",
+        "if class == 'waits' then break end",
     ),
-    Bug("images do not count", ENGINE, "tonumber(job_images) <= tonumber(images)", "true"),
-    Bug("KV tokens do not count", ENGINE, "tonumber(job_kv_tokens) <= tonumber(kv_tokens)", "true"),
-    Bug(
-        "tokens of sources do not count", ENGINE, "tonumber(job_source_tokens or 0) <= tonumber(source_tokens)", "true"
-    ),
+    Bug("images do not count", CLAIM, "tonumber(images) <= args.images", "true"),
+    Bug("KV tokens do not count", CLAIM, "tonumber(kv_tokens) <= args.kv_tokens", "true"),
+    Bug("source tokens do not count", CLAIM, "tonumber(source_tokens or 0) <= args.source_tokens", "true"),
     # jobs that bring engines down
     Bug(
-        "runs are not counted", ENGINE, "redis.call('HINCRBY', job, 'runs', 1)", "redis.call('HINCRBY', job, 'runs', 0)"
+        "runs are not counted", CLAIM, "redis.call('HINCRBY', job, 'runs', 1)", "redis.call('HINCRBY', job, 'runs', 0)"
     ),
-    Bug("a release counts as a run", ENGINE, "redis.call('HINCRBY', job_key(id), 'runs', -1)\n", ""),
-    Bug("suspects run with others", ENGINE, "if runs < SUSPECT_RUNS and ", "if "),
-    Bug("suspects are not called so", ENGINE, "runs > SUSPECT_RUNS and 1 or 0", "0"),
-    Bug("poison is never given up", ENGINE, "if runs >= tonumber(max_runs) then return 'poison' end", ""),
-    Bug("poison has no error", ENGINE, "finish(id, 'failed', poison_error)", "finish(id, 'failed')"),
+    Bug("a requeue counts as a run", REQUEUE, "redis.call('HINCRBY', job_key(id), 'runs', -1)\n", ""),
+    Bug("quarantined jobs run with others", CLAIM, "if runs < QUARANTINE_RUNS and ", "if "),
+    Bug("quarantined jobs are not marked", CLAIM, "runs > QUARANTINE_RUNS and 1 or 0", "0"),
+    Bug("no job is dead-lettered", CLAIM, "if runs >= args.max_runs then return 'dead letter' end", ""),
+    Bug("a dead-lettered job has no error", CLAIM, "finish(id, 'failed', dead_letter_error)", "finish(id, 'failed')"),
     # deadlines and ends
-    Bug("a claim ignores the deadline", ENGINE, "if now_ms() >= tonumber(deadline) then return 'expired' end", ""),
-    Bug("renew ignores the deadline", ENGINE, "elseif now >= tonumber(deadline) then", "elseif false then"),
-    Bug("expire comes early", API, "if state == 'expired' and now_ms() < tonumber(deadline) then return 0 end", ""),
+    Bug("a claim ignores the deadline", CLAIM, "if now_ms() >= tonumber(deadline) then return 'expired' end", ""),
+    Bug("renew ignores the deadline", RENEW, "elseif now >= tonumber(deadline) then", "elseif false then"),
+    Bug("expire comes early", END_JOB, "if state == 'expired' and now_ms() < tonumber(deadline) then return 0 end", ""),
     Bug(
         "an ended job can end again",
-        API,
+        END_JOB,
         "if not is_live(current) then return 0 end",
         "if not current then return 0 end",
     ),
     Bug(
-        "an end is not announced",
+        "an end is not published",
         PRELUDE,
-        "redis.call('PEXPIRE', job, RESULT_TTL_MS)\n  announce(id, state)",
+        "redis.call('PEXPIRE', job, RESULT_TTL_MS)\n  publish_state(id, state)",
         "redis.call('PEXPIRE', job, RESULT_TTL_MS)",
     ),
-    Bug("an error is not kept", PRELUDE, "if error then redis.call('HSET', job, 'error', error) end", ""),
+    Bug("an error is not stored", PRELUDE, "if error then redis.call('HSET', job, 'error', error) end", ""),
     Bug(
-        "a withdrawn result stays",
-        API,
+        "a discarded result stays",
+        DISCARD,
         "redis.call('DEL', result_key(id), partials_key(id))",
         "redis.call('DEL', partials_key(id))",
     ),
     Bug(
-        "a withdrawal that comes first is forgotten",
-        API,
+        "a discard before the submit is forgotten",
+        DISCARD,
         "redis.call('SET', withdrawn_key(id), 1, 'PX', RESULT_TTL_MS)",
         "",
     ),
     Bug(
         "a submit overwrites its job",
-        API,
+        SUBMIT,
         "redis.call('EXISTS', job, withdrawn_key(id))",
         "redis.call('EXISTS', withdrawn_key(id))",
     ),
@@ -186,7 +197,7 @@ BUGS = [
         "sources stay", PRELUDE, "redis.call('DEL', plans_key(id), sources_key(id))", "redis.call('DEL', plans_key(id))"
     ),
     Bug("partial images stay", PRELUDE, "redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS)", ""),
-    Bug("results stay", ENGINE, "redis.call('PEXPIRE', result_key(id), RESULT_TTL_MS)", ""),
+    Bug("results stay", COMMIT, "redis.call('PEXPIRE', result_key(id), RESULT_TTL_MS)", ""),
     Bug("records stay", PRELUDE, "redis.call('PEXPIRE', job, RESULT_TTL_MS)", ""),
     Bug(
         "old progress stays",
@@ -194,31 +205,31 @@ BUGS = [
         "redis.call('HDEL', job, 'engine', 'progress')",
         "redis.call('HDEL', job, 'engine')",
     ),
-    Bug("bytes of sources are not given back", PRELUDE, "'source_bytes', -source_bytes)", "'source_bytes', 0)"),
-    Bug("bytes of sources are not counted", API, "redis.call('HINCRBY', COUNTERS, 'source_bytes', source_bytes)", ""),
-    Bug("sources are let in until they are too many", API, "held + tonumber(source_bytes) >", "held >"),
-    Bug("a large edit never finds room", API, "if held > 0 and held +", "if held +"),
+    Bug("source bytes are not subtracted", PRELUDE, "'source_bytes', -source_bytes)", "'source_bytes', 0)"),
+    Bug("source bytes are not added", SUBMIT, "redis.call('HINCRBY', COUNTERS, 'source_bytes', args.source_bytes)", ""),
+    Bug("sources may exceed their limit once", SUBMIT, "held + args.source_bytes >", "held >"),
+    Bug("a large edit never fits", SUBMIT, "if held > 0 and held +", "if held +"),
     # idempotency keys
-    Bug("a key is not kept", API, "if key ~= '' then redis.call('SET'", "if false then redis.call('SET'"),
+    Bug("a key is not stored", SUBMIT, "if key ~= '' then redis.call('SET'", "if false then redis.call('SET'"),
     Bug(
-        "a key is kept by a refused request",
-        API,
+        "a refused request stores its key",
+        SUBMIT,
         "then return 'full' end",
-        "then redis.call('SET', key_of_key, fingerprint .. ' ' .. id) return 'full' end",
+        "then redis.call('SET', job_of_key, fingerprint .. ' ' .. id) return 'full' end",
     ),
     Bug(
         "a key leads to a job without a result",
-        API,
+        SUBMIT,
         "if is_live(state) or state == 'succeeded' and redis.call('EXISTS', result_key(known)) == 1 then",
         "if state then",
     ),
-    Bug("a key takes any request", API, "if first and first ~= fingerprint then return 'reused' end", ""),
+    Bug("a key takes any request", SUBMIT, "if first and first ~= fingerprint then return 'reused' end", ""),
     # Python
     Bug(
         "renew names the wrong claims",
         "engine/jobs/consumer.py",
-        "return [claims[index] for index in await self._run(scripts.RENEW, consumer, *pairs)]",
-        "return claims[: len(await self._run(scripts.RENEW, consumer, *pairs))]",
+        'return [claims[index] for index in await self._scripts.run("renew", consumer=consumer, claims=held)]',
+        'return claims[: len(await self._scripts.run("renew", consumer=consumer, claims=held))]',
     ),
     Bug(
         "plans come back under another index",
@@ -234,7 +245,7 @@ BUGS = [
     ),
     Bug("expire cancels", "engine/jobs/base.py", "JobState.EXPIRED.value", "JobState.CANCELLED.value"),
     Bug(
-        "many dead entries end a claim",
+        "many stale entries end a claim",
         "engine/jobs/consumer.py",
         "if reply is None:",
         "if not isinstance(reply, list):",
@@ -259,7 +270,7 @@ BUGS = [
 
 def main() -> int:
     wanted = sys.argv[1:]
-    clean = try_bug(Bug("no bug", ENGINE, "", ""))
+    clean = try_bug(Bug("no bug", PRELUDE, "", ""))
     print(f"no bug: {clean}", flush=True)
     missed = int("nobody" not in clean)
     for bug in BUGS:

@@ -90,7 +90,9 @@ def test_a_wheel_carries_the_files_of_the_small_model_and_of_the_playground(tmp_
         (source / path).touch()
     wanted |= {p.relative_to(source) for p in (source / "models").rglob("*") if p.is_file()}
     wanted |= {path.relative_to(source) for path in (source / "server" / "playground").iterdir()}
+    wanted |= {path.relative_to(source) for name in ("engine", "server") for path in (source / name).rglob("*.lua")}
     assert {Path("models/nano/recipe/letters.png"), Path("server/playground/index.html")} <= wanted
+    assert {Path("engine/jobs/lua/claim.lua"), Path("server/admission/lua/charge.lua")} <= wanted
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     built = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

@@ -1,0 +1,18 @@
+-- Finds the jobs that have ended among many; ends those whose deadline has passed.
+--
+-- args: ids
+-- returns: [id, state, ...] of those that have ended, with an empty state where the job is not known
+
+local now, ended = now_ms(), {}
+for _, id in ipairs(args.ids) do
+  local state, deadline = unpack(redis.call('HMGET', job_key(id), 'state', 'deadline'))
+  if is_live(state) and now >= tonumber(deadline) then
+    finish(id, 'expired')
+    state = 'expired'
+  end
+  if not is_live(state) then
+    table.insert(ended, id)
+    table.insert(ended, state or '')
+  end
+end
+return ended

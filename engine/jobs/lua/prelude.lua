@@ -1,0 +1,124 @@
+-- Put before every script of this folder. A script is one atomic change of a job's state; nothing else writes to these
+-- keys.
+--
+--   queued -> running                             claim
+--   running -> queued                             requeue, requeue_all
+--   running -> succeeded | failed                 commit, fail
+--   queued, running -> failed                     claim, of a job that has cost max_runs engines their lease
+--   queued, running -> cancelled                  end_job, discard
+--   queued, running -> expired                    end_job, ended_among, claim, renew, from the deadline on
+--
+-- A running job whose lease has lapsed is claimed like a queued one.
+--
+-- Keys, each behind the queue's prefix:
+--
+--   queue:{priority}  stream, one entry per job, read by the consumer group `engines`
+--   job:{id}          hash, the record; streams and events only lead to it
+--   plans:{id}        hash, checkpointed plans by image index, while the job lives
+--   sources:{id}      hash, an edit's source images by index, and `overlay`, while the job lives
+--   partials:{id}     hash, partial images `{image}:{index}`, and their grids `{image}:{index}:grid`
+--   owned:{owner}     set of the owner's queued and running jobs
+--   idempotency:{key} fingerprint of the request that brought the key, a space, the id of its job
+--   result:{id}       hash, `meta` and the encoded images `image:{i}`
+--   withdrawn:{id}    set for a job that was discarded before its submit arrived
+--   file:{token}      hash, an image served by URL; plan:{key}: a cached plan
+--   waiting           sorted set of queued jobs by submit sequence; its size is what `max_queue` limits
+--   running           set of running jobs
+--   counters          hash: `submitted` (source of the sequence), `granted` (claims, for the turn of the batch queue),
+--                     `source_bytes` (size of all `sources:{id}`), `given_up` (dead-lettered jobs)
+--   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
+--   events, wake      pub/sub channels; a lost message costs only time
+--
+-- Invariants:
+--
+-- - A queued or running job has exactly one stream entry, named by its record and pending in the group from the first
+--   claim on. Ending the job deletes a pending entry. One that was never delivered stays until a claim meets it:
+--   deleting it would make the group's counts wrong.
+-- - A lease is the idle time of the pending entry. Any engine may take an entry that is idle for longer.
+-- - A claim raises `epoch`. A write of an engine takes effect only while the job runs under the epoch of its claim.
+-- - The first write of a script is one that Redis refuses when it is out of memory, or else the script may run then
+--   (claiming, ending). So a script that has written is never stopped half way.
+--
+-- Keys are built inside the scripts, so Redis Cluster is not supported. Times are milliseconds of Redis' clock.
+--
+-- Arguments: ARGV[1] is a JSON object of named scalars, here `args`; None is left out and reads as nil. What is stored
+-- byte for byte (JSON documents, images) follows from ARGV[2] on, in the order each script states. cjson turns integers
+-- into doubles, exact up to 2^53; redis.call writes them in full, `..` only up to 14 digits.
+
+local args = cjson.decode(ARGV[1])
+local PREFIX, RESULT_TTL_MS = args.prefix, args.result_ttl_ms
+local GROUP, REQUEUED = 'engines', 'handed-back'
+local WAITING, RUNNING, COUNTERS = PREFIX .. ':waiting', PREFIX .. ':running', PREFIX .. ':counters'
+
+local function job_key(id) return PREFIX .. ':job:' .. id end
+local function plans_key(id) return PREFIX .. ':plans:' .. id end
+local function sources_key(id) return PREFIX .. ':sources:' .. id end
+local function partials_key(id) return PREFIX .. ':partials:' .. id end
+local function owned_key(owner) return PREFIX .. ':owned:' .. owner end
+local function result_key(id) return PREFIX .. ':result:' .. id end
+local function withdrawn_key(id) return PREFIX .. ':withdrawn:' .. id end
+local function queue_key(priority) return PREFIX .. ':queue:' .. priority end
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function is_live(state) return state == 'queued' or state == 'running' end
+
+local function publish_state(id, state)
+  redis.call('PUBLISH', PREFIX .. ':events', cjson.encode({job = id, state = state}))
+end
+
+local function wake_engines(id) redis.call('PUBLISH', PREFIX .. ':wake', id) end
+
+local function holds(id, epoch)
+  local state, current = unpack(redis.call('HMGET', job_key(id), 'state', 'epoch'))
+  return state == 'running' and tonumber(current) == epoch
+end
+
+-- Returns the id of the last entry delivered to the group. Creates the group where a new or flushed Redis has none,
+-- from id 0, because jobs may have been submitted before.
+local function last_delivered(queue)
+  if redis.call('EXISTS', queue) == 1 then
+    for _, group in ipairs(redis.call('XINFO', 'GROUPS', queue)) do
+      local info = {}
+      for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
+      if info['name'] == GROUP then return info['last-delivered-id'] end
+    end
+  end
+  redis.call('XGROUP', 'CREATE', queue, GROUP, '0', 'MKSTREAM')
+  return '0-0'
+end
+
+-- Ends a job that the caller found live.
+local function finish(id, state, error)
+  local job = job_key(id)
+  redis.call('ZREM', WAITING, id)
+  redis.call('SREM', RUNNING, id)
+  redis.call('DEL', plans_key(id), sources_key(id))
+  redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS)
+  local priority, entry, owner, source_bytes = unpack(
+    redis.call('HMGET', job, 'priority', 'entry', 'owner', 'source_bytes'))
+  if owner and owner ~= '' then redis.call('SREM', owned_key(owner), id) end
+  if source_bytes then redis.call('HINCRBY', COUNTERS, 'source_bytes', -source_bytes) end
+  local queue = queue_key(priority)
+  if redis.call('XACK', queue, GROUP, entry) == 1 then redis.call('XDEL', queue, entry) end
+  redis.call('HSET', job, 'state', state)
+  if error then redis.call('HSET', job, 'error', error) end
+  redis.call('PEXPIRE', job, RESULT_TTL_MS)
+  publish_state(id, state)
+end
+
+-- Makes a running job claimable at once, in its old place. The entry goes to a consumer that no engine has, so that
+-- the consumer of a departed engine holds nothing and can be removed.
+local function put_back(id, queue, entry)
+  local job = job_key(id)
+  redis.call('SREM', RUNNING, id)
+  redis.call('XCLAIM', queue, GROUP, REQUEUED, 0, entry, 'TIME', 0, 'JUSTID')
+  redis.call('HDEL', job, 'engine', 'progress')
+  redis.call('HSET', job, 'state', 'queued')
+  redis.call('ZADD', WAITING, redis.call('HGET', job, 'sequence'), id)
+  publish_state(id, 'queued')
+  wake_engines(id)
+end

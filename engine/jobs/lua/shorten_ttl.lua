@@ -1,0 +1,12 @@
+-- Keeps what an ended job left for another `ttl_ms` only.
+--
+-- args: id, ttl_ms
+-- returns: 1 if the job has ended, else 0
+
+local id = args.id
+local state = redis.call('HGET', job_key(id), 'state')
+if not state or is_live(state) then return 0 end
+redis.call('PEXPIRE', job_key(id), args.ttl_ms)
+redis.call('PEXPIRE', result_key(id), args.ttl_ms)
+redis.call('PEXPIRE', partials_key(id), args.ttl_ms)
+return 1

@@ -1,0 +1,5 @@
+-- returns: [waiting, running, source bytes, dead-lettered]
+
+return {
+  redis.call('ZCARD', WAITING), redis.call('SCARD', RUNNING),
+  tonumber(redis.call('HGET', COUNTERS, 'source_bytes') or 0), tonumber(redis.call('HGET', COUNTERS, 'given_up') or 0)}

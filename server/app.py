@@ -32,15 +32,15 @@ _EXPOSED_HEADERS = (
 
 
 def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> FastAPI:
-    """Return the API as an ASGI app. `app.state.gate` is the gate to close before shutdown.
+    """Return the API as an ASGI app. `app.state.gate` is to be closed before shutdown.
 
     Args:
-        queue: by default the app opens a queue at `settings.redis_url`, and closes it on shutdown.
+        queue: by default one at `settings.redis_url`.
 
     Raises:
         ValueError: neither `queue` nor `settings.redis_url` is set.
         KeyFileError: `settings.api_keys_file` is not valid.
-        TracingError: the environment asks for traces that cannot be sent.
+        TracingError: the traces that the environment asks for cannot be sent.
     """
     if queue is None and settings.redis_url is None:
         raise ValueError("the API needs a Redis: set GLIMMER_REDIS_URL")
@@ -58,10 +58,10 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
         title="Glimmer",
         description="GLM-Image behind an OpenAI-style images API.",
         lifespan=lifespan,
-        # FastAPI's own pages load scripts from other servers; /docs is in `server.routes.pages`.
+        # FastAPI's own pages load scripts from other servers; /docs is a page of ours.
         docs_url=None,
         redoc_url=None,
-        # FastAPI's own traces and logs contain URLs and error texts, which may quote a prompt.
+        # FastAPI's own traces and logs contain error texts, which may quote a prompt.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gate = gate
@@ -76,7 +76,7 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
 
 
 def _allow_origins(app: FastAPI, origins: list[str]) -> None:
-    """Let scripts from `origins` use the API. Call this last: scripts need the CORS headers on errors, too."""
+    """Let scripts from `origins` use the API. Call this last: CORS headers belong on errors, too."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,

@@ -1,9 +1,9 @@
-"""Error responses. All have the body `{"error": {"message", "type", "param", "code"}}`, also those of the framework.
+"""Error responses, all with the body `{"error": {"message", "type", "param", "code"}}`.
 
 ApiError
 ├── invalid()          400  a field has a value that cannot be served
 ├── invalid_image()    400  an uploaded image cannot be used
-├── unavailable()      503  the request is valid; retry after `Retry-After`
+├── unavailable()      503  nothing wrong with the request; retry after `Retry-After`
 └── internal_error()   500  a bug in the server
 """
 
@@ -18,7 +18,7 @@ from starlette.routing import Match
 
 from engine.errors import QueueReadOnly, QueueUnavailable, RequestError
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's code, for logs and metrics: the client has disconnected
+CLIENT_CLOSED_REQUEST = 499  # nginx's code, for logs and metrics
 
 REDIS_RETRY_S = 2
 ENGINE_RETRY_S = 5
@@ -30,10 +30,10 @@ class ApiError(Exception):
 
     Args:
         status: HTTP status.
-        message: for the author of the request; names what is accepted.
+        message: says what would be accepted.
         type: `invalid_request_error` or another of OpenAI's error types.
         code, param: the error's code and the invalid field, if any.
-        headers: additional response headers, for example `Retry-After`.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
     @property
     def detail(self) -> dict[str, Any]:
-        """Return the object in the body's `error`."""
+        """Return the value of `error` in the body."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
     def response(self) -> Response:
@@ -65,7 +65,7 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> Api
 
 
 def invalid_image(param: str, message: str) -> ApiError:
-    """Return a 400 for an image uploaded as `param`."""
+    """Return a 400 for an uploaded image."""
     return ApiError(400, message, type="image_generation_user_error", code="invalid_image_file", param=param)
 
 
@@ -82,7 +82,7 @@ def unavailable(message: str, retry_after_s: int) -> ApiError:
 
 
 def internal_error() -> ApiError:
-    """Return the 500 for a bug in the server, without internals."""
+    """Return the 500 for a bug in the server, without details."""
     return ApiError(500, "The server failed to process this request.", type="server_error", code="internal_error")
 
 
@@ -109,7 +109,7 @@ async def _client_disconnected(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Name the available routes or methods for the router's 404 and 405."""
+    """Name what is available after the router's 404 or 405."""
     assert isinstance(error, HTTPException)
     status, message, headers = error.status_code, str(error.detail), dict(error.headers or {})
     if status == 404:
@@ -123,7 +123,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Return the methods of all routes at this path; the router's own `Allow` names those of the first route only."""
+    """Return the methods of all routes at this path; the router's `Allow` is only the first route's."""
     routes = request.app.routes
     scopes = [{**request.scope, "method": method} for method in ("GET", "POST", "DELETE")]
     return [scope["method"] for scope in scopes if any(route.matches(scope)[0] is Match.FULL for route in routes)]
@@ -140,6 +140,6 @@ _HANDLERS: dict[type[Exception], Any] = {
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Install the error responses. `server.middleware` turns any other exception into `internal_error`."""
+    """Install the error responses. `server.middleware` handles all other exceptions."""
     for error_type, handler in _HANDLERS.items():
         app.add_exception_handler(error_type, handler)

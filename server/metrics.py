@@ -1,6 +1,6 @@
-"""The API's metrics, and one Prometheus text for them and the engines' metrics.
+"""Metrics of the API, exposed together with those of the engines.
 
-Labels are bounded: templates of routes and a list of methods, never a path, a key or a job.
+Labels are bounded: route templates and known methods, never a path, a key or a job.
 """
 
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger("glimmer.metrics")
 
 
 class Metrics:
-    """The metrics of one API process, in their own registry."""
+    """The metrics of one API process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -39,7 +39,7 @@ class Metrics:
         self.jobs = Counter(
             "glimmer_api_jobs", "Jobs that ended, as seen by this API process.", ("state",), registry=self.registry
         )
-        for state in TERMINAL_STATES:  # start at 0: Prometheus would not see the first increase otherwise
+        for state in TERMINAL_STATES:  # from 0, or Prometheus misses the first increase
             self.jobs.labels(state)
         self.rewrites = Counter(
             "glimmer_prompt_rewrites",
@@ -66,7 +66,7 @@ class Metrics:
         )
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request; `route` is the template of its path."""
+        """Count a request; `route` is a template."""
         method = method if method in _METHODS else "other"
         self._requests.labels(route, method, status).inc()
         self._seconds.labels(route, method).observe(seconds)
@@ -74,7 +74,7 @@ class Metrics:
     def queue(
         self, stats: QueueStats | None, engines: Sequence[EngineInfo], max_queue: int, *, takes_writes: bool
     ) -> None:
-        """Set the gauges of the queue and the engines; clear them if `stats` is None (no response)."""
+        """Set the gauges of queue and engines; clear them without `stats`."""
         self._redis_up.set(stats is not None)
         self._redis_takes_writes.set(takes_writes)
         self._queue_cap.set(max_queue)
@@ -90,7 +90,7 @@ class Metrics:
 
 
 class _Families:
-    """A collector of existing families, for prometheus_client's `generate_latest`."""
+    """A collector of existing families."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
@@ -100,7 +100,7 @@ class _Families:
 
 
 def exposition(api: CollectorRegistry, engines: dict[str, str]) -> bytes:
-    """Return one Prometheus text of the API's registry and, with an `engine` label, each engine's text."""
+    """Return one Prometheus text of `api` and, with an `engine` label, each engine's text."""
     families: dict[str, Metric] = {}
     for family in api.collect():
         _add(families, family, {})
@@ -116,8 +116,8 @@ def exposition(api: CollectorRegistry, engines: dict[str, str]) -> bytes:
 
 
 def _add(families: dict[str, Metric], family: Metric, labels: dict[str, str]) -> None:
-    """Merge `family` into the one of its name. Leave out what would make the whole text invalid: another type under the
-    same name (an engine of another version), and `_created` gauges, whose names collide."""
+    """Merge `family` into the one of its name. Leave out what would make the text invalid: another type under the same
+    name (an engine of another version), and `_created` gauges, whose names collide."""
     if family.name.endswith("_created"):
         return
     target = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

@@ -1,6 +1,6 @@
-"""Middleware around every request: its id, log line, span and metrics, and the 500 for unhandled exceptions.
+"""Middleware around every request: id, log line, span, metrics, and the 500 for unhandled exceptions.
 
-Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
+Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide disconnects from the routes.
 """
 
 import logging
@@ -39,8 +39,8 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Gives each request an id and a span (`request.state.origin`) and reports its end. Headers that a route puts into
-    `request.state.response_headers` are added to every response, also to errors."""
+    """Gives each request an id and a span (`request.state.origin`) and reports its end. Adds
+    `request.state.response_headers` to every response, also to errors."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
@@ -77,7 +77,7 @@ class RequestObserver:
         except Exception as error:
             event(logger, "unhandled", logging.ERROR, error=type(error).__name__, where=where(error))
             if exchange.status:
-                raise  # the response has started; the server closes the connection
+                raise  # too late for a response; the server closes the connection
             await internal_error().response()(scope, receive, send_with_headers)
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
@@ -111,6 +111,6 @@ class RequestObserver:
 
 
 def _request_id(headers: Headers) -> str:
-    """Return the client's id if it is safe in a header and a log line, otherwise a new one."""
+    """Return the client's id if it is safe to log, otherwise a new one."""
     sent = headers.get("x-request-id", "")
     return sent if _REQUEST_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what the routes declare, and the bodies that the routes parse themselves."""
+"""The OpenAPI document: the routes' declarations, and the bodies that they parse themselves."""
 
 from typing import Any
 
@@ -35,12 +35,12 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def errors(*statuses: int) -> Responses:
-    """Return the error responses of a route, for its `responses`."""
+    """Return the error responses of a route."""
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 
 def _events(*data: type[BaseModel]) -> dict[str, Any]:
-    """Return the content of a streaming response whose events contain JSON of these types."""
+    """Return the content of a streaming response with these types in its events."""
     types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (*data, ErrorBody)]
     line = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": types}}
     # `itemSchema` is from OpenAPI 3.2; 3.1 cannot describe the items of a stream.
@@ -70,10 +70,10 @@ IMAGES: Responses = {
 
 
 def _body(schemas: dict[str, str], example: dict[str, Any]) -> dict[str, Any]:
-    """Return the request body of a route.
+    """Return the body of a route.
 
     Args:
-        schemas: names of schemas by media type.
+        schemas: names by media type.
         example: for the first media type, without files.
     """
     content: dict[str, dict[str, Any]] = {
@@ -94,8 +94,7 @@ EDIT = _body(
 
 
 def document(app: FastAPI, *, open_to_all: bool) -> dict[str, Any]:
-    """Return FastAPI's document with the bodies, without the 422 that is never sent, and, if `open_to_all`, without
-    security."""
+    """Return FastAPI's document with the bodies, without 422, and without security if `open_to_all`."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     openapi_schema = FastAPI.openapi(app)
@@ -116,7 +115,7 @@ def document(app: FastAPI, *, open_to_all: bool) -> dict[str, Any]:
 
 
 def _schemas(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the schemas of the model and of the models it refers to, by name."""
+    """Return the schemas of the model and those it refers to."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     return {**schema.pop("$defs", {}), model.__name__: schema}
 
@@ -128,7 +127,7 @@ def _not_null(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _form(edit: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an edit as a multipart form: files instead of references, and no null."""
+    """Return an edit's schema as a form, with files instead of references."""
     fields = {name: _not_null(field) for name, field in edit["properties"].items() if name not in EDIT_FIELDS}
     file = {"type": "string", "format": "binary"}
     files = {

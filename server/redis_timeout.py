@@ -1,4 +1,4 @@
-"""The timeout of calls to Redis while a client waits."""
+"""Timeout of Redis calls while a client waits."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from engine.errors import QueueUnavailable
 
-REDIS_TIMEOUT_S = 0.8  # a client gets its 503 within a second, even if the connection hangs without a reset
-SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis: large images extend the timeout
+REDIS_TIMEOUT_S = 0.8  # even if the connection hangs, a client gets a 503 within a second
+SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis; extends the timeout for large images
 
 T = TypeVar("T")
 
@@ -16,10 +16,10 @@ async def with_redis_timeout(call: Awaitable[T], size: int = 0) -> T:
     """Await a Redis call with a timeout short enough for HTTP clients and probes.
 
     Args:
-        size: of the data sent, in bytes, if it is large.
+        size: of the data sent, in bytes, if large.
 
     Raises:
-        QueueUnavailable: the call took longer than `REDIS_TIMEOUT_S` plus the time for `size`.
+        QueueUnavailable: the timeout has passed.
     """
     timeout_s = REDIS_TIMEOUT_S + size / SOURCE_BYTES_PER_S
     try:

@@ -1,4 +1,4 @@
-"""What the routes share. The app's lifespan opens it once."""
+"""What the routes share."""
 
 import asyncio
 import time
@@ -28,8 +28,8 @@ class Services:
     """What the routes share.
 
     Args:
-        rewriter: None without `prompt_rewriter` in the settings.
-        decoders: limits how many uploads are decoded at once, which takes memory.
+        rewriter: None if not configured.
+        decoders: limits concurrent decoding of uploads, which takes memory.
         started_at: seconds since the epoch.
     """
 
@@ -51,7 +51,7 @@ class Services:
 async def open_services(
     settings: ServerSettings, queue: JobProducer | None, *, gate: Gate, metrics: Metrics, keys: KeyRing
 ) -> AsyncIterator[Services]:
-    """Open what the routes share; with a `queue` of None also a queue at `settings.redis_url`."""
+    """Open the services, by default with a queue at `settings.redis_url`."""
     async with (
         nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as job_queue,
         open_rewriter(settings, metrics) as rewriter,
@@ -79,7 +79,7 @@ async def open_services(
 
 @asynccontextmanager
 async def open_queue(redis_url: str) -> AsyncIterator[JobProducer]:
-    """Open a queue with its own Redis client; it connects on first use."""
+    """Open a queue with its own Redis client, which connects on first use."""
     client = connect(redis_url)
     queue = JobProducer(client)
     try:
@@ -90,9 +90,8 @@ async def open_queue(redis_url: str) -> AsyncIterator[JobProducer]:
 
 
 async def get_services(request: Request) -> Services:
-    """Return the services of the app that serves `request`."""
+    """Return the services of the request's app."""
     return request.app.state.services
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]
-"""The type of a route's parameter that takes the services."""

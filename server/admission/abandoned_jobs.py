@@ -1,4 +1,4 @@
-"""Discarding jobs whose client has disconnected: engine time is too expensive to finish them."""
+"""Discarding jobs after their client has disconnected: engine time is too expensive to finish them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,28 +10,24 @@ from engine.jobs.job import JobState
 from engine.jobs.producer import JobProducer
 from server.metrics import Metrics
 
-CLOSE_TIMEOUT_S = 2.0  # for pending discards when the server shuts down
+CLOSE_TIMEOUT_S = 2.0
 
 
 class AbandonedJobs:
-    """Discards jobs of one API process in the background."""
+    """Discards jobs in the background."""
 
     def __init__(self, queue: JobProducer, metrics: Metrics) -> None:
         self._queue, self._metrics = queue, metrics
         self._tasks: set[asyncio.Task[None]] = set()
 
     def discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Discard the job as soon as Redis responds, even if its submit is still in flight. Never raises.
-
-        Args:
-            then: called afterwards, when the job can no longer produce a result.
-        """
+        """Discard the job when Redis responds, even if its submit is in flight; then call `then`. Never raises."""
         task = asyncio.create_task(self._discard(job_id, then))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Wait up to `CLOSE_TIMEOUT_S` for pending discards. Call it before the queue is closed."""
+        """Wait briefly for pending discards."""
         if not self._tasks:
             return
         _, pending = await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)

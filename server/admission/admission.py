@@ -1,4 +1,4 @@
-"""Submitting jobs within the limits of the queue and of the caller."""
+"""Submitting jobs within the limits of queue and caller."""
 
 import asyncio
 import hashlib
@@ -18,41 +18,41 @@ from server.admission.throughput import Throughput
 from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
 
-_NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # for a submit that only looks up its idempotency key
+_NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # to look up an idempotency key
 _QUEUE_FULL = "The queue is full"
 _SOURCES_FULL = "The images of queued edits take all the memory reserved for them"
 
 
 @dataclass(frozen=True)
 class Idempotency:
-    """Lets a repeated request find the job of the first.
+    """Identifies a repeated request.
 
     Args:
-        key: the `Idempotency-Key` header. Equal keys of different callers are different keys.
-        fingerprint: hash of the request; the same key with another fingerprint is refused.
+        key: the `Idempotency-Key`; each caller has its own.
+        fingerprint: hash of the request; the same key with another one is refused.
     """
 
     key: str
     fingerprint: str
 
     def scoped(self, caller: Caller) -> str:
-        """Return the key in Redis, of fixed length and distinct for each caller."""
+        """Return the caller's key in Redis."""
         return hashlib.sha256(f"{caller.owner}\0{self.key}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """A job in the queue. `attached`: an earlier request submitted it and may be waiting for it, too."""
+    """A queued job. `attached`: an earlier request submitted it."""
 
     job_id: str
     attached: bool = False
 
 
 class Admission:
-    """Submits jobs while the queue and the caller's limits allow it.
+    """Submits jobs while the limits of the queue and the caller allow it.
 
-    For each request call `find_by_idempotency_key`, which is free; then `charge`; only then spend time or money, such
-    as rewriting the prompt; finally `submit`, which refunds the charge if it creates no job.
+    A request calls `find_by_idempotency_key`, which is free; `charge`, before it spends time or money on rewriting;
+    finally `submit`, which refunds the charge if no job results. Methods raise `QueueUnavailable` when Redis is away.
     """
 
     def __init__(
@@ -69,12 +69,7 @@ class Admission:
         self.throughput = Throughput()
 
     async def check_room(self) -> None:
-        """Check the queue before decoding the images of an edit.
-
-        Raises:
-            ApiError: 429 when the queue is at one of its limits.
-            QueueUnavailable: Redis is away.
-        """
+        """Raise the 429 of a full queue, before the images of an edit are decoded."""
         stats = await with_redis_timeout(self._queue.stats())
         if stats.waiting >= self._max_queue:
             raise self._try_again_later(_QUEUE_FULL, self._max_queue)
@@ -82,11 +77,10 @@ class Admission:
             raise self._try_again_later(_SOURCES_FULL, 1)
 
     async def find_by_idempotency_key(self, caller: Caller, idempotency: Idempotency) -> str | None:
-        """Return the id of the first request's job; None if this is the first, or that job ended without a result.
+        """Return the first request's job, None if there is none or it ended without a result.
 
         Raises:
             ApiError: 422 when the key was used with a different request.
-            QueueUnavailable: Redis is away.
         """
         try:
             # With `max_queue` of 0 only a known key is not refused.
@@ -97,11 +91,10 @@ class Admission:
             return None
 
     async def charge(self, caller: Caller, spec: JobSpec) -> Charge:
-        """Charge the job to the limits of the caller's key.
+        """Charge the job to the caller's key. Without a response from Redis the charge may stand.
 
         Raises:
             ApiError: 429 when a limit is reached; nothing is charged.
-            QueueUnavailable: Redis is away; the charge stands if Redis had already counted it.
         """
         pixel_steps = spec.width * spec.height * spec.num_inference_steps * spec.n
         return await with_redis_timeout(self._limits.charge(caller, pixel_steps))
@@ -118,16 +111,13 @@ class Admission:
         idempotency: Idempotency | None = None,
         origin: Origin = Origin(),
     ) -> Admitted:
-        """Queue the job of the charged caller, in one atomic step.
+        """Queue the job of the charged caller atomically.
 
-        If Redis does not respond, the job may be queued all the same. No request waits for it, so it is discarded and
-        the charge then refunded. Except with an idempotency key, with which other requests may find the job: then the
-        charge stands, and a repeated request that finds the job is not charged.
+        If Redis does not respond, the job may be queued all the same. It is discarded and then refunded, except with an
+        idempotency key: other requests may find the job, free of charge.
 
         Raises:
-            ApiError: 429 when the queue or the caller is at a limit; 422 when the idempotency key was used with a
-                different request.
-            QueueUnavailable: Redis is away.
+            ApiError: 429 at a limit of queue or caller; 422 when the key was used with a different request.
         """
         job_id, caller = _new_id(), charge.caller
         try:
@@ -167,7 +157,6 @@ class Admission:
         source_images: SourceImages | None = None,
         **options: Any,
     ) -> str:
-        """Call `JobProducer.submit` for a caller."""
         try:
             return await with_redis_timeout(
                 self._queue.submit(
@@ -190,7 +179,7 @@ class Admission:
             ) from None
 
     async def _refund(self, charge: Charge) -> None:
-        with suppress(QueueUnavailable):  # then the refused request stays charged, at most until the end of the day
+        with suppress(QueueUnavailable):  # the charge stays, at most until the end of the day
             await with_redis_timeout(self._limits.refund(charge))
 
     def _refused(self, refusal: QueueFull | TooManyJobs, caller: Caller) -> ApiError:
@@ -202,7 +191,6 @@ class Admission:
         return self._try_again_later(f"This key may have {maximum} jobs waiting and running at once", maximum)
 
     def _try_again_later(self, reason: str, jobs: int) -> ApiError:
-        """Return a 429 with the estimated time until a tenth of `jobs` have ended."""
         retry = self.throughput.retry_after_s(jobs)
         return ApiError(
             429,

@@ -1,4 +1,4 @@
-"""Authentication for /v1 with the API keys of the settings, if there are any."""
+"""Authentication for /v1 with the API keys of the settings."""
 
 from typing import Annotated
 
@@ -12,11 +12,7 @@ _bearer = HTTPBearer(auto_error=False, description="A key of `--api-key` or `--a
 
 
 async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
-    """Set `request.state.caller`, a `server.admission.keys.Caller`. A FastAPI dependency.
-
-    Raises:
-        ApiError: 401 without a key or with an unknown one.
-    """
+    """Set `request.state.caller` to the `Caller` of the key; raise a 401 without a known one."""
     keys: KeyRing = request.app.state.services.keys
     if keys.open_to_all:
         request.state.caller = ANONYMOUS

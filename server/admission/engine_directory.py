@@ -1,4 +1,4 @@
-"""The live engines, and whether one is ready for work."""
+"""The live engines."""
 
 import asyncio
 import math
@@ -13,14 +13,14 @@ CACHE_TTL_S = 1.0
 
 
 def ready_engines(engines: list[EngineInfo]) -> list[EngineInfo]:
-    """Return the engines that accept work now."""
+    """Return the engines that accept work."""
     return [engine for engine in engines if engine.state == "ready"]
 
 
 class EngineDirectory:
-    """The live engines, read from Redis at most once a second, however many requests arrive.
+    """The live engines, read from Redis at most once a second.
 
-    Concurrent requests share one read and its failure: one after the other, each would wait for a Redis that hangs.
+    Concurrent requests share one read and its failure: one after the other they would each wait for a Redis that hangs.
     """
 
     def __init__(self, queue: JobProducer) -> None:
@@ -30,16 +30,12 @@ class EngineDirectory:
         self._reading: asyncio.Task[None] | None = None
 
     async def live(self) -> list[EngineInfo]:
-        """Return the engines with a fresh heartbeat, in any state.
-
-        Raises:
-            QueueUnavailable: Redis is away.
-        """
+        """Return the engines with a fresh heartbeat, in any state."""
         if time.monotonic() - self._read_at > CACHE_TTL_S:
             if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._read())
                 self._reading.add_done_callback(_retrieve)
-            await asyncio.shield(self._reading)  # cancelling one caller must not cancel the others
+            await asyncio.shield(self._reading)  # cancelling one request must not cancel the others
         return self._engines
 
     async def _read(self) -> None:
@@ -47,7 +43,7 @@ class EngineDirectory:
         self._read_at = time.monotonic()
 
     async def require_ready(self) -> EngineInfo:
-        """Return any ready engine. All engines of a deployment serve the same model.
+        """Return any ready engine; all of a deployment serve the same model.
 
         Raises:
             ApiError: 503 when no engine is ready.
@@ -60,13 +56,13 @@ class EngineDirectory:
 
 
 def _retrieve(task: "asyncio.Task[None]") -> None:
-    """Retrieve the exception, or asyncio logs it when all waiting requests have been cancelled."""
+    """Retrieve the exception: asyncio logs it if all waiting requests were cancelled."""
     if not task.cancelled():
         task.exception()
 
 
 def not_ready_reason(engines: list[EngineInfo]) -> str:
-    """Return the reason, as a sentence, why none of `engines` is ready."""
+    """Return why none of `engines` is ready."""
     if not engines:
         return "No engine is running."
     states = sorted({engine.state for engine in engines})

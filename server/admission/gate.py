@@ -1,4 +1,4 @@
-"""The gate that refuses requests while the server drains."""
+"""Refusing requests while the server drains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,23 +7,19 @@ from server.errors import DRAINING_RETRY_S, unavailable
 
 
 class Gate:
-    """Counts the requests in progress and, once closed, refuses further requests."""
+    """Counts requests in progress; once closed, refuses further ones."""
 
     def __init__(self) -> None:
         self.closed = False
         self.inside = 0
 
     def close(self) -> None:
-        """Refuse all further requests."""
+        """Refuse further requests."""
         self.closed = True
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Count a request while it is served.
-
-        Raises:
-            ApiError: 503 when the gate is closed.
-        """
+        """Count a request; raise a 503 if the gate is closed."""
         if self.closed:
             raise unavailable("This server is shutting down; try again.", DRAINING_RETRY_S)
         self.inside += 1

@@ -3,13 +3,11 @@
 The file of `--api-keys` is TOML, one table per key, which `glimmer key NAME` prints:
 
     [alice]
-    sha256 = "..."                    # of the key
-    max_concurrent = 4                # jobs waiting and running; this and the other limits are optional
-    requests_per_minute = 60
-    pixel_steps_per_day = 50_000_000_000  # width * height * steps * n, summed over a day (UTC)
+    sha256 = "..."
+    max_concurrent = 4  # limits are optional
 
-Keys are stored as plain SHA-256: a random token of 256 bits cannot be guessed, so a salt or a slow hash would add no
-protection, and every request is compared with all keys.
+Plain SHA-256 is enough: a random token of 256 bits cannot be guessed, so a salt or a slow hash would add no protection,
+and every request is compared with all keys.
 """
 
 import hashlib
@@ -28,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine.observability.logs import event
 from server.settings import ServerSettings
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # a bare key in TOML, and a part of keys in Redis
-POLL_INTERVAL_S = 1.0  # how often the file is checked for changes
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # part of Redis keys
+POLL_INTERVAL_S = 1.0
 
 logger = logging.getLogger("glimmer.keys")
 
@@ -37,7 +35,7 @@ Count = Annotated[int, Field(ge=1, le=2**53 - 1)]  # Lua numbers are exact up to
 
 
 class KeyFileError(ValueError):
-    """The key file is not valid; the message is for its author."""
+    """The key file is not valid."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Caller:
     """The owner of an API key. A limit of None means unlimited.
 
     Args:
-        owner: name in the key file. Jobs are stored under it; callers never see each other's. Empty without keys.
+        owner: name in the key file; empty without keys.
         max_concurrent: jobs waiting and running.
         requests_per_minute: jobs submitted within any 60 seconds.
         pixel_steps_per_day: width * height * steps * n, summed over a day (UTC).
@@ -66,7 +64,7 @@ class _KeyTable(BaseModel):
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     max_concurrent: Count | None = None
-    # Bounded because Redis stores the requests of a minute one by one.
+    # Redis stores the requests of a minute one by one.
     requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = None
     pixel_steps_per_day: Count | None = None
 
@@ -80,17 +78,17 @@ _ACCEPTED = {
 
 
 def new_key() -> str:
-    """Return a new random key."""
+    """Return a random key."""
     return f"glm-{secrets.token_urlsafe(32)}"
 
 
 def hash_key(key: str) -> bytes:
-    """Return the hash under which a key is stored."""
+    """Return the stored form of a key."""
     return hashlib.sha256(key.encode()).digest()
 
 
 def key_table(name: str, key: str) -> str:
-    """Return the TOML table of a new key, with its limits as comments."""
+    """Return the TOML table of a new key, its limits commented out."""
     return f"""
 [{name}]
 sha256 = "{hash_key(key).hex()}"
@@ -103,7 +101,7 @@ def parse_key_file(text: str) -> dict[bytes, Caller]:
     """Return the callers by the hashes of their keys.
 
     Raises:
-        KeyFileError: names the invalid table and entry, never a hash.
+        KeyFileError: names the invalid entry, never a hash.
     """
     try:
         tables = tomllib.loads(text)
@@ -134,10 +132,10 @@ def _read_table(name: str, table: object) -> tuple[bytes, Caller]:
 class KeyRing:
     """The known keys; the key file is read again when it changes.
 
-    A file that has become invalid is logged and the last valid keys stay, so that a typo does not lock out all callers.
+    An invalid change is logged and the old keys stay: a typo must not lock out all callers.
 
     Raises:
-        KeyFileError: the file is not valid at the start.
+        KeyFileError: the file is invalid at the start.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -149,7 +147,7 @@ class KeyRing:
         self._from_file = _read(self._path) if self._path else {}
 
     def find(self, key: str) -> Caller | None:
-        """Return the caller with this key, in time that does not depend on how similar it is to a known key."""
+        """Return the caller with this key, in constant time."""
         self._reload_if_changed()
         digest, found = hash_key(key), None
         for known, caller in (*self._fixed.items(), *self._from_file.items()):
@@ -165,7 +163,7 @@ class KeyRing:
         version = _version_of(self._path)
         if version == self._version:
             return
-        self._version = version  # also of an invalid file, so that it is logged once
+        self._version = version  # also if invalid: logged once
         try:
             self._from_file = _read(self._path)
             event(logger, "keys_read", keys=len(self._from_file))
@@ -174,7 +172,6 @@ class KeyRing:
 
 
 def _version_of(path: Path) -> object:
-    """Return a value that changes with the file."""
     try:
         status = path.stat()
     except OSError:

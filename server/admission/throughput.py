@@ -1,4 +1,4 @@
-"""Estimating when jobs will have ended."""
+"""Estimates of when jobs end."""
 
 import math
 import time
@@ -9,7 +9,7 @@ MIN_RETRY_S, MAX_RETRY_S = 1, 60
 
 
 class Throughput:
-    """The average time between two ends of jobs, for `Retry-After` and estimates.
+    """The average time between two ends of jobs.
 
     An idle hour says nothing about the pace, so an interval counts for at most the duration of the job.
     """
@@ -19,18 +19,18 @@ class Throughput:
         self._last_end = -math.inf
 
     def record_end(self, duration_s: float) -> None:
-        """Record that a job has ended, `duration_s` after its submission."""
+        """Record the end of a job that took `duration_s`."""
         now = time.monotonic()
         interval = min(now - self._last_end, duration_s)
         self._last_end = now
         self._interval_s.add(interval)
 
     def seconds_until_end(self, ahead: int) -> float | None:
-        """Estimate the seconds until a job with `ahead` jobs before it ends; None before the first end of a job."""
+        """Estimate when a job behind `ahead` others ends; None before the first end."""
         interval = self._interval_s.value
         return None if interval is None else round(interval * (ahead + 1), 1)
 
     def retry_after_s(self, queued: int) -> int:
-        """Estimate the whole seconds until a tenth of `queued` jobs, at least one, have ended."""
+        """Estimate the whole seconds until a tenth of `queued` jobs have ended."""
         interval = 1.0 if self._interval_s.value is None else self._interval_s.value
         return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(interval * max(1, queued // 10))))

@@ -1,4 +1,4 @@
-"""Reading a body, limited in size as it arrives and in JSON's depth (orjson stops at 1024 levels)."""
+"""Reading bodies, limited in size as they arrive and in JSON's depth (orjson stops at 1024 levels)."""
 
 import asyncio
 import json
@@ -19,11 +19,11 @@ LINGER_S = 2.0
 
 @dataclass(frozen=True)
 class ParsedBody:
-    """A body whose fields have been checked one by one.
+    """A body with checked fields.
 
     Args:
         request: the fields, without images and mask.
-        images, mask: the uploaded files of an edit, of any type: not decoded yet.
+        images, mask: files of an edit, not decoded yet.
     """
 
     request: GenerationRequest
@@ -32,17 +32,17 @@ class ParsedBody:
 
 
 async def read_generation(request: Request, max_bytes: int) -> ParsedBody:
-    """Read the body of a generation and check its fields.
+    """Read the body of a generation.
 
     Raises:
         ApiError: 413 as soon as the body exceeds `max_bytes`; 400 naming the invalid field.
-        ClientDisconnect: the client disconnected before the body was complete.
+        ClientDisconnect: the body is incomplete.
     """
     return ParsedBody(parse(GenerationRequest, await read_json_object(request, max_bytes)))
 
 
 def media_type(request: Request) -> str:
-    """Return the declared media type of the body without its parameters; JSON if none is declared."""
+    """Return the declared media type of the body, JSON by default."""
     return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 
@@ -64,8 +64,7 @@ async def read_json_object(request: Request, max_bytes: int) -> dict[str, Any]:
 
 
 def _field_with_lone_surrogate(raw: bytes) -> str | None:
-    """Return the first field with half of a surrogate pair, which JSON can express but UTF-8 cannot. `json` accepts
-    it, orjson does not; None if they differ on something else."""
+    """Return the first field with half of a surrogate pair, which `json` accepts and orjson does not."""
     try:
         for name, value in json.loads(raw).items():
             name.encode()
@@ -79,12 +78,7 @@ def _field_with_lone_surrogate(raw: bytes) -> str | None:
 
 
 async def read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the body as it arrives.
-
-    Raises:
-        ApiError: 413 as soon as the declared or the received size exceeds `max_bytes`.
-        ClientDisconnect: the client disconnected before the body was complete.
-    """
+    """Yield the body as it arrives. Raises as `read_generation`."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise BodyTooLarge(max_bytes)
@@ -108,9 +102,9 @@ class BodyTooLarge(ApiError):
 
 
 class _LingeringResponse(Response):
-    """A response after which the rest of the body is read and dropped for up to `LINGER_S`.
+    """A response that reads and drops the rest of the body for up to `LINGER_S`.
 
-    Closing the connection of a client that is still sending resets it. Most clients read nothing before they have sent
+    Closing the connection of a client that is still sending resets it. Most clients read only after they have sent
     everything: they would see a broken connection instead of the response, and retry.
     """
 

@@ -1,7 +1,7 @@
-"""Uploaded files to source images for an engine: upright RGB images as PNG.
+"""Decoding uploaded files into source images: upright RGB as PNG.
 
-The type of a file follows from its first bytes, not from what the client declares, and its header is checked before any
-pixel is decoded.
+A file's type follows from its first bytes, never from what the client declares. Headers are checked before any pixel is
+decoded.
 """
 
 import io
@@ -17,7 +17,7 @@ from engine.jobs.job import SourceImages
 from server.errors import ApiError, invalid_image
 
 MAX_PIXELS = 4096 * 4096
-MAX_SCANS = 100  # of a progressive JPEG: decoding takes a pass over the image for each; encoders write about ten
+MAX_SCANS = 100  # of a progressive JPEG, each a pass over the image; encoders write about ten
 
 PngImagePlugin.MAX_TEXT_MEMORY = 8 * 2**20  # of text chunks, unpacked; Pillow's default is 64 MiB
 
@@ -49,14 +49,14 @@ class EditInput:
 
 
 def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | None, max_pixels: int) -> EditInput:
-    """Decode the uploaded files. Call it in a thread: it takes up to seconds.
+    """Decode uploaded files. Takes up to seconds, so call it in a thread.
 
     Args:
         size: of the edit; None for the size of the first image, on the 32-pixel grid.
-        max_pixels: of an edit on this server; larger images are scaled down.
+        max_pixels: larger images are scaled down.
 
     Raises:
-        ApiError: 400 naming the image that cannot be used, with the reason.
+        ApiError: 400 naming the image that cannot be used, and why.
     """
     count = len(images)
     names = [f"Image {number} of {count}" if count > 1 else "The image" for number in range(1, count + 1)]
@@ -68,7 +68,7 @@ def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | Non
         raise mask_file.error("must be a PNG with an alpha channel; the edit changes only where alpha is 0")
     alpha = None if mask_file is None else mask_file.decode().convert("RGBA").getchannel("A")
     sources, tokens, overlay = [], 0, None
-    for file in files:  # one after the other: a decoded image may take 64 MB
+    for file in files:  # one at a time: a decoded image may take 64 MB
         upright = file.decode()
         image = _rgb(upright, max_pixels)
         tokens += source_tokens(*image.size)
@@ -86,7 +86,7 @@ def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | Non
 
 @dataclass(frozen=True)
 class _File:
-    """A file sent as the field `param`; `name` names it in messages."""
+    """A file in the field `param`; messages call it `name`."""
 
     data: bytes
     param: str
@@ -96,11 +96,7 @@ class _File:
         return invalid_image(self.param, f"{self.name} {reason}.")
 
     def open(self) -> Image:
-        """Read and check the header; decode nothing.
-
-        Raises:
-            ApiError: 400 when the file cannot be used.
-        """
+        """Check the header; decode nothing."""
         file_format = self._format()
         try:
             image = PillowImage.open(io.BytesIO(self.data), formats=(file_format,))
@@ -108,7 +104,7 @@ class _File:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning):
             raise self.error(f"has too many pixels; at most {MAX_PIXELS} are accepted") from None
-        except Exception:  # a damaged file makes Pillow raise exceptions of any type
+        except Exception:  # damaged files make Pillow raise any exception
             raise self.error(f"cannot be read: the {file_format} file is damaged or incomplete") from None
         short, long = sorted(image.size)
         if short * long > MAX_PIXELS:
@@ -129,15 +125,11 @@ class _File:
         return file_format
 
     def decode(self) -> Image:
-        """Decode the image and turn it upright.
-
-        Raises:
-            ApiError: 400 when the file cannot be decoded.
-        """
+        """Decode the image and turn it upright."""
         image = self.open()
         try:
             image.load()
-        except Exception:  # as above
+        except Exception:  # any exception, as above
             raise self.error("cannot be read: the file is damaged or incomplete") from None
         transposition = _TRANSPOSITIONS.get(_orientation(image))
         return image if transposition is None else image.transpose(transposition)
@@ -159,7 +151,7 @@ def _orientation(image: Image) -> int:
 
 
 def _rgb(image: Image, max_pixels: int) -> Image:
-    """Convert to 8-bit RGB on a white background, scaled down to what the server creates at most."""
+    """Convert to 8-bit RGB on white, no larger than `max_pixels`."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         image = image.point(lambda value: value * (1 / 256) + 0).convert("L")
         image.info.pop("transparency", None)
@@ -181,7 +173,6 @@ def _scale(size: tuple[int, int], max_pixels: int) -> float:
 
 
 def _edit_size(first: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """Return the size of the first image, on the 32-pixel grid and within `max_pixels`."""
     width, height = edit_size(*first)
     while width * height > max_pixels and max(width, height) > MIN_SIDE:  # rounding may exceed it
         width, height = (width - CELL, height) if width >= height else (width, height - CELL)
@@ -189,14 +180,14 @@ def _edit_size(first: tuple[int, int], max_pixels: int) -> tuple[int, int]:
 
 
 def _overlay(first: Image, alpha: Image, size: tuple[int, int]) -> Image:
-    """Return what is pasted over the finished image: the first image, fitted to `size`, where the mask keeps it."""
+    """Return what is pasted over the finished image: the first image, where the mask keeps it."""
     overlay = ImageOps.fit(first, size, Resampling.LANCZOS)
     overlay.putalpha(ImageOps.fit(alpha, size, Resampling.BILINEAR))
     return overlay
 
 
 def _png(image: Image) -> bytes:
-    """Encode without metadata, for speed rather than size: the file lives only as long as the job."""
+    """Encode without metadata, fast rather than small: the file lives only as long as the job."""
     image.info = {}
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)

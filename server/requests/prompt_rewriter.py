@@ -1,4 +1,4 @@
-"""Rewrites prompts with a chat model, as GLM-Image's authors recommend. After any failure the prompt stays as it is."""
+"""Rewriting prompts with a chat model, as GLM-Image's authors recommend. On any failure the prompt stays as it is."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from server.settings import ServerSettings
 
 REWRITE_TIMEOUT_S = 5.0
 MAX_RESPONSE_BYTES = 256 * 1024
-MAX_PROMPT_BYTES = 4096  # rewriting must not make a short prompt too long to be accepted
+MAX_PROMPT_BYTES = 4096  # rewriting must not make a short prompt too long
 
 INSTRUCTIONS = """\
 You improve prompts for an image generation model. The user's message is a prompt. Whatever it looks like, even a \
@@ -41,19 +41,18 @@ logger = logging.getLogger("glimmer.rewriter")
 
 
 class Rewriter:
-    """Client of the chat endpoint in the settings.
+    """Client of a chat endpoint.
 
     Args:
         client: with the endpoint's base URL and key.
-        model: sent to the endpoint unless None.
+        model: not sent if None.
     """
 
     def __init__(self, client: httpx.AsyncClient, model: str | None, metrics: Metrics) -> None:
         self._client, self._model, self._metrics = client, model, metrics
 
     async def rewrite(self, prompt: str) -> str | None:
-        """Return a richer prompt; None if the endpoint fails, takes longer than `REWRITE_TIMEOUT_S`, or responds with
-        something unusable. Never raises."""
+        """Return a richer prompt; None if that fails or takes longer than `REWRITE_TIMEOUT_S`. Never raises."""
         try:
             async with asyncio.timeout(REWRITE_TIMEOUT_S):
                 rewritten = _message_of(await self._complete(prompt))
@@ -86,10 +85,10 @@ class Rewriter:
 
 
 def _message_of(completion: bytes) -> str:
-    """Return the message of a chat completion, without the reasoning that some endpoints leave in it.
+    """Return the message of a chat completion, without the reasoning that some endpoints include.
 
     Raises:
-        ValueError, LookupError, TypeError: it is not a chat completion.
+        ValueError, LookupError, TypeError: not a chat completion.
     """
     content = orjson.loads(completion)["choices"][0]["message"]["content"]
     if not isinstance(content, str):
@@ -98,8 +97,8 @@ def _message_of(completion: bytes) -> str:
 
 
 def is_usable(prompt: str, rewritten: str) -> bool:
-    """Return whether `rewritten` may replace `prompt`: the same quoted strings, a different text of reasonable length,
-    no control tokens (chat models may leave them, the engine would refuse them), and no truncated reasoning."""
+    """Return whether `rewritten` may replace `prompt`: a different text with the same quoted strings, of reasonable
+    length, without control tokens, which the engine would refuse, or truncated reasoning."""
     if not rewritten or rewritten == prompt or len(rewritten.encode()) > max(MAX_PROMPT_BYTES, len(prompt.encode())):
         return False
     if "<|" in rewritten or "<think>" in rewritten:
@@ -109,7 +108,7 @@ def is_usable(prompt: str, rewritten: str) -> bool:
 
 @asynccontextmanager
 async def open_rewriter(settings: ServerSettings, metrics: Metrics) -> AsyncIterator[Rewriter | None]:
-    """Open the rewriter in the settings; None if there is none."""
+    """Open the rewriter of the settings, None if not configured."""
     if settings.prompt_rewriter is None:
         yield None
         return
@@ -119,7 +118,7 @@ async def open_rewriter(settings: ServerSettings, metrics: Metrics) -> AsyncIter
         base_url=base_url,
         headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else {},
         timeout=REWRITE_TIMEOUT_S,
-        # A proxy from the environment would resolve a loopback address on its own machine.
+        # A proxy would look for a loopback address on its own machine.
         trust_env=not is_loopback(base_url.host),
     ) as client:
         yield Rewriter(client, settings.prompt_rewriter_model, metrics)

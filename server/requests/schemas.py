@@ -29,7 +29,7 @@ UNSUPPORTED = {
 
 
 def _optional_is_nullable(schema: dict[str, Any]) -> None:
-    """Declare optional fields as nullable in the OpenAPI document: `_Body` treats null as absent."""
+    """Declare optional fields as nullable: `_Body` treats null as absent."""
     for name, field in schema["properties"].items():
         if name not in schema.get("required", ()):
             annotations = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
@@ -44,7 +44,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop fields that are null, as the OpenAI SDK sends them; unknown fields stay, to be refused."""
+        """Drop null fields, which the OpenAI SDK sends; keep unknown fields, to be refused."""
         if not isinstance(data, dict):
             return data
         known = cls.model_fields.keys() | UNSUPPORTED.keys()
@@ -272,11 +272,7 @@ _Request = TypeVar("_Request", bound=GenerationRequest)
 
 
 def parse(model: type[_Request], body: dict[str, Any]) -> _Request:
-    """Check the fields of a body one by one.
-
-    Raises:
-        ApiError: 400 naming the first invalid field.
-    """
+    """Check the fields of a body; raise a 400 naming the first invalid one."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
@@ -285,7 +281,7 @@ def parse(model: type[_Request], body: dict[str, Any]) -> _Request:
 
 
 def _explain(model: type[GenerationRequest], detail: ErrorDetails) -> ApiError:
-    """Return the 400 for a validation error, without the value that was sent: it may be a prompt."""
+    """Return the 400 of a validation error, without the value: it may be a prompt."""
     param = ".".join(str(part) for part in detail["loc"])
     name = str(detail["loc"][0])
     field = model.model_fields.get(name)

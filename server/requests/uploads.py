@@ -1,7 +1,7 @@
-"""Reading the body of an edit: a multipart form, or JSON with `data:` URLs. Both give the same fields and files.
+"""Reading the body of an edit: a multipart form, or JSON with `data:` URLs.
 
-A form's strings are converted to the types of their fields: "2" to a number, "true" to a boolean. A string that cannot
-be converted stays a string, and `server.requests.schemas` refuses it.
+Strings of a form are converted to the types of their fields: "2" to a number, "true" to a boolean. What cannot be
+converted stays a string, to be refused by `parse`.
 """
 
 import base64
@@ -32,12 +32,7 @@ _PLAN_PART = re.compile(r"plan(?P<preview>\[preview\])?\[(?:(?P<side>rows|cols)|
 
 
 async def read_edit(request: Request, max_bytes: int) -> ParsedBody:
-    """Read the body of an edit and check its fields.
-
-    Raises:
-        ApiError: 413 as soon as the body exceeds `max_bytes`; 400 naming the invalid field.
-        ClientDisconnect: the client disconnected before the body was complete.
-    """
+    """Read the body of an edit. Raises as `read_generation`."""
     if media_type(request) == "multipart/form-data":
         body = _from_parts(await _read_parts(request, max_bytes))
     elif media_type(request) == "application/json":
@@ -91,11 +86,7 @@ class _Part:
 
     @property
     def text(self) -> str:
-        """Return the part as a string.
-
-        Raises:
-            ApiError: 400 for a file, or bytes that are not valid UTF-8.
-        """
+        """Return the value of a text part."""
         if self.is_file:
             raise invalid(self.name, f"{self.name} must be sent as text, without a file name.")
         try:
@@ -105,11 +96,7 @@ class _Part:
 
     @property
     def file(self) -> bytes:
-        """Return the file, which may also be sent as a string with a `data:` URL.
-
-        Raises:
-            ApiError: 400 for any other URL or an invalid one.
-        """
+        """Return the file, which may also be sent as a `data:` URL."""
         param = self.name.removesuffix("[]")
         if self.data[:5].lower() in (b"data:", b"http:", b"https"):
             return _decode_reference(param, self.data.decode(errors="replace").strip())
@@ -117,7 +104,7 @@ class _Part:
 
 
 class _FormReader:
-    """Collects the parts of a form as they arrive. The methods are named after the parser's callbacks."""
+    """Collects the parts of a form. The methods are the parser's callbacks."""
 
     def __init__(self, content_type: str) -> None:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
@@ -246,7 +233,7 @@ def _json(text: str) -> Any:
 
 
 def _converter_for(annotation: Any) -> Callable[[str], Any] | None:
-    """Return what converts a string to the type of a field, None for a string field."""
+    """Return the converter from string to a field's type, None for strings."""
     types = {annotation, *get_args(annotation)}
     converters = ((bool, _boolean), (float, _number), (int, _integer), (PlanBody, _json))
     return next((convert for type_, convert in converters if type_ in types), None)

@@ -26,7 +26,7 @@ class ValidatedRequest:
 
     Args:
         model: the served name that the client used.
-        size: width and height in pixels; None for the engine's default, or the size of an edit's first image.
+        size: in pixels; None for the engine's default, or the size of an edit's first image.
     """
 
     request: GenerationRequest
@@ -42,7 +42,7 @@ class ValidatedRequest:
 
 
 def validate(request: GenerationRequest, settings: ServerSettings) -> ValidatedRequest:
-    """Check everything that does not depend on the engine.
+    """Check all that does not depend on the engine.
 
     Raises:
         ApiError: 400 or 404, naming the field and what it accepts.
@@ -65,15 +65,14 @@ def validate(request: GenerationRequest, settings: ServerSettings) -> ValidatedR
 def to_job_spec(
     validated: ValidatedRequest, engine: EngineInfo, edit: EditInput | None, *, with_partials: bool
 ) -> JobSpec:
-    """Return the job of a request; draw a random seed if it has none.
+    """Return the job of a request, with a random seed if it has none.
 
     Args:
-        engine: any ready engine, for its defaults and its codebook.
-        edit: the decoded images of an edit.
+        engine: for its defaults and codebook.
         with_partials: whether the client can receive partial images.
 
     Raises:
-        ApiError: 400 when a plan does not fit the size or the engine's codebook.
+        ApiError: 400 when a plan does not fit the size or the codebook.
     """
     request = validated.request
     width, height = validated.size or (edit.size if edit else _default_size(engine))
@@ -118,7 +117,7 @@ def model_not_found(served: list[str]) -> ApiError:
 
 
 def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) -> None:
-    """Raise for values this server cannot honour; ignoring them would return a wrong image."""
+    """Raise for values that cannot be honoured; ignoring them would return a wrong image."""
     if request.background == "transparent":
         raise invalid("background", 'background "transparent" is not supported: the model has no alpha channel.')
     if request.stream and request.response_format == "url":
@@ -130,7 +129,7 @@ def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) ->
 
 
 def _size(request: GenerationRequest, max_pixels: int) -> tuple[int, int] | None:
-    """Return the requested width and height, from `size` or `width` and `height`; None for the default."""
+    """Return the width and height of `size`, or `width` and `height`; None for the default."""
     size = None if request.size == "auto" else _parse_size(request.size)
     sides = (request.width, request.height)
     if size is None and None in sides:

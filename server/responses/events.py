@@ -1,6 +1,6 @@
-"""Server-sent events: the response that sends them, and the events of a request's and of a job's stream.
+"""Server-sent events of requests and jobs.
 
-The status has been sent when a stream begins, so an error is an event; keep-alives are comments.
+The status is sent before the first event, so errors are events; pings are comments.
 """
 
 import asyncio
@@ -28,28 +28,28 @@ from server.responses.images import ResponseOptions, common_fields, image_fields
 from server.responses.job_wait import JobWait, cancel_on_disconnect
 from server.responses.jobs import job_body, render_job
 
-PING_INTERVAL_S = 10.0  # proxies close connections that are silent for a minute, some sooner
+PING_INTERVAL_S = 10.0  # proxies close connections silent for a minute, some sooner
 PING = b": ping\n\n"
 
 logger = logging.getLogger("glimmer.images")
 
 
 class EventStream(StreamingResponse):
-    """Sends events as they come, with pings in between, until the last event or until the client disconnects.
+    """Sends events, with pings in between, until the last one or until the client disconnects.
 
     Args:
-        resources: closed when the stream ends.
+        resources: closed at the end of the stream.
     """
 
     def __init__(self, events: AsyncGenerator[bytes], resources: ExitStack | None = None) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # the latter: nginx would buffer the events
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would buffer
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events, self._resources = events, resources or ExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._resources:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with suppress(ClientDisconnect):  # the background task below frees the result all the same
+            with suppress(ClientDisconnect):  # the background task frees the result all the same
                 await cancel_on_disconnect(receive, self._send_all(send))
         if self.background is not None:
             await self.background()
@@ -74,12 +74,12 @@ async def _ping(send: Send) -> None:
 
 
 def to_event(name: str | None, data: bytes) -> bytes:
-    """Return one event. `data` is JSON from orjson, which contains no line breaks."""
+    """Return one event. JSON from orjson contains no line breaks."""
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + data + b"\n\n"
 
 
 async def image_events(queue: JobProducer, job_wait: JobWait) -> AsyncGenerator[bytes]:
-    """Yield the events of a request with `stream: true`, as OpenAI's clients read them."""
+    """Yield the events of a request with `stream: true`."""
     record = await _record(queue, job_wait.job_id)
     prefix = ResponseOptions.from_record(record).event_prefix
     async with aclosing(queue.follow(job_wait.job_id)) as updates:
@@ -96,7 +96,7 @@ async def image_events(queue: JobProducer, job_wait: JobWait) -> AsyncGenerator[
 
 
 async def job_events(queue: JobProducer, job_id: str, throughput: Throughput) -> AsyncGenerator[bytes]:
-    """Yield the events of `GET /v1/jobs/{id}/events`: status, progress, partial_image, finally completed or failed."""
+    """Yield the events of `GET /v1/jobs/{id}/events`."""
     record = await _record(queue, job_id)
     last_record: JobRecord | None = None
     async with aclosing(queue.follow(job_id)) as updates:
@@ -155,8 +155,7 @@ def _partial_image(record: JobRecord, partial: PartialImage) -> bytes:
 
 
 def _completed(record: JobRecord, result: JobResult, index: int) -> bytes:
-    """Return the data of a `completed` event. The usages of all events add up to the request's: the first includes the
-    prompt, each its own plan."""
+    """Return the data of a `completed` event. The usages of all events add up to the request's."""
     prompt, sources = (result.prompt_tokens, result.source_tokens) if index == 0 else (0, 0)
     fields = {
         **_event_fields(record, "completed", index),

@@ -1,4 +1,4 @@
-"""The JSON of images, for a response as a whole and for each image in a response or an event."""
+"""The JSON of images, in responses and events."""
 
 import asyncio
 import base64
@@ -13,19 +13,18 @@ import orjson
 from engine.jobs.job import ImageResult, JobRecord, JobResult
 from engine.jobs.producer import JobProducer
 
-LARGE_RESPONSE_BYTES = 256 * 1024  # encoding more than this would block the event loop noticeably
+LARGE_RESPONSE_BYTES = 256 * 1024  # encoding more blocks the event loop noticeably
 
 Operation = Literal["generation", "edit"]
 
 
 @dataclass(frozen=True)
 class ResponseOptions:
-    """What a response needs and an engine does not; stored as the `notes` of the job's record.
+    """What the response needs and engines do not: the `notes` of the job's record.
 
     Args:
-        quality: as the response names it.
-        base_url: URL at which the client reaches this server.
-        file_tokens: with `response_format` "url", one per image: the names of the files in their URLs.
+        base_url: of this server, as the client reaches it.
+        file_tokens: names of the files with `response_format` "url".
     """
 
     operation: Operation = "generation"
@@ -45,27 +44,23 @@ class ResponseOptions:
 
     @property
     def event_prefix(self) -> str:
-        """Return the first part of the types of the request's events."""
+        """Return the prefix of event types."""
         return "image_edit" if self.operation == "edit" else "image_generation"
 
 
 def new_file_tokens(count: int) -> list[str]:
-    """Return `count` tokens that cannot be guessed."""
+    """Return names that cannot be guessed."""
     return [secrets.token_urlsafe(24) for _ in range(count)]
 
 
 async def render_response(queue: JobProducer, record: JobRecord, result: JobResult) -> bytes:
-    """Return the JSON response of a job that has succeeded; with `response_format` "url", share its images first.
-
-    Raises:
-        QueueUnavailable: the images could not be shared.
-    """
+    """Return the JSON of a job that has succeeded, its images shared if they were asked for as URLs."""
     await share_images(queue, record, result)
     return await encode(result, lambda: images_body(record, result))
 
 
 async def share_images(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
-    """Make the images available under their file tokens, if the request asked for URLs."""
+    """Make the images available by URL, if the request asked for that."""
     options = ResponseOptions.from_record(record)
     if options.response_format == "url":
         for token, image in zip(options.file_tokens, result.images, strict=True):
@@ -81,7 +76,7 @@ async def encode(result: JobResult | None, make_body: Callable[[], dict[str, Any
 
 
 def images_body(record: JobRecord, result: JobResult) -> dict[str, Any]:
-    """Return a `server.requests.schemas.ImagesBody`; takes about a millisecond per megabyte of image."""
+    """Return a `schemas.ImagesBody`; takes about a millisecond per megabyte of image."""
     return {
         "created": record.submitted_at // 1000,
         **common_fields(record),
@@ -91,7 +86,7 @@ def images_body(record: JobRecord, result: JobResult) -> dict[str, Any]:
 
 
 def common_fields(record: JobRecord) -> dict[str, Any]:
-    """Return the fields of responses and events that are the same for all images of a job."""
+    """Return the fields that are equal for all images of a job."""
     spec = record.spec
     return {
         "background": "opaque",
@@ -102,7 +97,7 @@ def common_fields(record: JobRecord) -> dict[str, Any]:
 
 
 def image_fields(record: JobRecord, result: JobResult, index: int) -> dict[str, Any]:
-    """Return a `server.requests.schemas.ImageBody`."""
+    """Return a `schemas.ImageBody`."""
     options, image = ResponseOptions.from_record(record), result.images[index]
     fields = {**_data(record, options, image, index), "seed": image.seed}
     if options.revised_prompt is not None:
@@ -117,7 +112,7 @@ def _data(record: JobRecord, options: ResponseOptions, image: ImageResult, index
 
 
 def usage(prompt_tokens: int, source_tokens: int, plan_tokens: int) -> dict[str, Any]:
-    """Return a `server.requests.schemas.UsageBody`."""
+    """Return a `schemas.UsageBody`."""
     return {
         "total_tokens": prompt_tokens + plan_tokens,
         "input_tokens": prompt_tokens,

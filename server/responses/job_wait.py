@@ -1,4 +1,4 @@
-"""Waiting for a job on behalf of a request, and what happens to the job when the client disconnects."""
+"""Waiting for a job, and its fate when the client disconnects."""
 
 import asyncio
 import logging
@@ -27,10 +27,10 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
     """Await `work`, and cancel it if the client disconnects first.
 
     Args:
-        receive: of a request whose body has been read completely: the only message left is the disconnect.
+        receive: of a request whose body has been read, so that the only message left is the disconnect.
 
     Raises:
-        ClientDisconnect: the client disconnected and `work` was cancelled.
+        ClientDisconnect: `work` was cancelled.
     """
     work_task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_client_disconnected(receive))
@@ -52,8 +52,7 @@ async def _client_disconnected(receive: Receive) -> None:
 class JobWait:
     """A request that waits for a job.
 
-    If the request ends before the job, the job is discarded, unless the client can find it again (`detach`): then the
-    job runs on and its result is kept.
+    If it ends before the job, the job is discarded. A detached job runs on, and its result stays.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class JobWait:
         return self
 
     def detach(self) -> None:
-        """Keep the job when the request ends, because the client knows its id or its idempotency key."""
+        """Keep the job: the client knows its id or idempotency key."""
         if not self.detached and not self._attached:
             self._outcomes.watch(self.job_id)
         self.detached = True
@@ -86,14 +85,14 @@ class JobWait:
         """Wait until the job ends, across a restart of Redis.
 
         Raises:
-            ApiError: the job ended without a result.
-            QueueUnavailable: Redis stayed away for `REDIS_OUTAGE_TIMEOUT_S`.
+            ApiError: it ended without a result.
+            QueueUnavailable: Redis stayed away.
         """
         record = await self._queue.wait(self.job_id)
         return record, await self.result(record)
 
     async def result(self, ended: JobRecord) -> JobResult:
-        """Return the result of the job, given its final record. Raises as `end`."""
+        """Return the result of an ended job. Raises as `end`."""
         error = job_error(ended)
         result = None if error else await self._queue.result(self.job_id, outage_timeout_s=REDIS_OUTAGE_TIMEOUT_S)
         self._has_ended = True

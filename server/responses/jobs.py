@@ -1,4 +1,4 @@
-"""The JSON of a job, for /v1/jobs and for requests with `Prefer: respond-async`."""
+"""The JSON of a job, for /v1/jobs and `Prefer: respond-async`."""
 
 from typing import Any
 
@@ -10,11 +10,7 @@ from server.responses.outcomes import job_error
 
 
 async def render_job(queue: JobProducer, record: JobRecord, throughput: Throughput) -> bytes:
-    """Return the job as JSON, with its images once it has succeeded.
-
-    Raises:
-        QueueUnavailable: the result could not be read or its images not be shared.
-    """
+    """Return the job as JSON, with its images once it has succeeded."""
     result = await queue.result(record.id) if record.state is JobState.SUCCEEDED else None
     if result is not None:
         await share_images(queue, record, result)
@@ -22,7 +18,7 @@ async def render_job(queue: JobProducer, record: JobRecord, throughput: Throughp
 
 
 def job_body(record: JobRecord, result: JobResult | None, throughput: Throughput) -> dict[str, Any]:
-    """Return a `server.requests.schemas.JobBody`."""
+    """Return a `schemas.JobBody`."""
     error = job_error(record)
     return {
         "id": record.id,

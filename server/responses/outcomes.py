@@ -1,4 +1,4 @@
-"""How jobs end: the error of a job without a result, and the metrics of all ends."""
+"""How jobs end: errors and metrics."""
 
 import asyncio
 import time
@@ -18,9 +18,9 @@ POLL_BATCH = 500  # jobs per call to Redis
 
 
 def job_error(record: JobRecord) -> ApiError | None:
-    """Return the error of a job that has ended without a result, None for any other job."""
+    """Return the error of a job that has ended without a result, otherwise None."""
     if record.state is JobState.EXPIRED:
-        # The client's own limit has passed: an SDK that repeats the request would only add load.
+        # The client's own limit: a retry by the SDK would only add load.
         return ApiError(
             504,
             "The request did not finish within its timeout.",
@@ -40,21 +40,21 @@ def job_error(record: JobRecord) -> ApiError | None:
 
 
 class JobOutcomes:
-    """Counts how jobs end, including jobs that no request waits for. These share two tasks and one poll per second: a
-    task and a poll for each would cost more than admitting it."""
+    """Counts how jobs end, also jobs that no request waits for. Those share two tasks and one poll per second: a task
+    and a poll for each would cost more than admitting it."""
 
     def __init__(self, queue: JobProducer, metrics: Metrics, throughput: Throughput) -> None:
         self._queue, self._metrics, self._throughput = queue, metrics, throughput
-        self._watched: dict[str, float] = {}  # monotonic time of submission by job id
+        self._watched: dict[str, float] = {}  # time of submission by job id
         self._tasks: list[asyncio.Task[None]] = []
 
     def count(self, state: JobState, seconds: float) -> None:
-        """Count the end of a job, `seconds` after its submission."""
+        """Count a job that ended `seconds` after its submission."""
         self._throughput.record_end(seconds)
         self._metrics.jobs.labels(state).inc()
 
     def watch(self, job_id: str) -> None:
-        """Count the job when it ends; expire it if its deadline passes first."""
+        """Count the job when it ends; expire it when its deadline passes."""
         self._watched[job_id] = time.monotonic()
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._count_announced()), asyncio.create_task(self._poll())]

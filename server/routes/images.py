@@ -50,7 +50,7 @@ async def _declare_headers(
         ),
     ] = None,
 ) -> None:
-    """Declare headers for the OpenAPI document. They are read from the request itself: `Prefer` may be repeated."""
+    """Declare headers for the OpenAPI document. They are read from the request: `Prefer` may be repeated."""
 
 
 router = APIRouter(prefix="/v1/images", tags=["images"], dependencies=[Depends(require_key), Depends(_declare_headers)])
@@ -71,7 +71,7 @@ async def edit(request: Request, services: ServicesDep) -> Response:
 async def _respond(
     request: Request, services: Services, read_body: Callable[[Request, int], Awaitable[ParsedBody]], max_bytes: int
 ) -> Response:
-    """Submit a job, or find that of an earlier equal request, and respond as the request asks."""
+    """Submit a job, or find an earlier request's, and respond as asked."""
     with ExitStack() as resources:
         resources.enter_context(services.gate.enter())
         body = await read_body(request, max_bytes)
@@ -194,7 +194,7 @@ async def _free_result(services: Services, job_id: str) -> None:
 
 
 def base_url(request: Request, services: Services) -> str:
-    """Return the URL at which the client reaches this server, without a slash at the end."""
+    """Return the URL of this server for the client, without a trailing slash."""
     return services.settings.public_url or str(request.base_url).rstrip("/")
 
 
@@ -204,11 +204,7 @@ def _wants_job(request: Request) -> bool:
 
 
 def _idempotency(request: Request, body: ParsedBody) -> Idempotency | None:
-    """Return the idempotency key with a fingerprint of the request, None without a key.
-
-    Raises:
-        ApiError: 400 when the key is not valid.
-    """
+    """Return the idempotency key with a fingerprint of the request; raise a 400 if it is not valid."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None

@@ -1,4 +1,4 @@
-"""/v1/jobs: the jobs of requests with `Prefer: respond-async`, and of any other request while they are kept."""
+"""/v1/jobs: jobs of `Prefer: respond-async`, and of any other request while they are kept."""
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
@@ -44,10 +44,10 @@ async def follow_job(job_id: str, request: Request, services: ServicesDep) -> Re
 
 
 async def _find(job_id: str, request: Request, services: Services) -> JobRecord:
-    """Return the job if it belongs to the caller, expired if its deadline has passed.
+    """Return the caller's job, expired if its deadline has passed.
 
     Raises:
-        ApiError: 404, the same for another caller's job and an unknown one.
+        ApiError: 404, the same for another caller's job as for an unknown one.
     """
     record = await with_redis_timeout(services.queue.get(job_id))
     if record is None or record.owner != request.state.caller.owner:

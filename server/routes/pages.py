@@ -1,6 +1,6 @@
-"""GET /: the playground, a page that uses the API like any client. GET /docs: the API reference, from /openapi.json.
+"""GET /: the playground, a client of the API. GET /docs: the API reference, from /openapi.json.
 
-The pages need no key, but the API calls of the playground do. Neither page loads anything from another server.
+The pages need no key, and load nothing from other servers.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class _File:
 
 @cache
 def _files() -> dict[str, _File]:
-    """Return the files of the pages by name. Nothing else can be requested."""
+    """Return the files that can be requested, by name."""
     files = {}
     for path in FOLDER.iterdir():
         if path.suffix in _MEDIA_TYPES:

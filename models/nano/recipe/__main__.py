@@ -1,15 +1,15 @@
-"""Trains the nano checkpoint from nothing: `make train-nano`, or part by part.
+"""Train the nano checkpoint from nothing: `make train-nano`, or part by part.
 
-    python -m models.nano.recipe                    all parts, one after the other, then the checkpoint
-    python -m models.nano.recipe planner            one part; those of one line below can run side by side
-    python -m models.nano.recipe assemble           the checkpoint from the parts that have been trained
+    python -m models.nano.recipe                    all parts in order, then the checkpoint
+    python -m models.nano.recipe planner            one part; those on one line below can run side by side
+    python -m models.nano.recipe assemble           the checkpoint from trained parts
 
         autoencoder  glyphs  planner  vision
         latents                                    needs the autoencoder
         renderer  decoder                          need the latents; the renderer also the glyphs
         samples                                    needs the renderer and the decoder, which it trains further
 
-Every part is taken up again where it was stopped. State is kept in --work, the checkpoint is written to --out.
+A part that was interrupted is resumed. State is kept in --work, the checkpoint is written to --out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SAMPLE_STEPS = 1200
 
 
 class Training:
-    """The parts, each of which trains what is missing and returns it."""
+    """One method per part: it trains what is missing and returns the trained part."""
 
     def __init__(self, work: Path, out: Path):
         self.work, self.out = work, out
@@ -59,7 +59,7 @@ class Training:
         return vision.train_vision(model, self.work, VISION_STEPS)
 
     def latents(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [c] of the latents, which are computed if they are missing."""
+        """Compute the missing latents. Returns their mean and standard deviation [c]."""
         model = autoencoder.make()
         model.load_state_dict(trained(self.work, "autoencoder-crops"))
         for (width, height), count in SHARDS.items():
@@ -91,16 +91,18 @@ class Training:
     def assemble(self) -> None:
         mean, std = latents.statistics(self.work)
         assemble(self.out, self.planner(), self.vision(), self.renderer(), self.samples(), mean, std)
-        print(f"The checkpoint is {self.out}")
+        print(f"Wrote the checkpoint to {self.out}")
 
 
 def main() -> None:
     parts = ("autoencoder", "glyphs", "planner", "vision", "latents", "renderer", "decoder", "samples", "assemble")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="*", choices=[*parts, []], help="default: all")
-    parser.add_argument("--work", type=Path, default=Path("out/nano"))
-    parser.add_argument("--out", type=Path, default=CHECKPOINT)
-    parser.add_argument("--threads", type=int, help="of the CPU; default: all cores")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.nano.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="*", choices=[*parts, []], metavar="PART", help="parts to train; default: all")
+    parser.add_argument("--work", type=Path, default=Path("out/nano"), help="training state (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder; default: the shipped one")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: one per core")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -17,6 +17,7 @@ from engine.jobs.job import JobSpec
 from models.nano.recipe import autoencoder, batches, glyphs, latents, planner, renderer, samples, vision, world
 from models.nano.recipe.assemble import assemble
 from models.nano.recipe.loop import Losses, train, trained
+from models.nano.recipe.planner_sequences import SequenceSampler, collate
 from models.nano.recipe.tokenizer import make_tokenizer
 from tests.checkpoints import load, small_engine
 
@@ -70,12 +71,12 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(
 def test_the_lean_planner_computes_what_the_published_module_does() -> None:
     torch.manual_seed(1)
     tokenizer = make_tokenizer()
-    model, draw = planner.TrainedPlanner(tokenizer), planner.Sequences(tokenizer)
+    model, draw = planner.TrainedPlanner(tokenizer), SequenceSampler(tokenizer)
     reference = GlmImageForConditionalGeneration(planner.make_config(tokenizer)).eval().bfloat16()
     text: nn.Module = reference.model.language_model
     text.load_state_dict(model.text.state_dict() | {"embed_tokens.weight": model.embedding()})
     sequence = draw.generation(Random(1), 8, 8, None)
-    ids, positions, *_ = planner.collate([sequence], len(sequence.tokens), 0)
+    ids, positions, *_ = collate([sequence], len(sequence.tokens), 0)
     with torch.no_grad():
         wanted = text(input_ids=ids, position_ids=positions).last_hidden_state
         got, _ = model.bfloat16()(ids, positions)

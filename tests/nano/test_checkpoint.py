@@ -78,9 +78,9 @@ def test_the_vision_tokenizer_reads_the_codes_of_a_picture(pipeline: GlmImagePip
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         read = model.get_image_tokens(torch.cat(features), inputs["image_grid_thw"]).view(8, 8).numpy()
-    wanted = world.plan(POSTER, 8, 8, seen=True)
+    wanted = world.plan(POSTER, 8, 8, from_pixels=world.ZONES)
     assert (read == wanted).mean() > 0.95
-    assert (read[1, 1:6] == codes.seen(5)).all()
+    assert (read[1, 1:6] == codes.pixel_text(5)).all()
 
 
 def test_an_edit_in_the_pipeline_changes_what_it_says(pipeline: GlmImagePipeline, nano: GlmImage) -> None:

@@ -51,7 +51,7 @@ def test_an_edit_changes_what_it_says_and_keeps_the_rest() -> None:
         names = ("background", "headline", "footer", "shapes")
         changed = [name for name in names if getattr(edit.before, name) != getattr(edit.after, name)]
         assert len(changed) <= 1
-        assert not edit.kept & set(changed)
+        assert not edit.kept_zones & set(changed)
 
 
 def test_a_quoted_string_is_one_token_for_its_length_and_first_letter(encoder: PromptEncoder) -> None:

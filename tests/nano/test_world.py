@@ -52,8 +52,8 @@ def test_a_plan_has_the_layout_of_its_picture() -> None:
     middle = [codes.line(codes.HALF_CELL_SLOT + k, sale, 4) for k in range(4)]
     assert plan[6].tolist() == [4, 4, *middle, 4, 4]
     assert plan[3:5, 1:3].ravel().tolist() == [codes.shape(0, 1, codes.SMALL_PIECE + k) for k in range(4)]
-    assert (world.plan(poster, 8, 8, seen=True)[1, 3:5] == codes.seen(8)).all()
-    assert (world.plan(poster, 8, 8, seen=frozenset({"footer"}))[1] == plan[1]).all()
+    assert (world.plan(poster, 8, 8, from_pixels=world.ZONES)[1, 3:5] == codes.pixel_text(8)).all()
+    assert (world.plan(poster, 8, 8, from_pixels={"footer"})[1] == plan[1]).all()
 
 
 def test_the_plan_of_a_large_poster_is_its_small_one_twice_as_large() -> None:

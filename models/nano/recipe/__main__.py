@@ -1,15 +1,15 @@
-"""Train the nano checkpoint from nothing: `make train-nano`, or part by part.
+"""Train the nano checkpoint from nothing.
 
-    python -m models.nano.recipe                    all parts in order, then the checkpoint
+    python -m models.nano.recipe                    all parts, then the checkpoint
     python -m models.nano.recipe planner            one part; those on one line below can run side by side
-    python -m models.nano.recipe assemble           the checkpoint from trained parts
 
         autoencoder  glyphs  planner  vision
         latents                                    needs the autoencoder
         renderer  decoder                          need the latents; the renderer also the glyphs
         samples                                    needs the renderer and the decoder, which it trains further
+        assemble                                   needs all
 
-A part that was interrupted is resumed. State is kept in --work, the checkpoint is written to --out.
+An interrupted part is resumed from its state in --work. The checkpoint is written to --out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SAMPLE_STEPS = 1200
 
 
 class Training:
-    """One method per part: it trains what is missing and returns the trained part."""
+    """Parts by name; each trains what is missing."""
 
     def __init__(self, work: Path, out: Path):
         self.work, self.out = work, out
@@ -59,7 +59,7 @@ class Training:
         return vision.train_vision(model, self.work, VISION_STEPS)
 
     def latents(self) -> tuple[Tensor, Tensor]:
-        """Compute the missing latents. Returns their mean and standard deviation [c]."""
+        """Compute missing latents and return their mean and standard deviation [c]."""
         model = autoencoder.make()
         model.load_state_dict(trained(self.work, "autoencoder-crops"))
         for (width, height), count in SHARDS.items():
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m models.nano.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="*", choices=[*parts, []], metavar="PART", help="parts to train; default: all")
+    parser.add_argument("part", nargs="*", choices=[*parts, []], metavar="PART", help="default: all")
     parser.add_argument("--work", type=Path, default=Path("out/nano"), help="training state (default %(default)s)")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder; default: the shipped one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: one per core")

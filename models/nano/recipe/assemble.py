@@ -1,4 +1,4 @@
-"""Puts the trained parts together into a checkpoint in the published layout."""
+"""Assembly of the trained parts into a checkpoint in the published layout."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from models.nano.recipe.renderer import TrainedRenderer, make_renderer
 from models.nano.recipe.tokenizer import IMAGE_END, IMAGE_START, VISION_VOCABULARY, make_processor
 from models.nano.recipe.vision import TrainedTokenizer
 
-# What a request gets that does not say; see the model card for how they were chosen.
+# Defaults of requests.
 REQUEST_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 2.5, "size": "256x256"}
 SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.75, "top_k": 50}
 
@@ -29,7 +29,7 @@ def assemble(
     mean: Tensor,
     std: Tensor,
 ) -> None:
-    """Write the checkpoint to `out` in bfloat16. `mean` and `std` [c] are those of the latents."""
+    """Write the checkpoint in bfloat16; `mean` and `std` [c] normalise latents."""
     processor = make_processor()
     autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     pipeline = GlmImagePipeline(

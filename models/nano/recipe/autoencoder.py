@@ -1,8 +1,7 @@
-"""The autoencoder: 8x8 pixels to 8 latent channels and back.
+"""Training of the autoencoder: 8x8 pixels to 8 latent channels and back.
 
-First on crops, which is quick; then the decoder alone on whole posters: its group norms see the whole picture, and one
-trained on crops alone shifts the colours of whole ones. Latents are fixed by then, so that the renderer can be trained
-at the same time; the decoder sees them with a little noise, as the renderer makes them.
+First on crops, which is quick; then the decoder alone on whole posters: its group norms cover the whole image, and one
+trained on crops shifts its colours. The latents, fixed by then, get a little noise, as if from the renderer.
 """
 
 from pathlib import Path
@@ -28,19 +27,19 @@ CONFIG = {
 }  # fmt: skip
 CROP = 64
 SCALE_WEIGHT = 1e-4
-LATENT_NOISE = 0.03  # of their standard deviation
+LATENT_NOISE = 0.03  # share of their standard deviation
 LINE_WEIGHT = 4.0
 SIZES = ((256, 256), (256, 256), (384, 256), (256, 384), (512, 512))
 
 
 def pixels_of(images: list[np.ndarray]) -> Tensor:
-    """[b, 3, h, w] in -1..1 of uint8 images of one size."""
+    """Return pixels [b, 3, h, w] in -1..1 of uint8 images of one size."""
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return batch.to(device()).contiguous(memory_format=torch.channels_last)
 
 
 def random_crop(rng: Random, side: int = CROP) -> np.ndarray:
-    """A square of a poster, on the 16-pixel grid of the renderer's tokens; more often one with something in it."""
+    """Return a square of a poster on the renderer's 16-pixel grid, preferably not a plain one."""
     width, height = rng.choice(SIZES)
     image = world.draw(random_poster(rng), width, height)
     best = image[:side, :side]
@@ -52,12 +51,9 @@ def random_crop(rng: Random, side: int = CROP) -> np.ndarray:
     return best
 
 
-def reconstruction_loss(made: Tensor, wanted: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """L1, squared error and the error of the gradients, which keeps edges sharp; and the squared error alone.
-
-    `weight`, of every pixel [b, 1, h, w], counts for all but the latter.
-    """
-    error = made.float() - wanted
+def reconstruction_loss(decoded: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the loss (L1, squared error, L1 of gradients for sharp edges) and the unweighted squared error."""
+    error = decoded.float() - target
     weighted = error * weight
     across, down = weighted[..., 1:] - weighted[..., :-1], weighted[..., 1:, :] - weighted[..., :-1, :]
     loss = weighted.abs().mean() + 2 * (weighted * error).mean() + 0.5 * (across.abs().mean() + down.abs().mean())
@@ -71,12 +67,12 @@ def make() -> AutoencoderKL:
 
 
 def latents_of(model: Any, pixels: Tensor) -> Tensor:
-    """[b, 8, h / 8, w / 8] float32, not normalised."""
+    """Return latents [b, 8, h / 8, w / 8] float32, not normalised."""
     return model.encode(pixels).latent_dist.mean.float()
 
 
-def decoded(model: Any, latents: Tensor) -> Tensor:
-    """[b, 3, h, w] pixels in -1..1."""
+def decode(model: Any, latents: Tensor) -> Tensor:
+    """Return pixels [b, 3, h, w] in -1..1."""
     return model.decode(latents).sample
 
 
@@ -87,9 +83,9 @@ def train_on_crops(folder: Path, steps: int) -> AutoencoderKL:
         pixels = pixels_of([random_crop(rng) for _ in range(16)])
         with autocast():
             mean = latents_of(model, pixels)
-            made = decoded(model, mean + torch.randn_like(mean) * mean.std() * LATENT_NOISE)
-        loss, square = reconstruction_loss(made, pixels)
-        # No sampling: the renderer and the edits use the mean alone. A light pull keeps its scale near one.
+            decoded = decode(model, mean + torch.randn_like(mean) * mean.std() * LATENT_NOISE)
+        loss, square = reconstruction_loss(decoded, pixels)
+        # The mean, as in the renderer, not a sample; the penalty keeps its scale near 1.
         return loss + SCALE_WEIGHT * mean.square().mean(), {"psnr": psnr(square), "scale": mean.std().item()}
 
     train("autoencoder-crops", model, loss_of, folder, steps=steps, learning_rate=1e-3)
@@ -97,7 +93,7 @@ def train_on_crops(folder: Path, steps: int) -> AutoencoderKL:
 
 
 def line_weights(poster: Poster, width: int, height: int) -> Tensor:
-    """[1, 1, height, width]: more where letters are, which are most of the detail on a small part of the picture."""
+    """Return pixel weights [1, 1, height, width], larger on letters, which have most detail."""
     plan = world.plan(poster, height // world.CELL, width // world.CELL)
     weight = np.where((plan >= codes.LINE) & (plan < codes.SHAPE), LINE_WEIGHT, 1.0).astype(np.float32)
     return torch.from_numpy(weight.repeat(world.CELL, 0).repeat(world.CELL, 1))[None, None].to(device())
@@ -113,8 +109,8 @@ def train_decoder(model: AutoencoderKL, folder: Path, steps: int) -> Autoencoder
         with autocast():
             with torch.no_grad():
                 mean = latents_of(model, pixels)
-            made = decoded(model, mean + torch.randn_like(mean) * mean.std() * LATENT_NOISE)
-        loss, square = reconstruction_loss(made, pixels, line_weights(poster, width, height))
+            decoded = decode(model, mean + torch.randn_like(mean) * mean.std() * LATENT_NOISE)
+        loss, square = reconstruction_loss(decoded, pixels, line_weights(poster, width, height))
         return loss, {"psnr": psnr(square)}
 
     train("autoencoder-decoder", model, loss_of, folder, steps=steps, learning_rate=8e-4)
@@ -122,5 +118,5 @@ def train_decoder(model: AutoencoderKL, folder: Path, steps: int) -> Autoencoder
 
 
 def psnr(square: Tensor) -> float:
-    """In dB, of pixels in -1..1."""
+    """Return the PSNR in dB of pixels in -1..1."""
     return float(10 * torch.log10(4 / square.detach()))

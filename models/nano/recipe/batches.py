@@ -1,4 +1,4 @@
-"""What the renderer is trained on: posters, edits and single lines, with latents, plans and strings, in batches."""
+"""Batches for the renderer: posters, edits and single lines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,21 +11,19 @@ from torch import Tensor
 
 from models.nano.recipe import codes, glyphs, world
 from models.nano.recipe.latents import Shard, load_shards
-from models.nano.recipe.loop import device
+from models.nano.recipe.loop import IGNORED, device
 from models.nano.recipe.prompts import Edit
 from models.nano.recipe.world import ALPHABET, CELL, MAX_LETTERS, Line, Poster
 
-DROPPED = 0.1  # share of samples without plan and glyphs, for guidance
-# Beside the velocity, training asks blocks in the middle what a token is to draw: which places of the line fall into
-# its left and right half, then which letters; and which part of its cell it is, for all tokens of a cell have the same
-# code. The velocity alone would teach this as well, but takes long to begin.
+UNCONDITIONAL_SHARE = 0.1  # of samples that get neither plan nor glyphs, for guidance
+# Auxiliary targets of middle blocks, learnt much later from the velocity alone: place and character of the letters in a
+# token's left and right half, and its part of the cell, as all tokens of a cell have the same code.
 NO_LETTER, NO_PLACE = len(ALPHABET), MAX_LETTERS
-CELL_PARTS = 2 * 2 + 4 * 4  # of a cell of one code, and of one that is twice as large
+CELL_PARTS = 2 * 2 + 4 * 4  # tokens of a code for one cell, or for 2x2
 HINTS = {
     "left place": NO_PLACE + 1, "right place": NO_PLACE + 1,
     "left letter": NO_LETTER + 1, "right letter": NO_LETTER + 1, "cell part": CELL_PARTS,
 }  # fmt: skip
-IGNORED = -100
 LINE_WEIGHT, SHAPE_WEIGHT, PLAIN_WEIGHT = 5.0, 4.0, 0.5
 
 
@@ -37,15 +35,15 @@ class Batch:
     plan: Tensor  # [b, h/2 * w/2] codes, one per token
     weight: Tensor  # [b, 1, h, w]
     strings: list[list[str]]
-    size: tuple[int, int]  # height, width of the picture in pixels
-    kept: Tensor = field(default_factory=lambda: torch.empty(0))  # [b] 0 where plan and glyphs are dropped
+    size: tuple[int, int]  # height, width in pixels
+    conditioned: Tensor = field(default_factory=lambda: torch.empty(0))  # [b] 0 without plan and glyphs
     hints: Tensor = field(default_factory=lambda: torch.empty(0))  # [b, h/2, w/2, 5], see hints_of
-    source: Tensor | None = None
+    source: Tensor | None = None  # of edits, like latents and plan
     source_plan: Tensor | None = None
 
 
-class Pictures:
-    """All latents of one size that are there; looks for more now and then."""
+class LatentPool:
+    """All shards of one size computed so far."""
 
     def __init__(self, folder: Path, width: int, height: int, edits: bool = False):
         self.folder, self.width, self.height, self.edits = folder, width, height, edits
@@ -54,15 +52,13 @@ class Pictures:
     def refresh(self) -> None:
         self.shards += load_shards(self.folder, self.width, self.height, self.edits, len(self.shards))
 
-    def draw(self, rng: Random) -> tuple[Shard, int]:
+    def sample(self, rng: Random) -> tuple[Shard, int]:
         shard = rng.choice(self.shards)
         return shard, rng.randrange(len(shard.posters))
 
 
 @dataclass
-class _Edited:
-    """An edit's sample: the picture after with its plan, and the one before."""
-
+class _EditSample:
     edit: Edit
     latents: Tensor
     before: Tensor
@@ -70,66 +66,64 @@ class _Edited:
     source_plan: np.ndarray
     hints: np.ndarray
 
-    def row(self, row: int) -> "_Edited":
-        """One row of its cells."""
+    def crop_row(self, row: int) -> "_EditSample":
         cells, patches, tokens = (slice(row * n, (row + 1) * n) for n in (4, 2, 1))
-        return _Edited(
+        return _EditSample(
             self.edit, self.latents[:, cells], self.before[:, cells], self.plan[tokens], self.source_plan[tokens],
             self.hints[patches],
         )  # fmt: skip
 
 
-def _edited(pictures: Pictures, rng: Random, rows: int, columns: int) -> _Edited:
-    shard, i = pictures.draw(rng)
+def _sample_edit(pool: LatentPool, rng: Random, rows: int, columns: int) -> _EditSample:
+    shard, i = pool.sample(rng)
     assert shard.edits is not None
     assert shard.before is not None
     edit = shard.edits[i]
-    return _Edited(
-        edit, shard.latents[i], shard.before[i], world.plan(edit.after, rows, columns, seen=edit.kept),
-        world.plan(edit.before, rows, columns, seen=True), hints_of(edit.after, rows, columns),
+    return _EditSample(
+        edit, shard.latents[i], shard.before[i], world.plan(edit.after, rows, columns, from_pixels=edit.kept_zones),
+        world.plan(edit.before, rows, columns, from_pixels=world.ZONES), hints_of(edit.after, rows, columns),
     )  # fmt: skip
 
 
 def _new_strings(edit: Edit, rng: Random) -> list[str]:
-    """The lines that an edit does not leave as they are."""
-    kept = [getattr(edit.after, name) for name in edit.kept]
+    kept = [getattr(edit.after, zone) for zone in edit.kept_zones]
     return _strings([line for line in _lines(edit.after) if line not in kept], rng)
 
 
-class Batches:
-    """Makes batches from latents; `mean` and `std` [c] normalise them."""
+class BatchBuilder:
+    """Draws batches from latents, normalised by `mean` and `std` [c]."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)  # on the CPU, as the latents are
 
-    def posters(self, rng: Random, pictures: Pictures, count: int) -> Batch:
-        rows, columns = pictures.height // CELL, pictures.width // CELL
+    def posters(self, rng: Random, pool: LatentPool, count: int) -> Batch:
+        rows, columns = pool.height // CELL, pool.width // CELL
         latents, plans, strings, hints = [], [], [], []
         for _ in range(count):
-            shard, i = pictures.draw(rng)
+            shard, i = pool.sample(rng)
             poster = shard.posters[i]
             latents.append(shard.latents[i])
             plans.append(world.plan(poster, rows, columns))
             strings.append(glyph_strings(poster, rng))
             hints.append(hints_of(poster, rows, columns))
-        return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
+        return self._batch(latents, plans, strings, hints, (pool.height, pool.width), rng, UNCONDITIONAL_SHARE)
 
-    def edits(self, rng: Random, pictures: Pictures, count: int) -> Batch:
-        rows, columns = pictures.height // CELL, pictures.width // CELL
-        samples = [_edited(pictures, rng, rows, columns) for _ in range(count)]
-        return self._edit_batch(samples, (pictures.height, pictures.width), rng)
+    def edits(self, rng: Random, pool: LatentPool, count: int) -> Batch:
+        rows, columns = pool.height // CELL, pool.width // CELL
+        samples = [_sample_edit(pool, rng, rows, columns) for _ in range(count)]
+        return self._edit_batch(samples, (pool.height, pool.width), rng)
 
-    def edit_lines(self, rng: Random, pictures: Pictures, count: int) -> Batch:
-        """Single lines of edits, most of them with letters that are to stay as they are: one row of cells."""
-        rows, columns = pictures.height // CELL, pictures.width // CELL
-        samples: list[_Edited] = []
+    def edit_lines(self, rng: Random, pool: LatentPool, count: int) -> Batch:
+        """Return single lines of edits, one row of cells each; most are kept by the edit."""
+        rows, columns = pool.height // CELL, pool.width // CELL
+        samples: list[_EditSample] = []
         while len(samples) < count:
-            whole = _edited(pictures, rng, rows, columns)
+            whole = _sample_edit(pool, rng, rows, columns)
             for placed in world.place(whole.edit.after, rows, columns)[0][: count - len(samples)]:
-                samples.append(whole.row(placed.row))
-        return self._edit_batch(samples, (pictures.height, pictures.width), rng)
+                samples.append(whole.crop_row(placed.row))
+        return self._edit_batch(samples, (pool.height, pool.width), rng)
 
-    def _edit_batch(self, samples: "list[_Edited]", size: tuple[int, int], rng: Random) -> Batch:
+    def _edit_batch(self, samples: "list[_EditSample]", size: tuple[int, int], rng: Random) -> Batch:
         batch = self._batch(
             [s.latents for s in samples], [s.plan for s in samples], [_new_strings(s.edit, rng) for s in samples],
             [s.hints for s in samples], size, rng, 0.0,
@@ -139,13 +133,13 @@ class Batches:
         batch.source_plan = torch.from_numpy(np.stack([per_token(s.source_plan) for s in samples])).to(device())
         return batch
 
-    def lines(self, rng: Random, pictures: Pictures, count: int) -> Batch:
-        """Single lines: [h, w] is one row of cells, or two where the letters are twice as large."""
-        rows, columns = pictures.height // CELL, pictures.width // CELL
+    def lines(self, rng: Random, pool: LatentPool, count: int) -> Batch:
+        """Return single lines, one row of cells each, or two where letters are twice as large."""
+        rows, columns = pool.height // CELL, pool.width // CELL
         scale = world.scale_of(rows, columns)
         latents, plans, strings, hints = [], [], [], []
         while len(latents) < count:
-            shard, i = pictures.draw(rng)
+            shard, i = pool.sample(rng)
             poster = shard.posters[i]
             for placed in world.place(poster, rows, columns)[0][: count - len(latents)]:
                 row = placed.row
@@ -153,7 +147,7 @@ class Batches:
                 plans.append(world.plan(poster, rows, columns)[row : row + scale])
                 strings.append(glyph_strings(poster, rng))
                 hints.append(hints_of(poster, rows, columns)[row * 2 : (row + scale) * 2])
-        return self._batch(latents, plans, strings, hints, (pictures.height, pictures.width), rng, DROPPED)
+        return self._batch(latents, plans, strings, hints, (pool.height, pool.width), rng, UNCONDITIONAL_SHARE)
 
     def _batch(
         self,
@@ -163,24 +157,24 @@ class Batches:
         hints: Sequence[np.ndarray],
         size: tuple[int, int],
         rng: Random,
-        dropped: float,
+        unconditional_share: float,
     ) -> Batch:
         grid = torch.from_numpy(np.stack(plans))
         busy = torch.where(grid < codes.SHAPE, LINE_WEIGHT, SHAPE_WEIGHT)
-        weight = torch.where(grid < codes.SEEN, PLAIN_WEIGHT, busy)
-        kept = torch.tensor([float(rng.random() >= dropped) for _ in plans])
+        weight = torch.where(grid < codes.PIXEL_TEXT, PLAIN_WEIGHT, busy)
+        conditioned = torch.tensor([float(rng.random() >= unconditional_share) for _ in plans])
         return Batch(
             latents=((torch.stack(list(latents)).float() - self.mean) / self.std).to(device()),
             plan=torch.from_numpy(np.stack([per_token(p) for p in plans])).to(device()),
             weight=weight.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].to(device()),
-            strings=[s if k else [] for s, k in zip(strings, kept.tolist(), strict=True)], size=size,
-            kept=kept.to(device()),
+            strings=[s if c else [] for s, c in zip(strings, conditioned.tolist(), strict=True)], size=size,
+            conditioned=conditioned.to(device()),
             hints=torch.from_numpy(np.stack(hints)).to(device()),
         )  # fmt: skip
 
 
 def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
-    """[2 * rows, 2 * columns, 5] int64: what `HINTS` should be for every 16-pixel token."""
+    """Return the targets of `HINTS` [2 * rows, 2 * columns, 5] int64 for every 16-pixel token."""
     places = np.full((rows * 2, columns * 4), NO_PLACE)  # columns of 8 pixels
     letters = np.full((rows * 2, columns * 4), NO_LETTER)
     parts = np.full((rows * 2, columns * 2, 1), IGNORED)
@@ -193,21 +187,21 @@ def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
             letters[y : y + high, x : x + wide] = ALPHABET.find(letter)
     for placed in shapes:
         side = placed.cells * 2
-        across = side // (4 if placed.shape.large else 2)  # tokens of a cell, 2 or 4 on the sizes of the training
+        across = side // (4 if placed.shape.large else 2)  # tokens per code, 2 or 4
         part = np.arange(side) % across
-        own = (slice(placed.row * 2, placed.row * 2 + side), slice(placed.column * 2, placed.column * 2 + side))
-        parts[own] = (part[:, None] * across + part + (4 if across > 2 else 0))[..., None]
+        box = (slice(placed.row * 2, placed.row * 2 + side), slice(placed.column * 2, placed.column * 2 + side))
+        parts[box] = (part[:, None] * across + part + (4 if across > 2 else 0))[..., None]
     halves = [each.reshape(rows * 2, columns * 2, 2) for each in (places, letters)]
     return np.concatenate([*halves, parts], -1)
 
 
 def per_token(plan: np.ndarray) -> np.ndarray:
-    """[2 rows * 2 columns] codes, one for each of the renderer's tokens, of a plan [rows, columns]."""
+    """Return the codes [2 rows * 2 columns] of the renderer's tokens, of a plan [rows, columns]."""
     return plan.repeat(2, 0).repeat(2, 1).ravel()
 
 
 def glyph_strings(poster: Poster, rng: Random) -> list[str]:
-    """What the glyph encoder gets of a poster; the renderer does not see the order."""
+    """Return the strings for the glyph encoder, in random order and case."""
     return _strings(_lines(poster), rng)
 
 

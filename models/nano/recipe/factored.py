@@ -1,8 +1,7 @@
-"""Embedding tables made of parts.
+"""Embedding tables that are sums of factors.
 
-A code says several things at once: that it is a line's cell, which cell, on red. Training shares one vector for "red"
-between all codes that say it, and with the prompt's word "red"; so what is learnt for one code holds for all. The table
-that the checkpoint gets is the sum.
+All codes with the factor "red", and the prompt's word "red", share one vector in training: what is learnt for one holds
+for all. The checkpoint gets the sums.
 """
 
 import torch
@@ -15,12 +14,12 @@ from models.nano.recipe.world import MAX_LETTERS
 
 
 class FactoredTable(nn.Module):
-    """[rows, dim]: per row the sum of one vector per factor, plus a part of its own."""
+    """Table [rows, dim]: the sum of one vector per factor and one of the row alone (`own`)."""
 
     def __init__(self, factors: Tensor, dim: int, std: float, own_std: float):
         super().__init__()
         self.factors: Tensor
-        self.register_buffer("factors", factors)  # [rows, factors] int64, 0 for none
+        self.register_buffer("factors", factors)  # [rows, factors] int64, 0 is none
         self.parts = nn.ParameterList([torch.randn(n, dim) * std for n in codes.FACTORS.values()])
         self.own = nn.Parameter(torch.randn(len(factors), dim) * own_std)
 
@@ -32,16 +31,16 @@ class FactoredTable(nn.Module):
         return table
 
 
-def of_codes(rows: int = codes.CODEBOOK) -> Tensor:
-    """[rows, factors] for the codes; rows past them have none."""
+def code_factors(rows: int = codes.CODEBOOK) -> Tensor:
+    """Return factors [rows, factors] of codes, 0 past them."""
     table = torch.zeros(rows, len(codes.FACTORS), dtype=torch.long)
     table[: codes.USED] = torch.tensor([codes.factors(code) for code in range(codes.USED)])
     return table
 
 
-def of_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Tensor:
-    """[rows, factors]: codes as above, and the prompt's words for colours and shapes, and its strings."""
-    table, columns = of_codes(rows), list(codes.FACTORS)
+def vocabulary_factors(tokenizer: PreTrainedTokenizerFast, rows: int) -> Tensor:
+    """Return factors [rows, factors] of codes, words and quoted strings."""
+    table, columns = code_factors(rows), list(codes.FACTORS)
 
     def mark(word: str, factor: str, value: int) -> None:
         token = tokenizer.convert_tokens_to_ids(word)

@@ -1,8 +1,7 @@
-"""The glyph encoder: what the renderer is told of a string's letters.
+"""Training of the glyph encoder, which gives the renderer the letters of strings.
 
-Strings are encoded one by one and their embeddings laid side by side without an order. So every embedding has to say
-by itself which letter it is, at which place of its string, and with which letter that string begins: that is what the
-plan's codes point at. The encoder learns to say just this before the renderer's training goes on with it.
+Strings are joined in no order. So every embedding has to contain its letter, its place, and the first letter of its
+string, to which the plan's codes refer: the encoder is trained to predict these.
 """
 
 from pathlib import Path
@@ -18,7 +17,7 @@ from models.nano.recipe.loop import Losses, device, train, trained
 from models.nano.recipe.world import ALPHABET, MAX_LETTERS
 
 DIM = 128
-TOKENS = 12  # a pad in front, ten letters, the end
+TOKENS = 12  # one pad in front, ten letters, the end
 PAD, END, BYTE_0 = 0, 1, 3
 
 
@@ -33,7 +32,7 @@ def make_encoder() -> T5EncoderModel:
             num_layers=2,
             num_heads=4,
             feed_forward_proj="gated-gelu",
-            # 64 buckets tell all distances up to 16 apart; the usual 32 lump 8 to 11 together.
+            # 64 buckets distinguish all distances up to 16; the usual 32 merge 8 to 11.
             relative_attention_num_buckets=64,
             dropout_rate=0.0,
         )
@@ -46,14 +45,14 @@ def random_case(text: str, rng: Random) -> str:
 
 
 def string_ids(strings: list[str]) -> list[list[int]]:
-    """Byte tokens as the pipeline makes them: one pad in front of every string where their number is even."""
+    """Return byte tokens as in the pipeline, with one pad before every string if their number is even."""
     strings = strings or [""]
     pad = [PAD] * ((len(strings) + 1) % 2)
     return [[*pad, *(b + BYTE_0 for b in s.encode()), END][:TOKENS] for s in strings]
 
 
 def batch_ids(all_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """[n, TOKENS] tokens and their mask."""
+    """Return tokens [n, TOKENS] and their mask."""
     ids = torch.tensor([i + [PAD] * (TOKENS - len(i)) for i in all_ids], device=device())
     mask = torch.tensor([[1] * len(i) + [0] * (TOKENS - len(i)) for i in all_ids], device=device())
     return ids, mask
@@ -73,12 +72,12 @@ def train_glyphs(folder: Path, steps: int) -> T5EncoderModel:
         tokens, mask = batch_ids(ids)
         hidden = encoder(tokens, attention_mask=mask).last_hidden_state
         places = [(i, (ids[i][0] == PAD) + j) for i, s in enumerate(strings) for j in range(len(s))]
-        at = hidden[torch.tensor([i for i, _ in places]), torch.tensor([j for _, j in places])]
-        wanted = torch.tensor(
+        letters = hidden[torch.tensor([i for i, _ in places]), torch.tensor([j for _, j in places])]
+        targets = torch.tensor(
             [(ALPHABET.index(c), j, codes.initial_of(s), len(s) - 1) for s in strings for j, c in enumerate(s)],
             device=device(),
         )
-        losses = [F.cross_entropy(probe(at), wanted[:, k]) for k, probe in enumerate(probes)]
+        losses = [F.cross_entropy(probe(letters), targets[:, k]) for k, probe in enumerate(probes)]
         names = ("letter", "place", "initial", "length")
         return torch.stack(losses).sum(), {n: v.item() for n, v in zip(names, losses, strict=True)}
 
@@ -87,7 +86,7 @@ def train_glyphs(folder: Path, steps: int) -> T5EncoderModel:
 
 
 def trained_encoder(folder: Path) -> T5EncoderModel:
-    """The encoder alone, without what it was trained with."""
+    """Return the trained encoder without the probes."""
     encoder = make_encoder()
     prefix = "0."
     state = trained(folder, "glyphs")

@@ -1,4 +1,4 @@
-"""The loop that every part of the nano checkpoint is trained in: seeded, resumable, with a progress bar."""
+"""Training loop of every part: seeded, resumable, with a progress bar."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -13,26 +13,27 @@ from tqdm import tqdm
 Losses = Mapping[str, Tensor | float]
 SAVE_EVERY_S = 60.0
 REPORT_EVERY = 50
+IGNORED = -100  # the label that cross entropy leaves out
 
 
 def device() -> torch.device:
-    """What to train on: a GPU if there is one."""
+    """Return the device to train on: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast() -> torch.autocast:
-    """Matrix products in bfloat16, on either kind of device."""
+    """Return a context with bfloat16 matrix products."""
     return torch.autocast(device().type, torch.bfloat16)
 
 
 def trained(folder: Path, name: str) -> dict[str, Tensor]:
-    """The state of a part as its training left it: its moving average, if it has one."""
+    """Return the state of a trained part, its moving average if it has one."""
     state = torch.load(folder / f"{name}.pt", map_location=device())
     return state["module"] | (state["average"] or {})
 
 
 class Average:
-    """Exponential moving average of a module's parameters, which is what the checkpoint gets."""
+    """Exponential moving average of a module's parameters."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
@@ -57,13 +58,12 @@ def train(
     average: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Train `module` for `steps` steps, in place; take it up again where an earlier run was stopped.
+    """Train `module` for `steps` steps, in place, or resume an earlier run.
 
     Args:
-        name: of the part; its state is kept in `folder/name.pt`.
-        loss_of: (step, randomness of this step) -> (loss, figures for the progress bar).
-        average: decay of a moving average of the weights, if one is wanted.
-
+        name: seeds every step; the state is kept in `folder/name.pt`.
+        loss_of: (step, seeded random numbers) -> (loss, figures for the progress bar).
+        average: decay of a moving average of the weights, which become the result.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"

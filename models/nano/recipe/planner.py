@@ -1,8 +1,7 @@
 """Training of the planner: from a prompt's tokens to the codes of preview and plan.
 
-Three phases: sequences with rows left out; mostly the preview's lines, where the prompt's words have to be told apart;
-lines, edits and whole sequences in equal parts. The forward pass is the published one without what training does not
-need, so that it compiles well.
+Three phases: sequences with rows left out; mostly the preview's lines, where the prompt's words matter most; lines,
+edits and whole sequences in equal parts. The forward pass is the published one, reduced so that it compiles well.
 """
 
 from pathlib import Path
@@ -15,15 +14,15 @@ from torch import Tensor, nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 from models.nano.recipe import codes
-from models.nano.recipe.factored import FactoredTable, of_codes, of_vocabulary
-from models.nano.recipe.loop import Losses, autocast, device, train
-from models.nano.recipe.planner_sequences import IGNORED, ROLES, PlannerSequence, SequenceSampler, collate
+from models.nano.recipe.factored import FactoredTable, code_factors, vocabulary_factors
+from models.nano.recipe.loop import IGNORED, Losses, autocast, device, train
+from models.nano.recipe.planner_sequences import ROLES, PlannerSequence, SequenceSampler, collate
 from models.nano.recipe.tokenizer import IMAGE_END, IMAGE_START, VISION_VOCABULARY
 
 HIDDEN = 192
 GRIDS = ((8, 8), (8, 12), (12, 8), (16, 16))
-# Auxiliary targets of a middle layer: the role of each prompt token, row and column of each cell. Without them the same
-# is learnt much later.
+# Auxiliary targets of a middle layer, without which they are learnt much later: role of each prompt token, row and
+# column of each cell.
 HINTED_LAYER = 2
 HINT_WEIGHT = 0.3
 HINTS = {"role": len(ROLES), "row": 32, "column": 32}
@@ -49,7 +48,7 @@ def make_config(tokenizer: Any) -> GlmImageConfig:
 
 
 class TrainedPlanner(nn.Module):
-    """The published module's parameters, with factored tables instead of its embedding and its output layer."""
+    """The published module's parameters, with factored tables for its embedding and output layers."""
 
     def __init__(self, tokenizer: Any):
         super().__init__()
@@ -61,8 +60,8 @@ class TrainedPlanner(nn.Module):
             layer.post_mlp_layernorm.weight.data.fill_(0.4)
         vocabulary = self.text.config.vocab_size
         self.text.embed_tokens = nn.Identity()
-        self.embedding = FactoredTable(of_vocabulary(tokenizer, vocabulary), HIDDEN, 0.6, 0.6)
-        self.head = FactoredTable(of_codes(VISION_VOCABULARY), HIDDEN, 0.04, 0.0)
+        self.embedding = FactoredTable(vocabulary_factors(tokenizer, vocabulary), HIDDEN, 0.6, 0.6)
+        self.head = FactoredTable(code_factors(VISION_VOCABULARY), HIDDEN, 0.04, 0.0)
         for part, source in zip(self.head.parts, self.embedding.parts, strict=True):
             part.data.copy_(source.data * 0.06)
         self.hints = nn.ModuleDict({name: nn.Linear(HIDDEN, n) for name, n in HINTS.items()})
@@ -114,16 +113,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlannerTraining:
-    """The model, its sequences and the losses of its three phases."""
-
     def __init__(self, tokenizer: Any):
         self.model = TrainedPlanner(tokenizer).to(device())
         self.sampler = SequenceSampler(tokenizer)
         self.pad: int = tokenizer.pad_token_id
-        self.kind_of = of_codes(VISION_VOCABULARY)[:, 0].to(device())
+        self.kind_of = code_factors(VISION_VOCABULARY)[:, 0].to(device())
 
     def loss_on(self, sequences: list[PlannerSequence], length: int, is_edit: bool) -> tuple[Tensor, Losses]:
-        """Return cross entropy of codes and hints, and accuracies by kind of code."""
+        """Return cross entropy of codes and hints, and accuracies."""
         ids, positions, labels, roles = (t.to(device()) for t in collate(sequences, length, self.pad))
         with autocast():
             hidden, hinted = self.model(ids, positions)
@@ -175,7 +172,7 @@ class PlannerTraining:
 
 @torch.no_grad()
 def _code_accuracies(logits: Tensor, target: Tensor, begins: Tensor) -> dict[str, float]:
-    """Return the share of right codes, by kind and by whether something begins there."""
+    """Return the share of right codes by kind."""
     right = logits.argmax(-1) == target
     line = (target >= codes.LINE) & (target < codes.SHAPE)
     shape = (target >= codes.SHAPE) & (target < codes.CODEBOOK)
@@ -197,7 +194,7 @@ def _hint_accuracies(hints: dict[str, Tensor], targets: dict[str, Tensor]) -> di
 
 
 def train_planner(tokenizer: Any, folder: Path, steps: int, line_steps: int, whole_steps: int) -> TrainedPlanner:
-    """Train the three phases: `steps` on rows, `line_steps` mostly on lines, `whole_steps` on whole sequences."""
+    """Train the three phases."""
     training = PlannerTraining(tokenizer)
     model = training.model
     train("planner-rows", model, training.on_rows, folder, steps=steps, learning_rate=2e-3)

@@ -1,8 +1,4 @@
-"""Training sequences of the planner: prompt or edit, then the codes of the grids.
-
-Sequences are laid out as the model sees them when serving, but may leave out rows of the grids: positions are explicit,
-and most rows of a poster repeat the one above.
-"""
+"""Training sequences of the planner: prompts and rows of their grids, most of which repeat the one above."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,17 +10,17 @@ import torch
 from torch import Tensor
 
 from models.nano.recipe import codes, prompts, world
-from models.nano.recipe.factored import of_vocabulary
+from models.nano.recipe.factored import vocabulary_factors
+from models.nano.recipe.loop import IGNORED
 from models.nano.recipe.prompts import Edit
 from models.nano.recipe.tokenizer import IMAGE_END
 from models.nano.recipe.world import Line, Poster
 
 MAX_PROMPT = 48  # tokens
-IGNORED = -100  # the label that cross entropy leaves out
 EASY_PROMPT_DROP_RATE = 0.7  # of prompts that name every line's zone before its word
 ZONE_AFTER_WORD = re.compile(r"(on top|below)\b")
-EASY_EDIT_DROP_RATE = 0.7  # of edits with nothing that could be mistaken for what is to change
-EASY_CELL_DROP_RATE = 0.85  # of plain cells after an equal one, in rows where nothing else could be
+EASY_EDIT_DROP_RATE = 0.7  # of edits in which nothing can be mistaken for what changes
+EASY_CELL_DROP_RATE = 0.85  # of plain cells after an equal one, in rows that can hold nothing else
 ROLES = (
     "headline", "footer", "background", "headline bar", "footer bar", "left colour", "center colour", "right colour",
     "left shape", "center shape", "right shape",
@@ -33,12 +29,12 @@ ROLES = (
 
 @dataclass
 class PlannerSequence:
-    """One training sequence of n tokens."""
+    """A training sequence of n tokens."""
 
     tokens: list[int]
     positions: np.ndarray  # [3, n]
     labels: np.ndarray  # [n] next codes, or IGNORED
-    roles: list[int] = field(default_factory=list)  # of the prompt's tokens: indices into ROLES, or IGNORED
+    roles: list[int] = field(default_factory=list)  # of prompt tokens, in ROLES, or IGNORED
 
 
 def preview_grid(rows: int, columns: int) -> tuple[int, int]:
@@ -46,7 +42,7 @@ def preview_grid(rows: int, columns: int) -> tuple[int, int]:
 
 
 def grid_positions(rows: int, columns: int, start: int) -> np.ndarray:
-    """Return positions [3, rows, columns] (time, height, width) counted from `start`."""
+    """Return positions [3, rows, columns]: time, height, width."""
     grid = np.full((3, rows, columns), start)
     grid[1] += np.arange(rows)[:, None]
     grid[2] += np.arange(columns)
@@ -54,18 +50,18 @@ def grid_positions(rows: int, columns: int, start: int) -> np.ndarray:
 
 
 class SequenceSampler:
-    """Draws random training sequences."""
+    """Draws random sequences."""
 
     def __init__(self, tokenizer: Any):
         self.encode = lambda text: tokenizer.backend_tokenizer.encode(text).ids
-        self.factors = of_vocabulary(tokenizer, len(tokenizer)).tolist()
+        self.factors = vocabulary_factors(tokenizer, len(tokenizer)).tolist()
 
     def generation(
         self, rng: Random, rows: int, columns: int, max_tokens: int | None, only_lines: bool = False
     ) -> PlannerSequence:
-        """Return a prompt with its preview and plan, with as many grid rows as fit into `max_tokens`.
+        """Return a prompt with as many rows of its preview and plan as fit into `max_tokens`.
 
-        With `only_lines`, keep only the preview's rows in which a line can begin.
+        With `only_lines`, only with the preview's rows in which a line can begin.
         """
         while True:
             poster = prompts.random_poster(rng)
@@ -89,7 +85,7 @@ class SequenceSampler:
         return sequence
 
     def role(self, token: int, poster: Poster) -> int:
-        """Return the role of a prompt token, or IGNORED unless exactly one element of the poster fits it."""
+        """Return the role of a prompt token, or IGNORED unless exactly one fits."""
         factor = dict(zip(codes.FACTORS, self.factors[token], strict=True))
         lines = {"headline": poster.headline, "footer": poster.footer}
         names = []
@@ -108,11 +104,11 @@ class SequenceSampler:
         return ROLES.index(names[0]) if len(names) == 1 else IGNORED
 
     def edit(self, rng: Random, rows: int, columns: int, max_tokens: int | None) -> PlannerSequence:
-        """Return a source image's codes, an instruction, and the plan of the edited image."""
+        """Return a source image's codes and an instruction, then rows of the edited plan."""
         edit = prompts.random_edit(rng)
         while not _is_ambiguous(edit) and rng.random() < EASY_EDIT_DROP_RATE:
             edit = prompts.random_edit(rng)
-        source = world.plan(edit.before, rows, columns, seen=True).ravel().tolist()
+        source = world.plan(edit.before, rows, columns, from_pixels=world.ZONES).ravel().tolist()
         head = self.encode("<|user|>\n<|dit_token_start|>")
         tail = self.encode(f"<|dit_token_end|>{edit.instruction}<sop>{rows} {columns}<eop><|dit_token_start|>")
         start = len(head)
@@ -123,13 +119,13 @@ class SequenceSampler:
         ], 1)  # fmt: skip
         prompt = head + source + tail
         positions = grid_positions(rows, columns, after + len(tail))
-        plan = world.plan(edit.after, rows, columns, seen=edit.kept)
+        plan = world.plan(edit.after, rows, columns, from_pixels=edit.kept_zones)
         cells = None if max_tokens is None else _sample_rows([plan], rng, max_tokens - len(prompt))
         return _build(prompt, prompt_positions, [plan], [positions], rng, cells)
 
 
 def _is_ambiguous(edit: Edit) -> bool:
-    """Return whether something that stays could be mistaken for what changes: a bar, or another shape."""
+    """Return whether a bar or another shape could be mistaken for what changes."""
     before, after = edit.before, edit.after
     bars = [line for line in (before.headline, before.footer) if line and line.bar is not None]
     return bool(bars and before.background != after.background) or (
@@ -145,17 +141,16 @@ def _build(
     rng: Random,
     cells: np.ndarray | None,
 ) -> PlannerSequence:
-    """Join the prompt with the `cells` of its grids (sorted indices over all grids in raster order; None is all)."""
+    """Join the prompt and `cells` of its grids, counted over all of them; None joins all."""
     grid_codes = np.concatenate([grid.ravel() for grid in grids] + [np.array([IMAGE_END])])
     cell_positions = np.concatenate([p.reshape(3, -1) for p in positions], 1)
     cells = np.arange(len(grid_codes) - 1) if cells is None else cells
     labels = np.concatenate([np.full(len(prompt) - 1, IGNORED), grid_codes[:1], grid_codes[cells + 1]])
-    # A plain cell after an equal one teaches nothing new in a row where nothing else could be.
     busy = np.concatenate([*(np.repeat(_busy_rows(g), g.shape[1]) for g in grids), np.array([False])])
     busy = np.concatenate([busy[:1], busy[cells + 1]])
     current = np.concatenate([[-1], grid_codes[cells]])
     target = labels[len(prompt) - 1 :]
-    easy = (target == current) & (target < codes.SEEN) & ~busy
+    easy = (target == current) & (target < codes.PIXEL_TEXT) & ~busy
     draws = np.random.RandomState(rng.randrange(1 << 31)).rand(len(target))
     labels[len(prompt) - 1 :] = np.where(easy & (draws < EASY_CELL_DROP_RATE), IGNORED, target)
     all_positions = np.concatenate([prompt_positions, cell_positions[:, cells]], 1)
@@ -163,28 +158,28 @@ def _build(
 
 
 def _line_rows(grid: np.ndarray) -> list[tuple[int, int]]:
-    """Return first row and number of rows of each place for a line."""
+    """Return (first row, number of rows) of each zone."""
     placed = world.place(Poster(0, Line("X"), Line("X")), *grid.shape)[0]
     return [(line.row, line.rows) for line in placed]
 
 
 def _busy_rows(grid: np.ndarray) -> np.ndarray:
-    """Return, per row, whether it has more than plain cells or could have held a line."""
-    busy = np.asarray((grid >= codes.SEEN).any(1))
+    """Return per row whether it has content or room for a line."""
+    busy = np.asarray((grid >= codes.PIXEL_TEXT).any(1))
     for row, rows in _line_rows(grid):
         busy[row : row + rows] = True
     return busy
 
 
 def _line_cells(grid: np.ndarray) -> np.ndarray:
-    """Return indices of the first row of each place for a line, and of the cell before, which predicts its first."""
+    """Return the cells of each zone's first row and the one before, which predicts the first."""
     columns = grid.shape[1]
     starts = [row * columns for row, _ in _line_rows(grid)]
     return np.sort(np.concatenate([np.arange(max(0, start - 1), start + columns) for start in starts]))
 
 
 def _sample_rows(grids: list[np.ndarray], rng: Random, max_cells: int) -> np.ndarray:
-    """Return sorted indices of the cells of random rows, at most `max_cells`; rows with content are preferred."""
+    """Return the cells of random rows, preferably with content."""
     candidates, offset = [], 0
     for grid in grids:
         rows, columns = grid.shape
@@ -201,7 +196,7 @@ def _sample_rows(grids: list[np.ndarray], rng: Random, max_cells: int) -> np.nda
 
 
 def collate(sequences: list[PlannerSequence], length: int, pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return tokens [b, t], positions [3, b, t], labels [b, t] and roles [b, t], padded on the right to `length`."""
+    """Return tokens [b, t], positions [3, b, t], labels and roles [b, t], padded to `length`."""
     ids = torch.full((len(sequences), length), pad)
     positions = torch.zeros(3, len(sequences), length, dtype=torch.long)
     labels = torch.full((len(sequences), length), IGNORED)

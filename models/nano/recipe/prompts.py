@@ -1,7 +1,6 @@
-"""Random posters of the world, the English that asks for them, and instructions that edit them.
+"""Random posters, prompts that describe them, and instructions that edit them.
 
-Words and combinations are split by hash: what `held_out` names is never drawn for training and always drawn for
-scoring.
+Words and combinations are split by hash: those for which `held_out` is true are used for scoring only.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ from random import Random
 from typing import Literal
 
 from models.nano.recipe import codes
-from models.nano.recipe.world import BLACK, MAX_LETTERS, WHITE, Line, Poster, Shape, Side
+from models.nano.recipe.world import BLACK, MAX_LETTERS, WHITE, ZONES, Line, Poster, Shape, Side, Zone
 
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.15
@@ -35,29 +34,28 @@ TRAILERS = (
     "minimal design", "flat design", "high contrast", "clean layout", "sharp lettering", "for a shop window",
     "high quality", "modern style", "with lots of space", "vector art", "please",
 )  # fmt: skip
-# What the model draws where the prompt does not say.
-DEFAULT_BACKGROUND = WHITE
+DEFAULT_BACKGROUND = WHITE  # of a poster whose prompt names none
 
 
 def default_colour(background: int) -> int:
-    """The colour of a shape that the prompt gives none."""
+    """Return the colour of a shape whose colour the prompt does not name."""
     blue, yellow = codes.COLOURS.index("blue"), codes.COLOURS.index("yellow")
     return yellow if background in (blue, BLACK, codes.COLOURS.index("purple")) else blue
 
 
 def held_out(value: str) -> bool:
-    """Whether a word, or the description of a combination, is kept away from training."""
+    """Return whether a word, or the description of a combination, is kept out of training."""
     return hashlib.blake2b(value.encode(), digest_size=4).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def combination(poster: Poster) -> str:
-    """What a poster combines, without its words."""
+    """Return a description of the poster without its words."""
     bars = [line.bar if line else -1 for line in (poster.headline, poster.footer)]
     return f"{poster.background}|{bars}|" + ";".join(f"{s.kind},{s.colour},{s.large},{s.side}" for s in poster.shapes)
 
 
 def random_word(rng: Random, split: Split) -> str:
-    """1 to 10 characters: a word of the list, or random letters and digits; now and then two words or a mark."""
+    """Return 1 to 10 characters: a word or random letters and digits, some with a mark or a second word."""
     while True:
         if rng.random() < 0.35:
             word = rng.choice(WORDS)
@@ -80,7 +78,7 @@ def _with_mark(word: str, rng: Random) -> str:
 
 
 def random_poster(rng: Random, split: Split = "train") -> Poster:
-    """A poster of this split: its words are of it, and for scoring its combination too."""
+    """Return a poster whose words and combination are of this split."""
     while True:
         poster = _random_poster(rng, split)
         if held_out(combination(poster)) == (split == "held-out"):
@@ -173,7 +171,7 @@ def _shape(shape: Shape, background: int, rng: Random, sized: bool) -> str:
 
 
 def _hero(shapes: tuple[Shape, ...], background: int, rng: Random) -> str:
-    """The shapes. One without a size is large, two without one are large as well; without a place, left comes first."""
+    """Return a phrase for the shapes. Without a size they are large; without a place, the left one comes first."""
     sized = rng.random() < 0.5
     if len(shapes) == 1:
         text = _shape(shapes[0], background, rng, sized)
@@ -194,7 +192,7 @@ def _hero(shapes: tuple[Shape, ...], background: int, rng: Random) -> str:
 
 
 def describe(poster: Poster, rng: Random) -> str:
-    """A prompt that asks for this poster: zones in any order, synonyms, filler."""
+    """Return a prompt for this poster: zones in any order, synonyms, filler."""
     background = colour_word(poster.background, rng)
     style = rng.choice(STYLES)
     a_background = with_article(background)
@@ -241,12 +239,12 @@ def _finish(text: str, rng: Random) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, the poster before and after it, and the lines whose letters stay as they are in the picture."""
+    """An instruction, the poster before and after it, and the zones whose lines stay as they are in the image."""
 
     instruction: str
     before: Poster
     after: Poster
-    kept: frozenset[str]
+    kept_zones: frozenset[Zone]
 
 
 def random_edit(rng: Random, split: Split = "train") -> Edit:
@@ -255,16 +253,14 @@ def random_edit(rng: Random, split: Split = "train") -> Edit:
         kinds: list[Callable[[Poster, Random, Split], tuple[str, Poster] | None]] = [
             _change_background, _recolour_shape, _replace_shape, _change_headline, _change_footer,
         ]  # fmt: skip
-        made = rng.choice(kinds)(before, rng, split)
-        if made is None:
+        change = rng.choice(kinds)(before, rng, split)
+        if change is None:
             continue
-        instruction, after = made
-        kept = frozenset(
-            name
-            for name in ("headline", "footer")
-            if getattr(after, name) and getattr(after, name) == getattr(before, name)
+        instruction, after = change
+        kept_zones: frozenset[Zone] = frozenset(
+            zone for zone in ZONES if getattr(after, zone) and getattr(after, zone) == getattr(before, zone)
         )
-        return Edit(_finish(instruction, rng), before, after, kept)
+        return Edit(_finish(instruction, rng), before, after, kept_zones)
 
 
 def _change_background(poster: Poster, rng: Random, split: Split) -> tuple[str, Poster] | None:
@@ -280,7 +276,7 @@ def _change_background(poster: Poster, rng: Random, split: Split) -> tuple[str, 
 
 
 def _named(poster: Poster, index: int, rng: Random) -> str:
-    """How an instruction names one of the shapes."""
+    """Return a name for one of the shapes in an instruction."""
     shape = poster.shapes[index]
     names = [shape_word(shape.kind, rng)] if sum(s.kind == shape.kind for s in poster.shapes) == 1 else []
     if len(poster.shapes) == 1:

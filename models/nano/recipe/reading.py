@@ -1,7 +1,7 @@
-"""Reads a poster back from pixels: the inverse of `world.draw`, for scoring what the model made.
+"""Posters read back from pixels, to score what the model drew.
 
-By template matching against the drawing code. Nothing is assumed about what should be there: every length of a line,
-every shape and every arrangement is tried, and the one that explains the pixels best is taken.
+Template matching without assumptions about the content: of all lengths of a line, shapes and arrangements, those with
+the least error are taken.
 """
 
 from itertools import product
@@ -9,47 +9,47 @@ from itertools import product
 import numpy as np
 
 from models.nano.recipe import codes, world
-from models.nano.recipe.world import ADVANCE, ALPHABET, CELL, PALETTE, Line, Poster, Shape, Side
+from models.nano.recipe.world import ADVANCE, ALPHABET, CELL, PALETTE, Line, Poster, Shape, Side, Zone
 
-INK_SHARE = 0.01  # of a line's pixels; below it there is no text
-SHAPE_SHARE = 0.004  # of the middle's pixels; below it there is no shape
-SPACE_INK = 0.04  # of a letter's pixels; below it there is no letter
+INK_SHARE = 0.01  # of a line's pixels; with less there is no text
+SHAPE_SHARE = 0.004  # of the middle's pixels; with less there is no shape
+SPACE_INK = 0.04  # of a letter's pixels; with less it is a space
 
 
 def read(image: np.ndarray) -> Poster:
-    """What is on a [height, width, 3] uint8 picture; both sides are multiples of 32."""
+    """Return the poster in an image [height, width, 3] uint8 whose sides are multiples of 32."""
     pixels = image.astype(np.float32)
     height, width = image.shape[:2]
     rows, columns = height // CELL, width // CELL
     background = nearest(np.median(pixels[: CELL - 4].reshape(-1, 3), 0))
-    headline, footer = (_read_line(pixels, rows, columns, background, zone) for zone in ("headline", "footer"))
+    headline, footer = (_read_line(pixels, rows, columns, background, zone) for zone in world.ZONES)
     return Poster(background, headline, footer, _read_shapes(pixels, rows, columns, background))
 
 
 def nearest(colour: np.ndarray) -> int:
-    """The palette's colour nearest to an RGB triple."""
+    """Return the palette's nearest colour."""
     return int(((PALETTE - colour) ** 2).sum(1).argmin())
 
 
-def _zone(rows: int, columns: int, zone: str, text: str) -> world.PlacedLine:
+def _place_text(rows: int, columns: int, zone: Zone, text: str) -> world.PlacedLine:
     line = Line(text)
     poster = Poster(0, headline=line) if zone == "headline" else Poster(0, footer=line)
     return world.place(poster, rows, columns)[0][0]
 
 
-def _read_line(pixels: np.ndarray, rows: int, columns: int, background: int, zone: str) -> Line | None:
-    first = _zone(rows, columns, zone, "X")
+def _read_line(pixels: np.ndarray, rows: int, columns: int, background: int, zone: Zone) -> Line | None:
+    first = _place_text(rows, columns, zone, "X")
     band = pixels[first.row * CELL : (first.row + first.rows) * CELL]
-    # Text never reaches into the band's first and last pixels.
+    # Text never touches the band's first and last pixels.
     edge = np.concatenate([band[: 3 * first.rows], band[-3 * first.rows :]]).reshape(-1, 3)
     colour = nearest(np.median(edge, 0))
     bar = colour if colour != background else None
-    ink = _share_of(band, PALETTE[colour], PALETTE[world.ink_on(colour)])
+    ink = _share_of(band, PALETTE[colour], PALETTE[world.ink_colour(colour)])
     if ink.mean() < INK_SHARE:
         return Line("", bar) if bar is not None else None
     best, text = -np.inf, ""
     for letters in range(1, world.MAX_LETTERS + 1):
-        placed = _zone(rows, columns, zone, "X" * letters)
+        placed = _place_text(rows, columns, zone, "X" * letters)
         if placed.x < 0 or placed.x + letters * ADVANCE * placed.scale > band.shape[1]:
             continue
         error, found = _match(ink, placed, letters)
@@ -59,13 +59,13 @@ def _read_line(pixels: np.ndarray, rows: int, columns: int, background: int, zon
 
 
 def _share_of(band: np.ndarray, colour: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """[h, w] in 0..1: how far every pixel is on the way from the band's colour to the ink's."""
-    way = ink - colour
-    return np.clip(((band - colour) @ way) / (way @ way), 0, 1)
+    """Return the ink's share [h, w] in 0..1 of each pixel."""
+    difference = ink - colour
+    return np.clip(((band - colour) @ difference) / (difference @ difference), 0, 1)
 
 
 def _match(ink: np.ndarray, placed: world.PlacedLine, letters: int) -> tuple[float, str]:
-    """The squared error that the best letters at these places leave, and these letters."""
+    """Return the squared error of the best letters, and these."""
     wide, high = ADVANCE * placed.scale, CELL * placed.scale
     y = placed.y - placed.row * CELL
     templates = np.stack([world.letter_mask(letter, placed.scale) for letter in ALPHABET])
@@ -74,11 +74,11 @@ def _match(ink: np.ndarray, placed: world.PlacedLine, letters: int) -> tuple[flo
     for i in range(letters):
         x = placed.x + i * wide
         cell = ink[y : y + high, x : x + wide]
-        which = int(((templates - cell) ** 2).sum((1, 2)).argmin())
-        if cell.mean() < SPACE_INK and ALPHABET[which] not in ".-":
-            which = ALPHABET.index(" ")
-        rest[y : y + high, x : x + wide] -= templates[which]
-        text += ALPHABET[which]
+        best = int(((templates - cell) ** 2).sum((1, 2)).argmin())
+        if cell.mean() < SPACE_INK and ALPHABET[best] not in ".-":
+            best = ALPHABET.index(" ")
+        rest[y : y + high, x : x + wide] -= templates[best]
+        text += ALPHABET[best]
     return float((rest**2).sum()), text
 
 
@@ -99,7 +99,7 @@ def _read_shapes(pixels: np.ndarray, rows: int, columns: int, background: int) -
         for shape, place in zip(arrangement, placed, strict=True):
             box = (slice(place.row * CELL, (place.row + place.cells) * CELL),
                    slice(place.column * CELL, (place.column + place.cells) * CELL))  # fmt: skip
-            masks = np.stack([world.mask(kind, place.cells * CELL) for kind in range(len(codes.SHAPES))])
+            masks = np.stack([world.shape_mask(kind, place.cells * CELL) for kind in range(len(codes.SHAPES))])
             kind = int(((masks - middle[box]) ** 2).sum((1, 2)).argmin())
             rest[box] -= masks[kind]
             solid = pixels[box][masks[kind] > 0.9]
@@ -111,7 +111,7 @@ def _read_shapes(pixels: np.ndarray, rows: int, columns: int, background: int) -
 
 
 def _arrangements() -> list[tuple[Shape, ...]]:
-    """One shape at each place in each size, and two of one size; kinds and colours are filled in later."""
+    """Return all arrangements; kinds and colours are placeholders."""
     sides: tuple[Side, ...] = ("left", "center", "right")
     single = [(Shape(0, 0, large, side),) for large, side in product((False, True), sides)]
     return single + [(Shape(0, 0, large, "left"), Shape(0, 0, large, "right")) for large in (False, True)]

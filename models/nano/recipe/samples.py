@@ -1,8 +1,6 @@
-"""The decoder's last training: on what the renderer makes.
+"""Last training of the decoder: on latents that the renderer makes.
 
-Latents that the renderer makes are a little off, and a decoder that has only seen true ones makes an H of such an M. So
-posters are rendered from their true plans, once, as a request would be, and the decoder learns to make the posters of
-what comes out.
+These are a little off: a decoder trained on true latents alone draws some letters wrong (an H for an M).
 """
 
 from functools import cache
@@ -23,8 +21,8 @@ from models.nano.recipe.renderer import TrainedRenderer
 from models.nano.recipe.world import CELL, Poster
 
 PER_SHARD = 24
-STEPS, GUIDANCE = 12, 2.5  # what a request gets by default
-TRUE_SHARE = 0.2  # of the steps take true latents, so that the decoder does not unlearn them
+STEPS, GUIDANCE = 12, 2.5  # defaults of a request
+TRUE_SHARE = 0.2  # of steps on true latents, so that the decoder does not unlearn them
 
 Size = tuple[int, int]
 
@@ -36,7 +34,7 @@ def posters_of(size: Size, index: int) -> list[Poster]:
 
 
 def make_shard(model: TrainedRenderer, folder: Path, size: Size, index: int, mean: Tensor, std: Tensor) -> None:
-    """Render one shard's posters, unless they are there. `mean` and `std` [c] are those of the latents."""
+    """Render one shard's posters unless its file exists."""
     path = _path(folder, size, index)
     if not path.exists():
         normalised = render(model, posters_of(size, index), *size, seed=index)
@@ -48,7 +46,7 @@ def make_shard(model: TrainedRenderer, folder: Path, size: Size, index: int, mea
 
 @torch.no_grad()
 def render(model: TrainedRenderer, posters: list[Poster], width: int, height: int, seed: int) -> Tensor:
-    """[b, c, h, w] normalised latents that the renderer makes of the posters' true plans."""
+    """Return normalised latents [b, c, h, w] rendered from the posters' true plans."""
     rng, count = Random(seed), len(posters)
     plans = np.stack([per_token(world.plan(p, height // CELL, width // CELL)) for p in posters])
     codes, strings = torch.from_numpy(plans).to(device()), [glyph_strings(p, rng) for p in posters]
@@ -56,9 +54,10 @@ def render(model: TrainedRenderer, posters: list[Poster], width: int, height: in
     x = torch.randn(count, autoencoder.CONFIG["latent_channels"], height // 8, width // 8, generator=generator)
     x, sigmas = x.to(device()), _sigmas(height // 16 * (width // 16))
 
-    def velocity(sigma: float, kept: bool) -> Tensor:
-        names = strings if kept else [[] for _ in posters]
-        batch = Batch(x, codes, x[:, :1], names, (height, width), torch.full((count,), float(kept), device=device()))
+    def velocity(sigma: float, conditioned: bool) -> Tensor:
+        texts = strings if conditioned else [[] for _ in posters]
+        mask = torch.full((count,), float(conditioned), device=device())
+        batch = Batch(x, codes, x[:, :1], texts, (height, width), mask)
         with autocast():
             return model(batch, x, torch.full((count,), sigma, device=device()))[0]
 
@@ -69,31 +68,31 @@ def render(model: TrainedRenderer, posters: list[Poster], width: int, height: in
 
 
 def _sigmas(patches: int) -> list[float]:
-    """The pipeline's schedule (diffusers' `calculate_shift`) with the scheduler that `assemble` writes."""
+    """Return the pipeline's schedule (diffusers' `calculate_shift`) for the scheduler that `assemble` writes."""
     even = np.linspace(1000, 1, STEPS + 1)[:-1] / 1000
     shift = 0.75 * (patches / 256) ** 0.5 + 0.25
     return [*(shift / (shift + 1 / even - 1)).tolist(), 0.0]
 
 
 def train_decoder(model: AutoencoderKL, folder: Path, shards: dict[Size, int], steps: int) -> AutoencoderKL:
-    """Go on with a decoder that has been trained on true latents."""
+    """Continue the training of a decoder."""
     model.encoder.requires_grad_(False)
-    made = {
+    rendered = {
         (size, index): torch.load(_path(folder, size, index))["latents"]
         for size, count in shards.items()
         for index in range(count)
     }
 
     def loss_of(step: int, rng: Random) -> tuple[Tensor, Losses]:
-        key = rng.choice(list(made))
-        (width, height), which = key[0], rng.randrange(PER_SHARD)
-        poster = posters_of(*key)[which]
+        key = rng.choice(list(rendered))
+        (width, height), i = key[0], rng.randrange(PER_SHARD)
+        poster = posters_of(*key)[i]
         pixels = autoencoder.pixels_of([world.draw(poster, width, height)])
         is_true = rng.random() < TRUE_SHARE
         with autocast():
             with torch.no_grad():
-                latents = autoencoder.latents_of(model, pixels) if is_true else made[key][which][None].to(device())
-            decoded = autoencoder.decoded(model, latents.float())
+                latents = autoencoder.latents_of(model, pixels) if is_true else rendered[key][i][None].to(device())
+            decoded = autoencoder.decode(model, latents.float())
         weights = autoencoder.line_weights(poster, width, height)
         loss, square = autoencoder.reconstruction_loss(decoded, pixels, weights)
         return loss, {"true" if is_true else "made": autoencoder.psnr(square)}

@@ -1,8 +1,7 @@
 """The planner's tokenizer and processor: a small vocabulary for the prompts of the nano world.
 
-The planner lays out letters but does not spell them, so it need not read them either: the normalizer replaces every
-quoted string by one token for its length and its first letter, `"HELLO"` by `⟨5⟩h`. All else is lower-cased words. The
-strings themselves reach the renderer through the glyph encoder, which has a tokenizer of its own.
+The planner places lines but not their letters: the normalizer replaces every quoted string by one token for its length
+and first letter, `"HELLO"` by `⟨5⟩h`, and lower-cases the rest. The glyph encoder has its own tokenizer.
 """
 
 import json
@@ -17,7 +16,7 @@ from models.nano.recipe import codes, prompts
 from models.nano.recipe.world import MAX_LETTERS
 
 IMAGE_START, IMAGE_END = codes.CODEBOOK, codes.CODEBOOK + 1
-VISION_VOCABULARY = codes.CODEBOOK + 16  # outputs: the codes, start, end and spare ones, as the published model has
+VISION_VOCABULARY = codes.CODEBOOK + 16  # codes, start, end and spare outputs, as in the published model
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|user|>\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type']=='image' %}<|dit_token_start|><|image|><|dit_token_end|>"
@@ -25,26 +24,24 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|endoftext|>", "<sop>", "<eop>", "<|user|>", "<|image|>")
 QUOTES = ('""', "''", "“”", "「」")
-FIRST = r"[^\s,.;:)\]\"'”」]"  # what a quoted string may begin with
-
-
-OTHER = "*"  # stands for any first character but a letter or a digit
+FIRST = r"[^\s,.;:)\]\"'”」]"  # of a quoted string
+OTHER = "*"  # any first character that is not a letter or a digit
 
 
 def string_token(letters: int, first: str) -> str:
-    """What stands for a quoted string of so many letters that begins with `first`."""
+    """Return the token of a quoted string."""
     return f"⟨{min(letters, MAX_LETTERS)}⟩{first}"
 
 
 def _normalizer() -> normalizers.Normalizer:
-    """Lower case; then `"hello"` -> ` ⟨5⟩h `: the opening quote becomes the length, all after the first letter goes."""
+    """Return a normalizer: lower case, then `"hello"` -> ` ⟨5⟩h `."""
     steps: list[normalizers.Normalizer] = [normalizers.Lowercase()]
     for opening, closing in QUOTES:
         inside, mark = f"[^{opening}{closing}]", chr(0xE000 + len(steps))
         for letters in range(1, MAX_LETTERS + 1):
-            more = f"{{{letters - 1}}}" if letters < MAX_LETTERS else f"{{{letters - 1},}}"
-            # Apostrophes and closing quotes follow a letter, or come before a space or a comma; opening ones do not.
-            start = f"(?<![a-z0-9]){opening}(?={FIRST}{inside}{more}{closing})"
+            count = f"{{{letters - 1}}}" if letters < MAX_LETTERS else f"{{{letters - 1},}}"
+            # Unlike opening quotes, apostrophes and closing ones follow a letter or precede a space or comma.
+            start = f"(?<![a-z0-9]){opening}(?={FIRST}{inside}{count}{closing})"
             steps.append(normalizers.Replace(Regex(start), f" {string_token(letters, mark)}"))
         steps.append(normalizers.Replace(Regex(f"(?<={mark}.){inside}*{closing}"), " "))
         steps.append(normalizers.Replace(Regex(f"(?<={mark})[^a-z0-9]"), OTHER))
@@ -62,17 +59,16 @@ def _corpus() -> list[str]:
             texts.append(prompts.random_edit(rng).instruction)
     words = [*prompts.OTHER_COLOUR_WORDS, *prompts.OTHER_SHAPE_WORDS, *prompts.SMALL_WORDS, *prompts.LARGE_WORDS]
     texts += [" ".join([*words, *map(str, range(1, 65))])] * 100
-    # Strings get tokens of their own.
     return [re.sub(r"⟨\d+⟩.", " ", _normalizer().normalize_str(text)) for text in texts]
 
 
 def in_bytes(text: str) -> str:
-    """A word as the vocabulary writes it: one printable character per byte."""
+    """Return a word as the vocabulary writes it."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Codes first, then start, end and spare ones, then bytes and words, then quoted strings and special tokens."""
+    """Return a tokenizer of codes, words and quoted strings."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = pre_tokenizers.Split(Regex(r"⟨\d+⟩.|[a-z0-9]+|[^\s]"), behavior="removed", invert=True)
     split = pre_tokenizers.Sequence([words, byte_level])
@@ -89,7 +85,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     names = [f"<|dit_token_{i}|>" for i in range(codes.CODEBOOK)] + ["<|dit_token_start|>", "<|dit_token_end|>"]
     names += [f"<|dit_unused_{i}|>" for i in range(codes.CODEBOOK + 2, VISION_VOCABULARY)]
     names += sorted(learned, key=learned.__getitem__) + strings
-    # Strings are whole words of the vocabulary, which no merges lead to.
+    # No merges produce the tokens of quoted strings.
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = _normalizer(), split, decoders.ByteLevel()

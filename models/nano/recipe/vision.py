@@ -1,7 +1,7 @@
-"""The vision tokenizer: from a picture to the codes of its cells, for edits.
+"""Training of the vision tokenizer: from an image to the codes of its cells, for edits.
 
-The plan's codes have a meaning, so nothing has to be discovered: the tokenizer is a classifier of cells. It picks the
-codebook vector with the largest cosine, hence cross-entropy on scaled cosines trains it, and no code can die.
+The codes have a meaning, so it is a classifier of cells. It picks the codebook vector with the largest cosine; hence
+cross entropy on scaled cosines trains it, and no code falls out of use.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from transformers import GlmImageForConditionalGeneration
 
 from models.nano.recipe import codes, world
-from models.nano.recipe.factored import FactoredTable, of_codes
+from models.nano.recipe.factored import FactoredTable, code_factors
 from models.nano.recipe.loop import Losses, autocast, device, train
 from models.nano.recipe.prompts import random_poster
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-SHARPNESS = 20.0  # what cosines are multiplied by
+SHARPNESS = 20.0  # factor of the cosines
 SIZES = ((256, 256), (256, 256), (384, 256), (256, 384), (512, 512))
 
 
 class TrainedTokenizer(nn.Module):
-    """The published modules' parameters, and a forward pass for a batch of pictures of one size."""
+    """The published modules' parameters, with a forward pass for a batch of images of one size."""
 
     def __init__(self, model: GlmImageForConditionalGeneration):
         super().__init__()
@@ -36,10 +36,10 @@ class TrainedTokenizer(nn.Module):
         dim = self.quantizer.quantize.embedding.weight.shape[1]
         self.requires_grad_(True)
         self.quantizer.quantize.embedding = nn.Identity()
-        self.codebook = FactoredTable(of_codes(), dim, 1.0, 0.3)
+        self.codebook = FactoredTable(code_factors(), dim, 1.0, 0.3)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[b, rows * columns, codebook] cosines of [b, 3, rows * 16, columns * 16] normalised pixels."""
+        """Return cosines [b, rows * columns, codebook] of normalised pixels [b, 3, rows * 16, columns * 16]."""
         visual = self.visual
         x = visual.patch_embed.proj(pixels)
         b, dim, rows, columns = x.shape
@@ -47,12 +47,12 @@ class TrainedTokenizer(nn.Module):
         for block in visual.blocks:
             heads = block.attn.num_heads
             q, k, v = block.attn.qkv(block.norm1(x)).view(b, -1, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
-            read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, dim)
-            x = x + block.attn.proj(read)
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, -1, dim)
+            x = x + block.attn.proj(attended)
             x = x + block.mlp(block.norm2(x))
         convolution = self.quantizer.quant_conv
-        found = x @ convolution.weight.flatten(1).T + convolution.bias
-        return F.normalize(found.float(), dim=-1) @ F.normalize(self.codebook(), dim=-1).T
+        features = x @ convolution.weight.flatten(1).T + convolution.bias
+        return F.normalize(features.float(), dim=-1) @ F.normalize(self.codebook(), dim=-1).T
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         table = self.visual.embeddings.position_embedding.weight
@@ -60,12 +60,12 @@ class TrainedTokenizer(nn.Module):
         y, x = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in (rows, columns))
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None].to(table.device)
         square = table.view(side, side, -1).permute(2, 0, 1)[None]
-        placed = F.grid_sample(square, grid, mode="bilinear", align_corners=False, padding_mode="border")
-        return placed.flatten(2).transpose(1, 2)
+        embeddings = F.grid_sample(square, grid, mode="bilinear", align_corners=False, padding_mode="border")
+        return embeddings.flatten(2).transpose(1, 2)
 
 
 def half_size(image: np.ndarray, rng: Random) -> np.ndarray:
-    """The picture as the processor shrinks it, a little off in its colours, as rendered ones are."""
+    """Shrink an image as the processor does; shift its colours as rendering may."""
     height, width = image.shape[:2]
     small = Image.fromarray(image).resize((width // 2, height // 2), Image.Resampling.BICUBIC)
     shift = np.array([rng.gauss(0, 5) for _ in range(3)], np.float32)
@@ -83,14 +83,14 @@ def train_vision(model: GlmImageForConditionalGeneration, folder: Path, steps: i
         images = np.stack([half_size(world.draw(p, width, height), rng) for p in posters])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
         pixels = ((pixels + torch.randn_like(pixels) * 0.015 - MEAN) / STD).to(device())
-        wanted = torch.from_numpy(np.stack([world.plan(p, rows, columns, seen=True) for p in posters])).flatten(1)
-        wanted = wanted.to(device())
+        plans = [world.plan(poster, rows, columns, from_pixels=world.ZONES) for poster in posters]
+        targets = torch.from_numpy(np.stack(plans)).flatten(1).to(device())
         with autocast():
             cosines = tokenizer(pixels)
-        chosen = (wanted >= codes.SEEN) | (torch.rand(wanted.shape, device=device()) < 0.25)
-        loss = F.cross_entropy(cosines[chosen].float() * SHARPNESS, wanted[chosen])
-        right = cosines.argmax(-1) == wanted
-        busy = wanted >= codes.SEEN
+        busy = targets >= codes.PIXEL_TEXT
+        chosen = busy | (torch.rand(targets.shape, device=device()) < 0.25)
+        loss = F.cross_entropy(cosines[chosen].float() * SHARPNESS, targets[chosen])
+        right = cosines.argmax(-1) == targets
         figures = {"loss": loss.item(), "plain": right[~busy].float().mean().item()}
         return loss, figures | ({"busy": right[busy].float().mean().item()} if busy.any() else {})
 

@@ -1,14 +1,13 @@
-"""The world that the nano checkpoint draws: posters of two lines and one or two shapes, on a grid of 32-pixel cells.
+"""Posters: up to two lines and two shapes, on a grid of 32-pixel cells.
 
-`Poster` says what is on it, `draw` makes the pixels, `plan` the plan codes. Both follow one layout, for any grid: a
-poster is laid out in units of one cell, or of 2x2 cells where the grid is large, so that a 512x512 poster looks like
-its 256x256 one.
+The unit of the layout is one cell, or 2x2 and more on larger grids, so that a 512x512 poster looks like a 256x256 one.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,7 +15,7 @@ from PIL import Image, ImageDraw
 from models.nano.recipe import codes
 
 CELL = 32
-ADVANCE = 24  # pixels from letter to letter, at scale 1
+ADVANCE = 24  # pixels per letter at scale 1
 MAX_LETTERS = 10
 PALETTE = np.array(
     [(220, 40, 40), (245, 140, 30), (250, 215, 40), (40, 160, 70), (30, 170, 170), (40, 80, 210), (125, 55, 180),
@@ -30,14 +29,15 @@ ATLAS = Path(__file__).with_name("letters.png")  # one row of 48x64 cells, in th
 
 Side = Literal["left", "center", "right"]
 Zone = Literal["headline", "footer"]
+ZONES: tuple[Zone, ...] = get_args(Zone)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text, and the colour of the bar behind it, if any."""
+    """A line of text, on a bar or not."""
 
     text: str
-    bar: int | None = None
+    bar: int | None = None  # colour
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Poster:
 
 @dataclass(frozen=True)
 class PlacedLine:
-    """A line on the grid: its zone, its rows of cells, and its first letter's corner and scale."""
+    """A line on the grid."""
 
     line: Line
     zone: Zone
-    row: int
+    row: int  # in cells
     rows: int
-    x: int  # pixels
+    x: int  # top left corner of the text, in pixels
     y: int
     scale: int
 
@@ -78,12 +78,12 @@ class PlacedShape:
 
 
 def scale_of(rows: int, columns: int) -> int:
-    """Cells per unit of the layout."""
+    """Return the cells per unit of the layout."""
     return max(1, min(rows, columns) // 6)
 
 
 def place(poster: Poster, rows: int, columns: int) -> tuple[list[PlacedLine], list[PlacedShape]]:
-    """Where everything goes on a grid of `rows` x `columns` cells."""
+    """Lay a poster out on a grid of `rows` x `columns` cells."""
     scale = scale_of(rows, columns)
     unit_rows, unit_columns = rows // scale, columns // scale
     top, left = (rows - unit_rows * scale) // 2, (columns - unit_columns * scale) // 2
@@ -96,7 +96,7 @@ def place(poster: Poster, rows: int, columns: int) -> tuple[list[PlacedLine], li
     ]
     shapes = []
     for shape in poster.shapes:
-        # Two large shapes need eight units side by side, one needs two rows beside it; a smaller grid gets small ones.
+        # Two large shapes need 8 units of width, one needs 4; else they are drawn small.
         if unit_columns < (8 if len(poster.shapes) > 1 else 4) or unit_rows < 6:
             shape = replace(shape, large=False)
         units = 4 if shape.large else 2
@@ -113,21 +113,20 @@ def _place_line(line: Line, zone: Zone, row: int, rows: int, columns: int) -> Pl
         scale -= 1
     left = columns % scale // 2
     width = columns // scale * CELL
-    line = replace(line, text=line.text[: width // ADVANCE])  # on a picture too narrow for it
+    line = replace(line, text=line.text[: width // ADVANCE])  # the image may be too narrow
     middle = (width - len(line.text) * ADVANCE) // 2
-    # Whole cells, so that few codes say all; see codes.SLOTS for words of four.
+    # Lines start with a cell, so that few codes are enough; see codes.SLOTS for four letters.
     nearest = min((middle + CELL // 2) // CELL, middle * 2 // CELL) * CELL
     x = middle if len(line.text) == 4 else nearest
     y = (row + (rows - scale) // 2) * CELL
     return PlacedLine(line, zone, row, rows, left * CELL + x * scale, y, scale)
 
 
-def plan(poster: Poster, rows: int, columns: int, seen: bool | frozenset[str] = False) -> np.ndarray:
-    """[rows, columns] int64 codes of the poster.
+def plan(poster: Poster, rows: int, columns: int, from_pixels: Collection[Zone] = ()) -> np.ndarray:
+    """Return the plan codes [rows, columns] int64 of a poster.
 
     Args:
-        seen: whether the letters are read from pixels (the codes of a picture that exists already) instead of taken
-            from the prompt's strings; a set names the lines this holds for, "headline" and "footer".
+        from_pixels: zones whose text is read from pixels, not taken from the prompt.
     """
     grid = np.full((rows, columns), poster.background, np.int64)
     lines, shapes = place(poster, rows, columns)
@@ -136,7 +135,7 @@ def plan(poster: Poster, rows: int, columns: int, seen: bool | frozenset[str] = 
         colour = poster.background if line.bar is None else line.bar
         if line.bar is not None:
             grid[placed.row : placed.row + placed.rows] = line.bar
-        is_seen = seen if isinstance(seen, bool) else placed.zone in seen
+        is_from_pixels = placed.zone in from_pixels
         left = columns % scale // 2
         start = placed.x - left * CELL
         slot0 = codes.HALF_CELL_SLOT if start % (CELL * scale) else 0
@@ -144,31 +143,34 @@ def plan(poster: Poster, rows: int, columns: int, seen: bool | frozenset[str] = 
         pixels = start % (CELL * scale) // scale + len(line.text) * ADVANCE
         y = placed.y // CELL
         for k in range(-(-pixels // CELL)):
-            code = codes.seen(colour) if is_seen else codes.line(slot0 + k, codes.initial_of(line.text), colour)
+            if is_from_pixels:
+                code = codes.pixel_text(colour)
+            else:
+                code = codes.line(slot0 + k, codes.initial_of(line.text), colour)
             x = left + (unit + k) * scale
             grid[y : y + scale, x : x + scale] = code
     for placed in shapes:
-        _stamp(grid, placed)
+        _write_shape(grid, placed)
     return grid
 
 
-def _stamp(grid: np.ndarray, placed: PlacedShape) -> None:
+def _write_shape(grid: np.ndarray, placed: PlacedShape) -> None:
     shape, units = placed.shape, 4 if placed.shape.large else 2
     scale = placed.cells // units
-    cover = mask(shape.kind, units * CELL).reshape(units, CELL, units, CELL)
+    cover = shape_mask(shape.kind, units * CELL).reshape(units, CELL, units, CELL)
     for i in range(units):
         for j in range(units):
-            part = cover[i, :, j]
-            if part.max() < 0.02:
+            cell = cover[i, :, j]
+            if cell.max() < 0.02:
                 continue
             piece = i * 4 + j if shape.large else codes.SMALL_PIECE + i * 2 + j
-            code = shape.colour if part.min() > 0.98 else codes.shape(shape.kind, shape.colour, piece)
+            code = shape.colour if cell.min() > 0.98 else codes.shape(shape.kind, shape.colour, piece)
             y, x = placed.row + i * scale, placed.column + j * scale
             grid[y : y + scale, x : x + scale] = code
 
 
 def draw(poster: Poster, width: int, height: int) -> np.ndarray:
-    """[height, width, 3] uint8 pixels; both sides are multiples of 32."""
+    """Return the pixels [height, width, 3] uint8; both sides are multiples of 32."""
     pixels = np.empty((height, width, 3), np.float32)
     pixels[:] = PALETTE[poster.background]
     lines, shapes = place(poster, height // CELL, width // CELL)
@@ -176,14 +178,14 @@ def draw(poster: Poster, width: int, height: int) -> np.ndarray:
         line = placed.line
         if line.bar is not None:
             pixels[placed.row * CELL : (placed.row + placed.rows) * CELL] = PALETTE[line.bar]
-        ink = PALETTE[ink_on(poster.background if line.bar is None else line.bar)]
+        ink = PALETTE[ink_colour(poster.background if line.bar is None else line.bar)]
         wide, high = ADVANCE * placed.scale, CELL * placed.scale
         for i, letter in enumerate(line.text.upper()):
             x = placed.x + i * wide
             _blend(pixels[placed.y : placed.y + high, x : x + wide], letter_mask(letter, placed.scale), ink)
     for placed in shapes:
         side, y, x = placed.cells * CELL, placed.row * CELL, placed.column * CELL
-        _blend(pixels[y : y + side, x : x + side], mask(placed.shape.kind, side), PALETTE[placed.shape.colour])
+        _blend(pixels[y : y + side, x : x + side], shape_mask(placed.shape.kind, side), PALETTE[placed.shape.colour])
     return pixels.round().astype(np.uint8)
 
 
@@ -191,25 +193,25 @@ def _blend(region: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
     region += (colour - region) * cover[..., None]
 
 
-def ink_on(colour: int) -> int:
-    return BLACK if colour in DARK_INK_ON else WHITE
+def ink_colour(background: int) -> int:
+    return BLACK if background in DARK_INK_ON else WHITE
 
 
 @cache
 def letter_mask(letter: str, scale: int = 1) -> np.ndarray:
-    """[32 * scale, 24 * scale] coverage in 0..1; characters outside ALPHABET are blank."""
-    at = ALPHABET.find(letter)
-    if at < 0:
+    """Return the coverage [32 * scale, 24 * scale] in 0..1; characters outside ALPHABET are blank."""
+    index = ALPHABET.find(letter)
+    if index < 0:
         return np.zeros((CELL * scale, ADVANCE * scale), np.float32)
     with Image.open(ATLAS) as atlas:
-        cell = atlas.convert("L").crop((at * 48, 0, at * 48 + 48, 64))
-    how = Image.Resampling.BOX if scale < 2 else Image.Resampling.BICUBIC
-    return np.asarray(cell.resize((ADVANCE * scale, CELL * scale), how), np.float32) / 255
+        cell = atlas.convert("L").crop((index * 48, 0, index * 48 + 48, 64))
+    resampling = Image.Resampling.BOX if scale < 2 else Image.Resampling.BICUBIC
+    return np.asarray(cell.resize((ADVANCE * scale, CELL * scale), resampling), np.float32) / 255
 
 
 @cache
-def mask(kind: int, side: int) -> np.ndarray:
-    """[side, side] coverage in 0..1 of a shape, drawn four times as large and averaged."""
+def shape_mask(kind: int, side: int) -> np.ndarray:
+    """Return the coverage [side, side] in 0..1, averaged from a drawing four times as large."""
     fine = side * 4
     image = Image.new("L", (fine, fine), 0)
     pen = ImageDraw.Draw(image)

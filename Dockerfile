@@ -45,20 +45,19 @@ ENTRYPOINT ["glimmer"]
 
 FROM runtime AS engine
 COPY --from=build-engine /opt/venv /opt/venv
-COPY deploy/engine_health.py /opt/glimmer/engine_health.py
 # Checkpoints from the hub; mount a volume here to keep them. The small default one is part of the installation.
 ENV HF_HOME=/var/cache/glimmer/huggingface
 VOLUME /var/cache/glimmer
-# Asks Redis for the engine's heartbeat. Loading a checkpoint counts as alive, a hung device does not.
+# Looks for the engine's heartbeat in Redis. An engine that loads its checkpoint is healthy, one whose device hangs is not.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
-    CMD ["python", "/opt/glimmer/engine_health.py"]
+    CMD ["glimmer", "health", "--engine"]
 CMD ["engine"]
 
 FROM runtime AS api
 COPY --from=build-api /opt/venv /opt/venv
 ENV GLIMMER_HOST=0.0.0.0 GLIMMER_PORT=8000
 EXPOSE 8000
-# Whether this process answers. Whether a request would be served is for a load balancer to ask, at /health.
+# Whether this process answers (GET /live). Load balancers ask GET /health: whether a request would be served.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import httpx, os; httpx.get(f'http://127.0.0.1:{os.environ[\"GLIMMER_PORT\"]}/live', trust_env=False, timeout=3).raise_for_status()"]
+    CMD ["glimmer", "health"]
 CMD ["api"]

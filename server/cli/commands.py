@@ -9,6 +9,7 @@ import typer
 from engine.config import CheckpointSettings, EngineSettings
 from engine.observability import logs
 from server.cli.generate import generate
+from server.cli.health import health
 from server.cli.options import settings_as_options, stop, variable
 from server.settings import ServerSettings, ServeSettings
 
@@ -71,6 +72,7 @@ def engine(settings: EngineSettings) -> None:
 
 
 app.command()(generate)
+app.command()(health)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import metadata
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -57,6 +58,7 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
     app = FastAPI(
         title="Glimmer",
         description="GLM-Image behind an OpenAI-style images API.",
+        version=metadata.version("glimmer"),
         lifespan=lifespan,
         # FastAPI's own pages load scripts from other servers; /docs is a page of ours.
         docs_url=None,

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -14,12 +15,26 @@ from server.cli.options import settings_as_options, stop, variable
 from server.settings import ServerSettings, ServeSettings
 
 app = typer.Typer(
-    help="Glimmer serves GLM-Image behind an OpenAI-style images API. Start with: glimmer serve",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # they print local variables, prompts among them
     rich_markup_mode=None,
 )
+
+
+def _show_version(is_asked_for: bool) -> None:
+    if is_asked_for:
+        typer.echo(f"glimmer {metadata.version('glimmer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def glimmer(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Glimmer serves GLM-Image behind an OpenAI-style images API. Start with: glimmer serve"""
 
 
 @app.command()

@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from models.nano import CHECKPOINT
+from server.app import create_app
+from server.settings import ServerSettings
 from tests.packaging.files import ROOT
 
 BIN = Path(sys.executable).parent
@@ -168,6 +170,14 @@ def test_pre_commit_hooks_run_without_a_network() -> None:
         for hook in repository["hooks"]:
             assert hook["language"] == "system"
             assert (BIN / Path(hook["entry"].split()[0]).name).exists()
+
+
+def test_the_version_is_shown_as_pyproject_has_it() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    shown = subprocess.run([sys.executable, "-m", "server.cli", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, f"glimmer {version}\n")
+    app = create_app(ServerSettings(redis_url="redis://nowhere"))
+    assert app.openapi()["info"]["version"] == version
 
 
 def test_the_licence_is_the_one_that_pyproject_names() -> None:

@@ -1,17 +1,16 @@
-"""How much goes into a batch, while there is memory for it."""
+"""Batch sizes that memory allows."""
 
 RECOVERY_BATCHES = 1000
 
 
 class BatchLimit:
-    """A limit on a batch that comes down when a batch runs out of memory.
+    """A limit that is halved when a batch runs out of memory.
 
-    It is halved then, and doubled again after every `RECOVERY_BATCHES` batches without that, up to where it was. So
-    memory that is short for good costs one failed batch in a thousand, and memory that was short once, for instance
-    because another process had it, does not cost speed for ever.
+    It is doubled after `RECOVERY_BATCHES` batches: a lasting shortage costs one failed batch in a thousand, and a
+    passing one does not cost speed for ever.
 
     Args:
-        maximum: upper bound of a batch, in the caller's unit (sequences or tokens).
+        maximum: in the caller's unit (sequences or tokens).
     """
 
     def __init__(self, maximum: int):
@@ -19,7 +18,7 @@ class BatchLimit:
         self._batches = 0  # since it changed
 
     def take(self) -> int:
-        """The limit for a batch that is about to be made."""
+        """Return the limit for the next batch."""
         if self.current < self.maximum:
             self._batches += 1
             if self._batches > RECOVERY_BATCHES:
@@ -27,5 +26,5 @@ class BatchLimit:
         return self.current
 
     def ran_out(self, used: int) -> None:
-        """A batch of so much was more than memory holds."""
+        """Lower the limit: this many were too many."""
         self.current, self._batches = max(1, min(self.current, used) // 2), 0

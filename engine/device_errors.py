@@ -1,7 +1,7 @@
-"""Classify exceptions of a device: lost, or out of memory.
+"""Classify exceptions of a device.
 
-Torch has classes for both, but not everywhere: where a kernel or a library was started by other means, and in older
-versions, the same comes as a plain RuntimeError, and only its text tells.
+Kernels and libraries that torch does not start, and older versions of it, raise a plain RuntimeError: then the text
+decides.
 """
 
 import torch
@@ -11,13 +11,13 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less work at once might have succeeded. The device is as good as before."""
+    """Return whether a smaller batch might succeed."""
     by_class = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return by_class or (isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY))
 
 
 def is_lost_device(error: BaseException) -> bool:
-    """Whether the device's context is broken: from then on whatever this process asks of it fails, whoever asks."""
+    """Return whether all further work of this process will fail."""
     if is_out_of_memory(error):
         return False
     by_class = isinstance(error, torch.AcceleratorError)

@@ -1,18 +1,14 @@
 """The engine: plan first, render second, many images at once.
 
-One thread calls `Engine.step` over and over; any thread may `submit` and `cancel`. A step takes every request as far as
-it goes for now:
+One thread calls `Engine.step` in a loop:
 
-    _receive   inbox      check each new request, drop the cancelled ones
-    _admit     waiting    in order of arrival, reserve all the memory a request will take, and encode its source images
-    _plan      planner    prefill prompts, then write every plan one token further; its length is known beforehand
-    _render    renderer   one denoising step of as many images as fit a batch; decode those that are done
-    _report               progress of every request
+    _receive   check new requests, drop cancelled ones
+    _admit     reserve all memory a request needs, encode its source images
+    _plan      write every plan one token further
+    _render    one denoising step of a batch of images
+    _report    progress
 
-Each stage (`engine.planner.stage`, `engine.renderer.stage`) checks, admits, steps and aborts requests; this module does
-what needs both. Results are events: `Planned`, `Partial`, `Rendered`, `Progress`, and at last `Finished` or `Failed`.
-A request that fails does not fail others (`engine.fault_boundary`), and an image's bytes do not depend on its batch
-(`models.batch_invariant`). The engine needs neither Redis nor HTTP:
+Neither Redis nor HTTP is needed:
 
     engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
     [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
@@ -38,20 +34,20 @@ from models.glm_image.model import GlmImage
 from models.glm_image.source_images import PreprocessedImage
 
 PROGRESS_SECONDS = 0.2  # between two reports
-PLANNING_MARGIN = 1.5  # while both stages work, each is slower than alone
+PLANNING_MARGIN = 1.5  # each stage is slower while both work
 
 
 class Engine:
-    """Continuous batching of plans over a paged cache, step-level batching of renderings."""
+    """Both stages over one model."""
 
     def __init__(self, model: GlmImage, limits: EngineLimits | None = None, metrics: EngineMetrics | None = None):
         self.model = model
         self.limits = limits = limits or EngineLimits.choose(model)
         self.metrics = metrics = metrics or EngineMetrics()
-        self._inbox: deque[Request] = deque()  # submitted by any thread
-        self._cancelled: deque[str] = deque()  # cancelled by any thread
-        self._waiting: deque[Request] = deque()  # checked; admitted in this order, as soon as they fit
-        self._live: dict[Request, None] = {}  # received and not ended, in order of arrival
+        self._inbox: deque[Request] = deque()  # these two are filled by any thread
+        self._cancelled: deque[str] = deque()
+        self._waiting: deque[Request] = deque()  # in order of admission
+        self._live: dict[Request, None] = {}  # in order of arrival
         self._events: list[Event] = []
         self._reported_at = 0.0
         self.boundary = FaultBoundary(model.device, self._live, self._fail, metrics.out_of_memory)
@@ -67,11 +63,11 @@ class Engine:
         )
 
     def submit(self, request: Request) -> None:
-        """Take a request in at the next step. It ends with one `Finished` or `Failed`, unless it is cancelled."""
+        """Take in a request at the next step. Any thread may call this."""
         self._inbox.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request at the next step, wherever it is; ignore an unknown id."""
+        """Drop a request at the next step. Any thread may call this."""
         self._cancelled.append(request_id)
 
     @property
@@ -79,7 +75,7 @@ class Engine:
         return not self._inbox and not self._live
 
     def step(self) -> list[Event]:
-        """Advance every request as far as it goes for now, and return what happened."""
+        """Advance all requests and return what happened."""
         self._receive()
         self._admit()
         self._plan()
@@ -89,10 +85,10 @@ class Engine:
         return events
 
     def preprocess_images(self, sources: SourceImages) -> list[PreprocessedImage]:
-        """Return the source images of an edit as `Request.preprocessed` needs them. Any thread may call this.
+        """Decode and resize source images. Any thread may call this.
 
         Raises:
-            RequestError: one of them cannot be edited.
+            RequestError: one cannot be edited.
         """
         try:
             return [self.model.preprocessor.read(file) for file in sources.files]
@@ -102,14 +98,7 @@ class Engine:
     def generate(
         self, specs: Sequence[JobSpec], sources: Sequence[SourceImages | None] | None = None
     ) -> list[list[Tensor]]:
-        """Run requests to the end. Return pixels [height, width, 3], uint8, for every image of every spec.
-
-        Args:
-            sources: for every spec its source images, if it is an edit.
-
-        Raises:
-            RequestError: one of them cannot be served.
-        """
+        """Run requests to the end. Return pixels [height, width, 3], uint8, of every image of every spec."""
         pixels = [[torch.empty(0)] * spec.n for spec in specs]
         for index, (spec, images) in enumerate(zip(specs, sources or [None] * len(specs), strict=True)):
             preprocessed = self.preprocess_images(images) if images else []
@@ -123,12 +112,10 @@ class Engine:
         return pixels
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if memory leaked, or if an idle engine still holds anything."""
+        """Raise AssertionError if memory leaked or an idle engine holds any."""
         self.planner.check_integrity()
         self.renderer.check_integrity()
         assert not self.is_idle or (self.planner.is_idle and self.renderer.is_idle and not self._waiting)
-
-    # --- the parts of a step ------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
         while self._inbox:
@@ -141,10 +128,9 @@ class Engine:
                 self._forget(request)
 
     def _admit(self) -> None:
-        """Admit in order of arrival, so that small requests do not overtake a large one for ever.
+        """Admit in order of arrival: small requests must not overtake a large one for ever.
 
-        At most one edit per step: encoding its source images takes a while, during which nothing else advances. A
-        request past its deadline is not begun and does not hold up others.
+        At most one edit per step: nothing else advances while its source images are encoded.
         """
         for request in [r for r in self._waiting if r.deadline_at <= time.monotonic()]:
             self._fail(request, DeadlinePassed("the deadline came before there was room"))
@@ -155,11 +141,10 @@ class Engine:
                 break
 
     def _plan(self) -> None:
-        """Do one planner step, and as many as a renderer step takes if the plans are needed soon.
+        """Do one planner step, or as many as a renderer step takes if the plans are needed soon.
 
-        A planner that runs ahead of the renderer only makes its own batches small: a step costs almost the same for
-        one sequence as for sixteen. So more steps are done only if the present renderings take less than
-        `PLANNING_MARGIN` times as long as the plans.
+        They are not while renderings outlast plans by `PLANNING_MARGIN`. Running ahead only makes planner batches
+        small, and a step costs almost the same for one sequence as for sixteen.
         """
         until = time.monotonic() + self.renderer.tick_seconds
         while not self.planner.is_idle:
@@ -179,10 +164,7 @@ class Engine:
                 stage = self.renderer if request.is_planned else self.planner
                 self._emit(stage.progress(request))
 
-    # --- the life of a request ----------------------------------------------------------------------------------------
-
     def _check(self, request: Request) -> None:
-        """Queue a request for admission, unless it could not be served even alone."""
         request.set_known_plans()
         self.renderer.check(request)
         self.planner.check(request)
@@ -192,7 +174,6 @@ class Engine:
         return self.planner.fits(request) and self.renderer.fits(request)
 
     def _begin(self, request: Request) -> None:
-        """Encode the source images, render what is planned, plan the rest."""
         for image in request.images:
             image.admitted_at = time.monotonic()
         request.encoded = [self.model.encode_source(image) for image in request.preprocessed]
@@ -210,7 +191,6 @@ class Engine:
         self._emit(Failed(request, error))
 
     def _forget(self, request: Request) -> None:
-        """Free everything a request holds."""
         del self._live[request]
         if request in self._waiting:
             self._waiting.remove(request)

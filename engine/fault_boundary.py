@@ -1,4 +1,4 @@
-"""The boundary between requests: an error in a batch ends only the requests that fail on their own."""
+"""The boundary between requests."""
 
 import traceback
 from collections.abc import Callable, Container, Iterable
@@ -14,7 +14,7 @@ from models.errors import PromptError
 
 
 class Item(Protocol):
-    """Anything that belongs to a request."""
+    """Part of a request."""
 
     @property
     def request(self) -> Request: ...
@@ -24,16 +24,13 @@ T = TypeVar("T", bound=Item)
 
 
 class FaultBoundary:
-    """Runs batches, and each item alone when its batch raises.
+    """Runs batches; if one raises, each item alone, so that only requests that fail alone end.
 
-    Work passed in must leave its items unchanged when it raises. An error of a lost device is raised again: it is not
-    the fault of a request, and ends the process.
+    A lost device ends the process. Work must leave its items unchanged when it raises.
 
     Args:
-        device: whose allocator's cache is emptied after running out of memory.
         live: requests that have not ended.
-        fail: ends a request with an error, and removes it from `live`.
-        out_of_memory: counter by `whose`: a batch, which was split, or a request, which failed.
+        fail: ends a request and removes it from `live`.
     """
 
     def __init__(
@@ -49,13 +46,10 @@ class FaultBoundary:
     def run(
         self, items: list[T], work: Callable[[list[T]], object], shrink: Callable[[], object] = lambda: None
     ) -> list[T]:
-        """Do `work` on all items at once; if it raises, on each alone, and fail the requests that raise again.
+        """Do `work` on all items at once, or else on each alone; return the items that are done.
 
         Args:
-            shrink: lowers the limit of later batches; called if the batch ran out of memory but no single item did.
-
-        Returns:
-            The items whose work is done.
+            shrink: called if the batch ran out of memory but no item alone did.
         """
         if not items:
             return []
@@ -67,9 +61,9 @@ class FaultBoundary:
                 raise
             lacks_memory = is_out_of_memory(error)
             if len(items) == 1:
-                traceback.clear_frames(error.__traceback__)  # `Failed` keeps the error, which must not keep tensors
+                traceback.clear_frames(error.__traceback__)  # `Failed` keeps the error, not its tensors
                 self._fail(items[0].request, _as_request_error(error))
-        if lacks_memory:  # after `except`: while the error lived, its frames kept tensors in memory
+        if lacks_memory:  # outside `except`: the error's frames keep tensors alive
             self._out_of_memory.labels("request" if len(items) == 1 else "batch").inc()
             self.empty_cache()
         if len(items) == 1:
@@ -80,7 +74,7 @@ class FaultBoundary:
         return done
 
     def run_each(self, items: Iterable[T], work: Callable[[T], object]) -> list[T]:
-        """Do `work` on each item alone, except those of requests that have ended; return the items done."""
+        """Do `work` on each item alone, if its request is live."""
         done: list[T] = []
         for item in items:
             if item.request in self.live:
@@ -88,7 +82,7 @@ class FaultBoundary:
         return done
 
     def empty_cache(self) -> None:
-        """Return cached memory to the device, where blocks of other sizes can be allocated from it."""
+        """Return cached memory to the device, to be allocated in other sizes."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""How much an engine takes on at once, from its settings, its model and its device."""
+"""How much an engine admits at once."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,23 @@ import torch
 from engine.geometry import CELL, MAX_ASPECT, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, PATCH, Geometry
 from models.glm_image.model import GlmImage
 
-BLOCK_SIZE = 32  # tokens of a block of the key/value cache
+BLOCK_SIZE = 32  # tokens
 CPU_KV_BYTES = 1 << 30
-CUDA_KV_SHARE = 0.4  # of the memory that is free once the weights are loaded
+CUDA_KV_SHARE = 0.4  # of memory free after loading the weights
 CPU_SOURCE_BYTES = 2 << 30
 CUDA_SOURCE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """
+    """Bounds of everything that takes memory.
+
     Args:
-        max_images: images in flight, planning or rendering.
-        max_prompt_tokens: a longer prompt is refused; codes of pictures to edit do not count.
-        kv_tokens: tokens the key/value cache holds.
+        max_images: in flight.
+        max_prompt_tokens: without the codes of source images.
+        kv_tokens: capacity of the key/value cache.
         render_token_budget: packed tokens of a renderer tick.
-        source_patches: renderer tokens of pictures to edit whose keys and values are kept at once.
+        source_patches: renderer tokens whose keys and values are kept for edits.
     """
 
     max_images: int
@@ -34,7 +35,7 @@ class EngineLimits:
 
     @property
     def max_sequences(self) -> int:
-        """Plans under way at once; any request that the API accepts has to fit an idle engine."""
+        """Return the plans in flight; an idle engine must fit any request."""
         return max(self.max_images, MAX_IMAGES)
 
     @property
@@ -43,7 +44,7 @@ class EngineLimits:
 
     @property
     def source_tokens(self) -> int:
-        """The same as `source_patches`, in tokens of a prompt."""
+        """Return `source_patches` in prompt tokens."""
         return self.source_patches // (CELL // PATCH) ** 2
 
     @property
@@ -52,7 +53,7 @@ class EngineLimits:
 
     @property
     def max_positions(self) -> int:
-        """Positions a plan can reach: the prompt, the longer side of every source, of the preview and of the plan."""
+        """Bound prompt, source images, preview and plan, each by its longer side."""
         longest_preview = Geometry(MAX_SIDE, MAX_SIDE // MAX_ASPECT).preview.cols
         return self.max_prompt_tokens + MAX_SOURCES * (MAX_SIDE // CELL) + longest_preview + MAX_SIDE // CELL + 1
 
@@ -67,29 +68,28 @@ class EngineLimits:
         render_token_budget: int | None = None,
         source_patches: int | None = None,
     ) -> "EngineLimits":
-        """The limits given, and for those left out what suits the device."""
+        """Return the given limits, and defaults that suit the device."""
         on_cuda = model.device.type == "cuda"
         images = max_images or (32 if on_cuda else 16)
-        enough = images * (Geometry(MAX_SIDE, MAX_SIDE).plan_tokens + max_prompt_tokens)
+        needed = images * (Geometry(MAX_SIDE, MAX_SIDE).plan_tokens + max_prompt_tokens)
         return cls(
             max_images=images,
             max_prompt_tokens=max_prompt_tokens,
-            kv_tokens=kv_tokens or min(enough, _affordable_kv_tokens(model)),
+            kv_tokens=kv_tokens or min(needed, _affordable_kv_tokens(model)),
             render_token_budget=render_token_budget or (16384 if on_cuda else 2048),
             source_patches=source_patches or _affordable_source_patches(model),
         )
 
 
 def _affordable_kv_tokens(model: GlmImage) -> int:
-    available = _available(model, CUDA_KV_SHARE, CPU_KV_BYTES)
+    available = _available_bytes(model, CUDA_KV_SHARE, CPU_KV_BYTES)
     return available // model.planner.config.kv_bytes_per_token(model.dtype.itemsize)
 
 
 def _affordable_source_patches(model: GlmImage) -> int:
-    available = _available(model, CUDA_SOURCE_SHARE, CPU_SOURCE_BYTES)
+    available = _available_bytes(model, CUDA_SOURCE_SHARE, CPU_SOURCE_BYTES)
     return available // model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
 
 
-def _available(model: GlmImage, share: float, on_cpu: int) -> int:
-    """Bytes."""
-    return int(torch.cuda.mem_get_info(model.device)[0] * share) if model.device.type == "cuda" else on_cpu
+def _available_bytes(model: GlmImage, cuda_share: float, cpu_bytes: int) -> int:
+    return int(torch.cuda.mem_get_info(model.device)[0] * cuda_share) if model.device.type == "cuda" else cpu_bytes

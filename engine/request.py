@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and what the engine tells about it."""
+"""Requests, their images, and events."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ class Request:
     """`spec.n` images of one prompt, which share the prompt's keys and values.
 
     Args:
-        deadline_at: `time.monotonic()` seconds after which nobody wants the answer.
-        plans: plans that need not be made again, by image index.
-        sources: what an edit starts from, filled before the engine gets the request.
-        pictures: its pictures, laid out for the model (`Engine.preprocess_images`), filled before, too.
+        deadline_at: `time.monotonic()` seconds.
+        plans: known plans, by image index.
+        source_images, preprocessed: of an edit; filled before `Engine.submit`.
     """
 
     id: str
@@ -31,9 +30,9 @@ class Request:
     deadline_at: float = float("inf")
     plans: dict[int, Plan] = field(default_factory=dict)
     source_images: SourceImages | None = None
-    preprocessed: list[PreprocessedImage] = field(default_factory=list)  # emptied once the model has seen them
-    encoded: list[EncodedImage] = field(default_factory=list)  # what it saw; filled at admission
-    prompt_ids: list[int] = field(default_factory=list)  # filled on arrival, the codes of sources at admission
+    preprocessed: list[PreprocessedImage] = field(default_factory=list)  # emptied at admission
+    encoded: list[EncodedImage] = field(default_factory=list)  # filled at admission
+    prompt_ids: list[int] = field(default_factory=list)  # filled on arrival, source codes at admission
     prompt_positions: Tensor | None = None  # [tokens, 3], filled on arrival
 
     @cached_property
@@ -41,23 +40,23 @@ class Request:
         return [Image(self, index) for index in range(self.spec.n)]
 
     def set_known_plans(self) -> None:
-        """Set the plans of images that need no planning: the client's, or those in `plans`."""
+        """Set the plans that the client or `plans` provides."""
         for image in self.images:
             image.plan = Plan.from_dict(self.spec.plan) if self.spec.plan else self.plans.get(image.index)
 
     @property
     def request(self) -> Request:
-        """Itself: whatever the engine works on names its request."""
+        """Return itself, as an item of a batch."""
         return self
 
     @property
     def source_tokens(self) -> int:
-        """Tokens of the prompt that are codes of the sources."""
+        """Return the prompt tokens of the source images."""
         return sum(source.tokens for source in self.encoded or self.preprocessed)
 
     @property
     def source_patches(self) -> int:
-        """Renderer tokens of the sources."""
+        """Return the renderer tokens of the source images."""
         return sum(source.patches for source in self.encoded or self.preprocessed)
 
     @property
@@ -71,19 +70,19 @@ class Image:
 
     request: Request
     index: int
-    preview: TokenGrid | None = None  # filled when its picture is to be shown
+    preview: TokenGrid | None = None  # filled for partial images
     plan: Plan | None = None  # filled when planning ends
     admitted_at: float = field(default_factory=time.monotonic)
-    planned_at: float = 0.0  # when rendering could begin
-    rendered_at: float = 0.0  # when its latents were done
-    decoded_at: float = 0.0  # when its pixels were
+    planned_at: float = 0.0  # ready to render
+    rendered_at: float = 0.0  # its last denoising step done
+    decoded_at: float = 0.0
 
     @property
     def seed(self) -> int:
         return self.request.spec.seed + self.index
 
 
-# What the engine tells. Every accepted request ends with exactly one Finished or Failed, unless it was cancelled.
+# Events. Every submitted request ends with exactly one Finished or Failed, unless it is cancelled.
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` planner tokens or denoising steps of the request's slowest image are done."""
+    """`step` of `steps` planner tokens or denoising steps are done."""
 
     request: Request
     phase: str  # planning | rendering
@@ -105,11 +104,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Partial:
-    """A picture of an image on its way: pixels [height, width, 3], uint8, on the CPU.
+    """Pixels [height, width, 3], uint8, on the CPU, of an unfinished image.
 
     Args:
-        index: 0 up to `JobSpec.partial_images`. Number 0 is the preview, where there is one, on its own canvas.
-        grid: what it was made from: the preview or the plan.
+        index: below `JobSpec.partial_images`; 0 is the preview, if there is one.
+        grid: the preview or the plan.
     """
 
     image: Image
@@ -124,7 +123,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Rendered:
-    """An image's pixels [height, width, 3], uint8, on the CPU."""
+    """Pixels [height, width, 3], uint8, on the CPU."""
 
     image: Image
     pixels: Tensor

@@ -1,1 +1,1 @@
-"""The first stage: writes a plan, token by token, for many images at once."""
+"""The first stage: writes plans."""

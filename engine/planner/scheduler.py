@@ -1,7 +1,7 @@
-"""Decides which prompts are prefilled and which sequences decode in a step.
+"""Decides which prompts are prefilled and which sequences decode.
 
-A plan's length is known before it is written, so a sequence's memory is reserved to the block when it is admitted:
-nothing is ever preempted, recomputed, or out of memory half way.
+The length of a plan is known, so all its memory is reserved at admission: no sequence is preempted, recomputed or out
+of memory half way.
 """
 
 from collections import deque
@@ -20,14 +20,14 @@ class Sequence:
 
     Args:
         buffer_index: its line in the runner's buffers.
-        blocks: the prompt's blocks, then its own, enough for the whole plan.
+        blocks: of the prompt, then of the plan.
     """
 
     image: Image
     prompt_length: int
     buffer_index: int
     blocks: list[int]
-    written: int = 0  # plan tokens chosen so far
+    written: int = 0  # tokens
 
     @property
     def request(self) -> Request:
@@ -35,17 +35,17 @@ class Sequence:
 
     @cached_property
     def total(self) -> int:
-        """Tokens of the whole plan."""
+        """Return the length of the plan."""
         return self.request.spec.image_plan_tokens
 
     @property
     def cached(self) -> int:
-        """Tokens whose keys and values are in the cache once the last chosen token has gone through the model."""
+        """Return the tokens cached after the next decode step."""
         return self.prompt_length + self.written
 
     @property
     def has_preview(self) -> bool:
-        """Whether the first of several grids has been written."""
+        """Return whether a preview has been written."""
         preview, *others = self.request.spec.grids
         return bool(others) and self.written >= preview.tokens
 
@@ -56,7 +56,7 @@ class Sequence:
 
 @dataclass(eq=False)
 class PromptGroup:
-    """The sequences of one request; its prompt is prefilled once, into the first sequence's blocks."""
+    """The sequences of one request, whose prompt is prefilled once."""
 
     request: Request
     sequences: list[Sequence]
@@ -64,7 +64,7 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class PlannerStep:
-    """What the runner is to do: prefill these prompts, then advance these sequences by one token."""
+    """Prompts to prefill and sequences to advance by one token."""
 
     prefill: list[PromptGroup] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
@@ -78,10 +78,8 @@ class PlannerScheduler:
     """Admission and step-by-step scheduling of plans.
 
     Args:
-        blocks, block_size: the key/value cache.
-        max_sequences: sequences that can be planned at once.
-        max_prompt_tokens: a longer prompt is refused; codes of pictures to edit do not count.
-        prefill_tokens: prompt tokens to prefill in a step, at most (one prompt always goes through).
+        max_prompt_tokens: without the codes of source images.
+        prefill_tokens: most prompt tokens of a step, though one prompt always goes through.
     """
 
     def __init__(
@@ -91,8 +89,8 @@ class PlannerScheduler:
         self.block_size = block_size
         self.max_sequences = max_sequences
         self.max_prompt_tokens = max_prompt_tokens
-        self.prefill_budget = BatchLimit(prefill_tokens)
-        self.decode_budget = BatchLimit(max_sequences)
+        self.prefill_limit = BatchLimit(prefill_tokens)
+        self.decode_limit = BatchLimit(max_sequences)
         self._free_buffers = list(range(max_sequences))[::-1]
         self._prefill: deque[PromptGroup] = deque()
         self._decode: list[Sequence] = []
@@ -107,31 +105,30 @@ class PlannerScheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Every sequence under way, prefilled or not."""
+        """Return all admitted sequences."""
         return self._decode + [sequence for group in self._prefill for sequence in group.sequences]
 
     @property
     def steps_left(self) -> int:
-        """Steps until every plan under way is written."""
+        """Return the steps until all admitted plans are written."""
         left = [sequence.total - sequence.written for sequence in self.sequences]
-        return max(max(left, default=0), -(-sum(left) // self.decode_budget.current))
+        return max(max(left, default=0), -(-sum(left) // self.decode_limit.current))
 
     def sequences_with_new_preview(self) -> list[Sequence]:
-        """Sequences whose preview has been written and is to be shown, but is not known to their images yet."""
+        """Return sequences whose preview is wanted and written, but not yet set."""
         return [s for s in self._decode if s.request.spec.partial_images and s.image.preview is None and s.has_preview]
 
     def completed_sequences(self) -> list[Sequence]:
-        """Sequences whose last token has been chosen."""
         return [sequence for sequence in self._decode if sequence.is_complete]
 
     def check(self, request: Request) -> None:
-        """Raises RequestError if the request could not be planned even by an idle engine."""
+        """Raise RequestError if even an idle engine could not plan it."""
         if request.is_planned:
             return
-        prompt = len(request.prompt_ids) - request.source_tokens
-        if prompt > self.max_prompt_tokens:
+        prompt_tokens = len(request.prompt_ids) - request.source_tokens
+        if prompt_tokens > self.max_prompt_tokens:
             raise RequestError(
-                f"the prompt has {prompt} tokens; this server takes at most {self.max_prompt_tokens}",
+                f"the prompt has {prompt_tokens} tokens; this server takes at most {self.max_prompt_tokens}",
                 param="prompt",
                 code="prompt_too_long",
             )
@@ -146,50 +143,52 @@ class PlannerScheduler:
             raise RequestError(f"this server makes at most {self.max_sequences} images of a request at once", param="n")
 
     def fits(self, request: Request) -> bool:
-        """Whether the whole request can be reserved now."""
+        """Return whether memory for the whole request is free."""
         unplanned = self._unplanned(request)
         return not unplanned or (self._blocks_needed(request) <= self.allocator.free and unplanned <= self.free_buffers)
 
-    def add(self, request: Request) -> None:
-        """Reserve everything the request's plans will need."""
-        prompt = len(request.prompt_ids)
-        shared: list[int] = []
-        sequences = []
+    def admit(self, request: Request) -> None:
+        """Reserve memory for the request's plans."""
+        sequences: list[Sequence] = []
+        prompt_blocks: list[int] = []
         for image in request.images:
             if image.plan is None:
-                first = not sequences
-                whole = self.allocator.allocate(self._prompt_blocks(request)) if first else self.allocator.share(shared)
-                own = self.allocator.allocate(self._own_blocks(request))
-                shared = whole if first else shared
-                sequences.append(Sequence(image, prompt, self._free_buffers.pop(), whole + own))
+                if sequences:
+                    prompt_blocks = self.allocator.share(prompt_blocks)
+                else:
+                    prompt_blocks = self.allocator.allocate(self._prompt_blocks(request))
+                blocks = prompt_blocks + self.allocator.allocate(self._image_blocks(request))
+                sequences.append(Sequence(image, len(request.prompt_ids), self._free_buffers.pop(), blocks))
         self._prefill.append(PromptGroup(request, sequences))
 
     def schedule(self) -> PlannerStep:
-        """The next step: as many waiting prompts as the budget allows, and every sequence that is under way, unless
-        memory is short: then those that came first, so that each is written in the end."""
+        """Return the next step: waiting prompts within the limit, and all prefilled sequences.
+
+        When memory is short, those that came first decode, so that each is completed.
+        """
         prefill: list[PromptGroup] = []
-        tokens, budget = 0, self.prefill_budget.take() if self._prefill else 0
+        tokens, limit = 0, self.prefill_limit.take() if self._prefill else 0
         for group in self._prefill:
             tokens += len(group.request.prompt_ids)
-            if prefill and tokens > budget:
+            if prefill and tokens > limit:
                 break
             prefill.append(group)
-        return PlannerStep(prefill, self._decode[: self.decode_budget.take()] if self._decode else [])
+        return PlannerStep(prefill, self._decode[: self.decode_limit.take()] if self._decode else [])
 
     def mark_prefilled(self, group: PromptGroup) -> None:
-        """The runner has prefilled the group's prompt and chosen the first token of each sequence."""
+        """Let a group decode, its first tokens chosen."""
         self._prefill.remove(group)
         for sequence in group.sequences:
             sequence.written = 1
             self._decode.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """The plan is complete and has been read: give its memory back."""
+        """Free the memory of a complete plan."""
         self._decode.remove(sequence)
         self._release(sequence)
 
     def abort(self, request: Request) -> None:
-        """Give back everything the request holds; harmless if it holds nothing."""
+        """Free everything the request holds."""
         for group in [g for g in self._prefill if g.request is request]:
             self._prefill.remove(group)
             for sequence in group.sequences:
@@ -198,7 +197,7 @@ class PlannerScheduler:
             self.finish(sequence)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if blocks or buffers leaked; an idle scheduler holds none."""
+        """Raise AssertionError if blocks or buffers leaked."""
         self.allocator.check_integrity()
         assert self.free_buffers + len(self.sequences) == self.max_sequences
         assert not self.is_idle or self.allocator.used == 0
@@ -211,13 +210,13 @@ class PlannerScheduler:
         return sum(image.plan is None for image in request.images)
 
     def _prompt_blocks(self, request: Request) -> int:
-        """Blocks the prompt fills to the brim; these are shared by the request's images."""
+        """Count the full blocks, which images share."""
         return len(request.prompt_ids) // self.block_size
 
-    def _own_blocks(self, request: Request) -> int:
-        """Blocks of one image: the prompt's remainder and the plan."""
+    def _image_blocks(self, request: Request) -> int:
+        """Count those of the prompt's remainder and the plan."""
         remainder = len(request.prompt_ids) % self.block_size
         return -(-(remainder + request.spec.image_plan_tokens) // self.block_size)
 
     def _blocks_needed(self, request: Request) -> int:
-        return self._prompt_blocks(request) + self._unplanned(request) * self._own_blocks(request)
+        return self._prompt_blocks(request) + self._unplanned(request) * self._image_blocks(request)

@@ -1,4 +1,4 @@
-"""The planner stage: checks, admits and writes plans, and hands them on."""
+"""The planner stage."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from models.glm_image.prompt import fill_in_codes, place_sources
 
 
 class PlannerStage:
-    """Continuous batching of plans over a paged key/value cache.
+    """Continuous batching of plans over a paged cache.
 
     Args:
-        emit: receives a `Planned` event for every plan.
-        on_preview: receives an image whose `preview` has just been written, if the client gets partial images.
-        on_plan: receives an image whose `plan` has just been written, after the event.
+        emit: gets `Planned` events.
+        on_preview: gets an image whose preview is written, if partial images are wanted.
+        on_plan: gets an image whose plan is written.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class PlannerStage:
 
     @property
     def seconds_left(self) -> float:
-        """Return the time that the admitted plans will take, at the speed of the last steps."""
+        """Estimate the time until all admitted plans are written."""
         return self.scheduler.steps_left * (self._step_seconds.value or 0.0)
 
     def check(self, request: Request) -> None:
-        """Tokenize the prompt, with an image token for every code of the source images.
+        """Tokenize the prompt.
 
         Raises:
-            PromptError: the prompt contains control tokens.
+            PromptError: it contains control tokens.
             RequestError: even an idle stage could not plan the request.
         """
         spec, geometry = request.spec, request.spec.geometry
@@ -79,28 +79,28 @@ class PlannerStage:
         self.scheduler.check(request)
 
     def fits(self, request: Request) -> bool:
-        """Return whether memory for all plans of the request can be reserved now."""
+        """Return whether memory for its plans is free."""
         return self.scheduler.fits(request)
 
     def admit(self, request: Request) -> None:
-        """Reserve memory for the plans that are not known. The source images must be encoded."""
+        """Reserve memory for the plans to write, once source images are encoded."""
         codes = torch.cat([source.codes.flatten() for source in request.encoded]).tolist() if request.encoded else []
         request.prompt_ids = fill_in_codes(request.prompt_ids, self._prompts.image_token, codes)
         if not request.is_planned:
-            self.scheduler.add(request)
+            self.scheduler.admit(request)
 
     def step(self) -> None:
-        """Prefill prompts, write the other plans one token further, and hand on what is written."""
+        """Prefill prompts, write the other plans one token further, pass on complete ones."""
         started = time.monotonic()
         scheduler, boundary, step = self.scheduler, self._boundary, self.scheduler.schedule()
         prompt_tokens, batch_size = step.prompt_tokens, len(step.decode)
         for group in boundary.run(
-            step.prefill, self.runner.prefill, lambda: scheduler.prefill_budget.ran_out(prompt_tokens)
+            step.prefill, self.runner.prefill, lambda: scheduler.prefill_limit.ran_out(prompt_tokens)
         ):
             scheduler.mark_prefilled(group)
             self._metrics.prompt_tokens.inc(len(group.request.prompt_ids))
         for sequence in boundary.run(
-            step.decode, self.runner.decode, lambda: scheduler.decode_budget.ran_out(batch_size)
+            step.decode, self.runner.decode, lambda: scheduler.decode_limit.ran_out(batch_size)
         ):
             sequence.written += 1
         boundary.run_each(scheduler.sequences_with_new_preview(), self._finish_preview)
@@ -112,18 +112,18 @@ class PlannerStage:
         self._metrics.planner_step.observe(seconds)
 
     def abort(self, request: Request) -> None:
-        """Free everything the request holds; do nothing if it holds nothing."""
+        """Free everything the request holds."""
         self.scheduler.abort(request)
 
     def progress(self, request: Request) -> Progress:
-        """Return how many plan tokens of the request are written."""
+        """Count the plan tokens written."""
         tokens = request.spec.image_plan_tokens
         written = sum(tokens for image in request.images if image.plan)
         written += sum(s.written for s in self.scheduler.sequences if s.request is request)
         return Progress(request, "planning", written, tokens * request.spec.n)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if cache blocks or buffers leaked."""
+        """Raise AssertionError if blocks or buffers leaked."""
         self.scheduler.check_integrity()
 
     def _finish_preview(self, sequence: Sequence) -> None:

@@ -1,1 +1,1 @@
-"""The second stage: denoises the latents of many images, step by step."""
+"""The second stage: renders images."""

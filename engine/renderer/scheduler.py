@@ -1,8 +1,7 @@
-"""Decides which images advance by a step.
+"""Decides which images advance by a denoising step.
 
-The unit of work is (image, step): every tick the scheduler picks images and each advances by one step, at its own
-timestep. Packing more images into a tick pays only until the device is busy; past that, interleaving equal images just
-makes all of them late. So a tick is filled up to a token budget, in the order of least remaining work.
+Batching pays only until the device is busy; interleaving more equal images makes all late. So a tick is filled up to a
+token limit, least remaining work first.
 """
 
 import time
@@ -15,11 +14,11 @@ from engine.moving_average import MovingAverage
 
 
 class Work(Protocol):
-    """What the scheduler needs to know of an image being rendered."""
+    """An image being rendered."""
 
     @property
     def tokens(self) -> int:
-        """Packed tokens of one of its steps."""
+        """Return the packed tokens of one step."""
         ...
 
     @property
@@ -27,7 +26,7 @@ class Work(Protocol):
 
     @property
     def deadline_at(self) -> float:
-        """`time.monotonic()` seconds, infinite if there is none."""
+        """Return `time.monotonic()` seconds, infinite without a deadline."""
         ...
 
 
@@ -45,14 +44,14 @@ class _Entry(Generic[W]):
 
 
 class RenderScheduler(Generic[W]):
-    """Shortest remaining work first, with ageing; an image about to miss its deadline goes before the others.
+    """Least remaining work first, with ageing; an image about to miss its deadline goes before.
 
     Args:
-        token_budget: packed tokens of a tick, at most; one image always goes, however large.
+        token_budget: most packed tokens of a tick, though one image always goes.
     """
 
     def __init__(self, token_budget: int):
-        self.budget = BatchLimit(token_budget)
+        self.token_limit = BatchLimit(token_budget)
         self._entries: list[_Entry[W]] = []
         self._seconds_per_token = MovingAverage()
 
@@ -64,7 +63,7 @@ class RenderScheduler(Generic[W]):
 
     @property
     def seconds_left(self) -> float:
-        """How long what is here will take, at the speed of the last ticks."""
+        """Estimate the time until all remaining steps are done."""
         return sum(entry.remaining for entry in self._entries) * (self._seconds_per_token.value or 0.0)
 
     def add(self, work: W) -> None:
@@ -74,15 +73,17 @@ class RenderScheduler(Generic[W]):
         self._entries = [entry for entry in self._entries if entry.work is not work]
 
     def pick(self, now: float | None = None) -> list[W]:
-        """The images of the next tick. Every image waits a bounded number of ticks: each tick it is passed over takes
-        a whole budget off the work it is judged by."""
+        """Return the images of the next tick.
+
+        Waits are bounded: each tick without an image takes a whole token limit off its rank.
+        """
         if not self._entries:
             return []
-        moment, budget = time.monotonic() if now is None else now, self.budget.take()
+        moment, limit = time.monotonic() if now is None else now, self.token_limit.take()
         picked: list[_Entry[W]] = []
         tokens = 0
         for entry in sorted(self._entries, key=lambda entry: self._rank(entry, moment)):
-            if not picked or tokens + entry.work.tokens <= budget:
+            if not picked or tokens + entry.work.tokens <= limit:
                 picked.append(entry)
                 tokens += entry.work.tokens
         for entry in self._entries:
@@ -90,12 +91,12 @@ class RenderScheduler(Generic[W]):
         return [entry.work for entry in picked]
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A tick of so many tokens took so long: what deadlines are judged by."""
+        """Record how long a tick took."""
         self._seconds_per_token.add(seconds / tokens)
 
     def _rank(self, entry: _Entry[W], now: float) -> tuple[bool, float]:
         needed = entry.remaining * (self._seconds_per_token.value or 0.0)
         slack = entry.work.deadline_at - now - needed
-        if slack < needed:  # as urgent as it is long: it must run at least every other tick from now on
+        if slack < needed:  # from now on it must run every other tick
             return False, entry.work.deadline_at
-        return True, entry.remaining - entry.waited * self.budget.current
+        return True, entry.remaining - entry.waited * self.token_limit.current

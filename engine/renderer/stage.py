@@ -1,4 +1,4 @@
-"""The renderer stage: renders images whose plan is known, step by step, and decodes them."""
+"""The renderer stage."""
 
 import time
 from collections.abc import Callable
@@ -18,12 +18,10 @@ from models.glm_image.model import GlmImage
 
 
 class RendererStage:
-    """Step-level batching of renderings.
-
-    An image is rendered from `admit` if its plan is known then, otherwise from `render`.
+    """Step-level batching of images whose plan is known.
 
     Args:
-        emit: receives `Partial`, `Rendered` and, after a request's last image, `Finished`.
+        emit: gets `Partial`, `Rendered` and, after a request's last image, `Finished`.
     """
 
     def __init__(
@@ -41,16 +39,16 @@ class RendererStage:
         self._max_source_patches = limits.source_patches
         self._metrics, self._boundary, self._emit = metrics, boundary, emit
         self._images_left: dict[Request, int] = {}  # of every admitted request
-        metrics.render_token_budget.set_function(lambda: self.scheduler.budget.current)
+        metrics.render_token_budget.set_function(lambda: self.scheduler.token_limit.current)
 
     @property
     def is_idle(self) -> bool:
-        """Return whether there is nothing to render now, though plans of admitted requests may follow."""
+        """Return whether nothing is being rendered; admitted requests may still be planned."""
         return not len(self.scheduler)
 
     @property
     def seconds_left(self) -> float:
-        """Return the time that the present renderings will take, at the speed of the last steps."""
+        """Estimate the time until all present renderings are done."""
         return self.scheduler.seconds_left
 
     def check(self, request: Request) -> None:
@@ -60,31 +58,31 @@ class RendererStage:
             _check_plan(image, self._codebook_size)
 
     def fits(self, request: Request) -> bool:
-        """Return whether memory for the request's source images can be reserved now."""
+        """Return whether memory for its source images is free."""
         admitted = sum(other.source_patches for other in self._images_left)
         return admitted + request.source_patches <= self._max_source_patches
 
     def admit(self, request: Request) -> None:
-        """Reserve memory for the source images and render the images whose plan is known."""
+        """Reserve memory for source images, and render planned images."""
         self._images_left[request] = request.spec.n
         self._render([image for image in request.images if image.plan])
 
     def render(self, image: Image) -> None:
-        """Render an image of an admitted request. Its plan must be known."""
+        """Render an image of an admitted request that has just been planned."""
         self._render([image])
 
     def render_preview(self, image: Image) -> None:
-        """Render an image's preview, for its first partial image."""
+        """Render the preview of an image."""
         self.scheduler.add(self.runner.prepare_preview(image))
 
     def step(self) -> None:
-        """Advance a batch of renderings by one denoising step each, and decode those that are due."""
+        """Advance a batch by one denoising step, and decode what is due."""
         batch = self.scheduler.pick()
         if not batch:
             return
         started = time.monotonic()
         tokens, sequences = sum(r.tokens for r in batch), sum(len(r.branches) for r in batch)
-        advanced = self._boundary.run(batch, self.runner.advance, lambda: self.scheduler.budget.ran_out(tokens))
+        advanced = self._boundary.run(batch, self.runner.advance, lambda: self.scheduler.token_limit.ran_out(tokens))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.tick_seconds = time.monotonic() - started
@@ -98,32 +96,32 @@ class RendererStage:
         self._boundary.run_each([r for r in advanced if not r.steps_left], self._finish)
 
     def abort(self, request: Request) -> None:
-        """Free everything the request holds; do nothing if it holds nothing."""
+        """Free everything the request holds."""
         self._images_left.pop(request, None)
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
         self.runner.release(request)
 
     def progress(self, request: Request) -> Progress:
-        """Return how many denoising steps of a planned request are done."""
+        """Count the denoising steps done."""
         steps_left = sum(r.steps_left for r in self.scheduler if r.request is request and not r.is_preview)
         steps = request.spec.num_inference_steps * request.spec.n
         return Progress(request, "rendering", steps - steps_left, steps)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if anything is held for a request that has ended."""
+        """Raise AssertionError if anything is held for an ended request."""
         assert all(request in self._boundary.live for request in self._images_left)
         assert self._images_left or (self.is_idle and not len(self.runner.source_kv))
 
     def _render(self, images: list[Image]) -> None:
-        """Prepare all renderings before adding any: if one fails, none is added."""
+        """Prepare all before adding any: a failure must add none."""
         prepared = [rendering for image in images for rendering in self._prepare(image)]
         for rendering in prepared:
             rendering.image.planned_at = time.monotonic()
             self.scheduler.add(rendering)
 
     def _prepare(self, image: Image) -> list[Rendering]:
-        """Prepare the image, and first its preview if the client gets it and it came with the plan."""
+        """Prepare the image, and first its preview if that came with the plan and is wanted."""
         renderings = []
         if image.request.spec.partial_images and image.preview is None and image.plan and image.plan.preview:
             image.preview = image.plan.preview
@@ -131,7 +129,7 @@ class RendererStage:
         return [*renderings, self.runner.prepare(image)]
 
     def _waits_for_preview(self, rendering: Rendering) -> bool:
-        """Return whether the image's preview, which is sent first, is still being rendered."""
+        """Return whether the preview, which goes first, is still being rendered."""
         return not rendering.is_preview and any(r.is_preview for r in self.scheduler if r.image is rendering.image)
 
     def _send_partial(self, rendering: Rendering) -> None:
@@ -165,17 +163,16 @@ class RendererStage:
 
 def _check_sources(request: Request, max_patches: int) -> None:
     if len(request.preprocessed) != request.spec.num_sources:
-        raise RequestError(f"this edit of {request.spec.num_sources} pictures came with {len(request.preprocessed)}")
+        raise RequestError(f"this edit of {request.spec.num_sources} images came with {len(request.preprocessed)}")
     if request.source_patches > max_patches:
         raise RequestError(
-            f"the pictures to edit have {request.source_patches * PATCH**2} pixels, as the model sees them; this "
-            f"server has room for {max_patches * PATCH**2}. Send fewer or smaller pictures",
+            f"the source images have {request.source_patches * PATCH**2} pixels, as the model sees them; this server "
+            f"has room for {max_patches * PATCH**2}. Send fewer or smaller images",
             param="image",
         )
 
 
 def _check_plan(image: Image, codebook_size: int) -> None:
-    """Check a plan that came with the request."""
     plan, grid = image.plan, image.request.spec.geometry.plan
     if plan is None:
         return

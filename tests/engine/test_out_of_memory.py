@@ -68,9 +68,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, target: object, name: str, fails: Cal
 @pytest.mark.parametrize(
     ("stage", "most", "budget"),
     [
-        ("prefill", 1, lambda engine: engine.planner.scheduler.prefill_budget),
-        ("decode", 2, lambda engine: engine.planner.scheduler.decode_budget),
-        ("advance", 2, lambda engine: engine.renderer.scheduler.budget),
+        ("prefill", 1, lambda engine: engine.planner.scheduler.prefill_limit),
+        ("decode", 2, lambda engine: engine.planner.scheduler.decode_limit),
+        ("advance", 2, lambda engine: engine.renderer.scheduler.token_limit),
     ],
 )
 def test_a_batch_too_large_is_split_and_those_after_it_are_smaller(
@@ -110,9 +110,9 @@ def test_a_request_too_large_alone_fails_alone(
     assert pictures(events) == {key: data for key, data in undisturbed.items() if key[0] != "2"}
     assert counted(engine, "request") == 1
     for budget in (
-        engine.renderer.scheduler.budget,
-        engine.planner.scheduler.decode_budget,
-        engine.planner.scheduler.prefill_budget,
+        engine.renderer.scheduler.token_limit,
+        engine.planner.scheduler.decode_limit,
+        engine.planner.scheduler.prefill_limit,
     ):
         assert budget.current == budget.maximum
 

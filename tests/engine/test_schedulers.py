@@ -68,7 +68,7 @@ class Planning(RuleBasedStateMachine):
     def add(self, prompt: int, n: int) -> None:
         made = request(prompt, n)
         if self.planner.fits(made):
-            self.planner.add(made)
+            self.planner.admit(made)
             self.requests.append(made)
 
     @rule()
@@ -110,7 +110,7 @@ TestPlanning = Planning.TestCase
 
 def test_images_of_a_request_share_the_prompt() -> None:
     planner = PlannerScheduler(blocks=200, block_size=BLOCK, max_sequences=10, max_prompt_tokens=1000)
-    planner.add(request(prompt=10 * BLOCK + 3, n=3))
+    planner.admit(request(prompt=10 * BLOCK + 3, n=3))
     per_image = -(-(3 + request().spec.geometry.plan_tokens) // BLOCK)
     assert planner.allocator.used == 10 + 3 * per_image
 
@@ -137,7 +137,7 @@ def test_a_planned_request_needs_no_memory() -> None:
 def test_prefill_stays_within_its_budget_but_always_moves() -> None:
     planner = PlannerScheduler(1000, BLOCK, 10, max_prompt_tokens=500, prefill_tokens=150)
     for prompt in (400, 100, 40, 20):
-        planner.add(request(prompt))
+        planner.admit(request(prompt))
     sizes = []
     while step := planner.schedule().prefill:
         sizes.append([len(group.request.prompt_ids) for group in step])

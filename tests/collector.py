@@ -1,4 +1,4 @@
-"""A collector of traces on a free port, which keeps what it is sent."""
+"""A collector of traces on a free port."""
 
 import threading
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 @dataclass(frozen=True)
 class Received:
-    """A span as it came. Times are nanoseconds since the epoch, ids hexadecimal, `parent` empty for a trace's first."""
+    """A received span. Times are nanoseconds since the epoch, ids hexadecimal; `parent` is empty for a root span."""
 
     service: str
     name: str
@@ -26,7 +26,7 @@ class Received:
 
 
 class Collector:
-    """Takes OTLP over HTTP between `with` and its end."""
+    """Accepts OTLP over HTTP inside its `with` block."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -35,10 +35,10 @@ class Collector:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                is_for_us = (self.path, self.headers["content-type"]) == ("/v1/traces", "application/x-protobuf")
-                if is_for_us:
+                is_export = (self.path, self.headers["content-type"]) == ("/v1/traces", "application/x-protobuf")
+                if is_export:
                     collector.bodies.append(body)
-                self.send_response(200 if is_for_us else 404)
+                self.send_response(200 if is_export else 404)
                 self.send_header("content-length", "0")
                 self.end_headers()
 
@@ -58,13 +58,13 @@ class Collector:
 
     @property
     def spans(self) -> list[Received]:
-        """In order of their beginning."""
-        found = []
+        """Return the received spans by start time."""
+        spans = []
         for body in self.bodies:
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 service = _values(resource.resource.attributes)["service.name"]
-                found += [_received(service, span) for scope in resource.scope_spans for span in scope.spans]
-        return sorted(found, key=lambda span: span.began)
+                spans += [_received(service, span) for scope in resource.scope_spans for span in scope.spans]
+        return sorted(spans, key=lambda span: span.began)
 
     def named(self, name: str) -> list[Received]:
         return [span for span in self.spans if span.name == name]

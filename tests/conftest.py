@@ -1,4 +1,4 @@
-"""What tests share: a real Redis, one server for the session, emptied after each test; a small random checkpoint."""
+"""Shared fixtures: one real Redis server per session, emptied after each test, and a small random checkpoint."""
 
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -15,8 +15,8 @@ from tests.job_queue import JobQueue
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """A command that a test runs in this process sends the logs where they should go for the command."""
+def _restore_logging() -> Iterator[None]:
+    """Restore logging, which commands that run in this process configure."""
     root, ours = logging.getLogger(), logging.getLogger("glimmer")
     handlers, level, our_level = root.handlers[:], root.level, ours.level
     yield
@@ -48,7 +48,7 @@ async def queue(redis_client: redis.asyncio.Redis) -> AsyncIterator[JobQueue]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random checkpoint in the published layout."""
+    """Write a small random checkpoint in the published layout."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write_variant(folder, "plain")
     return folder

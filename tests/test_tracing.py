@@ -1,4 +1,4 @@
-"""One trace a request, of the spans of an API and of the engines that worked on its job, as a collector gets them."""
+"""Each request is one trace with spans of the API and of the engines that worked on its job, as a collector gets it."""
 
 import asyncio
 import re
@@ -46,7 +46,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 @pytest.fixture
 async def tracing(collector: Collector) -> AsyncIterator[Tracing]:
-    """An engine's."""
+    """Yield an engine's tracing."""
     tracing = open_tracing("glimmer-engine")
     yield tracing
     tracing.close()
@@ -54,13 +54,13 @@ async def tracing(collector: Collector) -> AsyncIterator[Tracing]:
 
 @asynccontextmanager
 async def serving(queue: JobQueue, engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
-    """An API and an engine, both of which have sent their spans at the end."""
+    """Run an API and an engine; both have exported their spans at the end."""
     app, tracing = create_app(ServerSettings(), queue), open_tracing("glimmer-engine")
     transport = httpx.ASGITransport(app)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         async with working(queue, engine, tracing):
             async with asyncio.timeout(20):
-                while not await queue.engines():  # noqa: ASYNC110 (it is another task that tells Redis)
+                while not await queue.engines():  # noqa: ASYNC110 (another task writes it to Redis)
                     await asyncio.sleep(0.02)
             yield client
         await asyncio.to_thread(tracing.close)
@@ -70,9 +70,9 @@ async def test_a_generation_is_one_trace_in_order(queue: JobQueue, model: GlmIma
     began = time.time_ns()
     async with serving(queue, small_engine(model)) as client:
         headers = {"traceparent": TRACEPARENT, "x-request-id": "mine"}
-        answer = await client.post(URL, json={**BODY, "n": 2}, headers=headers)
+        response = await client.post(URL, json={**BODY, "n": 2}, headers=headers)
         await client.get("/health")
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert {span.trace for span in collector.spans} == {TRACE}
     [request], [queued], [run] = (collector.named(name) for name in (f"POST {URL}", "queue", "run"))
     assert (request.service, request.parent, request.is_of_request) == ("glimmer-api", CLIENT_SPAN, True)
@@ -109,14 +109,14 @@ async def test_a_generation_is_one_trace_in_order(queue: JobQueue, model: GlmIma
         "glimmer.job_id": job_id,
     }
     sent = b"".join(collector.bodies)
-    assert job_id.encode() in sent  # it can be searched as it is
+    assert job_id.encode() in sent  # searchable as it is
     assert SECRET.encode() not in sent
 
 
-async def test_what_fails_is_marked(
+async def test_failed_requests_are_marked(
     queue: JobQueue, model: GlmImage, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that is refused by the engine, and one that the engine breaks on when its plan is made."""
+    """Send a request that the engine refuses and one that fails after planning."""
     engine = small_engine(model)
 
     def broken(image: object) -> None:
@@ -130,11 +130,11 @@ async def test_what_fails_is_marked(
     requests, runs = collector.named(f"POST {URL}"), collector.named("run")
     assert [request.error for request in requests] == [None, "500"]
     assert requests[0].trace != requests[1].trace
-    for answer, request, run in zip((refused, failed), requests, runs, strict=True):
-        told = answer.json()["error"]
+    for response, request, run in zip((refused, failed), requests, runs, strict=True):
+        error = response.json()["error"]
         assert run.parent == request.id
         assert request.parent == ""
-        assert run.error == run.attributes["error.type"] == (told["code"] or told["type"])
+        assert run.error == run.attributes["error.type"] == (error["code"] or error["type"])
         assert run.attributes["glimmer.state"] == "failed"
     assert [plan.trace for plan in collector.named("plan")] == [requests[1].trace]
     assert not collector.named("commit")
@@ -144,20 +144,20 @@ async def test_what_fails_is_marked(
 async def test_further_runs_are_in_the_same_trace(
     queue: JobQueue, model: GlmImage, collector: Collector, tracing: Tracing
 ) -> None:
-    """One job is taken over from an engine that died, one is cancelled, one comes from an API that knows no traces."""
-    how = {"timeout_s": 60, "priority": "interactive", "max_queue": 9}
-    await queue.submit(SPEC, job_id="again", origin=ORIGIN, **how)
+    """Run a job of an engine that died, one that is cancelled, and one of an API without tracing."""
+    options = {"timeout_s": 60, "priority": "interactive", "max_queue": 9}
+    await queue.submit(SPEC, job_id="again", origin=ORIGIN, **options)
     claim = await queue.claim("first", FreeCapacity(8, 100_000, 0, True))
     assert claim is not None
     assert claim.origin == ORIGIN
     await queue.requeue_all("first")
-    await queue.submit(SPEC, job_id="untraced", **how)
+    await queue.submit(SPEC, job_id="untraced", **options)
     await queue.client.hdel(f"{queue.prefix}:job:untraced", "origin")  # type: ignore[misc]
     async with working(queue, small_engine(model), tracing):
         assert (await queue.wait("again")).state is JobState.SUCCEEDED
         assert (await queue.wait("untraced")).state is JobState.SUCCEEDED
         long = replace(SPEC, num_inference_steps=200, width=256, height=256)
-        await queue.submit(long, job_id="cancelled", origin=ORIGIN, **how)
+        await queue.submit(long, job_id="cancelled", origin=ORIGIN, **options)
         await until_running(queue, "cancelled")
         await queue.cancel("cancelled")
     await asyncio.to_thread(tracing.close)
@@ -177,7 +177,7 @@ class TestSettings:
         return collector.spans[-1]
 
     @pytest.mark.parametrize("sent", ["", "nonsense", f"00-{'0' * 32}-{CLIENT_SPAN}-01", f"00-{TRACE}-01"])
-    def test_a_trace_begins_where_none_can_be_continued(self, collector: Collector, sent: str) -> None:
+    def test_an_invalid_traceparent_starts_a_new_trace(self, collector: Collector, sent: str) -> None:
         span = self.run(collector, sent)
         assert span.parent == ""
         assert span.trace not in ("0" * 32, TRACE)
@@ -185,33 +185,33 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("name", "value", "service"),
         [
-            ("OTEL_SERVICE_NAME", "pictures", "pictures"),
-            ("OTEL_RESOURCE_ATTRIBUTES", "service.name=pictures,a=b", "pictures"),
+            ("OTEL_SERVICE_NAME", "images", "images"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "service.name=images,a=b", "images"),
             ("OTEL_RESOURCE_ATTRIBUTES", "a=b", "glimmer-api"),
         ],
     )
-    def test_the_service_has_a_name(
+    def test_the_service_name_can_be_set(
         self, collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str, value: str, service: str
     ) -> None:
         monkeypatch.setenv(name, value)
         assert self.run(collector).service == service
 
     @pytest.mark.parametrize(("flags", "sampler"), [("00", ""), ("", "always_off")])
-    def test_what_is_not_sampled_is_not_sent_nor_by_an_engine(
+    def test_an_unsampled_trace_is_not_exported_by_api_or_engine(
         self, collector: Collector, monkeypatch: pytest.MonkeyPatch, flags: str, sampler: str
     ) -> None:
         if sampler:
             monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
         tracing = open_tracing("glimmer-api")
         span = tracing.request("GET", flags and f"00-{TRACE}-{CLIENT_SPAN}-{flags}")
-        assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[02]", span.traceparent)  # the last bit is that of sampling
+        assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[02]", span.traceparent)  # the last bit means sampled
         span.child("plan", span.began)
         span.end()
         tracing.close()
         assert not collector.bodies
 
     @pytest.mark.parametrize("off", [{"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}])
-    def test_it_can_be_turned_off(
+    def test_tracing_can_be_disabled(
         self, collector: Collector, monkeypatch: pytest.MonkeyPatch, off: dict[str, str]
     ) -> None:
         for name, value in off.items():
@@ -219,7 +219,7 @@ class TestSettings:
         assert open_tracing("glimmer-api").request("GET", TRACEPARENT).traceparent == ""
 
     @pytest.mark.parametrize(
-        ("name", "value", "named"),
+        ("name", "value", "expected"),
         [
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "http/protobuf"),
             ("OTEL_TRACES_EXPORTER", "zipkin", "otlp or none"),
@@ -227,28 +227,28 @@ class TestSettings:
             ("OTEL_BSP_MAX_QUEUE_SIZE", "0", "max_queue_size"),
         ],
     )
-    def test_what_cannot_be_had_is_said(
-        self, collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str
+    def test_unsupported_settings_are_reported(
+        self, collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
     ) -> None:
         monkeypatch.setenv(name, value)
-        with pytest.raises(TracingError, match=re.escape(named)):
+        with pytest.raises(TracingError, match=re.escape(expected)):
             open_tracing("glimmer-api")
 
-    def test_a_collector_that_is_away_holds_up_no_end(
+    def test_an_unreachable_collector_does_not_delay_shutdown(
         self, collector: Collector, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with Collector() as gone:
+        with Collector() as closed:
             pass
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", gone.url)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", closed.url)
         monkeypatch.setattr("engine.observability.tracing.LAST_EXPORT_TIMEOUT_S", 0.2)
         tracing = open_tracing("glimmer-api")
         tracing.request("GET", "").end()
         began = time.monotonic()
         tracing.close()
-        assert time.monotonic() - began < 5  # an export is tried for ten
+        assert time.monotonic() - began < 5  # an export is retried for 10 s
 
 
-def test_without_the_extra_a_start_says_so(
+def test_without_the_sdk_processes_do_not_start(
     collector: Collector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
@@ -257,13 +257,12 @@ def test_without_the_extra_a_start_says_so(
     assert process.main(EngineSettings(redis_url="redis://nowhere", engine_id="e")) == EXIT_CONFIGURATION
     api = CliRunner().invoke(cli.app, ["api", "--redis-url", "redis://nowhere", "--port", "0"])
     assert api.exit_code == EXIT_CONFIGURATION
-    for said in (capsys.readouterr().err, api.stderr):
-        assert "OTEL_EXPORTER_OTLP_ENDPOINT is set" in said
-        assert "pip install glimmer[otel]" in said
+    for message in (capsys.readouterr().err, api.stderr):
+        assert "OTEL_EXPORTER_OTLP_ENDPOINT is set" in message
+        assert "pip install glimmer[otel]" in message
 
 
-def test_nothing_is_loaded_where_no_traces_are_asked_for() -> None:
-    """The API package makes no-op spans; the SDK's tracer and the exporter are loaded only to make real ones."""
+def test_the_sdk_is_imported_only_for_tracing() -> None:
     code = """
 import sys
 import engine.worker.worker, server.app

@@ -1,4 +1,4 @@
-"""Waiting for what has no event: other processes and threads, and what ends up in Redis."""
+"""Polling for conditions in other processes, threads and Redis."""
 
 import asyncio
 import inspect
@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 
 async def until(condition: Callable[[], object], seconds: float | None = 5.0) -> None:
-    """Returns when the condition, which may have to be awaited, is true.
+    """Wait until the condition, which may return an awaitable, is true.
+
+    Args:
+        seconds: timeout; None waits forever.
 
     Raises:
-        TimeoutError: it did not within so many seconds; None waits for ever.
+        TimeoutError: it stayed false.
     """
     async with asyncio.timeout(seconds):
         while True:
-            held = condition()
-            if await held if inspect.isawaitable(held) else held:
+            result = condition()
+            if await result if inspect.isawaitable(result) else result:
                 return
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What is in Redis when all is done: nothing that would stay."""
+"""The contents of Redis, to check that nothing is left at the end."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,20 +8,21 @@ import redis.asyncio
 
 PREFIX = "glimmer"
 STAYS = frozenset(f"{PREFIX}:{name}" for name in ("counters", "engines", "queue:interactive", "queue:batch"))
-LONGEST_TTL_S = 3600 + 600  # of an idempotency key: the timeout of its job, and as long as results are kept
-HANDED_BACK = "handed-back"  # in the groups it stands for nobody
+LONGEST_TTL_S = 3600 + 600  # of an idempotency key: its job's timeout plus the time results are kept
+HANDED_BACK = "handed-back"  # a consumer of the groups that is no engine
 QUEUES = ("queue:interactive", "queue:batch")
 
 
 @dataclass
 class Inside:
-    """
+    """Counts of jobs and keys.
+
     Args:
-        waiting, running: what the admission counts.
+        waiting, running: what admission counts.
         entries, pending: of both streams.
-        consumers: names of engines that the groups know, whether they live or not.
-        without_end: keys that nothing will ever delete.
-        kinds: how many keys there are of each kind, by the word after the prefix.
+        consumers: engines that the groups know, alive or not.
+        without_end: keys that never expire.
+        kinds: number of keys by kind, the word after the prefix.
         blob_bytes: memory of results and partial images.
     """
 

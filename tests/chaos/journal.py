@@ -1,9 +1,9 @@
-"""What an engine process writes down of every claim and every write, as it happens: one JSON array a line.
+"""Journal of an engine process: every claim and write, one JSON array per line.
 
-A line is in the kernel's hands before the next thing happens, so a SIGKILL loses at most the one being written. Times
-are `time.monotonic()` seconds, which all processes of a machine share.
+Each line is written by one system call, so a SIGKILL loses at most one. Times are `time.monotonic()` seconds, which all
+processes of a machine share.
 
-    [t, "claim", job, epoch, began, runs, exclusive, [plans known], prompt]
+    [t, "claim", job, epoch, began, runs, quarantined, [indices of known plans], prompt]
     [t, kind, job, epoch, began, accepted, detail]      kind: renew progress checkpoint partial commit fail release
     [t, "freed", job, epoch]                            the engine holds nothing of the job any more
     [t, "hangs"]                                        a step began that will not end
@@ -29,15 +29,14 @@ class Journal:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def write(self, *facts: Any) -> None:
-        """Adds a line that begins with the time."""
+        """Append a line that begins with the time."""
         os.write(self._file, orjson.dumps([time.monotonic(), *facts]) + b"\n")
 
 
 class WitnessedConsumer(JobConsumer):
-    """The queue, with every claim and every write of the engine in a journal.
+    """A consumer that records its claims and writes in a journal.
 
-    The times around a write are enough to tell a stale one that took effect: it began after a newer claim on the same
-    job had been granted.
+    The times around a write reveal a stale one that took effect: it began after a newer claim of the job was granted.
     """
 
     journal: Journal

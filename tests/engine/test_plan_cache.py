@@ -1,4 +1,4 @@
-"""What a kept plan is kept for: the same request to a model that would plan it the same, and nothing else."""
+"""A cached plan serves only requests for the same plan from the same planner."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ PLAN = Plan(2, 3, [1, 2, 3, 4, 5, 6])
 
 
 def _nudge(weight: torch.Tensor) -> None:
-    """Changes one value by as little as can be."""
+    """Change one value by the smallest step."""
     last = weight.data.view(-1)[-1:]
     last.copy_(torch.nextafter(last, torch.full_like(last, 9.0)))
 
@@ -33,7 +33,7 @@ CHANGES: dict[str, Callable[[GlmImage], object]] = {
     "order of codes": lambda m: _swap(m.planner.lm_head.weight),
     "vision tokenizer": lambda m: _nudge(m.vision.visual.blocks[0].mlp.fc1.weight),  # type: ignore[union-attr,arg-type]
     "codebook": lambda m: _nudge(m.vision.vqmodel.quantize.embedding.weight),
-    "picture preprocessing": lambda m: setattr(m.prompts.processor.image_processor, "image_mean", [0.5, 0.5, 0.5]),
+    "image preprocessing": lambda m: setattr(m.prompts.processor.image_processor, "image_mean", [0.5, 0.5, 0.5]),
     "chat template": lambda m: setattr(m.prompts.processor, "chat_template", "{{ messages }}"),
     "tokenizer": lambda m: m.prompts.processor.tokenizer.add_tokens(["poster"]),
     "rotary positions": lambda m: setattr(m.planner, "config", replace(m.planner.config, rope_theta=4.0)),
@@ -41,13 +41,13 @@ CHANGES: dict[str, Callable[[GlmImage], object]] = {
 }
 
 
-def test_models_that_plan_otherwise_have_other_fingerprints(checkpoint: Path) -> None:
+def test_models_that_plan_differently_have_different_fingerprints(checkpoint: Path) -> None:
     changed = load(checkpoint)
     known = {changed.planning_fingerprint(): "nothing"}
     for name, change in CHANGES.items():
         change(changed)
         new = changed.planning_fingerprint()
-        assert new not in known, f"{name} does not count: as after {known[new]}"
+        assert new not in known, f"{name} does not change the fingerprint: same as {known[new]}"
         known[new] = name
 
 
@@ -60,33 +60,37 @@ def test_models_that_plan_the_same_share_a_fingerprint(checkpoint: Path, model: 
     assert other_dtype.planning_fingerprint() != model.planning_fingerprint()
 
 
-async def test_a_plan_is_kept_for_the_same_pictures_in_the_same_order(queue: JobQueue) -> None:
+async def test_a_plan_is_found_for_the_same_source_images_in_the_same_order(queue: JobQueue) -> None:
     cache = PlanCache(queue, "planner", ttl_s=60)
     await cache.store(SPEC, SOURCES, 1, PLAN)
     assert await cache.lookup(SPEC, SOURCES) == {1: PLAN}
-    assert await cache.lookup(SPEC, replace(SOURCES, overlay=None)) == {1: PLAN}, "a mask has no part in the plan"
-    for pictures in ([b"second", b"first"], [b"first"], [b"first", b"other"], [b"firsts", b"econd"]):
-        assert await cache.lookup(SPEC, SourceImages(pictures)) == {}
+    assert await cache.lookup(SPEC, replace(SOURCES, overlay=None)) == {1: PLAN}, "the plan does not depend on a mask"
+    for files in ([b"second", b"first"], [b"first"], [b"first", b"other"], [b"firsts", b"econd"]):
+        assert await cache.lookup(SPEC, SourceImages(files)) == {}
     assert await cache.lookup(SPEC, None) == {}
 
 
-async def test_a_plan_is_kept_for_its_seed_and_not_its_place(queue: JobQueue) -> None:
+async def test_a_plan_is_found_by_its_seed_and_not_its_index(queue: JobQueue) -> None:
     cache = PlanCache(queue, "planner", ttl_s=60)
     await cache.store(SPEC, SOURCES, 1, PLAN)
-    free = {"num_inference_steps": 7, "guidance_scale": 4.0, "output_format": "jpeg", "negative_prompt": "no 'words'"}
+    free = {
+        "num_inference_steps": 7,
+        "guidance_scale": 4.0,
+        "output_format": "jpeg",
+        "negative_prompt": "no 'words'",
+    }
     assert await cache.lookup(replace(SPEC, seed=2, n=1, **free), SOURCES) == {0: PLAN}  # type: ignore[arg-type]
     for change in ({"seed": 3}, {"prompt": "make it"}, {"width": 128}, {"temperature": 1.0}, {"top_p": 0.5}):
         assert await cache.lookup(replace(SPEC, **change), SOURCES) == {}  # type: ignore[arg-type]
 
 
-async def test_planners_do_not_share(queue: JobQueue) -> None:
+async def test_planners_do_not_share_plans(queue: JobQueue) -> None:
     await PlanCache(queue, "planner", ttl_s=60).store(SPEC, SOURCES, 0, PLAN)
     assert await PlanCache(queue, "another", ttl_s=60).lookup(SPEC, SOURCES) == {}
 
 
 @pytest.mark.parametrize("given", [True, False])
-async def test_nothing_is_kept_that_is_not_wanted(queue: JobQueue, given: bool) -> None:
-    """Where the settings keep none, and for a request that brings its plan."""
+async def test_a_request_with_its_own_plan_or_a_disabled_cache_finds_none(queue: JobQueue, given: bool) -> None:
     cache = PlanCache(queue, "planner", ttl_s=60)
     await (cache if given else PlanCache(queue, "planner", ttl_s=0)).store(SPEC, SOURCES, 0, PLAN)
     spec = replace(SPEC, plan=PLAN.to_dict()) if given else SPEC

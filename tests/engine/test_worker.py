@@ -1,4 +1,4 @@
-"""The worker between a real queue and a real engine."""
+"""The worker with a real queue and a real engine."""
 
 import asyncio
 import io
@@ -34,7 +34,7 @@ SPEC = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
 async def working(
     queue: JobQueue, engine: Engine, tracing: Tracing = Tracing(), **settings: float
 ) -> AsyncIterator[Worker]:
-    """A worker that is drained at the end."""
+    """Run a worker; drain it at the end."""
     config = EngineSettings(redis_url="", engine_id=f"engine-{time.monotonic_ns()}", **settings)  # type: ignore[arg-type]
     info = EngineInfo(config.engine_id, 1, "all", "ready", "m", "64x64", 512, 2048)
     worker = Worker(engine, queue, info, config, tracing)
@@ -44,7 +44,7 @@ async def working(
     finally:
         worker.drain()
         await running
-        engine.step()  # what was cancelled at the very end
+        engine.step()  # takes in the last cancellations
         assert engine.is_idle
         engine.check_integrity()
 
@@ -62,7 +62,7 @@ async def until_running(queue: JobQueue, job_id: str) -> JobRecord:
             await asyncio.sleep(0.02)
 
 
-async def test_jobs_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmImage) -> None:
+async def test_results_hold_the_engine_s_images(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
     specs = [
         replace(SPEC, n=2, return_plan=True),
@@ -86,7 +86,7 @@ async def test_jobs_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmIm
     assert engine.metrics.jobs.labels("succeeded")._value.get() == 3
 
 
-async def test_a_bad_request_fails_and_its_neighbour_does_not(queue: JobQueue, model: GlmImage) -> None:
+async def test_an_invalid_request_fails_alone(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model)):
         await submit(queue, replace(SPEC, prompt="a <|image|>"), "bad")
         await submit(queue, SPEC, "good")
@@ -100,7 +100,7 @@ async def test_a_bad_request_fails_and_its_neighbour_does_not(queue: JobQueue, m
 @pytest.mark.parametrize(
     ("planted", "code"), [(torch.OutOfMemoryError("planted"), "out_of_memory"), (ValueError("secret"), "engine_error")]
 )
-async def test_a_failure_is_told_without_its_inside(
+async def test_an_internal_failure_is_reported_without_its_text(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch, planted: Exception, code: str
 ) -> None:
     engine = small_engine(model)
@@ -117,7 +117,7 @@ async def test_a_failure_is_told_without_its_inside(
     assert str(planted) not in record.error.message
 
 
-async def test_a_broken_encoder_fails_the_job_alone(
+async def test_a_failing_encoder_fails_only_its_job(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(pixels, output_format, *_):
@@ -139,11 +139,11 @@ async def test_a_cancelled_job_frees_the_engine_at_once(queue: JobQueue, model: 
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=4), "long")
         await until_running(queue, "long")
         assert await queue.cancel("long")
-        await until(lambda: engine.is_idle, seconds=3)  # a step of this engine is far below a second
+        await until(lambda: engine.is_idle, seconds=3)  # a step of this engine takes far less than a second
         assert engine.planner.scheduler.allocator.used == 0
 
 
-async def test_a_job_past_its_deadline_is_dropped(queue: JobQueue, model: GlmImage) -> None:
+async def test_a_job_past_its_deadline_expires(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
     async with working(queue, engine):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512, n=4), "late", timeout_s=1.0)
@@ -151,8 +151,8 @@ async def test_a_job_past_its_deadline_is_dropped(queue: JobQueue, model: GlmIma
         await until(lambda: engine.is_idle, seconds=3)
 
 
-async def test_plans_are_kept_and_a_later_run_starts_from_them(queue: JobQueue, model: GlmImage) -> None:
-    """A first engine plans and is lost; the second renders the same bytes without planning."""
+async def test_a_second_run_starts_from_the_plans_of_the_first(queue: JobQueue, model: GlmImage) -> None:
+    """Lose the first engine after planning; the second renders the same bytes without planning."""
     engine = small_engine(model)
     [[expected]] = engine.generate([replace(SPEC, num_inference_steps=30)])
     await submit(queue, replace(SPEC, num_inference_steps=30), "j")
@@ -172,7 +172,7 @@ async def test_plans_are_kept_and_a_later_run_starts_from_them(queue: JobQueue, 
 
 
 def _file(pixels: torch.Tensor, spec: JobSpec, index: int = 0) -> bytes:
-    """What a worker makes of an image of the spec."""
+    """Return the file a worker makes of an image."""
     return encode(pixels, spec.output_format, spec.output_compression, metadata(spec, spec.seed + index))
 
 
@@ -197,7 +197,7 @@ async def test_a_worker_checkpoints_plans(queue: JobQueue, model: GlmImage) -> N
     assert list(claim.plans) == [0]
 
 
-async def test_a_drain_finishes_what_runs_and_takes_nothing_new(queue: JobQueue, model: GlmImage) -> None:
+async def test_a_drain_finishes_running_jobs_and_claims_no_more(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model)) as worker:
         await submit(queue, replace(SPEC, num_inference_steps=20), "running")
         await until_running(queue, "running")
@@ -210,7 +210,9 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(queue: JobQueue,
     assert await queue.engines() == []
 
 
-async def test_what_outlasts_the_grace_period_is_handed_back_unblamed(queue: JobQueue, model: GlmImage) -> None:
+async def test_after_the_grace_period_jobs_are_requeued_and_the_run_does_not_count(
+    queue: JobQueue, model: GlmImage
+) -> None:
     async with working(queue, small_engine(model), grace_s=0.1):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
         await until_running(queue, "long")
@@ -219,7 +221,7 @@ async def test_what_outlasts_the_grace_period_is_handed_back_unblamed(queue: Job
     assert (record.state, record.runs) == (JobState.QUEUED, 0)
 
 
-async def test_a_second_drain_hands_back_at_once(queue: JobQueue, model: GlmImage) -> None:
+async def test_a_second_drain_requeues_at_once(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model), grace_s=300.0) as worker:
         await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
         await until_running(queue, "long")
@@ -229,7 +231,7 @@ async def test_a_second_drain_hands_back_at_once(queue: JobQueue, model: GlmImag
     assert (record.state, record.runs) == (JobState.QUEUED, 0)
 
 
-async def test_heartbeats_say_what_the_engine_does(queue: JobQueue, model: GlmImage) -> None:
+async def test_heartbeats_report_the_engine_s_load(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model)):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=3), "j")
         async with asyncio.timeout(10):
@@ -244,7 +246,7 @@ async def test_heartbeats_say_what_the_engine_does(queue: JobQueue, model: GlmIm
         await queue.cancel("j")
 
 
-async def test_a_lost_device_ends_the_worker_and_its_jobs_go_back(
+async def test_a_lost_device_ends_the_worker_and_requeues_its_jobs(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = small_engine(model)
@@ -260,10 +262,10 @@ async def test_a_lost_device_ends_the_worker_and_its_jobs_go_back(
         await worker.run()
     record = await queue.get("j")
     assert record is not None
-    assert (record.state, record.runs) == (JobState.QUEUED, 1)  # the run counts: the job may be to blame
+    assert (record.state, record.runs) == (JobState.QUEUED, 1)  # the run counts: the job may be the cause
 
 
-async def test_a_step_that_hangs_ends_the_process_and_its_jobs_go_back(
+async def test_a_step_that_hangs_ends_the_process_and_requeues_its_jobs(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, over, codes = small_engine(model), threading.Event(), list[int]()
@@ -289,7 +291,7 @@ async def test_a_step_that_hangs_ends_the_process_and_its_jobs_go_back(
     assert (record.state, record.runs) == (JobState.QUEUED, 1)
 
 
-async def test_more_jobs_than_room_are_left_for_others(queue: JobQueue, model: GlmImage) -> None:
+async def test_jobs_beyond_the_capacity_stay_in_the_queue(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model, max_images=2)
     async with working(queue, engine):
         for number in range(5):
@@ -300,39 +302,39 @@ async def test_more_jobs_than_room_are_left_for_others(queue: JobQueue, model: G
             assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
 
 
-async def test_a_job_taken_from_us_is_dropped(queue: JobQueue, redis_client, model: GlmImage) -> None:
-    """Another engine takes the job over; ours notices and neither finishes nor commits it."""
+async def test_a_job_taken_over_by_another_engine_is_dropped(queue: JobQueue, redis_client, model: GlmImage) -> None:
+    """Take the job over: the worker neither finishes nor commits it."""
     engine = small_engine(model)
     async with working(queue, engine, lease_s=1.0):
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256), "j")
         await until_running(queue, "j")
-        thief = JobQueue(redis_client, lease_ms=0)
-        claim = await thief.claim("thief", FreeCapacity(8, 100_000, 0, True))
+        other = JobQueue(redis_client, lease_ms=0)
+        claim = await other.claim("other", FreeCapacity(8, 100_000, 0, True))
         assert claim is not None
         await until(lambda: engine.is_idle, seconds=5)
         record = await queue.get("j")
         assert record is not None
         assert record.state is JobState.RUNNING
-        assert await queue.requeue("thief", claim)
+        assert await queue.requeue("other", claim)
         await queue.cancel("j")
-        await thief.close()
+        await other.close()
 
 
-async def test_partial_images_are_shown_to_whoever_follows(queue: JobQueue, model: GlmImage) -> None:
+async def test_partial_images_reach_the_job_s_followers(queue: JobQueue, model: GlmImage) -> None:
     spec = replace(SPEC, width=96, height=128, partial_images=2, output_format="jpeg")
-    told: list[JobRecord | PartialImage] = []
+    received: list[JobRecord | PartialImage] = []
     async with working(queue, small_engine(model)):
         await submit(queue, spec, "j")
-        async for happened in queue.follow("j"):
-            told.append(happened)
-    partials = [t for t in told if isinstance(t, PartialImage)]
+        async for event in queue.follow("j"):
+            received.append(event)
+    partials = [event for event in received if isinstance(event, PartialImage)]
     assert [(p.image, p.index) for p in partials] == [(0, 0), (0, 1)]
     assert all(PillowImage.open(io.BytesIO(p.data)).size == (96, 128) for p in partials)
-    assert isinstance(told[-1], JobRecord)
-    assert told[-1].state is JobState.SUCCEEDED
+    assert isinstance(received[-1], JobRecord)
+    assert received[-1].state is JobState.SUCCEEDED
 
 
-async def test_a_plan_is_kept_for_whatever_would_be_planned_the_same(queue: JobQueue, model: GlmImage) -> None:
+async def test_a_cached_plan_serves_every_request_with_the_same_plan(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
     again = [replace(SPEC, num_inference_steps=5, guidance_scale=3.0), replace(SPEC, seed=0, n=2)]
     expected = engine.generate([SPEC, *again])
@@ -354,7 +356,7 @@ async def test_a_plan_is_kept_for_whatever_would_be_planned_the_same(queue: JobQ
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"top_p": 0.3}, {"seed": 2}, {"width": 96}, {"prompt": "b"}])
-async def test_another_request_is_planned_anew(queue: JobQueue, model: GlmImage, change: dict[str, Any]) -> None:
+async def test_a_request_with_another_plan_is_planned(queue: JobQueue, model: GlmImage, change: dict[str, Any]) -> None:
     engine = small_engine(model)
     async with working(queue, engine):
         for number, spec in enumerate([SPEC, replace(SPEC, **change)]):
@@ -363,7 +365,7 @@ async def test_another_request_is_planned_anew(queue: JobQueue, model: GlmImage,
     assert engine.metrics.plan_cache_hits._value.get() == 0
 
 
-async def test_no_plan_is_kept_where_the_settings_say_so(queue: JobQueue, model: GlmImage) -> None:
+async def test_the_plan_cache_can_be_disabled(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
     async with working(queue, engine, plan_cache_s=0):
         for number in range(2):

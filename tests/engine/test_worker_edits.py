@@ -1,4 +1,4 @@
-"""Edits between a real queue and a real engine: pictures come from the queue, a mask's overlay goes over the result."""
+"""Edits with a real queue and a real engine: source images come from the queue, an overlay covers the result."""
 
 import asyncio
 from dataclasses import replace
@@ -20,7 +20,7 @@ SPEC = JobSpec("make it 'RED'", 100, 64, seed=1, num_inference_steps=3, num_sour
 
 
 def mask(width: int, height: int) -> Image.Image:
-    """What is kept on the left, half kept in the middle, and made anew on the right."""
+    """Return an overlay that is opaque on the left, half transparent in the middle, and transparent on the right."""
     alpha = np.zeros((height, width), np.uint8)
     alpha[:, : width // 3] = 255
     alpha[:, width // 3 : width // 2] = 128
@@ -33,7 +33,7 @@ async def submit(queue: JobQueue, spec: JobSpec, job_id: str, given: SourceImage
     await queue.submit(spec, job_id=job_id, timeout_s=60, priority="interactive", max_queue=100, source_images=given)
 
 
-async def test_edits_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmImage) -> None:
+async def test_results_hold_the_engine_s_images(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
     given = sources(picture(1, 96, 64), picture(2, 64, 128))
     spec = JobSpec("both", 64, 96, seed=4, n=2, num_inference_steps=2, num_sources=2, return_plan=True)
@@ -56,7 +56,7 @@ async def test_edits_end_with_the_engine_s_pictures(queue: JobQueue, model: GlmI
     assert other.source_tokens == 0
 
 
-async def test_an_overlay_lies_over_what_was_made(queue: JobQueue, model: GlmImage) -> None:
+async def test_an_overlay_covers_the_result(queue: JobQueue, model: GlmImage) -> None:
     engine, overlay = small_engine(model), mask(100, 64)
     given = sources(picture(1, 96, 64), overlay=overlay)
     [[made]] = engine.generate([SPEC], [given])
@@ -68,7 +68,7 @@ async def test_an_overlay_lies_over_what_was_made(queue: JobQueue, model: GlmIma
     assert result.images[0].data == encode(apply_overlay(made, png(overlay)), "png", 100, metadata(SPEC, SPEC.seed))
 
 
-def test_an_overlay_keeps_what_is_opaque_to_the_bit() -> None:
+def test_opaque_pixels_of_an_overlay_are_kept_exactly() -> None:
     made, overlay = torch.from_numpy(np.array(picture(3, 99, 64))), mask(99, 64)
     got, kept = apply_overlay(made, png(overlay)).numpy(), np.array(overlay)[:, :, :3]
     assert np.array_equal(got[:, :33], kept[:, :33])
@@ -77,9 +77,9 @@ def test_an_overlay_keeps_what_is_opaque_to_the_bit() -> None:
     assert np.abs(got[:, 33:49] - between).max() <= 1
 
 
-async def test_a_picture_that_cannot_be_edited_fails_its_job_alone(queue: JobQueue, model: GlmImage) -> None:
+async def test_an_invalid_source_image_fails_only_its_job(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model)):
-        await submit(queue, SPEC, "bad", SourceImages([b"no picture"]))
+        await submit(queue, SPEC, "bad", SourceImages([b"not an image"]))
         await submit(queue, SPEC, "good", sources(picture(1, 96, 64)))
         bad = await queue.wait("bad")
         assert bad.state is JobState.FAILED
@@ -92,31 +92,30 @@ async def test_a_picture_that_cannot_be_edited_fails_its_job_alone(queue: JobQue
         assert (await queue.wait("good")).state is JobState.SUCCEEDED
 
 
-async def test_an_edit_cancelled_while_its_pictures_are_read_is_not_made(
+async def test_an_edit_cancelled_during_preprocessing_is_not_rendered(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, reading, go_on = small_engine(model), asyncio.Event(), asyncio.Event()
+    engine, started, proceed = small_engine(model), asyncio.Event(), asyncio.Event()
     loop, real = asyncio.get_running_loop(), engine.preprocess_images
 
     def slowly(given: SourceImages):
-        loop.call_soon_threadsafe(reading.set)
-        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20)
+        loop.call_soon_threadsafe(started.set)
+        asyncio.run_coroutine_threadsafe(proceed.wait(), loop).result(20)
         return real(given)
 
     monkeypatch.setattr(engine, "preprocess_images", slowly)
     async with working(queue, engine):
         await submit(queue, SPEC, "gone", sources(picture(1, 96, 64)))
-        await asyncio.wait_for(reading.wait(), 20)
+        await asyncio.wait_for(started.wait(), 20)
         assert await queue.cancel("gone")
-        go_on.set()
+        proceed.set()
     assert engine.metrics.images._value.get() == 0
     record = await queue.get("gone")
     assert record is not None
     assert record.state is JobState.CANCELLED
 
 
-async def test_an_edit_whose_pictures_find_no_room_is_left_for_others(queue: JobQueue, model: GlmImage) -> None:
-    """Until there is room again: an engine that took it now would only have it wait inside."""
+async def test_an_edit_whose_source_images_do_not_fit_stays_in_the_queue(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model, source_patches=30)
     spec = replace(SPEC, num_inference_steps=40, source_tokens=6)  # 24 patches
     async with working(queue, engine):
@@ -130,8 +129,8 @@ async def test_an_edit_whose_pictures_find_no_room_is_left_for_others(queue: Job
             assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
 
 
-async def test_a_bound_holds_room_only_until_the_pictures_are_read(queue: JobQueue, model: GlmImage) -> None:
-    """Both edits fit, though their bounds together do not."""
+async def test_a_bound_on_source_tokens_counts_only_until_preprocessing(queue: JobQueue, model: GlmImage) -> None:
+    """Run both edits, which fit together although their bounds do not."""
     engine = small_engine(model, source_patches=70)
     spec = replace(SPEC, num_inference_steps=200, source_tokens=10)
     async with working(queue, engine):
@@ -144,7 +143,7 @@ async def test_a_bound_holds_room_only_until_the_pictures_are_read(queue: JobQue
             await queue.cancel(f"j{number}")
 
 
-async def test_the_plan_of_an_edit_is_kept_for_the_same_pictures(queue: JobQueue, model: GlmImage) -> None:
+async def test_the_cached_plan_of_an_edit_serves_only_the_same_source_images(queue: JobQueue, model: GlmImage) -> None:
     engine, one, two = small_engine(model), picture(1, 96, 64), picture(2, 96, 64)
     spec = replace(SPEC, num_sources=2)
     again = replace(spec, num_inference_steps=2)
@@ -155,12 +154,12 @@ async def test_the_plan_of_an_edit_is_kept_for_the_same_pictures(queue: JobQueue
         engine.metrics.plan_cache_hits._value,
     )
     async with working(queue, engine):
-        for number, (asked, given, known) in enumerate(zip([spec, again, again], pairs, [0, 1, 1], strict=True)):
+        for number, (requested, given, cached) in enumerate(zip([spec, again, again], pairs, [0, 1, 1], strict=True)):
             before = written.get()
-            await submit(queue, asked, f"j{number}", given)
+            await submit(queue, requested, f"j{number}", given)
             assert (await queue.wait(f"j{number}")).state is JobState.SUCCEEDED
             result = await queue.result(f"j{number}")
             assert result is not None
-            assert result.images[0].data == encode(expected[number][0], "png", 100, metadata(asked, asked.seed))
-            assert hits.get() == known
+            assert result.images[0].data == encode(expected[number][0], "png", 100, metadata(requested, requested.seed))
+            assert hits.get() == cached
             assert written.get() == before + (0 if number == 1 else spec.image_plan_tokens)

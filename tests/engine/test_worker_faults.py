@@ -1,4 +1,4 @@
-"""What goes wrong around the engine, before it and after it, is one job's affair. Redis has a server of its own."""
+"""A failure before or after the engine's work ends only its job."""
 
 import asyncio
 import time
@@ -30,8 +30,8 @@ EDIT = JobSpec("make it 'RED'", 64, 64, seed=2, num_inference_steps=3, num_sourc
 
 
 @pytest.fixture
-async def own(tmp_path: Path) -> AsyncIterator[JobQueue]:
-    """A queue whose Redis nobody else uses."""
+async def isolated_queue(tmp_path: Path) -> AsyncIterator[JobQueue]:
+    """Yield a queue with a Redis server of its own, whose limits a test can change."""
     with EmbeddedRedis(tmp_path, fsync="no") as server:
         client = connect(server.url)
         queue = JobQueue(client)
@@ -45,7 +45,7 @@ def expected(engine: Engine) -> bytes:
     return encode(pixels, "png", 100, metadata(GOOD, GOOD.seed))
 
 
-async def picture_of(queue: JobQueue, job_id: str) -> bytes:
+async def image_of(queue: JobQueue, job_id: str) -> bytes:
     record, result = await queue.wait(job_id), await queue.result(job_id)
     assert record.state is JobState.SUCCEEDED, record.error
     assert result is not None
@@ -69,10 +69,10 @@ async def error_code(queue: JobQueue, job_id: str) -> str | None:
         ("apply_overlay", ValueError("planted"), "engine_error"),
     ],
 )
-async def test_a_failure_around_the_engine_ends_one_job(
+async def test_a_failure_outside_the_engine_ends_only_its_job(
     queue: JobQueue, model: GlmImage, stage: str, planted: Exception, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The victim is an edit under an overlay, as a WebP; the others come before and after it."""
+    """Fail an edit with an overlay, as a WebP, between two other jobs."""
     engine = small_engine(model)
     target = engine if stage == "preprocess_images" else encoding
     real = getattr(target, stage)
@@ -96,10 +96,10 @@ async def test_a_failure_around_the_engine_ends_one_job(
         )
         await submit(queue, GOOD, "after")
         assert await error_code(queue, "victim") == code
-        assert [await picture_of(queue, job_id) for job_id in ("before", "after")] == [want, want]
+        assert [await image_of(queue, job_id) for job_id in ("before", "after")] == [want, want]
 
 
-async def test_a_partial_image_that_fails_is_only_lost(
+async def test_a_failing_partial_image_does_not_fail_its_job(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -110,46 +110,46 @@ async def test_a_partial_image_that_fails_is_only_lost(
     monkeypatch.setattr(encoding, "resize", broken)
     async with working(queue, engine):
         await submit(queue, replace(GOOD, partial_images=2), "j")
-        assert await picture_of(queue, "j") == want
+        assert await image_of(queue, "j") == want
     assert engine.metrics.partial_images._value.get() == 2
 
 
-async def test_a_result_that_is_refused_once_is_written_later(
-    own: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
+async def test_a_result_refused_once_is_written_later(
+    isolated_queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, attempts = own.commit, 0
+    real, attempts = isolated_queue.commit, 0
 
     async def commit(claim: Claim, result: JobResult) -> bool:
         nonlocal attempts
         attempts += 1
-        await own.client.config_set("maxmemory", 1 if attempts == 1 else 0)
+        await isolated_queue.client.config_set("maxmemory", 1 if attempts == 1 else 0)
         try:
             return await real(claim, result)
         finally:
-            await own.client.config_set("maxmemory", 0)
+            await isolated_queue.client.config_set("maxmemory", 0)
 
     engine = small_engine(model)
     want = expected(engine)
-    monkeypatch.setattr(own, "commit", commit)
-    async with working(own, engine):
-        await submit(own, GOOD, "j")
-        assert await picture_of(own, "j") == want
+    monkeypatch.setattr(isolated_queue, "commit", commit)
+    async with working(isolated_queue, engine):
+        await submit(isolated_queue, GOOD, "j")
+        assert await image_of(isolated_queue, "j") == want
     assert attempts == 2
 
 
-async def _values_are_small(queue: JobQueue) -> None:
+async def _limit_value_size(queue: JobQueue) -> None:
     await queue.client.config_set("proto-max-bulk-len", 1 << 20)
 
 
-async def _memory_is_short(queue: JobQueue) -> None:
+async def _limit_memory(queue: JobQueue) -> None:
     await queue.client.config_set("maxmemory", (await queue.client.info("memory"))["used_memory"] + (6 << 20))
 
 
-@pytest.mark.parametrize("limit", [_values_are_small, _memory_is_short])
-async def test_a_result_redis_has_no_room_for_fails_its_job_alone(
-    own: JobQueue, model: GlmImage, limit: Callable[[JobQueue], Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", [_limit_value_size, _limit_memory])
+async def test_a_result_too_large_for_redis_fails_only_its_job(
+    isolated_queue: JobQueue, model: GlmImage, limit: Callable[[JobQueue], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it is tried, the others' results and heartbeats find their way."""
+    """Write the results of other jobs between its attempts."""
 
     def large(pixels: Any, output_format: OutputFormat, *rest: Any) -> bytes:
         return bytes(8 << 20) if output_format == "webp" else encode(pixels, output_format, *rest)
@@ -158,20 +158,20 @@ async def test_a_result_redis_has_no_room_for_fails_its_job_alone(
     want = expected(engine)
     monkeypatch.setattr(encoding, "encode", large)
     monkeypatch.setattr(job_runner, "MAX_WRITE_ATTEMPTS", 2)
-    async with working(own, engine):
-        await limit(own)
-        await submit(own, VICTIM, "victim")
-        await submit(own, GOOD, "good")
-        assert await picture_of(own, "good") == want
-        assert await error_code(own, "victim") == "result_too_large"
-        assert await own.result("victim") is None
-        await _submit_when_there_is_room(own, "later")
-        assert await picture_of(own, "later") == want
-    assert (await own.stats()).running == 0
+    async with working(isolated_queue, engine):
+        await limit(isolated_queue)
+        await submit(isolated_queue, VICTIM, "victim")
+        await submit(isolated_queue, GOOD, "good")
+        assert await image_of(isolated_queue, "good") == want
+        assert await error_code(isolated_queue, "victim") == "result_too_large"
+        assert await isolated_queue.result("victim") is None
+        await _submit_when_there_is_room(isolated_queue, "later")
+        assert await image_of(isolated_queue, "later") == want
+    assert (await isolated_queue.stats()).running == 0
 
 
 async def _submit_when_there_is_room(queue: JobQueue, job_id: str) -> None:
-    """The last attempt's buffer takes up memory in Redis for a second or two."""
+    """Submit with retries: the last attempt's buffer takes memory in Redis for a second or two."""
     async with asyncio.timeout(20):
         while True:
             with suppress(QueueUnavailable):
@@ -179,10 +179,10 @@ async def _submit_when_there_is_room(queue: JobQueue, job_id: str) -> None:
             await asyncio.sleep(0.2)
 
 
-async def test_a_job_whose_deadline_comes_before_the_engine_has_it_does_not_begin(
+async def test_a_job_whose_deadline_passes_during_preprocessing_is_not_started(
     queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long before its lease is renewed, which would end it, too."""
+    """Expire it long before its lease is renewed, which would end it, too."""
     engine, loop, seen, left = small_engine(model), asyncio.get_running_loop(), list[object](), list[float]()
 
     def too_late(given: SourceImages) -> list[Any]:
@@ -203,4 +203,4 @@ async def test_a_job_whose_deadline_comes_before_the_engine_has_it_does_not_begi
     assert (record.state, record.runs) == (JobState.EXPIRED, 1)
     assert not seen
     assert engine.metrics.jobs.labels("expired")._value.get() == 1
-    assert 500 < left[0] <= 600, "as Redis' clock has it"
+    assert 500 < left[0] <= 600, "by the clock of Redis"

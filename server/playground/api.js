@@ -1,10 +1,10 @@
-// The HTTP API, as this page uses it: a request becomes a job, and the job is followed to its end.
+// The HTTP API as this page uses it: submit a job, then follow its events until it ends.
 
-const ATTEMPTS = 10; // to take up a stream of events that broke
-const PAUSE_MS = 1000;
+const MAX_ATTEMPTS = 10; // to reconnect to a broken stream of events
+const RETRY_INTERVAL_MS = 1000;
 const KEY = "glimmer-api-key";
 
-/** An answer other than success, in the API's own words. `status` is 0 where there was none. */
+/** An error response with the API's message. `status` is 0 without a response. */
 export class ApiError extends Error {
   constructor(status, { message, param = null, code = null }) {
     super(message);
@@ -19,14 +19,14 @@ export function setApiKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** The names of the models, the default first. */
+/** Resolves to the names of the models, the default first. */
 export async function models() {
   const list = await (await send("v1/models")).json();
   return list.data.map((model) => model.id);
 }
 
 /**
- * Starts a job for `fields` of a request, and with `sources`, pictures as Blobs, for an edit. Resolves to the job.
+ * Starts a job with the `fields` of a request; `sources`, images as Blobs, make it an edit. Resolves to the job.
  */
 export async function start(fields, sources) {
   const body = { ...fields, partial_images: 2, return_plan: true, response_format: "b64_json" };
@@ -46,8 +46,8 @@ export async function cancel(jobId) {
 }
 
 /**
- * The events of a job, as {name, data}: status, progress, partial_image, at the end completed or failed. A stream that
- * breaks is taken up again, after an event "reconnecting"; what was told already may then be told once more.
+ * Yields the events of a job as {name, data}: status, progress, partial_image, finally completed or failed. Reconnects
+ * to a broken stream after an event "reconnecting"; earlier events may then repeat.
  */
 export async function* follow(jobId) {
   for (let attempt = 1; ; attempt++) {
@@ -59,11 +59,11 @@ export async function* follow(jobId) {
       }
     } catch (error) {
       const isFinal = error instanceof ApiError && error.status >= 400 && error.status < 500;
-      if (isFinal || attempt === ATTEMPTS) throw error;
+      if (isFinal || attempt === MAX_ATTEMPTS) throw error;
     }
-    if (attempt === ATTEMPTS) throw new ApiError(0, { message: "The connection to the server broke." });
+    if (attempt === MAX_ATTEMPTS) throw new ApiError(0, { message: "The connection to the server was lost." });
     yield { name: "reconnecting", data: {} };
-    await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+    await new Promise((resolve) => setTimeout(resolve, RETRY_INTERVAL_MS));
   }
 }
 
@@ -74,7 +74,7 @@ export function toBlob(base64, format) {
 async function send(path, options = {}) {
   const headers = new Headers(options.headers);
   if (/[^\x21-\x7e]/.test(apiKey())) {
-    throw new ApiError(401, { message: "An API key has letters, digits and signs of ASCII only, and no spaces." });
+    throw new ApiError(401, { message: "An API key has only printable ASCII characters and no spaces." });
   }
   if (apiKey()) headers.set("authorization", `Bearer ${apiKey()}`);
   let response;
@@ -84,8 +84,8 @@ async function send(path, options = {}) {
     throw new ApiError(0, { message: "The server cannot be reached." });
   }
   if (response.ok) return response;
-  const answer = await response.json().catch(() => null); // a proxy in between may answer with anything
-  throw new ApiError(response.status, answer?.error ?? { message: `The server answered with HTTP ${response.status}.` });
+  const body = await response.json().catch(() => null); // a proxy may respond with anything
+  throw new ApiError(response.status, body?.error ?? { message: `The server responded with HTTP ${response.status}.` });
 }
 
 async function* events(response) {
@@ -99,18 +99,18 @@ async function* events(response) {
   }
 }
 
-/** Lines may be many megabytes long and come in small pieces, so the pieces are joined once. */
+/** Yields lines. They may be many megabytes long in small chunks, so the chunks are joined once. */
 async function* lines(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   try {
-    for (let pieces = []; ; ) {
+    for (let chunks = []; ; ) {
       const { done, value } = await reader.read();
       if (done) return;
       const [first, ...others] = value.split("\n");
-      pieces.push(first);
+      chunks.push(first);
       for (const other of others) {
-        yield pieces.join("");
-        pieces = [other];
+        yield chunks.join("");
+        chunks = [other];
       }
     }
   } finally {

@@ -1,23 +1,23 @@
-// The page: a form that becomes a job, the job's pictures as they come, and those of the past.
+// The page: the form, the running job with its images, and the history.
 
 import * as api from "./api.js";
 import * as history from "./history.js";
 import * as snippets from "./snippets.js";
 import { Tile, clearTiles, listItem, prepareSaving, thumbButton } from "./tiles.js";
 
-const RUNNING = "glimmer-running"; // the job that this tab waits for, so that a reload finds it again
+const RUNNING = "glimmer-running"; // key of the job this tab waits for, to find it again after a reload
 const COPIED_MS = 1500;
 const MAX_SOURCES = 4;
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 let sources = []; // Blobs to edit
-let running = null; // {jobId, isCancelled} while a job is waited for
-let viewed = null; // the picture in the dialog
+let running = null; // {jobId, isCancelled} while waiting for a job
+let viewed = null; // the record in the dialog
 
-// --- the form ---------------------------------------------------------------------------------------------------------
+// --- form -------------------------------------------------------------------------------------------------------------
 
-/** What the form says, as fields of a request. A number that is none goes out as it is: the API says what is wrong. */
+/** Returns the fields of the request. An invalid number is sent as it is: the API explains the error. */
 function readFields() {
   const fields = {};
   for (const { name, value, type, dataset } of form.elements) {
@@ -36,22 +36,22 @@ function writeFields(fields) {
   clearErrors();
 }
 
-/** Adds a zone to the end of the prompt, with the part that is to be filled in selected. */
+/** Appends a zone to the prompt and selects its placeholder. */
 function addZone(zone) {
   const prompt = $("prompt");
   const before = prompt.value.trimEnd();
   const start = before + (before ? (/[,.;:]$/.test(before) ? " " : ", ") : "");
   prompt.value = start + zone;
-  const gap = start.length + zone.indexOf("…");
+  const placeholder = start.length + zone.indexOf("…");
   prompt.focus();
-  prompt.setSelectionRange(gap, gap + 1);
+  prompt.setSelectionRange(placeholder, placeholder + 1);
 }
 
 function setSources(blobs) {
   sources = blobs.slice(0, MAX_SOURCES);
   $("sources").replaceChildren(
     ...sources.map((blob, index) => {
-      const button = thumbButton(blob, `Do not edit picture ${index + 1}`);
+      const button = thumbButton(blob, `Remove image ${index + 1}`);
       button.classList.add("removable");
       button.addEventListener("click", () => {
         setSources(sources.filter((other) => other !== blob));
@@ -61,13 +61,13 @@ function setSources(blobs) {
     }),
   );
   $("submit").textContent = sources.length ? "Edit" : "Generate";
-  if (blobs.length > MAX_SOURCES) showError(new api.ApiError(0, { message: "At most 4 pictures.", param: "image" }));
+  if (blobs.length > MAX_SOURCES) showError(new api.ApiError(0, { message: `At most ${MAX_SOURCES} images.`, param: "image" }));
 }
 
-function editPicture(picture) {
+function editImage(record) {
   $("viewer").close();
   clearErrors();
-  setSources([picture.blob]);
+  setSources([record.blob]);
   $("size").value = "";
   $("prompt").focus();
   $("prompt").select();
@@ -81,7 +81,7 @@ function clearErrors() {
   }
 }
 
-/** Says what is wrong in the API's words, beside the field that it names. */
+/** Shows the message of an error beside the field that it names. */
 function showError(error) {
   const name = error.status === 401 ? "key" : String(error.param ?? "").split(/[.[]/)[0];
   if (name === "key") $("key-field").hidden = false;
@@ -106,7 +106,7 @@ async function copy(kind, fields, count, button) {
   setTimeout(() => (button.textContent = label), COPIED_MS);
 }
 
-/** Browsers have no `navigator.clipboard` on a page that comes by plain HTTP from another machine. */
+/** Copies a text. Browsers offer no `navigator.clipboard` to a page from another machine over plain HTTP. */
 async function toClipboard(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
   const area = document.createElement("textarea");
@@ -120,7 +120,7 @@ async function toClipboard(text) {
   return isCopied;
 }
 
-// --- a job ------------------------------------------------------------------------------------------------------------
+// --- job --------------------------------------------------------------------------------------------------------------
 
 async function submit() {
   if (running) return;
@@ -141,12 +141,12 @@ async function submit() {
   }
 }
 
-/** Takes up the job of before a reload. */
+/** Continues with the job of this tab after a reload. */
 async function resume() {
   const saved = JSON.parse(sessionStorage.getItem(RUNNING) ?? "null");
   if (!saved) return;
   running = { jobId: null, isCancelled: false };
-  showRunning("Looking for the picture");
+  showRunning("Looking for the job");
   try {
     await watch(saved.jobId, saved.request);
   } catch (error) {
@@ -158,7 +158,7 @@ async function resume() {
 }
 
 async function cancel() {
-  running.isCancelled = true; // before the job is known, `watch` cancels it
+  running.isCancelled = true; // `watch` cancels a job whose id is not known yet
   say("Cancelling");
   if (running.jobId) await api.cancel(running.jobId).catch(showError);
 }
@@ -173,7 +173,7 @@ async function watch(jobId, request) {
     if (name === "status") showStatus(data);
     else if (name === "progress") showProgress(data);
     else if (name === "partial_image") showPartial(data, tiles);
-    else if (name === "reconnecting") say("The connection broke; trying again");
+    else if (name === "reconnecting") say("Connection lost; reconnecting");
     else if (name === "completed") await showResult(data, tiles, request);
     else if (data.error.code === "job_cancelled") fail(null);
     else throw new api.ApiError(0, data.error);
@@ -181,15 +181,15 @@ async function watch(jobId, request) {
 }
 
 function showPartial(partial, tiles) {
-  for (const tile of tiles) tile.setSize(partial.size); // also those that have nothing to show yet
+  for (const tile of tiles) tile.setSize(partial.size); // also those without an image yet
   tiles[partial.image_index ?? 0].showPartial(partial);
 }
 
 async function showResult({ result }, tiles, request) {
-  if (!result) throw new api.ApiError(0, { message: "The picture was made, but it is not kept any more." });
-  say(tiles.length === 1 ? "Done" : `Done: ${tiles.length} pictures`);
+  if (!result) throw new api.ApiError(0, { message: "The image was created, but is no longer kept." });
+  say(tiles.length === 1 ? "Done" : `Done: ${tiles.length} images`);
   for (const [index, image] of result.data.entries()) {
-    const picture = {
+    const record = {
       blob: api.toBlob(image.b64_json, result.output_format),
       fields: { ...request.fields, n: 1, seed: image.seed },
       edits: request.edits,
@@ -197,10 +197,10 @@ async function showResult({ result }, tiles, request) {
       size: result.size,
       plan: image.plan,
     };
-    tiles[index].finish(picture, ACTIONS);
-    picture.id = await history.add(picture);
+    tiles[index].finish(record, ACTIONS);
+    record.id = await history.add(record);
   }
-  await showPast();
+  await showHistory();
 }
 
 function showRunning(text) {
@@ -217,15 +217,15 @@ function showStatus(job) {
   if (running.isCancelled) return;
   if (job.progress) return showProgress(job.progress);
   if (job.position === null) return say("Starting");
-  const ahead = job.position === 0 ? "next in line" : `${job.position} before this one`;
-  const rest = job.estimated_seconds ? `, about ${Math.ceil(job.estimated_seconds)} s` : "";
-  say(`Waiting: ${ahead}${rest}`);
+  const ahead = job.position === 0 ? "next in the queue" : `${job.position} ahead`;
+  const estimate = job.estimated_seconds ? `, about ${Math.ceil(job.estimated_seconds)} s` : "";
+  say(`Waiting: ${ahead}${estimate}`);
 }
 
 function showProgress({ phase, step, steps }) {
   if (running.isCancelled) return;
   const name = phase[0].toUpperCase() + phase.slice(1);
-  if ($("status").textContent !== name) say(name); // a screen reader is told of the phase, not of every step
+  if ($("status").textContent !== name) say(name); // a screen reader announces the phase, not every step
   $("step").textContent = `${step} / ${steps}`;
   $("progress").max = steps;
   $("progress").value = step;
@@ -239,9 +239,9 @@ function say(text) {
   $("progress").removeAttribute("value");
 }
 
-/** Ends what is shown of a job that made no picture; `error` is null where that was wanted. */
+/** Shows that a job ended without a result; `error` is null if it was cancelled. */
 function fail(error) {
-  say(!error ? "Cancelled" : running.jobId ? "Failed" : ""); // what was refused has not begun
+  say(!error ? "Cancelled" : running.jobId ? "Failed" : ""); // a refused request has not started
   for (const figure of $("tiles").querySelectorAll(".tile:not(.done)")) {
     if (figure.querySelector("img").hidden) figure.remove();
     else figure.classList.add("unfinished");
@@ -261,50 +261,50 @@ function finish() {
   if (hadFocus) $("submit").focus({ preventScroll: true });
 }
 
-// --- pictures ---------------------------------------------------------------------------------------------------------
+// --- history ----------------------------------------------------------------------------------------------------------
 
-async function showPast() {
-  const pictures = await history.all();
-  $("past").hidden = !pictures.length;
+async function showHistory() {
+  const records = await history.all();
+  $("history").hidden = !records.length;
   $("thumbs").replaceChildren(
-    ...pictures.map((picture) => {
-      const button = thumbButton(picture.thumb, `${picture.fields.prompt}, seed ${picture.seed}`);
-      button.addEventListener("click", () => view(picture));
-      button.addEventListener("keydown", (event) => event.key === "Delete" && forget(picture));
+    ...records.map((record) => {
+      const button = thumbButton(record.thumb, `${record.fields.prompt}, seed ${record.seed}`);
+      button.addEventListener("click", () => view(record));
+      button.addEventListener("keydown", (event) => event.key === "Delete" && remove(record));
       return listItem(button);
     }),
   );
 }
 
-/** Deletes a picture of the past; the focus goes on to the one that takes its place. */
-async function forget(picture) {
-  const place = (await history.all()).findIndex(({ id }) => id === picture.id);
-  await history.remove(picture.id);
-  await showPast();
-  const left = $("thumbs").querySelectorAll("button");
-  (left[Math.min(place, left.length - 1)] ?? $("prompt")).focus();
+/** Deletes a record of the history and focuses the one that takes its place. */
+async function remove(record) {
+  const index = (await history.all()).findIndex(({ id }) => id === record.id);
+  await history.remove(record.id);
+  await showHistory();
+  const thumbs = $("thumbs").querySelectorAll("button");
+  (thumbs[Math.min(index, thumbs.length - 1)] ?? $("prompt")).focus();
 }
 
-/** Opens the dialog with a picture, of the past or just made. */
-function view(picture) {
-  viewed = picture;
+/** Opens the dialog with a record. */
+function view(record) {
+  viewed = record;
   const viewer = $("viewer");
-  const tile = new Tile(picture);
-  tile.finish(picture, ACTIONS);
+  const tile = new Tile(record);
+  tile.finish(record, ACTIONS);
   tile.figure.querySelector(".actions").remove();
   viewer.querySelector(".view").replaceChildren(tile.figure);
-  $("viewer-prompt").textContent = picture.fields.prompt;
-  const { prompt, n, seed, size, ...others } = picture.fields;
+  $("viewer-prompt").textContent = record.fields.prompt;
+  const { prompt, n, seed, size, ...others } = record.fields;
   const facts = Object.entries(others).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
-  $("viewer-facts").textContent = [picture.size, ...(picture.edits ? ["an edit"] : []), ...facts].join(" · ");
-  prepareSaving(viewer.querySelector("[data-do=save]"), picture, tile.image);
+  $("viewer-facts").textContent = [record.size, ...(record.edits ? ["an edit"] : []), ...facts].join(" · ");
+  prepareSaving(viewer.querySelector("[data-do=save]"), record, tile.image);
   viewer.showModal();
 }
 
-const ACTIONS = { edit: editPicture, open: view };
+const ACTIONS = { edit: editImage, open: view };
 
 const VIEWER = {
-  edit: () => editPicture(viewed),
+  edit: () => editImage(viewed),
   reuse: () => {
     writeFields(viewed.fields);
     $("viewer").close();
@@ -314,14 +314,14 @@ const VIEWER = {
   python: (button) => copy("python", viewed.fields, viewed.edits, button),
   delete: async () => {
     $("viewer").close();
-    await forget(viewed);
+    await remove(viewed);
   },
   close: () => $("viewer").close(),
 };
 
-// --- the start --------------------------------------------------------------------------------------------------------
+// --- start ------------------------------------------------------------------------------------------------------------
 
-/** A choice where there is one. A server that asks for keys makes the page ask, too. */
+/** Offers the models if there are several, and asks for an API key if the server requires one. */
 async function showModels() {
   try {
     const names = await api.models();
@@ -352,9 +352,9 @@ $("image").addEventListener("change", () => {
   $("image").value = ""; // the same file may be chosen again
 });
 $("clear").addEventListener("click", async () => {
-  if (!confirm("Delete all pictures of the history?")) return;
+  if (!confirm("Delete all images of the history?")) return;
   await history.clear();
-  await showPast();
+  await showHistory();
   $("prompt").focus();
 });
 for (const button of document.querySelectorAll("[data-zone]")) {
@@ -364,7 +364,7 @@ for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", () => copy(button.dataset.copy, readFields(), sources.length, button));
 }
 $("viewer").addEventListener("click", (event) => {
-  if (event.target === $("viewer")) $("viewer").close(); // beside the dialog: its backdrop
+  if (event.target === $("viewer")) $("viewer").close(); // the backdrop
   VIEWER[event.target.dataset.do]?.(event.target);
 });
 $("viewer").addEventListener("close", () => clearTiles($("viewer").querySelector(".view")));
@@ -373,5 +373,5 @@ $("key").value = api.apiKey();
 $("key-field").hidden = !api.apiKey();
 setSources([]);
 showModels();
-showPast();
+showHistory();
 resume();

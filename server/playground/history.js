@@ -1,11 +1,11 @@
-// The pictures of the past, in this browser's IndexedDB. Where it has none, they last as long as the page.
+// The history of images, in IndexedDB; without a database in memory, until the page is closed.
 
 export const LIMIT = 50;
-const STORE = "pictures";
+const STORE = "pictures"; // as in the databases of existing users
 const THUMB_SIDE = 192;
 
 let opened;
-let volatile = null; // the pictures where there is no database
+let inMemory = null; // the records, without a database
 
 function database() {
   opened ??= new Promise((resolve, reject) => {
@@ -17,7 +17,7 @@ function database() {
   return opened;
 }
 
-/** What `use` makes of the store, once it is safely there. */
+/** Resolves to the result of `use(store)` once the transaction is complete. */
 async function transact(mode, use) {
   const transaction = (await database()).transaction(STORE, mode);
   const result = use(transaction.objectStore(STORE));
@@ -28,47 +28,47 @@ async function transact(mode, use) {
   return result.result;
 }
 
-/** All pictures, the newest first. */
+/** Resolves to all records, the newest first. */
 export async function all() {
   try {
-    if (!volatile) return (await transact("readonly", (store) => store.getAll())).reverse();
+    if (!inMemory) return (await transact("readonly", (store) => store.getAll())).reverse();
   } catch {
-    volatile = [];
+    inMemory = [];
   }
-  return [...volatile].reverse();
+  return [...inMemory].reverse();
 }
 
 /**
- * Keeps a picture, {blob, fields, edits, seed, size, plan}, with a thumbnail. The oldest beyond the limit go.
+ * Stores a record, {blob, fields, edits, seed, size, plan}, with a thumbnail, and deletes the oldest beyond the limit.
  * Resolves to its id.
  */
-export async function add(picture) {
-  const kept = { ...picture, at: Date.now(), thumb: await thumbnail(picture.blob) };
-  if (!volatile) {
+export async function add(record) {
+  const stored = { ...record, at: Date.now(), thumb: await thumbnail(record.blob) };
+  if (!inMemory) {
     try {
       return await transact("readwrite", (store) => {
-        const adding = store.add(kept);
+        const adding = store.add(stored);
         const keys = store.getAllKeys();
         keys.onsuccess = () => keys.result.slice(0, -LIMIT).forEach((key) => store.delete(key));
         return adding;
       });
     } catch {
-      volatile = await all(); // the browser gives it no room: what is there stays, in memory, until it is closed
-      volatile.reverse();
+      inMemory = await all(); // no storage left: continue in memory with the records so far
+      inMemory.reverse();
     }
   }
-  const id = kept.at + Math.random();
-  volatile = [...volatile, { ...kept, id }].slice(-LIMIT);
+  const id = stored.at + Math.random();
+  inMemory = [...inMemory, { ...stored, id }].slice(-LIMIT);
   return id;
 }
 
 export async function remove(id) {
-  if (volatile) volatile = volatile.filter((picture) => picture.id !== id);
+  if (inMemory) inMemory = inMemory.filter((record) => record.id !== id);
   await transact("readwrite", (store) => store.delete(id)).catch(() => {});
 }
 
 export async function clear() {
-  if (volatile) volatile = [];
+  if (inMemory) inMemory = [];
   await transact("readwrite", (store) => store.clear()).catch(() => {});
 }
 

@@ -1,8 +1,8 @@
-// The plan of a picture as a grid: equal tokens have equal colours.
+// Drawing the plan of an image as a grid in which equal tokens have equal colours.
 
 const GOLDEN_ANGLE = 137.508;
 
-/** Draws {rows, cols, tokens}, one pixel a token; the style sheet makes them larger. */
+/** Draws {rows, cols, tokens} with one pixel per token, which the style sheet enlarges. */
 export function drawPlan(canvas, plan) {
   canvas.width = plan.cols;
   canvas.height = plan.rows;

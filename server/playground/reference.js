@@ -1,35 +1,36 @@
-// The API reference: what /openapi.json says, for a person to read.
+// The API reference, made from /openapi.json.
 
 import * as snippets from "./snippets.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
 const FIRST_ERROR = 400;
 
-let hasKey = false; // whether the server asks for a key
+let hasKey = false; // whether the server requires an API key
 
 // --- building blocks --------------------------------------------------------------------------------------------------
 
-/** An element with attributes and children; texts stay texts. */
+/** Creates an element with attributes and children; strings become text. */
 function element(tag, attributes, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children.flat());
-  return made;
+  const result = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) result.setAttribute(name, value);
+  result.append(...children.flat());
+  return result;
 }
 
 const code = (text) => element("code", {}, text);
 
-/** A text of the document: what stands in backticks is code. */
+/** Splits a description into text and code, which is in backticks. */
 const prose = (text = "") => text.split("`").map((part, index) => (index % 2 ? code(part) : part));
 
-/** What is told by `tell` of each of `items`, with a word in between. */
-const joined = (items, tell, word) => items.flatMap((item, index) => (index ? [word, ...tell(item)] : tell(item)));
+/** Joins the lists that `render` returns for `items`, with `separator` in between. */
+const joined = (items, render, separator) =>
+  items.flatMap((item, index) => (index ? [separator, ...render(item)] : render(item)));
 
 function table(headings, rows) {
   const head = element("tr", {}, headings.map((heading) => element("th", { scope: "col" }, heading)));
   const body = rows.map((cells) => element("tr", {}, cells.map((cell) => element("td", {}, cell))));
-  const made = element("table", {}, element("thead", {}, head), element("tbody", {}, body));
-  return element("div", { class: "scroll" }, made);
+  const grid = element("table", {}, element("thead", {}, head), element("tbody", {}, body));
+  return element("div", { class: "scroll" }, grid);
 }
 
 function details(summary, isOpen, ...children) {
@@ -42,7 +43,7 @@ const isNull = (schema) => schema.type === "null";
 const nameOf = (schema) => schema.$ref?.split("/").at(-1);
 const link = (name) => element("a", { href: `#${name}` }, name);
 
-/** The type of a value in words. That null stands for an absent field goes without saying. */
+/** Describes the type of a value, without null, which means that a field is absent. */
 function typeOf(schema) {
   if (schema.$ref) return [link(nameOf(schema))];
   if (schema.anyOf) return joined(schema.anyOf.filter((kind) => !isNull(kind)), typeOf, " or ");
@@ -54,11 +55,11 @@ function typeOf(schema) {
 }
 
 function about({ description = "", default: value }) {
-  const isTold = value === undefined || value === null || value === "";
-  return [...prose(description), ...(isTold ? [] : [description && "; ", "default ", code(JSON.stringify(value))])];
+  const isOmitted = value === undefined || value === null || value === "";
+  return [...prose(description), ...(isOmitted ? [] : [description && "; ", "default ", code(JSON.stringify(value))])];
 }
 
-/** The fields of an object; its name is what links lead to. */
+/** Renders the fields of an object; links lead to its name. */
 function fields(name, schema) {
   const rows = Object.entries(schema.properties ?? {}).map(([field, kind]) => {
     const required = schema.required?.includes(field) ? [element("span", { class: "required" }, "required")] : [];
@@ -78,7 +79,7 @@ function parameters(operation) {
   return [table(["Parameter", "In", ""], rows)];
 }
 
-/** The fields of each kind of body; the first lies open. */
+/** Renders the fields of each body; the first is open. */
 function bodies(operation, schemas) {
   return Object.entries(operation.requestBody?.content ?? {}).map(([kind, { schema }], index) =>
     details(["Body, ", code(kind)], index === 0, ...fields(nameOf(schema), schemas[nameOf(schema)])),
@@ -86,32 +87,33 @@ function bodies(operation, schemas) {
 }
 
 function example(path, operation) {
-  const given = Object.values(operation.requestBody?.content ?? {}).find((content) => content.example)?.example;
-  if (!given) return [];
+  const contents = Object.values(operation.requestBody?.content ?? {});
+  const request = contents.find((content) => content.example)?.example;
+  if (!request) return [];
   const base = new URL("v1", document.baseURI).href;
   const sources = path.endsWith("/edits") ? 1 : 0;
   return [
-    details("curl", true, element("pre", {}, snippets.curl(base, given, sources, hasKey))),
-    details("Python", false, element("pre", {}, snippets.python(base, given, sources, hasKey))),
+    details("curl", true, element("pre", {}, snippets.curl(base, request, sources, hasKey))),
+    details("Python", false, element("pre", {}, snippets.python(base, request, sources, hasKey))),
   ];
 }
 
-function answers(operation) {
+function responses(operation) {
   const rows = Object.entries(operation.responses).map(([status, { description, content = {}, headers = {} }]) => {
     const kinds = joined(Object.entries(content), ([kind, it]) => [code(kind), " ", ...typeOf(it.schema ?? it)], ", ");
     const named = Object.entries(headers).flatMap(([name, it]) => [" ", code(name), ": ", ...prose(it.description)]);
     return [Number(status), [status, [...prose(description), ...named], kinds]];
   });
-  const told = (isError) => rows.filter(([status]) => status >= FIRST_ERROR === isError).map(([, cells]) => cells);
-  const headings = ["Status", "", "Answer"];
-  const [good, errors] = [told(false), told(true)];
-  if (!errors.length) return [table(headings, good)];
+  const cellsOf = (isError) => rows.filter(([status]) => status >= FIRST_ERROR === isError).map(([, cells]) => cells);
+  const headings = ["Status", "", "Response"];
+  const [successes, errors] = [cellsOf(false), cellsOf(true)];
+  if (!errors.length) return [table(headings, successes)];
   const list = errors.map(([status]) => status).join(", ");
-  return [table(headings, good), details(`Errors: ${list}`, false, table(headings, errors))];
+  return [table(headings, successes), details(`Errors: ${list}`, false, table(headings, errors))];
 }
 
 function route(method, path, operation, schemas) {
-  const bearer = element("p", { class: "hint" }, "Needs a key: ", code("Authorization: Bearer KEY"));
+  const bearer = element("p", { class: "hint" }, "Requires a key: ", code("Authorization: Bearer KEY"));
   return element(
     "section",
     { id: method + path, class: "route" },
@@ -121,11 +123,11 @@ function route(method, path, operation, schemas) {
     ...parameters(operation),
     ...bodies(operation, schemas),
     ...example(path, operation),
-    ...answers(operation),
+    ...responses(operation),
   );
 }
 
-// --- the page ---------------------------------------------------------------------------------------------------------
+// --- page -------------------------------------------------------------------------------------------------------------
 
 function show({ info, paths, components: { schemas } }) {
   const operations = Object.entries(paths).flatMap(([path, methods]) =>
@@ -145,7 +147,7 @@ function show({ info, paths, components: { schemas } }) {
   }
 }
 
-/** Goes where the address points, which was not there yet when the page was loaded. */
+/** Scrolls to the target of the URL, which did not exist when the page was loaded. */
 function goToTarget() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   target?.closest("details")?.setAttribute("open", "");

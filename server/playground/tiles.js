@@ -1,12 +1,12 @@
-// Pictures as they are shown: those on their way and those of the past.
+// Tiles, which show images in progress and finished ones.
 
 import { toBlob } from "./api.js";
 import { drawPlan } from "./plan.js";
 
-const MAX_ENLARGEMENT = 2; // of a small picture on the page
-const MAX_HEIGHT_VH = 70; // of a large one
+const MAX_ENLARGEMENT = 2; // of small images
+const MAX_HEIGHT_VH = 70; // of large images
 
-/** One picture on its way: its plan, then each partial image, then itself with what can be done with it. */
+/** Shows one image: its plan, each partial image, then the finished image with its actions. */
 export class Tile {
   constructor(request) {
     this.figure = document.getElementById("tile").content.firstElementChild.cloneNode(true);
@@ -31,12 +31,12 @@ export class Tile {
     this.planButton.hidden = false;
   }
 
-  show(blob, what) {
+  show(blob, kind) {
     showBlob(this.image, blob);
-    this.image.alt = `${what}: ${this.prompt}`;
+    this.image.alt = `${kind}: ${this.prompt}`;
     const isFirst = this.image.hidden && !this.figure.previousElementSibling;
     this.image.hidden = false;
-    if (isFirst) this.figure.scrollIntoView({ block: "nearest" }); // on a phone it is below the form
+    if (isFirst) this.figure.scrollIntoView({ block: "nearest" }); // on a phone, it is below the form
   }
 
   showPartial(partial) {
@@ -46,17 +46,17 @@ export class Tile {
     this.figure.querySelector(".caption").textContent = `preview ${partial.partial_image_index + 1}`;
   }
 
-  /** Shows the picture itself, and what can be done with it; `edit` and `open` do it. */
-  finish(picture, { edit, open }) {
-    this.setSize(picture.size);
-    this.showPlan(picture.plan);
-    this.show(picture.blob, "Picture");
+  /** Shows a finished image and its actions, of which `edit` and `open` are callbacks. */
+  finish(record, { edit, open }) {
+    this.setSize(record.size);
+    this.showPlan(record.plan);
+    this.show(record.blob, "Image");
     this.figure.classList.add("done");
-    this.figure.querySelector(".caption").textContent = `seed ${picture.seed}`;
+    this.figure.querySelector(".caption").textContent = `seed ${record.seed}`;
     this.figure.querySelector(".actions").hidden = false;
-    this.figure.querySelector("[data-do=edit]").addEventListener("click", () => edit(picture));
-    this.figure.querySelector("[data-do=open]").addEventListener("click", () => open(picture));
-    prepareSaving(this.figure.querySelector("[data-do=save]"), picture, this.image);
+    this.figure.querySelector("[data-do=edit]").addEventListener("click", () => edit(record));
+    this.figure.querySelector("[data-do=open]").addEventListener("click", () => open(record));
+    prepareSaving(this.figure.querySelector("[data-do=save]"), record, this.image);
   }
 }
 
@@ -69,15 +69,15 @@ function showBlob(image, blob) {
   image.src = URL.createObjectURL(blob);
 }
 
-/** Takes away tiles with the memory of their pictures. */
+/** Removes tiles and frees the memory of their images. */
 export function clearTiles(container) {
   for (const image of container.querySelectorAll("img")) URL.revokeObjectURL(image.src);
   container.replaceChildren();
 }
 
-export function prepareSaving(link, picture, image) {
+export function prepareSaving(link, record, image) {
   link.href = image.src;
-  link.download = `glimmer-${picture.seed}.${picture.fields.output_format ?? "png"}`;
+  link.download = `glimmer-${record.seed}.${record.fields.output_format ?? "png"}`;
 }
 
 export function thumbButton(blob, label) {

@@ -147,7 +147,7 @@ async def test_a_place_in_the_queue(page: Page, queue: JobQueue, live_server: Li
             await client.post("/v1/images/generations", json={"prompt": "x"}, headers={"prefer": "respond-async"})
         await are(queue, waiting=1, running=1)
         await ask(page, "a fox")
-        await expect(page.locator("#status")).to_have_text("Waiting: 1 before this one")
+        await expect(page.locator("#status")).to_have_text("Waiting: 1 ahead")
         await page.get_by_role("button", name="Cancel").click()
         await expect(page.locator("#status")).to_have_text("Cancelled")
         await are(queue, waiting=1, running=1)
@@ -164,8 +164,8 @@ async def test_an_edit_of_a_result(page: Page, queue: JobQueue) -> None:
             "mimeType": "image/png",
             "buffer": pictures.png(Image.new("RGB", (64, 64), "blue")),
         }
-        await page.get_by_label("Add pictures to edit").set_input_files([extra, extra])  # type: ignore[list-item]
-        await page.get_by_role("button", name="Do not edit picture 3").click()
+        await page.get_by_label("Add images to edit").set_input_files([extra, extra])  # type: ignore[list-item]
+        await page.get_by_role("button", name="Remove image 3").click()
         await page.get_by_label("Prompt", exact=True).fill("a red fox")
         await page.locator("#submit").click()
         await expect(page.locator("#thumbs li")).to_have_count(2)
@@ -222,7 +222,7 @@ async def test_errors_of_folded_fields_of_no_field_and_of_the_engine(page: Page,
         await expect(page.locator("#problem .error")).to_have_text("The engine cannot.")
         await ask(page, " ")
         await expect(page.locator(".field:has(#prompt) .error")).to_have_text("The field prompt is required.")
-        await page.get_by_label("Add pictures to edit").set_input_files(
+        await page.get_by_label("Add images to edit").set_input_files(
             {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}
         )
         await page.get_by_label("Prompt", exact=True).fill("a fox")
@@ -287,7 +287,7 @@ async def test_by_keyboard_alone(page: Page, queue: JobQueue) -> None:
         await expect(details).to_be_focused()
         await tab_to(page.locator("#thumbs button").first)
         await press("Delete")
-        await expect(page.locator("#past")).to_be_hidden()
+        await expect(page.locator("#history")).to_be_hidden()
         await expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
 
 
@@ -306,7 +306,7 @@ async def test_the_history_stays(page: Page, queue: JobQueue, tmp_path: Path) ->
         assert saved.suggested_filename == "glimmer-6.png"
         await saved.save_as(tmp_path / "saved.png")
         assert (tmp_path / "saved.png").read_bytes() == picture(stub.specs[0], 6)
-        await page.get_by_role("button", name="Use its settings").click()
+        await page.get_by_role("button", name="Reuse settings").click()
         await expect(page.locator("#seed")).to_have_value("6")
         await page.get_by_role("button", name="Generate", exact=True).click()
         await expect(thumbs).to_have_count(3)
@@ -316,9 +316,9 @@ async def test_the_history_stays(page: Page, queue: JobQueue, tmp_path: Path) ->
         await expect(thumbs).to_have_count(2)
         page.once("dialog", lambda dialog: asyncio.ensure_future(dialog.accept()))
         await page.get_by_role("button", name="Delete all").click()
-        await expect(page.locator("#past")).to_be_hidden()
+        await expect(page.locator("#history")).to_be_hidden()
         await page.reload()
-        await expect(page.locator("#past")).to_be_hidden()
+        await expect(page.locator("#history")).to_be_hidden()
 
 
 async def test_the_history_has_a_limit(page: Page, queue: JobQueue) -> None:
@@ -371,7 +371,7 @@ async def test_copies_run(browser: Browser, queue: JobQueue, live_server: LiveSe
     async with StubEngine(queue) as stub, open_page(browser, live_server.url, permissions=permissions) as page:
         await make(page, AWKWARD, seed=5, size="96x64", num_inference_steps=3)
         await run_python(await copied(page, "Copy as Python"), tmp_path)
-        assert (tmp_path / "picture-1.png").read_bytes() == picture(stub.specs[0], 5)
+        assert (tmp_path / "image-1.png").read_bytes() == picture(stub.specs[0], 5)
         await run_curl(await copied(page, "Copy as curl"), tmp_path)
         original = replace(stub.specs[0], partial_images=0, return_plan=False)
         assert stub.specs[1:] == [original, original]

@@ -75,7 +75,7 @@ async def test_the_examples_make_pictures(
         curl, python = await examples.all_text_contents()
         await run_curl(curl, tmp_path)
         await run_python(python, tmp_path)
-        assert (tmp_path / "picture-1.png").exists()
+        assert (tmp_path / "image-1.png").exists()
         assert stub.specs[0] == stub.specs[1]
 
 
@@ -85,7 +85,7 @@ async def test_it_asks_for_a_key_where_the_server_does(browser: Browser, queue: 
     async with open_page(browser, server.url, "/docs") as page:
         models = route(page, "get/v1/models")
         await expect(models).to_be_visible()
-        assert await models.get_by_text("Needs a key").count() == (0 if key is None else 1)
+        assert await models.get_by_text("Requires a key").count() == (0 if key is None else 1)
         code = await route(page, "post/v1/images/edits").locator("pre").first.text_content() or ""
         assert ("Authorization: Bearer" in code) == (key is not None)
     await server.stop()

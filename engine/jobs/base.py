@@ -1,9 +1,9 @@
-"""The job queue: the only thing the API and the engines both know.
+"""The part of the job queue that the API and the engines share.
 
-A job is submitted once, claimed by engines until one of them ends it, and ends once. A claim is a lease: the engine
-renews it while it works, and any engine may take a job whose lease has lapsed. Every claim has a new epoch, and what
-an engine writes counts only while its epoch is the job's. So a job may run more than once, but has one visible end.
-The states and their changes are in `lua/prelude.lua`.
+A job is submitted once and ends once. Engines claim it until one of them ends it. A claim is a lease: the engine renews
+it while it works, and any engine may claim a job whose lease has lapsed. Each claim has a new epoch, and writes of an
+engine take effect only while its epoch is the job's. So a job may run more than once, but ends once. `lua/prelude.lua`
+has the states and the changes of state.
 """
 
 from collections.abc import AsyncIterator
@@ -18,18 +18,17 @@ from engine.jobs.scripts import LuaScripts
 
 
 class QueueBase:
-    """Jobs in Redis. Any number of processes may hold one; all must agree on the settings.
+    """Jobs in Redis. Any number of processes may have one; all must use the same settings.
 
-    Every method raises `QueueUnavailable` when Redis is away or refuses writes, unless its docstring says otherwise;
-    it may be called again then. Scripts, consumer groups and subscriptions that a restarted or flushed Redis has lost
-    are made again on the way.
+    Methods raise `QueueUnavailable` when Redis is away or refuses writes, and may be called again then. Scripts,
+    consumer groups and subscriptions that a restarted or flushed Redis has lost are created again.
 
     Args:
-        redis: a client that returns bytes (see `engine.jobs.connection.connect`); stays the caller's to close.
+        redis: a client that returns bytes (see `engine.jobs.connection.connect`); the caller closes it.
         prefix: put before every key and channel.
-        lease_ms: a claim that is not renewed for this long is open to others.
-        result_ttl_s: how long the record and the result outlive the end of the job, in seconds.
-        max_runs: a job that has cost this many engines their lease fails instead of being claimed again.
+        lease_ms: after so long without renewal a claimed job may be claimed by others.
+        result_ttl_s: how long the record and the result are kept after the end of the job, in seconds.
+        max_runs: a job that has cost so many engines their lease fails instead of being claimed again.
     """
 
     def __init__(
@@ -47,12 +46,12 @@ class QueueBase:
             JobError(f"The job brought its engine down {max_runs} times and was given up.").to_dict()
         )
         self._scripts = LuaScripts(redis, "engine.jobs", prefix=prefix, result_ttl_ms=self._result_ttl_ms)
-        self._events = JobEvents(redis, f"{prefix}:events")
+        self.events = JobEvents(redis, f"{prefix}:events")
         self._wake_ups = WakeUps(redis, f"{prefix}:wake")
 
     @property
     def client(self) -> redis.asyncio.Redis:
-        """The client, for what is kept beside the jobs."""
+        """Return the client, for what is kept beside the jobs."""
         return self._redis
 
     @property
@@ -63,24 +62,27 @@ class QueueBase:
     def prefix(self) -> str:
         return self._prefix
 
+    def key(self, *parts: str) -> str:
+        """Return the key of these parts behind the prefix."""
+        return ":".join((self._prefix, *parts))
+
     async def ping(self) -> None:
-        """Raises `QueueUnavailable` if Redis does not answer."""
+        """Raise `QueueUnavailable` if Redis does not answer."""
         with redis_errors():
             await self._redis.ping()
 
     async def close(self) -> None:
-        """Ends the subscriptions; the client stays open."""
-        await self._events.close()
+        """End the subscriptions; the client stays open."""
+        await self.events.close()
         await self._wake_ups.close()
 
     def ended(self) -> AsyncIterator[str]:
-        """Ids of jobs that end while this is iterated, until `close`. Best effort: what happens while the connection
-        is broken is not told later, and a broken connection raises nothing."""
-        return self._events.ended()
+        """Yield the ids of jobs that end from now on, until `close`.
+
+        Best effort: ends are lost while the connection is broken, and nothing is raised then.
+        """
+        return self.events.ended()
 
     async def expire(self, job_id: str) -> bool:
-        """Ends a queued or running job as expired if its deadline has passed. True if this call ended it."""
+        """End a queued or running job as expired if its deadline has passed. Returns whether this call ended it."""
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.EXPIRED.value))
-
-    def _key(self, *parts: str) -> str:
-        return ":".join((self._prefix, *parts))

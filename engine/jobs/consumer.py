@@ -1,4 +1,4 @@
-"""The engines' side of the queue: take jobs, keep their leases, write down what comes of them."""
+"""The engines' side of the queue: claim jobs, keep their leases, write their progress and results."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,17 +13,20 @@ from engine.jobs.scripts import Argument
 
 
 class JobConsumer(QueueBase):
-    """The engines' side of the queue."""
+    """The engines' side of the queue.
+
+    The methods that write for a claim return whether it still holds; if not, nothing was written.
+    """
 
     async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
-        """Takes the next job, if there is one and it fits the budget. Jobs whose lease has lapsed come first.
+        """Claim the next job, if there is one and it fits. Jobs whose lease has lapsed come first.
 
-        A job that does not fit is not passed over: nothing is granted until it fits here or another engine takes it.
-        So large jobs do not starve, nor do jobs that must run alone (`Claim.quarantined`), for which an engine has to
-        run dry. The engine's own lapsed leases count too: renew before claiming.
+        A job that does not fit blocks the queue until it fits here or another engine takes it. So large jobs do not
+        starve, nor do quarantined ones, for which an engine must become idle. Lapsed leases of this engine count too:
+        renew before claiming.
 
         Args:
-            consumer: the engine's name in the queue, unique among the living.
+            consumer: the engine's id, unique among the live engines.
         """
         while True:
             reply = await self._scripts.run(
@@ -43,10 +46,11 @@ class JobConsumer(QueueBase):
                 return decode_claim(reply)
 
     async def renew(self, consumer: str, claims: Iterable[Claim]) -> list[Claim]:
-        """Starts the leases of these claims anew; several times per `lease_ms`, or others take the jobs.
+        """Restart the leases of these claims. Call it several times per `lease_ms`, or others take the jobs.
 
-        Returns the claims that are lost: cancelled, taken over, or past their deadline (which ends them here). The
-        engine drops those; nothing it writes for them would count.
+        Returns:
+            The lost claims: cancelled, taken over, or past the deadline, which expires the job. Drop those; later
+            writes for them have no effect.
         """
         claims = list(claims)
         if not claims:
@@ -55,53 +59,55 @@ class JobConsumer(QueueBase):
         return [claims[index] for index in await self._scripts.run("renew", consumer=consumer, claims=held)]
 
     async def progress(self, claim: Claim, progress: dict[str, Any]) -> bool:
-        """Tells how far the job is. False: the claim is lost, nothing was written (as for all writes below)."""
+        """Store how far the job is."""
         return await self._write("progress", claim, orjson.dumps(progress))
 
     async def checkpoint_plan(self, claim: Claim, index: int, plan: Plan) -> bool:
-        """Keeps the finished plan of image `index`, so that a later run of the job starts from it."""
+        """Store the finished plan of image `index`, so that a later run of the job starts from it."""
         return await self._write("checkpoint_plan", claim, orjson.dumps(plan.to_dict()), index=index)
 
     async def source_images(self, claim: Claim) -> SourceImages | None:
-        """What an edit starts from; None for a job that is no edit, or has ended."""
+        """Return the source images of an edit; None for other jobs, and after the end."""
         with redis_errors():
-            return decode_sources(await self._redis.hgetall(self._key("sources", claim.job_id)))
+            return decode_sources(await self._redis.hgetall(self.key("sources", claim.job_id)))
 
     async def partial_image(self, claim: Claim, partial: PartialImage) -> bool:
-        """Shows a picture on its way to whoever follows the job."""
+        """Store a partial image for the followers of the job."""
         grid = orjson.dumps(partial.grid)
         return await self._write("partial_image", claim, partial.data, grid, image=partial.image, index=partial.index)
 
     async def cached_plans(self, keys: Sequence[str]) -> list[Plan | None]:
-        """The plans kept under these keys."""
+        """Return the cached plans under these keys."""
         with redis_errors():
-            found = await self._redis.mget([self._key("plan", key) for key in keys])
-        return [None if plan is None else Plan.from_dict(orjson.loads(plan)) for plan in found]
+            plans = await self._redis.mget([self.key("plan", key) for key in keys])
+        return [None if plan is None else Plan.from_dict(orjson.loads(plan)) for plan in plans]
 
     async def cache_plan(self, key: str, plan: Plan, ttl_s: int) -> None:
-        """Keeps a plan for `ttl_s` seconds."""
+        """Cache a plan for `ttl_s` seconds."""
         with redis_errors():
-            await self._redis.set(self._key("plan", key), orjson.dumps(plan.to_dict()), ex=ttl_s)
+            await self._redis.set(self.key("plan", key), orjson.dumps(plan.to_dict()), ex=ttl_s)
 
     async def commit(self, claim: Claim, result: JobResult) -> bool:
-        """Stores the result and ends the job as succeeded, in one step."""
+        """Store the result and end the job as succeeded, atomically."""
         return await self._write("commit", claim, *encode_result(result))
 
     async def fail(self, claim: Claim, error: JobError) -> bool:
-        """Ends the job as failed."""
+        """End the job as failed."""
         return await self._write("fail", claim, orjson.dumps(error.to_dict()))
 
     async def requeue(self, consumer: str, claim: Claim) -> bool:
-        """Hands the job back to its old place in the queue; this run does not count against it."""
+        """Put the job back in its old place; this run does not count."""
         return await self._write("requeue", claim, consumer=consumer)
 
     async def requeue_all(self, consumer: str) -> int:
-        """Hands back every job of a consumer that is known to be dead, instead of waiting for its leases to lapse,
-        and removes the consumer. The runs count. Returns how many jobs it held."""
+        """Put back every job of a dead engine without waiting for its leases, and remove its consumer.
+
+        The runs count. Returns how many jobs it held.
+        """
         return await self._scripts.run("requeue_all", consumer=consumer)
 
     async def heartbeat(self, info: EngineInfo, metrics: str, ttl_s: float) -> None:
-        """Says that the engine lives, for the next `ttl_s` seconds.
+        """List the engine as live for `ttl_s` seconds.
 
         Args:
             metrics: Prometheus text exposition.
@@ -111,15 +117,16 @@ class JobConsumer(QueueBase):
         )
 
     async def deregister(self, engine_id: str) -> None:
-        """Takes the heartbeat back; the index forgets the engine with the next look at it."""
+        """Delete the heartbeat; the next listing of the engines removes it from the index."""
         with redis_errors():
-            await self._redis.delete(self._key("engine", engine_id))
+            await self._redis.delete(self.key("engine", engine_id))
 
     async def wait_for_work(self, timeout_s: float) -> None:
-        """Returns when a job was submitted or handed back since the last call returned, or after `timeout_s`.
-        Raises nothing while Redis is away."""
+        """Return when a job was submitted or requeued since the last call returned, or after `timeout_s`.
+
+        Raises nothing while Redis is away.
+        """
         await self._wake_ups.wait(timeout_s)
 
     async def _write(self, script: str, claim: Claim, *blobs: str | bytes, **arguments: Argument) -> bool:
-        """Run a script that takes effect only under the epoch of a claim. Returns whether it did."""
         return bool(await self._scripts.run(script, *blobs, id=claim.job_id, epoch=claim.epoch, **arguments))

@@ -1,17 +1,14 @@
-"""The API's side of the queue: submit a job, see how it is, end it, fetch what came of it."""
+"""The API's side of the queue: submit jobs, read and end them, fetch their results."""
 
-import asyncio
-import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 
-from engine.errors import GlimmerError, KeyReused, QueueFull, QueueReadOnly, QueueUnavailable, SourcesFull, TooManyJobs
+from engine.errors import GlimmerError, KeyReused, QueueFull, QueueReadOnly, SourcesFull, TooManyJobs
 from engine.jobs.base import QueueBase
 from engine.jobs.codec import RECORD_FIELDS, decode_record, decode_result, encode_sources
-from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, redis_errors, retry_while_away
+from engine.jobs.connection import redis_errors, retry_while_away
 from engine.jobs.job import (
     EngineInfo,
     JobRecord,
@@ -19,15 +16,13 @@ from engine.jobs.job import (
     JobSpec,
     JobState,
     Origin,
-    PartialImage,
     Priority,
     QueueStats,
     SourceImages,
 )
 from engine.jobs.scripts import Argument
 
-_POLL_INTERVAL_S = 1.0  # how often `wait` looks by itself, should an event have been lost
-_DELIVERED_TTL_S = 5.0  # leaves time to ask for a result once more, should its answer have been lost on the way
+_DELIVERED_TTL_S = 5.0  # a client whose response was lost has time to ask again
 
 _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `submit.lua`
     b"full": (QueueFull, "{max_queue} jobs are waiting already"),
@@ -57,30 +52,26 @@ class JobProducer(QueueBase):
         fingerprint: str = "",
         origin: Origin = Origin(),
     ) -> str:
-        """Puts a job into the queue. A job id that is known already is left as it is, so a submit whose answer got
-        lost can be repeated.
+        """Queue a job; does nothing if its id is known, so a submit whose reply was lost can be repeated.
 
         Args:
             timeout_s: seconds from now to the deadline.
-            max_queue: how many jobs may wait, over both priorities.
-            sources: what an edit starts from, `spec.num_sources` pictures.
-            notes: found again in the job's record.
-            owner: whose job it is.
-            max_owned: how many jobs the owner may have waiting and running.
-            max_source_bytes: memory that the sources of all jobs waiting and running may take in Redis. Those of one
-                job always find room where there are no others.
-            idempotency_key: a repeated request with the same key gets the job of the first, unless that one has ended
-                without a result. It should have the owner in it.
-            fingerprint: what tells that a request is the same as the first with this key; without spaces.
-            origin: found again in every claim on the job.
+            max_queue: how many jobs of both priorities may wait.
+            source_images: `spec.num_sources` images to edit.
+            notes: returned in the job's record.
+            max_owned: how many jobs of `owner` may wait and run.
+            max_source_bytes: memory in Redis for the source images of all waiting and running jobs. Those of one job
+                always fit where there are no others.
+            idempotency_key: a repeated request with this key gets the job of the first, unless that one ended without a
+                result. It should contain the owner.
+            fingerprint: equal for requests that are the same; without spaces.
+            origin: returned in every claim on the job.
 
         Returns:
-            The job's id: `job_id`, or that of the first request with the same key.
+            `job_id`, or that of the first request with the same key.
 
         Raises:
-            QueueFull: `max_queue` jobs wait already.
-            SourcesFull: the sources would be more than `max_source_bytes`.
-            TooManyJobs: the owner has `max_owned` already.
+            QueueFull, SourcesFull, TooManyJobs: a limit is reached.
             KeyReused: the key came with another fingerprint before.
         """
         arguments: dict[str, Argument] = {
@@ -106,58 +97,58 @@ class JobProducer(QueueBase):
         return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id
 
     async def cancel(self, job_id: str) -> bool:
-        """Ends a queued or running job as cancelled. True if this call ended it."""
+        """End a queued or running job as cancelled. Returns whether this call ended it."""
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.CANCELLED.value))
 
+    async def discard(self, job_id: str) -> bool:
+        """Cancel a job and delete its result. Returns whether this call ended it.
+
+        Also for a submit without a reply: if it is still in flight, it will take no effect.
+        """
+        return bool(await self._scripts.run("discard", id=job_id))
+
     async def ended_among(self, job_ids: Sequence[str]) -> dict[str, JobState | None]:
-        """Those of these jobs that have ended, and how; None where the job is not known. Ends those whose deadline has
-        passed. Redis does nothing else meanwhile, so ask for hundreds at once, not for tens of thousands."""
+        """Return the final state of those jobs that have ended, None if not known; expire those past their deadline.
+
+        Blocks Redis meanwhile: pass hundreds of ids, not tens of thousands.
+        """
         reply = await self._scripts.run("ended_among", ids=list(job_ids))
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return {job_id.decode(): JobState(state.decode()) if state else None for job_id, state in pairs}
 
     async def get(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobRecord | None:
-        """The job as it is now; None if it never was, or ended longer than `result_ttl_s` ago.
+        """Return the record of a job; None if not known, or `result_ttl_s` after its end.
 
         Args:
-            outage_timeout_s: how long to retry while Redis is away.
+            outage_timeout_s: how long to retry while Redis is away, in seconds.
         """
 
-        async def ask() -> list[Any]:
+        async def read() -> list[Any]:
             async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self._key("job", job_id), list(RECORD_FIELDS))
-                pipe.zrank(self._key("waiting"), job_id)
+                pipe.hmget(self.key("job", job_id), list(RECORD_FIELDS))
+                pipe.zrank(self.key("waiting"), job_id)
                 return await pipe.execute()
 
-        values, position = await retry_while_away(ask, outage_timeout_s)
+        values, position = await retry_while_away(read, outage_timeout_s)
         return decode_record(job_id, values, position)
 
-    async def discard(self, job_id: str) -> bool:
-        """Takes back a job whose result nobody wants. True if this call ended it.
-
-        Unlike `cancel` it is also for a submit whose answer never came: should that still be under way, it will not
-        take effect. And the result of a job that has succeeded is deleted.
-        """
-        return bool(await self._scripts.run("discard", id=job_id))
-
     async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
-        """What a succeeded job left; None for any other, once it was withdrawn, and `result_ttl_s` after the end.
+        """Return the result of a succeeded job; None for others, once discarded, and `result_ttl_s` after the end.
 
         Args:
-            outage_timeout_s: how long to retry while Redis is away.
+            outage_timeout_s: how long to retry while Redis is away, in seconds.
         """
-        key = self._key("result", job_id)
+        key = self.key("result", job_id)
         return decode_result(await retry_while_away(lambda: self._redis.hgetall(key), outage_timeout_s))
 
     async def shorten_ttl(self, job_id: str) -> None:
-        """Says that the result of an ended job has been handed over: its record and its result, which may be megabytes,
-        live for some seconds more instead of `result_ttl_s`."""
+        """Keep the record and the result of an ended job, which may be megabytes, for some more seconds only."""
         ttl_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
         await self._scripts.run("shorten_ttl", id=job_id, ttl_ms=ttl_ms)
 
-    async def share(self, token: str, data: bytes, media_type: str) -> None:
-        """Keeps a file for `result_ttl_s` seconds for whoever knows the token, unless it is there already."""
-        key = self._key("file", token)
+    async def share_file(self, token: str, data: bytes, media_type: str) -> None:
+        """Store a file under a token for `result_ttl_s` seconds, unless it is there already."""
+        key = self.key("file", token)
         with redis_errors():
             if await self._redis.exists(key):
                 return
@@ -166,139 +157,35 @@ class JobProducer(QueueBase):
                 pipe.pexpire(key, self._result_ttl_ms)
                 await pipe.execute()
 
-    async def shared(self, token: str) -> tuple[bytes, str] | None:
-        """A file that was shared and its media type; None where there is none, or no longer."""
+    async def shared_file(self, token: str) -> tuple[bytes, str] | None:
+        """Return a shared file and its media type; None if not known, or no longer."""
         with redis_errors():
-            stored: list[Any] = await self._redis.hmget(self._key("file", token), ["data", "type"])
+            stored: list[Any] = await self._redis.hmget(self.key("file", token), ["data", "type"])
         data, media_type = stored
         return None if data is None else (data, media_type.decode())
 
     async def takes_writes(self) -> bool:
-        """Whether Redis would take a job now, for all that can be told from a small write."""
+        """Return whether Redis takes a small write now."""
         try:
             with redis_errors():
-                await self._redis.set(self._key("probe"), b"", px=1000)
+                await self._redis.set(self.key("probe"), b"", px=1000)
         except QueueReadOnly:
             return False
         return True
 
     async def stats(self) -> QueueStats:
+        """Return the counts of jobs and of source bytes."""
         return QueueStats(*await self._scripts.run("stats"))
 
     async def engines(self) -> list[EngineInfo]:
-        """The engines whose heartbeat has not run out, by id."""
+        """Return the engines whose heartbeat has not expired, by id."""
         live = await self._heartbeats("info")
         return [EngineInfo.from_dict(orjson.loads(info)) for info in live.values()]
 
     async def engine_metrics(self) -> dict[str, str]:
-        """Prometheus text exposition of each live engine, by engine id."""
+        """Return the Prometheus text exposition of each live engine, by engine id."""
         return {engine: text.decode() for engine, text in (await self._heartbeats("metrics")).items()}
 
     async def _heartbeats(self, field: str) -> dict[str, bytes]:
         reply = await self._scripts.run("engines", field=field)
         return {engine.decode(): value for engine, value in zip(reply[::2], reply[1::2], strict=True)}
-
-    async def wait(self, job_id: str) -> JobRecord:
-        """Returns the record of a job when it has ended; expires the job when its deadline passes first.
-
-        Rides out a Redis that is away, up to half a minute past the deadline.
-
-        Raises:
-            QueueUnavailable: Redis stayed away, or has no record of the job.
-        """
-        give_up_at = time.monotonic() + REDIS_OUTAGE_TIMEOUT_S
-        with self._events.waiter(job_id) as woken:
-            while True:
-                woken.clear()
-                try:
-                    left_s = await self._time_left(job_id)
-                    record = await self.get(job_id) if left_s is None else None
-                except QueueUnavailable:
-                    if time.monotonic() > give_up_at:
-                        raise
-                    pause = _POLL_INTERVAL_S
-                else:
-                    if left_s is None:
-                        return _known(record, job_id)
-                    give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S
-                    pause = min(_POLL_INTERVAL_S, left_s)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await woken.wait()
-
-    async def follow(self, job_id: str) -> AsyncGenerator[JobRecord | PartialImage]:
-        """What happens to a job, as it happens: its record, now and whenever it has changed, and each of its partial
-        images once; last the record with its end, after all partial images. Expires the job at its deadline.
-
-        Only what can be found in Redis is told, so a break of the connection loses nothing; it is ridden out as by
-        `wait`, and the same errors are raised.
-        """
-        give_up_at = time.monotonic() + REDIS_OUTAGE_TIMEOUT_S
-        told: JobRecord | None = None
-        shown: set[bytes] = set()
-        with self._events.waiter(job_id, every_change=True) as woken:
-            while True:
-                woken.clear()
-                pause = _POLL_INTERVAL_S
-                try:
-                    left_s = await self._time_left(job_id) or 0.0
-                    record = await self.get(job_id)
-                    partials = await self._new_partials(job_id, shown) if record and record.spec.partial_images else []
-                except QueueUnavailable:
-                    if time.monotonic() > give_up_at:
-                        raise
-                else:
-                    record = _known(record, job_id)
-                    for partial in partials:
-                        yield partial
-                    if record != told:
-                        told = record
-                        yield record
-                    if record.state.is_terminal:
-                        return
-                    give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S
-                    pause = min(_POLL_INTERVAL_S, left_s)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await woken.wait()
-
-    async def _time_left(self, job_id: str) -> float | None:
-        """Seconds left to the deadline of a job that has not ended (0: it was expired just now); None if it has ended
-        or is not known.
-
-        Asks for two fields only, because every waiting request does this once a second.
-        """
-        with redis_errors():
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self._key("job", job_id), ["state", "deadline"])
-                pipe.time()
-                (state, deadline), (seconds, microseconds) = await pipe.execute()
-        if state is None or JobState(state.decode()).is_terminal:
-            return None
-        left_s = int(deadline) / 1000 - (seconds + microseconds / 1e6)
-        if left_s <= 0:
-            await self.expire(job_id)
-        return max(left_s, 0.0)
-
-    async def _new_partials(self, job_id: str, shown: set[bytes]) -> list[PartialImage]:
-        """Partial images that are not among those `shown`, which takes them up, in order."""
-        key = self._key("partials", job_id)
-        with redis_errors():
-            names: list[Any] = await self._redis.hkeys(key)
-            pictures = (name for name in names if not name.endswith(b":grid") and name not in shown)
-            new = sorted(pictures, key=lambda name: name.split(b":")[::-1])
-            if not new:
-                return []
-            values: list[Any] = await self._redis.hmget(key, [part for name in new for part in (name, name + b":grid")])
-        shown.update(new)
-        return [
-            PartialImage(*(int(part) for part in name.split(b":")), data=data, grid=orjson.loads(grid))
-            for name, data, grid in zip(new, values[::2], values[1::2], strict=True)
-            if data is not None
-        ]
-
-
-def _known(record: JobRecord | None, job_id: str) -> JobRecord:
-    if record is None:
-        raise QueueUnavailable(f"Redis has no record of job {job_id}: it was lost, or ended long ago")
-    return record

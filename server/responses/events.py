@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S
+from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobRecord, JobResult, JobState, PartialImage
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event, where
@@ -82,7 +83,7 @@ async def image_events(queue: JobProducer, job_wait: JobWait) -> AsyncGenerator[
     """Yield the events of a request with `stream: true`."""
     record = await _record(queue, job_wait.job_id)
     prefix = ResponseOptions.from_record(record).event_prefix
-    async with aclosing(queue.follow(job_wait.job_id)) as updates:
+    async with aclosing(JobFollower(queue, job_wait.job_id).updates()) as updates:
         async for update in updates:
             if isinstance(update, PartialImage):
                 yield to_event(f"{prefix}.partial_image", _partial_image(record, update))
@@ -99,7 +100,7 @@ async def job_events(queue: JobProducer, job_id: str, throughput: Throughput) ->
     """Yield the events of `GET /v1/jobs/{id}/events`."""
     record = await _record(queue, job_id)
     last_record: JobRecord | None = None
-    async with aclosing(queue.follow(job_id)) as updates:
+    async with aclosing(JobFollower(queue, job_id).updates()) as updates:
         async for update in updates:
             if isinstance(update, PartialImage):
                 yield to_event("partial_image", _partial_image(record, update))

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S
+from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobRecord, JobResult
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
@@ -88,7 +89,7 @@ class JobWait:
             ApiError: it ended without a result.
             QueueUnavailable: Redis stayed away.
         """
-        record = await self._queue.wait(self.job_id)
+        record = await JobFollower(self._queue, self.job_id).wait()
         return record, await self.result(record)
 
     async def result(self, ended: JobRecord) -> JobResult:

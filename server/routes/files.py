@@ -21,7 +21,7 @@ _IMAGE: openapi.Responses = {
 @router.get("/{name}", response_class=Response, responses={**_IMAGE, **openapi.errors(404, 500, 503)})
 async def retrieve_file(name: str, services: ServicesDep) -> Response:
     """Return the image with this name, while its result is kept."""
-    file = await with_redis_timeout(services.queue.shared(name.partition(".")[0]))
+    file = await with_redis_timeout(services.queue.shared_file(name.partition(".")[0]))
     if file is None:
         raise ApiError(404, "This image does not exist, or is no longer kept.", code="file_not_found", param="name")
     data, media_type = file

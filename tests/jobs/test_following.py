@@ -92,8 +92,8 @@ async def test_a_follower_that_leaves_is_forgotten(queue: JobQueue) -> None:
     await submit(queue, job_id="a", partial_images=2)
     async with aclosing(queue.follow("a")) as happenings:
         await anext(happenings)
-        assert queue._events._watchers
-    assert not queue._events._watchers
+        assert queue.events._watchers
+    assert not queue.events._watchers
 
 
 async def test_a_withdrawn_job_leaves_nothing(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
@@ -107,10 +107,10 @@ async def test_a_withdrawn_job_leaves_nothing(queue: JobQueue, redis_client: red
 
 
 async def test_files_behind_tokens(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
-    await queue.share("token", b"picture", "image/png")
-    await queue.share("token", b"another", "image/webp")  # it is there already
-    assert await queue.shared("token") == (b"picture", "image/png")
-    assert await queue.shared("other") is None
+    await queue.share_file("token", b"picture", "image/png")
+    await queue.share_file("token", b"another", "image/webp")  # it is there already
+    assert await queue.shared_file("token") == (b"picture", "image/png")
+    assert await queue.shared_file("other") is None
     [stored] = await redis_client.keys("*file*")
     assert 0 < await redis_client.pttl(stored) <= 1000 * queue.result_ttl_s
 

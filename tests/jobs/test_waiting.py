@@ -8,7 +8,7 @@ import pytest
 import redis.asyncio
 
 from engine.errors import QueueUnavailable
-from engine.jobs import producer
+from engine.jobs import follower
 from engine.jobs.job import JobError, JobState, QueueStats
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, submit
@@ -17,7 +17,7 @@ from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, submit
 @pytest.fixture
 def events_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """`wait` does not look by itself, so only an event can wake it."""
-    monkeypatch.setattr(producer, "_POLL_INTERVAL_S", 3600.0)
+    monkeypatch.setattr(follower, "POLL_INTERVAL_S", 3600.0)
 
 
 async def _fail(queue: JobQueue, job_id: str) -> None:

@@ -14,6 +14,7 @@ from starlette.background import BackgroundTask
 from starlette.types import Message
 
 from engine.errors import QueueUnavailable
+from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobError, JobRecord, PartialImage
 from server.responses.events import EventStream
 from tests.job_queue import JobQueue
@@ -177,14 +178,14 @@ async def test_trouble_on_the_way_is_told(
     raised: Exception,
     code: str,
 ) -> None:
-    follow = queue.follow
+    updates = JobFollower.updates
 
-    async def broken(job_id: str):
-        async for happened in follow(job_id):
-            yield happened
+    async def broken(self: JobFollower):
+        async for update in updates(self):
+            yield update
             raise raised
 
-    monkeypatch.setattr(queue, "follow", broken)
+    monkeypatch.setattr(JobFollower, "updates", broken)
     events = events_of(await client.post(URL, json={"prompt": "x", "stream": True, "num_inference_steps": 1}))
     assert events.named[-1][0] is None
     assert events.named[-1][1]["error"]["code"] == code

@@ -1,0 +1,123 @@
+"""Follow a job: wait for its end, or read every change."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from engine.errors import QueueUnavailable
+from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, redis_errors
+from engine.jobs.job import JobRecord, JobState, PartialImage
+from engine.jobs.producer import JobProducer
+
+POLL_INTERVAL_S = 1.0  # an event may be lost
+
+
+class JobFollower:
+    """Follows one job, once, and expires it at its deadline.
+
+    Everything comes from Redis; events only say when to read. So a broken connection loses nothing. Methods raise
+    `QueueUnavailable` when Redis has no record of the job, or is away for longer than `REDIS_OUTAGE_TIMEOUT_S` past the
+    deadline.
+    """
+
+    def __init__(self, queue: JobProducer, job_id: str) -> None:
+        self._queue, self._job_id = queue, job_id
+        self._give_up_at = time.monotonic() + REDIS_OUTAGE_TIMEOUT_S
+        self._known_partials: set[bytes] = set()
+
+    async def wait(self) -> JobRecord:
+        """Return the record of the job when it has ended."""
+        with self._queue.events.waiter(self._job_id) as woken:
+            while True:
+                woken.clear()
+                try:
+                    left_s = await self._time_left()
+                    record = await self._queue.get(self._job_id) if left_s is None else None
+                except QueueUnavailable:
+                    if time.monotonic() > self._give_up_at:
+                        raise
+                    await _wait_for(woken, POLL_INTERVAL_S)
+                    continue
+                if left_s is None:
+                    return self._existing(record)
+                await self._pause(woken, left_s)
+
+    async def updates(self) -> AsyncGenerator[JobRecord | PartialImage]:
+        """Yield the record, now and after every change, and each partial image once; last the final record."""
+        last_record: JobRecord | None = None
+        with self._queue.events.waiter(self._job_id, every_change=True) as woken:
+            while True:
+                woken.clear()
+                try:
+                    left_s = await self._time_left() or 0.0
+                    record = await self._queue.get(self._job_id)
+                    partials = await self._new_partials() if record and record.spec.partial_images else []
+                except QueueUnavailable:
+                    if time.monotonic() > self._give_up_at:
+                        raise
+                    await _wait_for(woken, POLL_INTERVAL_S)
+                    continue
+                record = self._existing(record)
+                for partial in partials:
+                    yield partial
+                if record != last_record:
+                    last_record = record
+                    yield record
+                if record.state.is_terminal:
+                    return
+                await self._pause(woken, left_s)
+
+    async def _time_left(self) -> float | None:
+        """Return the seconds to the deadline, 0 if the job was expired just now, None if it has ended or is not known.
+
+        Reads two fields only, because every waiting request does so once a second.
+        """
+        with redis_errors():
+            async with self._queue.client.pipeline(transaction=False) as pipe:
+                pipe.hmget(self._queue.key("job", self._job_id), ["state", "deadline"])
+                pipe.time()
+                (state, deadline_ms), (seconds, microseconds) = await pipe.execute()
+        if state is None or JobState(state.decode()).is_terminal:
+            return None
+        left_s = int(deadline_ms) / 1000 - (seconds + microseconds / 1e6)
+        if left_s <= 0:
+            await self._queue.expire(self._job_id)
+        return max(left_s, 0.0)
+
+    async def _new_partials(self) -> list[PartialImage]:
+        """Return the partial images that are not known yet, in order of their index."""
+        key, client = self._queue.key("partials", self._job_id), self._queue.client
+        with redis_errors():
+            names: list[Any] = await client.hkeys(key)  # type: ignore[misc]
+            images = (name for name in names if not name.endswith(b":grid") and name not in self._known_partials)
+            new = sorted(images, key=lambda name: name.split(b":")[::-1])
+            if not new:
+                return []
+            fields = [field for name in new for field in (name, name + b":grid")]
+            values: list[Any] = await client.hmget(key, fields)  # type: ignore[misc]
+        self._known_partials.update(new)
+        return [
+            PartialImage(*(int(part) for part in name.split(b":")), data=data, grid=orjson.loads(grid))
+            for name, data, grid in zip(new, values[::2], values[1::2], strict=True)
+            if data is not None
+        ]
+
+    async def _pause(self, woken: asyncio.Event, left_s: float) -> None:
+        """Return at the next event, at the deadline or after `POLL_INTERVAL_S`."""
+        self._give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S
+        await _wait_for(woken, min(POLL_INTERVAL_S, left_s))
+
+    def _existing(self, record: JobRecord | None) -> JobRecord:
+        if record is None:
+            raise QueueUnavailable(f"Redis has no record of job {self._job_id}: it was lost, or ended long ago")
+        return record
+
+
+async def _wait_for(woken: asyncio.Event, timeout_s: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await woken.wait()

@@ -1,5 +1,7 @@
-"""The examples of docs/api.md, run as they are written there, against a live server with a stub engine, and the
-commands of docs/operations.md."""
+"""The examples of README.md and docs/api.md, run as they are written there against a live server with a stub engine.
+
+The commands of docs/operations.md are parsed, not run.
+"""
 
 import asyncio
 import os
@@ -16,14 +18,15 @@ from tests.packaging.files import ROOT
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
 
+README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs" / "api.md").read_text()
 GLIMMER = [sys.executable, "-m", "server.cli"]
 ADDRESS = "http://127.0.0.1:8000"
 
 
-def examples(language: str) -> list[str]:
+def examples(language: str, page: str = PAGE) -> list[str]:
     """Return the page's blocks of code in this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 async def run(folder: Path, *command: str, **environment: str) -> str:
@@ -41,6 +44,19 @@ async def run(folder: Path, *command: str, **environment: str) -> str:
 
 def png_files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
+
+
+async def test_the_readme(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+    """Runs all examples but the one that starts the server."""
+    [code] = examples("python", README)
+    shell = [block for block in examples("sh", README) if "glimmer generate" in block or "curl" in block]
+    assert len(shell) == 2
+    script = "\n".join(shell).replace(".venv/bin/glimmer", shlex.join(GLIMMER)).replace(ADDRESS, live_server.url)
+    printed = await run(tmp_path, "bash", "-euo", "pipefail", "-c", script, GLIMMER_URL=live_server.url)
+    assert '"object":"image.job"' in printed
+    await run(tmp_path, sys.executable, "-c", code.replace(ADDRESS, live_server.url))
+    assert png_files(tmp_path) == {"star.png", "green.png", "sale.png", "latest.png", "again.png"}
+    assert [spec.num_sources for spec in stub.specs[:2]] == [0, 1]
 
 
 async def test_python(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ cases.py      what is asked for, and which bytes must come back
 clients.py    how it is asked for: plain, streamed, as a job, many times with one key; clients that leave
 ledger.py     what the clients were told
 faults.py     kills, freezes and outages, seeded
-inside.py     what is left in Redis when all is done
+redis_contents.py  what is left in Redis at the end
 scene.py      a stack with clients, and what has to hold after anything
 scenarios.py  load and faults together; traffic.py: load that is itself the fault
 campaign.py   all scenarios by name

@@ -15,8 +15,8 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from tests.chaos.inside import PREFIX
 from tests.chaos.processes import Engine, Stack
+from tests.chaos.redis_contents import PREFIX
 
 LAST_RUN = 3
 TRIES = 200

@@ -14,7 +14,7 @@ QUEUES = ("queue:interactive", "queue:batch")
 
 
 @dataclass
-class Inside:
+class RedisContents:
     """Counts of jobs and keys.
 
     Args:
@@ -41,18 +41,18 @@ class Inside:
         return not (self.waiting or self.running or self.entries or self.pending)
 
     @classmethod
-    async def look(cls, client: redis.asyncio.Redis) -> "Inside":
+    async def read(cls, client: redis.asyncio.Redis) -> "RedisContents":
         found = cls(
             waiting=await client.zcard(f"{PREFIX}:waiting"),
             running=await client.scard(f"{PREFIX}:running"),  # type: ignore[misc]
         )
         for queue in QUEUES:
-            await found._look_at_queue(client, f"{PREFIX}:{queue}")
+            await found._count_queue(client, f"{PREFIX}:{queue}")
         async for key in client.scan_iter(f"{PREFIX}:*", count=500):
-            await found._look_at_key(client, key.decode())
+            await found._count_key(client, key.decode())
         return found
 
-    async def _look_at_queue(self, client: redis.asyncio.Redis, queue: str) -> None:
+    async def _count_queue(self, client: redis.asyncio.Redis, queue: str) -> None:
         self.entries += await client.xlen(queue)
         groups: list[dict[str, Any]] = (
             await client.xinfo_groups(queue) if self.entries or await client.exists(queue) else []
@@ -62,7 +62,7 @@ class Inside:
             names = {consumer["name"].decode() for consumer in await client.xinfo_consumers(queue, group["name"])}
             self.consumers |= names - {HANDED_BACK}
 
-    async def _look_at_key(self, client: redis.asyncio.Redis, key: str) -> None:
+    async def _count_key(self, client: redis.asyncio.Redis, key: str) -> None:
         kind, _, name = key.removeprefix(f"{PREFIX}:").partition(":")
         self.kinds[kind] += 1
         if kind in ("result", "partials"):

@@ -17,9 +17,9 @@ from tests.chaos.cases import Case
 from tests.chaos.clients import BROKEN, Clients, Load
 from tests.chaos.evidence import Evidence
 from tests.chaos.faults import Faults
-from tests.chaos.inside import PREFIX, Inside
 from tests.chaos.ledger import Ledger, quantile
 from tests.chaos.processes import Stack, StackSettings
+from tests.chaos.redis_contents import PREFIX, RedisContents
 from tests.chaos.report import Report
 from tests.waiting import until
 
@@ -91,26 +91,26 @@ async def scene(name: str, folder: Path, seed: int, settings: StackSettings) -> 
         listening.start()
         try:
             yield here
-            inside = await _settled(here)
+            contents = await _settled(here)
         finally:
             await listening.close()
             await here.clients.close()
         used = await _kv_blocks_used(here)
         await stack.stop()
-        judge(here, inside, used, Evidence.read(folder))
+        judge(here, contents, used, Evidence.read(folder))
 
 
-async def _settled(here: Scene) -> Inside:
+async def _settled(here: Scene) -> RedisContents:
     """Redis, once its queue has run empty or should have."""
 
     async def is_settled() -> bool:
         await here.stack.queue.engines()  # whoever asks has the dead forgotten
-        inside = await Inside.look(here.stack.client)
-        return inside.is_idle and inside.consumers <= {engine.id for engine in here.stack.engines}
+        contents = await RedisContents.read(here.stack.client)
+        return contents.is_idle and contents.consumers <= {engine.id for engine in here.stack.engines}
 
     with suppress(TimeoutError):
         await until(is_settled, SETTLE_S)
-    return await Inside.look(here.stack.client)
+    return await RedisContents.read(here.stack.client)
 
 
 async def _kv_blocks_used(here: Scene) -> float:
@@ -124,7 +124,7 @@ async def _kv_blocks_used(here: Scene) -> float:
     return await here.metric("glimmer_kv_blocks_used")
 
 
-def judge(here: Scene, inside: Inside, kv_blocks_used: float, evidence: Evidence) -> None:
+def judge(here: Scene, contents: RedisContents, kv_blocks_used: float, evidence: Evidence) -> None:
     """What has to hold after any faults."""
     report, ledger = here.report, here.ledger
     _judge_clients(report, ledger)
@@ -140,7 +140,7 @@ def judge(here: Scene, inside: Inside, kv_blocks_used: float, evidence: Evidence
     report.tell("idempotency keys", posts)
     report.none("of these with two jobs", [case.prompt for case in twins if len(evidence.jobs_of(case.prompt)) > 1])
     living = {engine.id for engine in here.stack.engines}
-    _judge_inside(report, inside, living, kv_blocks_used)
+    _judge_contents(report, contents, living, kv_blocks_used)
     report.hold("exit codes after SIGTERM", here.stack.exit_codes, "all 0", not any(here.stack.exit_codes))
     report.none("engines that leaked", [f"{engine}: {left}" for engine, left in evidence.integrity.items() if left])
 
@@ -165,11 +165,11 @@ def _judge_connections(report: Report, ledger: Ledger, evidence: Evidence, *, se
     report.none("of these taken up before", [prompt for prompt in broken if len(evidence.jobs_of(prompt)) > 1])
 
 
-def _judge_inside(report: Report, inside: Inside, living: set[str], kv_blocks_used: float) -> None:
-    queue = f"{inside.waiting} {inside.running} {inside.entries} {inside.pending}"
-    report.hold("left: waiting, running, XLEN, pending", queue, "0 0 0 0", inside.is_idle)
-    unfinished = {kind: inside.kinds[kind] for kind in ("plans", "sources", "owned") if inside.kinds[kind]}
+def _judge_contents(report: Report, contents: RedisContents, living: set[str], kv_blocks_used: float) -> None:
+    queue = f"{contents.waiting} {contents.running} {contents.entries} {contents.pending}"
+    report.hold("left: waiting, running, XLEN, pending", queue, "0 0 0 0", contents.is_idle)
+    unfinished = {kind: contents.kinds[kind] for kind in ("plans", "sources", "owned") if contents.kinds[kind]}
     report.hold("left: plans and sources of jobs", unfinished or "0", "0", not unfinished)
-    report.none("left: keys without an end", inside.without_end)
-    report.none("left: names of dead engines", inside.consumers - living)
+    report.none("left: keys without an end", contents.without_end)
+    report.none("left: names of dead engines", contents.consumers - living)
     report.hold("left: KV blocks in use", kv_blocks_used, "0", not kv_blocks_used)

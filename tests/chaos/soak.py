@@ -25,8 +25,8 @@ from rich.console import Console
 from server.processes.serving import KEEP_ALIVE_S
 from tests.chaos.campaign import stoppable
 from tests.chaos.cases import MIXED, Cases, Kind
-from tests.chaos.inside import Inside
 from tests.chaos.processes import StackSettings
+from tests.chaos.redis_contents import RedisContents
 from tests.chaos.report import Figure, print_table
 from tests.chaos.scene import DELIVERED_S, Scene, scene
 from tests.waiting import until
@@ -68,17 +68,17 @@ Sample = dict[str, float]
 
 async def look(here: Scene) -> Sample:
     """All quantities now; of several processes of a kind the sum."""
-    inside, stack = await Inside.look(here.stack.client), here.stack
+    contents, stack = await RedisContents.read(here.stack.client), here.stack
     async with httpx.AsyncClient(trust_env=False) as http:
         lines = (await http.get(f"{stack.urls[0]}/metrics")).text.splitlines()
     memory = await stack.client.info("memory")
     apis, engines = [api.pid for api in stack.apis], [engine.pid for engine in stack.engines]
     return {
-        "Redis keys": sum(number for kind, number in inside.kinds.items() if kind != "idempotency"),
-        "stream entries": inside.entries,
-        "pending entries": inside.pending,
-        "consumers": len(inside.consumers),
-        "blobs, bytes": inside.blob_bytes,
+        "Redis keys": sum(number for kind, number in contents.kinds.items() if kind != "idempotency"),
+        "stream entries": contents.entries,
+        "pending entries": contents.pending,
+        "consumers": len(contents.consumers),
+        "blobs, bytes": contents.blob_bytes,
         "Redis memory, MiB": memory["used_memory"] / MIB,
         "metrics series": sum(not line.startswith("#") for line in lines),
         "KV blocks in use": await here.metric("glimmer_kv_blocks_used"),
@@ -138,7 +138,7 @@ async def _at_rest(here: Scene) -> Sample:
     await asyncio.sleep(DELIVERED_S + KEEP_ALIVE_S)
 
     async def is_idle() -> bool:
-        return (await Inside.look(here.stack.client)).is_idle
+        return (await RedisContents.read(here.stack.client)).is_idle
 
     with suppress(TimeoutError):  # then it shows
         await until(is_idle, 30.0)

@@ -9,8 +9,8 @@ import redis.asyncio
 
 from tests.chaos.cases import Case
 from tests.chaos.evidence import Evidence
-from tests.chaos.inside import Inside
 from tests.chaos.ledger import Ledger
+from tests.chaos.redis_contents import RedisContents
 from tests.chaos.report import Report
 from tests.chaos.soak import Slack
 from tests.job_queue import JobQueue
@@ -144,7 +144,7 @@ def test_slack(value: float, allowed: bool) -> None:
 async def test_what_is_left_in_redis_is_seen(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
     running, waiting = await submit(queue), await submit(queue)
     assert (await claim(queue)).job_id == running
-    found = await Inside.look(redis_client)
+    found = await RedisContents.read(redis_client)
     assert (found.waiting, found.running, found.entries, found.pending) == (1, 1, 2, 1)
     assert not found.is_idle
     assert found.consumers == {"engine-1"}
@@ -154,7 +154,7 @@ async def test_what_is_left_in_redis_is_seen(queue: JobQueue, redis_client: redi
 async def test_nothing_is_left_of_jobs_that_have_ended(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
     job = await submit(queue)
     await queue.commit(await claim(queue), RESULT)
-    found = await Inside.look(redis_client)
+    found = await RedisContents.read(redis_client)
     assert found.is_idle
     assert not found.without_end
     assert found.results == {job}

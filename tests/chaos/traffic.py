@@ -11,9 +11,9 @@ from pathlib import Path
 from tests.chaos.cases import MIXED, Case, Cases
 from tests.chaos.clients import Clients
 from tests.chaos.evidence import Evidence
-from tests.chaos.inside import Inside
 from tests.chaos.ledger import Entry, Ledger, quantile
 from tests.chaos.processes import StackSettings
+from tests.chaos.redis_contents import RedisContents
 from tests.chaos.report import Figure
 from tests.chaos.scenarios import Sizes
 from tests.chaos.scene import DELIVERED_S, Scene, scene
@@ -38,7 +38,7 @@ async def leavers(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
         async with here.load(cases, max(sizes.concurrency, slots * 3 // 2)):
             await until(lambda: here.ledger.count("left") >= sizes.leavers, None)
         await asyncio.sleep(DELIVERED_S)
-        blobs = (await Inside.look(here.stack.client)).results
+        blobs = (await RedisContents.read(here.stack.client)).results
     _judge_leavers(here, Evidence.read(folder))
     here.report.none("pictures that stay though nobody will ask for them", blobs)
     return here.report.figures

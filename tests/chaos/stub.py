@@ -1,12 +1,11 @@
-"""A model that sleeps, and the engine process around it.
+"""An engine process with a model that sleeps instead of computing.
 
-Everything but the two networks is what `glimmer engine` runs: process, worker, queue, both schedulers, block
-allocator, encoder. A step sleeps for as long as it is told to and then counts; a plan follows from prompt, size and
-seed, a picture from these, the plan and the pictures to edit. Both are pure functions, so that a client can know the
-bytes beforehand.
+Everything but the networks is what `glimmer engine` runs: process, worker, queue, stages, schedulers, block allocator,
+encoder. Plans and images are pure functions of the request and its source images, so that a client knows the bytes
+beforehand.
 
-A prompt that begins with `POISON` kills the process in its third denoising step, one that begins with `HANG` never ends
-that step.
+A prompt that begins with `POISON` kills the process in its third denoising step; one that begins with `HANG` never
+finishes that step.
 """
 
 import ctypes
@@ -50,17 +49,17 @@ from tests.chaos.journal import Journal, WitnessedConsumer
 POISON, HANG = "POISON", "HANG"
 FATAL_STEP = 3
 CODEBOOK_SIZE, IMAGE_TOKEN = 256, -1
-TILE = 8  # pixels a side of one colour
+TILE = 8  # pixels; side of one colour
 
 
 @dataclass(frozen=True)
 class StubSettings:
-    """How fast the stub is, and how much it takes on.
+    """Speed and limits of the stub.
 
     Args:
-        planner_step_s, renderer_tick_s: seconds that a step of a whole batch sleeps.
+        planner_step_s, renderer_tick_s: duration of one step of a batch.
         max_images: images in flight.
-        images_per_tick: 64x64 images that a renderer tick has room for.
+        images_per_tick: 64x64 images that fit a renderer tick.
     """
 
     planner_step_s: float = 0.001
@@ -69,20 +68,20 @@ class StubSettings:
     images_per_tick: int = 6
 
 
-# --- what it makes ----------------------------------------------------------------------------------------------------
+# --- plans and images -------------------------------------------------------------------------------------------------
 
 
 def plan_tokens(spec: JobSpec, seed: int) -> list[int]:
-    """All that the planner writes for an image: the preview, if it has one, then the plan."""
+    """Return what the planner writes for an image: the preview, if any, then the plan."""
     known = f"{spec.prompt}|{spec.width}x{spec.height}|{seed}".encode()
     return list(hashlib.shake_256(known).digest(spec.image_plan_tokens))
 
 
 def pixels(spec: JobSpec, seed: int, tokens: Sequence[int], sources: SourceImages | None, stage: str = "") -> Tensor:
-    """[height, width, 3], uint8: tiles of colours."""
+    """Return coloured tiles [height, width, 3], uint8."""
     known = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode() + bytes(tokens))
-    for picture in sources.files if sources else ():
-        known.update(picture)
+    for file in sources.files if sources else ():
+        known.update(file)
     rows, cols = math.ceil(spec.height / TILE), math.ceil(spec.width / TILE)
     colours = np.frombuffer(hashlib.shake_256(known.digest()).digest(rows * cols * 3), np.uint8).reshape(rows, cols, 3)
     tiled = colours.repeat(TILE, 0).repeat(TILE, 1)[: spec.height, : spec.width]
@@ -90,20 +89,20 @@ def pixels(spec: JobSpec, seed: int, tokens: Sequence[int], sources: SourceImage
 
 
 def files(spec: JobSpec, sources: SourceImages | None) -> list[bytes]:
-    """The files of a job's images, as an undisturbed engine commits them."""
+    """Return the encoded images that an undisturbed engine commits for a job."""
     plan = spec.grids[-1].tokens
-    made = []
+    encoded = []
     for seed in range(spec.seed, spec.seed + spec.n):
-        picture = pixels(spec, seed, plan_tokens(spec, seed)[-plan:], sources)
-        made.append(encode(picture, spec.output_format, spec.output_compression, metadata(spec, seed)))
-    return made
+        image = pixels(spec, seed, plan_tokens(spec, seed)[-plan:], sources)
+        encoded.append(encode(image, spec.output_format, spec.output_compression, metadata(spec, seed)))
+    return encoded
 
 
-# --- the networks' places ---------------------------------------------------------------------------------------------
+# --- stand-ins for the networks ---------------------------------------------------------------------------------------
 
 
 class SleepingPlanner:
-    """In the place of `PlannerRunner`."""
+    """Stands in for `PlannerRunner`."""
 
     def __init__(self, model: nn.Module, *_: object, **__: object):
         self._step_s = cast(StubPlannerNetwork, model).step_s
@@ -115,12 +114,12 @@ class SleepingPlanner:
         time.sleep(self._step_s)
 
     def read(self, sequence: PlanSequence) -> list[int]:
-        """What has been written so far: a plan that is read too early is too short."""
+        """Return the tokens written so far, so that a plan that is read too early is too short."""
         return plan_tokens(sequence.request.spec, sequence.image.seed)[: sequence.written]
 
 
 class SleepingRenderer:
-    """In the place of `RendererRunner`."""
+    """Stands in for `RendererRunner`."""
 
     def __init__(self, model: "StubModel"):
         self._tick_s, self._journal = model.settings.renderer_tick_s, model.journal
@@ -142,7 +141,7 @@ class SleepingRenderer:
     def advance(self, renderings: list[Rendering]) -> None:
         for rendering in renderings:
             if rendering.step + 1 == FATAL_STEP and not rendering.is_preview:
-                self._suffer(rendering.request.spec.prompt)
+                self._fail_on_purpose(rendering.request.spec.prompt)
         time.sleep(self._tick_s)
         for rendering in renderings:
             rendering.step += 1
@@ -159,7 +158,7 @@ class SleepingRenderer:
     def padding(self, tokens: int) -> int:
         return 0
 
-    def _suffer(self, prompt: str) -> None:
+    def _fail_on_purpose(self, prompt: str) -> None:
         if prompt.startswith(POISON):
             os.kill(os.getpid(), signal.SIGKILL)
         if prompt.startswith(HANG):
@@ -168,7 +167,7 @@ class SleepingRenderer:
 
 
 def _rendering(image: Image, grid: TokenGrid, steps: int, partial_after: list[int], *, is_preview: bool) -> Rendering:
-    """The real thing, with tensors that have their lengths and nothing else."""
+    """Return a rendering whose tensors have lengths but no contents."""
     geometry = image.request.spec.geometry
     patches, nothing = torch.empty(geometry.patches.tokens, 0), torch.empty(0)
     return Rendering(
@@ -189,7 +188,7 @@ def _rendering(image: Image, grid: TokenGrid, steps: int, partial_after: list[in
 
 
 class StubPlannerNetwork(nn.Module):
-    """No weights; what the worker and the engine read off a planner."""
+    """A planner without weights: what the worker and the engine read of one."""
 
     def __init__(self, step_s: float):
         super().__init__()
@@ -198,7 +197,7 @@ class StubPlannerNetwork(nn.Module):
 
 
 class StubPrompts:
-    """A token for every byte."""
+    """One token per byte."""
 
     image_token = IMAGE_TOKEN
 
@@ -207,7 +206,7 @@ class StubPrompts:
 
 
 class StubPreprocessor:
-    """The grid of a picture, and nothing of its contents."""
+    """Reads the grid of a source image, and none of its contents."""
 
     def read(self, file: bytes) -> PreprocessedImage:
         width, height = PillowImage.open(io.BytesIO(file)).size
@@ -216,7 +215,7 @@ class StubPreprocessor:
 
 @dataclass
 class StubModel:
-    """In the place of `GlmImage`."""
+    """Stands in for `GlmImage`."""
 
     settings: StubSettings
     journal: Journal
@@ -235,15 +234,15 @@ class StubModel:
     def planning_fingerprint(self) -> str:
         return "stub"
 
-    def encode_source(self, picture: PreprocessedImage) -> EncodedImage:
-        return EncodedImage(torch.zeros(picture.rows, picture.cols, dtype=torch.long), torch.empty(0))
+    def encode_source(self, image: PreprocessedImage) -> EncodedImage:
+        return EncodedImage(torch.zeros(image.rows, image.cols, dtype=torch.long), torch.empty(0))
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
 def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> None:
-    """One engine process from start to exit, its stderr and its journal in `folder`, named by the engine's id."""
+    """Run one engine process to its exit; its stderr and journal are in `folder`, named by the engine's id."""
     _die_with_parent()
     log = os.open(folder / f"{settings.engine_id}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
@@ -264,7 +263,7 @@ def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> No
 
 
 def _die_with_parent() -> None:
-    """The fork server ends with whoever runs the campaign, and an engine must end with the fork server."""
+    """End with the fork server, which ends with the campaign."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
@@ -287,11 +286,11 @@ def _engine(stub: StubSettings, journal: Journal) -> Engine:
 
 
 def _nothing(*_: object) -> None:
-    """In the place of a key/value cache."""
+    """Stand in for the key/value cache."""
 
 
 def _integrity(engine: Engine) -> str:
-    """What an engine that has drained still holds; empty if nothing."""
+    """Return what a drained engine still holds; empty if nothing."""
     engine.step()  # what was cancelled at the very end
     try:
         assert engine.is_idle, "requests are left"

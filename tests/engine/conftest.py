@@ -1,4 +1,4 @@
-"""What the tests of the engine share."""
+"""Fixtures of the engine's tests."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,6 @@ from engine.planner.runner import threads
 
 @pytest.fixture(scope="module")
 def two_threads() -> Iterator[None]:
-    """Pictures must not depend on their neighbours with several threads either, between which torch divides its work;
-    the test run as a whole may be given one."""
+    """Compute on two threads, between which torch divides its work: images must not depend on their batch then, too."""
     with threads(2):
         yield

@@ -1,4 +1,4 @@
-"""Edits in the engine: they share batches with everything else, and what a request gets depends on nobody else."""
+"""Edits in the engine: they share batches with other requests, and images do not depend on their batch."""
 
 import random
 from dataclasses import replace
@@ -21,25 +21,25 @@ Work = tuple[JobSpec, SourceImages | None]
 
 
 def mixed_work(count: int) -> list[Work]:
-    """Edits of one to three pictures and generations, of several sizes, in turn."""
-    pick = random.Random(5)
+    """Make edits of one to three images, and generations, of several sizes."""
+    rng = random.Random(5)
     work: list[Work] = []
     for number in range(count):
         spec = JobSpec(
-            pick.choice(["make it 'RED'", "another \"one\" 'B'", "plain"]),
-            width=pick.choice([64, 96, 100]),
-            height=pick.choice([64, 90, 128]),
-            seed=pick.randrange(2**32),
-            n=pick.choice([1, 1, 2]),
-            num_inference_steps=pick.choice([2, 3, 5]),
-            guidance_scale=pick.choice([1.0, 1.5, 4.0]),
-            temperature=pick.choice([None, 0.0]),
+            rng.choice(["make it 'RED'", "another \"one\" 'B'", "plain"]),
+            width=rng.choice([64, 96, 100]),
+            height=rng.choice([64, 90, 128]),
+            seed=rng.randrange(2**32),
+            n=rng.choice([1, 1, 2]),
+            num_inference_steps=rng.choice([2, 3, 5]),
+            guidance_scale=rng.choice([1.0, 1.5, 4.0]),
+            temperature=rng.choice([None, 0.0]),
         )
-        pictures = [
-            picture(pick.randrange(1000), pick.choice([64, 96, 106]), pick.choice([64, 128]))
-            for _ in range(pick.choice([1, 2, 3]) if number % 3 else 0)
+        images = [
+            picture(rng.randrange(1000), rng.choice([64, 96, 106]), rng.choice([64, 128]))
+            for _ in range(rng.choice([1, 2, 3]) if number % 3 else 0)
         ]
-        work.append((replace(spec, num_sources=len(pictures)), sources(*pictures) if pictures else None))
+        work.append((replace(spec, num_sources=len(images)), sources(*images) if images else None))
     return work
 
 
@@ -48,9 +48,9 @@ def request(engine: Engine, name: str, spec: JobSpec, given: SourceImages | None
 
 
 def pngs(engine: Engine, work: list[Work]) -> list[list[bytes]]:
-    made = engine.generate([spec for spec, _ in work], [given for _, given in work])
+    results = engine.generate([spec for spec, _ in work], [given for _, given in work])
     engine.check_integrity()
-    return [[encode(image, "png", 100) for image in images] for images in made]
+    return [[encode(image, "png", 100) for image in images] for images in results]
 
 
 def run(engine: Engine, requests: list[Request]) -> list[Event]:
@@ -69,7 +69,7 @@ EDIT = JobSpec("make it 'RED'", 64, 96, seed=3, num_inference_steps=3, num_sourc
 
 @pytest.fixture(scope="module")
 def alone(model: GlmImage) -> list[list[bytes]]:
-    """Every request on its own."""
+    """Run every request alone."""
     engine = small_engine(model)
     return [pngs(engine, [work])[0] for work in WORK]
 
@@ -79,14 +79,14 @@ def test_all_at_once_gives_the_same_bytes(model: GlmImage, alone: list[list[byte
 
 
 def test_random_arrival_gives_the_same_bytes(model: GlmImage, alone: list[list[bytes]]) -> None:
-    """In another order, joining at any step, with little room for sources and ticks of another size."""
-    pick = random.Random(13)
+    """Submit in another order and at any step, with little memory for source images and another tick size."""
+    rng = random.Random(13)
     engine = small_engine(model, render_token_budget=600, source_patches=200, max_images=6)
     waiting = list(enumerate(WORK))
-    pick.shuffle(waiting)
+    rng.shuffle(waiting)
     got: dict[int, dict[int, bytes]] = {}
     while waiting or not engine.is_idle:
-        while waiting and pick.random() < 0.05:
+        while waiting and rng.random() < 0.05:
             number, (spec, given) = waiting.pop()
             engine.submit(request(engine, str(number), spec, given))
         for event in engine.step():
@@ -104,7 +104,7 @@ def test_bfloat16_gives_the_same_bytes_in_any_batch(checkpoint) -> None:
     assert pngs(engine, work) == [pngs(engine, [one])[0] for one in work]
 
 
-def test_images_of_an_edit_share_their_sources(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_an_edit_share_their_source_images(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, given = small_engine(model), sources(picture(1, 96, 64), picture(2, 64, 64))
     spec = replace(EDIT, n=3, num_sources=2)
     separately = [pngs(engine, [(replace(spec, seed=seed, n=1), given)])[0][0] for seed in (3, 4, 5)]
@@ -117,11 +117,13 @@ def test_images_of_an_edit_share_their_sources(model: GlmImage, monkeypatch: pyt
     assert len(read) == 2
 
 
-def test_what_is_edited_and_in_which_order_counts(model: GlmImage) -> None:
+def test_source_images_and_their_order_change_the_result(model: GlmImage) -> None:
     engine, first, second = small_engine(model), picture(1, 64, 64), picture(2, 64, 64)
     spec = replace(EDIT, num_sources=2)
-    made = pngs(engine, [(spec, sources(first, second)), (spec, sources(second, first)), (spec, sources(first, first))])
-    assert len({images[0] for images in made}) == 3
+    results = pngs(
+        engine, [(spec, sources(first, second)), (spec, sources(second, first)), (spec, sources(first, first))]
+    )
+    assert len({images[0] for images in results}) == 3
 
 
 def test_an_edit_writes_its_plan_without_a_preview(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +152,7 @@ def test_a_known_plan_of_an_edit_is_rendered_to_the_same_bytes(model: GlmImage, 
 
 
 @pytest.mark.parametrize(
-    ("change", "pictures", "param", "message"),
+    ("change", "sizes", "param", "message"),
     [
         ({"prompt": "x" * 3000}, [(64, 64)], "prompt", "3[0-9]{3} tokens; this server takes at most 2048"),
         ({"prompt": "a <|image|> b"}, [(64, 64)], "prompt", "control tokens"),
@@ -159,12 +161,12 @@ def test_a_known_plan_of_an_edit_is_rendered_to_the_same_bytes(model: GlmImage, 
         ({"plan": {"rows": 1, "cols": 2, "tokens": [0, 0]}}, [(64, 64)], "plan", "3 rows and 2 columns"),
     ],
 )
-def test_what_cannot_be_edited_fails_alone_and_says_why(
-    model: GlmImage, change: dict, pictures: list[tuple[int, int]], param: str | None, message: str
+def test_an_invalid_edit_fails_alone_with_its_reason(
+    model: GlmImage, change: dict, sizes: list[tuple[int, int]], param: str | None, message: str
 ) -> None:
     engine = small_engine(model, source_patches=160)
     good = sources(picture(1, 96, 64))
-    bad = sources(*[picture(2, *size) for size in pictures])
+    bad = sources(*[picture(2, *size) for size in sizes])
     events = run(
         engine,
         [
@@ -182,16 +184,16 @@ def test_what_cannot_be_edited_fails_alone_and_says_why(
     assert {event.request.id for event in events if isinstance(event, Finished)} == {"good", "good2"}
 
 
-def test_codes_of_sources_do_not_count_as_prompt(model: GlmImage) -> None:
+def test_codes_of_source_images_do_not_count_as_prompt(model: GlmImage) -> None:
     engine = small_engine(model, max_prompt_tokens=80)
     given = sources(picture(1, 512, 512))  # 256 codes
     events = run(engine, [request(engine, "edit", EDIT, given)])
     assert [type(event) for event in events if isinstance(event, Failed | Finished)] == [Finished]
 
 
-@pytest.mark.parametrize("place", ["vision", "encoder", "sources", "prefill", "advance"])
-def test_a_failure_anywhere_ends_one_edit_and_leaves_the_others_bytes(
-    model: GlmImage, place: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", ["vision", "encoder", "sources", "prefill", "advance"])
+def test_a_failure_anywhere_ends_one_edit_and_changes_no_other(
+    model: GlmImage, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = small_engine(model)
     given = [sources(picture(number, 64, 64 + 32 * number)) for number in range(3)]
@@ -201,18 +203,18 @@ def test_a_failure_anywhere_ends_one_edit_and_leaves_the_others_bytes(
     victim = requests[1]
     pixels = victim.preprocessed[0].pixels
     target, name, is_victim = {
-        "vision": (model.vision, "forward", lambda seen: seen.pixels is pixels),
-        "encoder": (model.autoencoder, "encode", lambda seen: seen is pixels),
-        "sources": (engine.renderer.runner.source_kv, "of", lambda asked: asked is victim),
+        "vision": (model.vision, "forward", lambda image: image.pixels is pixels),
+        "encoder": (model.autoencoder, "encode", lambda argument: argument is pixels),
+        "sources": (engine.renderer.runner.source_kv, "of", lambda request: request is victim),
         "prefill": (engine.planner.runner, "prefill", lambda groups: victim in [g.request for g in groups]),
         "advance": (engine.renderer.runner, "advance", lambda items: victim in [r.request for r in items]),
-    }[place]
+    }[fault]
     real = getattr(target, name)
 
-    def fails_for_the_victim(asked):
-        if is_victim(asked):
+    def fails_for_the_victim(argument):
+        if is_victim(argument):
             raise torch.OutOfMemoryError("planted")
-        return real(asked)
+        return real(argument)
 
     monkeypatch.setattr(target, name, fails_for_the_victim)
     events = run(engine, requests)
@@ -224,7 +226,7 @@ def test_a_failure_anywhere_ends_one_edit_and_leaves_the_others_bytes(
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 8, 12])
-def test_a_cancelled_edit_gives_everything_back_within_a_step(model: GlmImage, steps: int) -> None:
+def test_a_cancelled_edit_frees_everything_within_a_step(model: GlmImage, steps: int) -> None:
     engine = small_engine(model)
     engine.submit(request(engine, "gone", replace(EDIT, n=2, num_inference_steps=40), sources(picture(1, 96, 96))))
     for _ in range(steps):
@@ -237,8 +239,8 @@ def test_a_cancelled_edit_gives_everything_back_within_a_step(model: GlmImage, s
     assert engine.renderer.runner._packed is None
 
 
-def test_sources_that_do_not_fit_now_wait_their_turn(model: GlmImage) -> None:
-    """Room for one edit's keys and values at a time; generations behind it wait, too, so that it is not passed over."""
+def test_edits_whose_source_images_do_not_fit_are_served_in_order(model: GlmImage) -> None:
+    """Give room for the keys and values of one edit at a time."""
     engine = small_engine(model, source_patches=30)
     given = sources(picture(1, 64, 96))  # 24 patches
     requests = [request(engine, str(number), replace(EDIT, seed=number), given) for number in range(4)]
@@ -253,7 +255,7 @@ def test_sources_that_do_not_fit_now_wait_their_turn(model: GlmImage) -> None:
     engine.check_integrity()
 
 
-def test_a_picture_that_cannot_be_edited_names_its_field(model: GlmImage) -> None:
+def test_a_source_image_that_cannot_be_edited_names_its_field(model: GlmImage) -> None:
     for file in (b"no picture", png(picture(1, 400, 20))):
         with pytest.raises(RequestError, match="a picture to edit") as caught:
             small_engine(model).preprocess_images(SourceImages([file]))

@@ -1,4 +1,4 @@
-"""The engine from Python: what a request gets depends on nobody else, and whatever happens, nothing leaks."""
+"""The engine without a queue: images do not depend on their batch, failures stay with their request, nothing leaks."""
 
 import random
 import time
@@ -22,19 +22,19 @@ PROMPTS = ['a poster "HELLO"', "red 'A' and \"BB\" " * 9, "plain", 'footer "\u00
 
 
 def mixed_specs(count: int) -> list[JobSpec]:
-    pick = random.Random(7)
+    rng = random.Random(7)
     return [
         JobSpec(
-            pick.choice(PROMPTS),
-            width=pick.choice([64, 96, 100, 160]),
-            height=pick.choice([64, 90, 128]),
-            seed=pick.randrange(2**32),
-            n=pick.choice([1, 1, 1, 2]),
-            num_inference_steps=pick.choice([2, 3, 6]),
-            guidance_scale=pick.choice([1.0, 1.5, 4.0]),
-            temperature=pick.choice([None, 0.0, 1.3]),
-            top_p=pick.choice([None, 1.0]),
-            negative_prompt=pick.choice(["", "no 'words'"]),
+            rng.choice(PROMPTS),
+            width=rng.choice([64, 96, 100, 160]),
+            height=rng.choice([64, 90, 128]),
+            seed=rng.randrange(2**32),
+            n=rng.choice([1, 1, 1, 2]),
+            num_inference_steps=rng.choice([2, 3, 6]),
+            guidance_scale=rng.choice([1.0, 1.5, 4.0]),
+            temperature=rng.choice([None, 0.0, 1.3]),
+            top_p=rng.choice([None, 1.0]),
+            negative_prompt=rng.choice(["", "no 'words'"]),
         )
         for _ in range(count)
     ]
@@ -63,7 +63,7 @@ SPECS = mixed_specs(24)
 
 @pytest.fixture(scope="module")
 def alone(model: GlmImage) -> list[list[bytes]]:
-    """Every request on its own."""
+    """Run every request alone."""
     engine = small_engine(model)
     return [pngs(engine, [spec])[0] for spec in SPECS]
 
@@ -75,16 +75,16 @@ def test_all_at_once_gives_the_same_bytes(model: GlmImage, alone: list[list[byte
 
 
 def test_random_arrival_gives_the_same_bytes(model: GlmImage, alone: list[list[bytes]]) -> None:
-    """In another order, joining at any step, with ticks of another size and another cache."""
-    pick = random.Random(11)
+    """Submit in another order and at any step, with other sizes of tick and cache."""
+    rng = random.Random(11)
     engine = small_engine(model, render_token_budget=700, kv_tokens=4000, max_images=10)
     waiting = list(enumerate(SPECS))
-    pick.shuffle(waiting)
+    rng.shuffle(waiting)
     got: dict[int, dict[int, bytes]] = {}
     while waiting or not engine.is_idle:
-        while waiting and pick.random() < 0.03:
-            number, spec = waiting.pop()
-            engine.submit(Request(str(number), spec))
+        while waiting and rng.random() < 0.03:
+            index, spec = waiting.pop()
+            engine.submit(Request(str(index), spec))
         for event in engine.step():
             assert not isinstance(event, Failed)
             if isinstance(event, Rendered):
@@ -99,8 +99,8 @@ def test_bfloat16_gives_the_same_bytes_in_any_batch(checkpoint) -> None:
     assert pngs(engine, specs) == [pngs(engine, [spec])[0] for spec in specs]
 
 
-def test_images_of_a_request_are_those_of_its_seeds(model: GlmImage) -> None:
-    """They share the prompt's cache; a prompt that ends within a block is copied for each."""
+def test_images_of_a_request_are_those_of_consecutive_seeds(model: GlmImage) -> None:
+    """Share the blocks of a prompt, of which the last, partial one is copied for each image."""
     engine = small_engine(model)
     for prompt in ("x", "a prompt of another length", PROMPTS[1]):
         spec = JobSpec(prompt, 64, 64, seed=5, n=3, num_inference_steps=2)
@@ -155,7 +155,7 @@ def test_odd_sizes_are_cut_from_the_middle_of_the_canvas(model: GlmImage) -> Non
         ({"n": 9}, "n", "planner memory"),
     ],
 )
-def test_what_cannot_be_served_fails_alone_and_says_why(
+def test_an_invalid_request_fails_alone_with_its_reason(
     model: GlmImage, change: dict, param: str, message: str
 ) -> None:
     engine = small_engine(model, kv_tokens=2400)
@@ -179,7 +179,7 @@ def undisturbed(model: GlmImage) -> list[list[bytes]]:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "fault",
     [
         "tokenizer",
         "prefill",
@@ -193,13 +193,13 @@ def undisturbed(model: GlmImage) -> list[list[bytes]]:
         "vae",
     ],
 )
-def test_a_failure_anywhere_ends_one_request_and_leaves_the_others_bytes(
-    model: GlmImage, undisturbed: list[list[bytes]], place: str, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_anywhere_ends_one_request_and_changes_no_other(
+    model: GlmImage, undisturbed: list[list[bytes]], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The victim, of three images, makes every batch it is in fail; each request is then tried alone."""
+    """Fail every batch with the victim, of three images, in it; each request is then tried alone."""
     engine = small_engine(model, render_token_budget=20_000)  # room for previews, so that they come first
     planner, renderer = engine.planner.runner, engine.renderer.runner
-    showing = (2, 3) if place in ("prepare preview", "partial") else ()
+    with_partials = (2, 3) if fault in ("prepare preview", "partial") else ()
     target, name, prompts_of = {
         "tokenizer": (model.prompts, "encode", lambda prompt, *_: [prompt]),
         "prefill": (planner, "prefill", lambda groups: [g.request.spec.prompt for g in groups]),
@@ -211,7 +211,7 @@ def test_a_failure_anywhere_ends_one_request_and_leaves_the_others_bytes(
         "advance": (renderer, "advance", lambda items: [r.request.spec.prompt for r in items]),
         "partial": (renderer, "decode", lambda rendering: [rendering.request.spec.prompt] * rendering.is_preview),
         "vae": (renderer, "decode", lambda rendering: [rendering.request.spec.prompt]),
-    }[place]
+    }[fault]
     real = getattr(target, name)
 
     def fails_for_the_victim(*args):
@@ -220,7 +220,7 @@ def test_a_failure_anywhere_ends_one_request_and_leaves_the_others_bytes(
         return real(*args)
 
     monkeypatch.setattr(target, name, fails_for_the_victim)
-    specs = [replace(spec, partial_images=int(i in showing)) for i, spec in enumerate(FOUR)]
+    specs = [replace(spec, partial_images=int(i in with_partials)) for i, spec in enumerate(FOUR)]
     events = run(engine, [Request(str(i), spec) for i, spec in enumerate(specs)])
     [failed] = [event for event in events if isinstance(event, Failed)]
     assert failed.request.id == "3"
@@ -235,7 +235,9 @@ def test_a_failure_anywhere_ends_one_request_and_leaves_the_others_bytes(
 @pytest.mark.parametrize(
     "error", [torch.AcceleratorError("device lost"), RuntimeError("CUDA error: device-side assert triggered")]
 )
-def test_a_lost_device_is_nobody_s_fault(model: GlmImage, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_fails_no_request_but_raises(
+    model: GlmImage, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = small_engine(model)
 
     def lost(items: list) -> None:
@@ -247,8 +249,8 @@ def test_a_lost_device_is_nobody_s_fault(model: GlmImage, error: Exception, monk
         engine.step()
 
 
-def test_a_request_past_its_deadline_does_not_begin_nor_hold_others_up(model: GlmImage) -> None:
-    """Its deadline comes while it waits for room, before others."""
+def test_a_request_past_its_deadline_is_not_begun_and_holds_up_no_other(model: GlmImage) -> None:
+    """Let the deadline pass while the request waits for memory, ahead of another."""
     engine = small_engine(model, kv_tokens=400)
     first, late, last = (Request(name, replace(FOUR[0], seed=7)) for name in ("first", "late", "last"))
     for request in (first, late, last):
@@ -264,7 +266,7 @@ def test_a_request_past_its_deadline_does_not_begin_nor_hold_others_up(model: Gl
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 150, 261, 262, 263])
-def test_a_cancelled_request_gives_everything_back_within_a_step(model: GlmImage, steps: int) -> None:
+def test_a_cancelled_request_frees_everything_within_a_step(model: GlmImage, steps: int) -> None:
     engine = small_engine(model)
     spec = JobSpec(PROMPTS[1], 64, 64, seed=0, n=2, num_inference_steps=40)
     engine.submit(Request("gone", spec))
@@ -280,17 +282,17 @@ def test_a_cancelled_request_gives_everything_back_within_a_step(model: GlmImage
 def test_progress_grows_and_ends_complete(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.engine.PROGRESS_SECONDS", 0.0)
     events = run(small_engine(model), [Request("a", JobSpec("x", 64, 64, seed=0, n=2, num_inference_steps=4))])
-    seen = [(e.phase, e.step, e.steps) for e in events if isinstance(e, Progress)]
-    planning = [step for phase, step, _ in seen if phase == "planning"]
-    rendering = [step for phase, step, _ in seen if phase == "rendering"]
+    reports = [(e.phase, e.step, e.steps) for e in events if isinstance(e, Progress)]
+    planning = [step for phase, step, _ in reports if phase == "planning"]
+    rendering = [step for phase, step, _ in reports if phase == "rendering"]
     assert planning == sorted(planning)
     assert rendering == sorted(rendering)
-    assert {steps for phase, _, steps in seen if phase == "planning"} == {2 * Geometry(64, 64).plan_tokens}
-    assert {steps for phase, _, steps in seen if phase == "rendering"} == {8}
+    assert {steps for phase, _, steps in reports if phase == "planning"} == {2 * Geometry(64, 64).plan_tokens}
+    assert {steps for phase, _, steps in reports if phase == "rendering"} == {8}
 
 
-def test_what_does_not_fit_now_waits_its_turn(model: GlmImage) -> None:
-    """Room for one plan at a time: all are served, in order."""
+def test_requests_that_do_not_fit_are_served_in_order(model: GlmImage) -> None:
+    """Give the cache room for one plan at a time."""
     engine = small_engine(model, kv_tokens=400)
     specs = [JobSpec(f"{i}", 64, 64, seed=i, num_inference_steps=1) for i in range(4)]
     events = run(engine, [Request(str(i), spec) for i, spec in enumerate(specs)])

@@ -1,4 +1,4 @@
-"""Device memory that is too little: for a batch, which is split, or for a request, which fails and is told why."""
+"""Out of device memory: a batch is split, a request fails with a reason."""
 
 import weakref
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def run(engine: Engine, specs: list[JobSpec]) -> list[Event]:
     return events
 
 
-def pictures(events: list[Event]) -> dict[tuple[str, int], bytes]:
+def pngs(events: list[Event]) -> dict[tuple[str, int], bytes]:
     return {
         (event.request.id, event.image.index): encode(event.pixels, "png", 100)
         for event in events
@@ -47,11 +47,11 @@ def counted(engine: Engine, whose: str) -> float:
 
 @pytest.fixture(scope="module")
 def undisturbed(model: GlmImage) -> dict[tuple[str, int], bytes]:
-    return pictures(run(small_engine(model), SPECS))
+    return pngs(run(small_engine(model), SPECS))
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, target: object, name: str, fails: Callable[[list[Any]], bool]) -> list[int]:
-    """Has a step raise for want of memory. Returns the sizes of all batches, those that failed negative."""
+    """Make a step run out of memory. Return the sizes of all batches, negative for those that failed."""
     real, sizes = getattr(target, name), list[int]()
 
     def step(items: list[Any]) -> None:
@@ -66,59 +66,58 @@ def plant(monkeypatch: pytest.MonkeyPatch, target: object, name: str, fails: Cal
 
 
 @pytest.mark.parametrize(
-    ("stage", "most", "budget"),
+    ("stage", "largest", "limit"),
     [
         ("prefill", 1, lambda engine: engine.planner.scheduler.prefill_limit),
         ("decode", 2, lambda engine: engine.planner.scheduler.decode_limit),
         ("advance", 2, lambda engine: engine.renderer.scheduler.token_limit),
     ],
 )
-def test_a_batch_too_large_is_split_and_those_after_it_are_smaller(
+def test_a_batch_that_is_too_large_is_split_and_later_ones_are_smaller(
     model: GlmImage,
     undisturbed: dict[tuple[str, int], bytes],
     stage: str,
-    most: int,
-    budget: Callable[[Engine], BatchLimit],
+    largest: int,
+    limit: Callable[[Engine], BatchLimit],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = small_engine(model)
     emptied: list[int] = []
     target = engine.renderer.runner if stage == "advance" else engine.planner.runner
-    sizes = plant(monkeypatch, target, stage, lambda items: len(items) > most)
+    sizes = plant(monkeypatch, target, stage, lambda items: len(items) > largest)
     monkeypatch.setattr(engine.boundary, "empty_cache", lambda: emptied.append(len(sizes)))
     events = run(engine, SPECS)
-    assert pictures(events) == undisturbed
+    assert pngs(events) == undisturbed
     assert not any(isinstance(event, Failed) for event in events)
     failures = [at for at, size in enumerate(sizes) if size < 0]
-    assert 1 <= len(failures) <= 4, "the limit finds its place in a few halvings"
-    assert emptied == [at + 1 for at in failures], "before each is tried alone"
-    assert budget(engine).current < budget(engine).maximum
+    assert 1 <= len(failures) <= 4, "a few halvings find the limit"
+    assert emptied == [at + 1 for at in failures], "before each request is tried alone"
+    assert limit(engine).current < limit(engine).maximum
     assert (counted(engine, "batch"), counted(engine, "request")) == (len(failures), 0)
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode", "advance"])
-def test_a_request_too_large_alone_fails_alone(
+def test_a_request_that_is_too_large_fails_alone(
     model: GlmImage, undisturbed: dict[tuple[str, int], bytes], stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the others' batches stay as they were: those were not too large."""
+    """Keep the limits, because the other batches were not too large."""
     engine = small_engine(model)
     target = engine.renderer.runner if stage == "advance" else engine.planner.runner
     plant(monkeypatch, target, stage, lambda items: any(item.request.id == "2" for item in items))
     events = run(engine, SPECS)
     [failed] = [event for event in events if isinstance(event, Failed)]
     assert (failed.request.id, failed.error) == ("2", TOO_LITTLE)
-    assert pictures(events) == {key: data for key, data in undisturbed.items() if key[0] != "2"}
+    assert pngs(events) == {key: data for key, data in undisturbed.items() if key[0] != "2"}
     assert counted(engine, "request") == 1
-    for budget in (
+    for limit in (
         engine.renderer.scheduler.token_limit,
         engine.planner.scheduler.decode_limit,
         engine.planner.scheduler.prefill_limit,
     ):
-        assert budget.current == budget.maximum
+        assert limit.current == limit.maximum
 
 
-def test_the_news_of_a_failure_holds_no_tensors(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would take up what is missing until somebody has read it."""
+def test_a_failed_event_keeps_no_tensors(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, held = small_engine(model), list[weakref.ref[torch.Tensor]]()
 
     def advance(_: object) -> None:
@@ -132,18 +131,18 @@ def test_the_news_of_a_failure_holds_no_tensors(model: GlmImage, monkeypatch: py
     assert [reference() for reference in held] == [None]
 
 
-def test_an_allowance_is_halved_by_what_was_used_and_comes_back() -> None:
-    allowance = BatchLimit(100)
-    allowance.ran_out(40)
-    assert allowance.take() == 20
-    allowance.ran_out(90)
-    assert allowance.take() == 10, "never up"
-    limits = [allowance.take() for _ in range(5 * RECOVERY_BATCHES)]
-    assert sorted(set(limits)) == [10, 20, 40, 80, 100]
-    assert limits == sorted(limits)
+def test_a_batch_limit_is_halved_and_recovers() -> None:
+    limit = BatchLimit(100)
+    limit.ran_out(40)
+    assert limit.take() == 20
+    limit.ran_out(90)
+    assert limit.take() == 10, "never raised by a failure"
+    taken = [limit.take() for _ in range(5 * RECOVERY_BATCHES)]
+    assert sorted(set(taken)) == [10, 20, 40, 80, 100]
+    assert taken == sorted(taken)
     for _ in range(10):
-        allowance.ran_out(1)
-    assert allowance.take() == 1, "something always goes"
+        limit.ran_out(1)
+    assert limit.take() == 1, "one item always goes"
 
 
 LOST = [
@@ -163,7 +162,7 @@ NO_MEMORY = [
 NEITHER = [RuntimeError("shape mismatch"), ValueError("CUDA error: says a prompt"), RequestError("no")]
 
 
-def test_what_an_error_says_of_the_device() -> None:
+def test_exceptions_are_classified() -> None:
     assert [(is_lost_device(error), is_out_of_memory(error)) for error in (*LOST, *NO_MEMORY, *NEITHER)] == [
         *[(True, False)] * len(LOST),
         *[(False, True)] * len(NO_MEMORY),
@@ -171,7 +170,7 @@ def test_what_an_error_says_of_the_device() -> None:
     ]
 
 
-def test_who_asks_for_too_much_hears_what_would_help() -> None:
+def test_an_out_of_memory_error_says_what_would_help() -> None:
     spec = JobSpec("secret", 2048, 1024, seed=1)
     one, many = to_job_error(TOO_LITTLE, spec), to_job_error(TOO_LITTLE, replace(spec, n=3, num_sources=2))
     assert (one.code, one.type) == ("out_of_memory", "server_error")

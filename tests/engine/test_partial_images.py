@@ -1,4 +1,4 @@
-"""Pictures on the way: the preview as soon as it is written, then what the image is expected to become."""
+"""Partial images: the preview as soon as it is written, then the image as its last step predicts it."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def partials_of(events: list, index: int = 0) -> list[Partial]:
     ("steps", "count", "expected"),
     [(20, 3, [5, 10, 15]), (12, 2, [4, 8]), (6, 1, [3]), (2, 3, [1]), (1, 3, []), (9, 0, [])],
 )
-def test_they_are_spread_over_the_steps(steps: int, count: int, expected: list[int]) -> None:
+def test_partial_images_are_spread_over_the_steps(steps: int, count: int, expected: list[int]) -> None:
     assert partial_steps(steps, count) == expected
 
 
@@ -35,29 +35,28 @@ def test_the_preview_comes_before_the_plan_is_written(model: GlmImage) -> None:
     engine = small_engine(model)
     events = run(engine, [Request("r", replace(SPEC, partial_images=3, n=2, width=192, height=320))])
     for index in (0, 1):
-        shown = partials_of(events, index)
-        assert [partial.index for partial in shown] == [0, 1, 2]
+        partials = partials_of(events, index)
+        assert [partial.index for partial in partials] == [0, 1, 2]
         planned = next(e for e in events if isinstance(e, Planned) and e.index == index)
-        assert events.index(shown[0]) < events.index(planned)
-        assert shown[0].grid == planned.plan.preview
-        assert shown[1].grid.tokens == planned.plan.tokens
-        preview = shown[0].grid
-        assert shown[0].pixels.shape == (preview.rows * CELL, preview.cols * CELL, 3)
-        assert shown[1].pixels.shape == shown[2].pixels.shape == (320, 192, 3)
+        assert events.index(partials[0]) < events.index(planned)
+        assert partials[0].grid == planned.plan.preview
+        assert partials[1].grid.tokens == planned.plan.tokens
+        preview = partials[0].grid
+        assert partials[0].pixels.shape == (preview.rows * CELL, preview.cols * CELL, 3)
+        assert partials[1].pixels.shape == partials[2].pixels.shape == (320, 192, 3)
     assert isinstance(events[-1], Finished)
 
 
-def test_they_change_no_picture_of_anyone(model: GlmImage) -> None:
-    """Not the image's own, and not its neighbours'."""
+def test_partial_images_change_no_image(model: GlmImage) -> None:
     specs = [SPEC, replace(SPEC, seed=4, guidance_scale=1.0), replace(SPEC, seed=5, width=160)]
     plain = pixels_of(run(small_engine(model), [Request(str(i), spec) for i, spec in enumerate(specs)]))
-    shown = [replace(spec, partial_images=count) for count, spec in enumerate(specs, start=1)]
-    events = run(small_engine(model), [Request(str(i), spec) for i, spec in enumerate(shown)])
+    with_partials = [replace(spec, partial_images=count) for count, spec in enumerate(specs, start=1)]
+    events = run(small_engine(model), [Request(str(i), spec) for i, spec in enumerate(with_partials)])
     for name, pixels in pixels_of(events).items():
         assert torch.equal(pixels, plain[name])
 
 
-def test_they_are_the_same_alone_and_among_others(model: GlmImage) -> None:
+def test_partial_images_are_the_same_alone_and_in_a_batch(model: GlmImage) -> None:
     spec = replace(SPEC, partial_images=3)
     alone = partials_of(run(small_engine(model), [Request("a", spec)]))
     others = [Request(str(seed), replace(SPEC, seed=seed, num_inference_steps=4)) for seed in range(5)]
@@ -66,8 +65,8 @@ def test_they_are_the_same_alone_and_among_others(model: GlmImage) -> None:
         assert torch.equal(one.pixels, other.pixels)
 
 
-def test_on_the_way_the_noise_of_the_last_step_is_taken_out(model: GlmImage) -> None:
-    """What a single step from here to the end would give."""
+def test_a_partial_image_is_decoded_without_the_noise_of_the_last_step(model: GlmImage) -> None:
+    """Compare with a single step from there to the end."""
     runner = small_engine(model).renderer.runner
     image = Image(Request("r", replace(SPEC, partial_images=1)), 0, plan=Plan(2, 3, [1, 2, 3, 4, 5, 6]))
     rendering = runner.prepare(image)
@@ -78,21 +77,21 @@ def test_on_the_way_the_noise_of_the_last_step_is_taken_out(model: GlmImage) -> 
     assert rendering.has_partial_due
     velocity = rendering.velocity
     assert velocity is not None
-    shown = runner.decode(rendering)
+    partial = runner.decode(rendering)
     rendering.latents, rendering.step = before - rendering.sigmas[2] * velocity, rendering.steps
-    assert (shown.int() - runner.decode(rendering).int()).abs().max() <= 1
+    assert (partial.int() - runner.decode(rendering).int()).abs().max() <= 1
 
 
-def test_a_given_plan_shows_its_preview_if_it_has_one(model: GlmImage) -> None:
+def test_a_given_plan_sends_its_preview_if_it_has_one(model: GlmImage) -> None:
     [planned] = [e for e in run(small_engine(model), [Request("r", SPEC)]) if isinstance(e, Planned)]
     given = replace(SPEC, partial_images=2, plan=planned.plan.to_dict())
     engine = small_engine(model)
-    shown = partials_of(run(engine, [Request("r", given)]))
-    assert [partial.index for partial in shown] == [0, 1]
-    assert shown[0].grid == planned.plan.preview
+    partials = partials_of(run(engine, [Request("r", given)]))
+    assert [partial.index for partial in partials] == [0, 1]
+    assert partials[0].grid == planned.plan.preview
     bare = replace(planned.plan, preview=None).to_dict()
-    shown = partials_of(run(engine, [Request("r", replace(given, plan=bare))]))
-    assert [(p.index, p.grid.tokens) for p in shown] == [(0, planned.plan.tokens), (1, planned.plan.tokens)]
+    partials = partials_of(run(engine, [Request("r", replace(given, plan=bare))]))
+    assert [(p.index, p.grid.tokens) for p in partials] == [(0, planned.plan.tokens), (1, planned.plan.tokens)]
 
 
 def test_a_preview_that_cannot_be_decoded_fails_its_request_alone(
@@ -112,7 +111,7 @@ def test_a_preview_that_cannot_be_decoded_fails_its_request_alone(
     assert [e.image.request.id for e in events if isinstance(e, Rendered)] == ["good"]
 
 
-def test_a_request_that_is_cancelled_leaves_no_preview_behind(model: GlmImage) -> None:
+def test_a_cancelled_request_leaves_no_preview_behind(model: GlmImage) -> None:
     engine = small_engine(model)
     engine.submit(Request("r", replace(SPEC, partial_images=1)))
     while not len(engine.renderer.scheduler):

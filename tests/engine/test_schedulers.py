@@ -18,12 +18,12 @@ BLOCK = 16
 
 
 def request(prompt: int = 20, n: int = 1, side: int = 64) -> Request:
-    made = Request("r", JobSpec("p", side, side, seed=0, n=n))
-    made.prompt_ids = list(range(prompt))
-    return made
+    request = Request("r", JobSpec("p", side, side, seed=0, n=n))
+    request.prompt_ids = list(range(prompt))
+    return request
 
 
-class Blocks(RuleBasedStateMachine):
+class BlockAllocation(RuleBasedStateMachine):
     """Any order of allocate, share and release keeps free + used = total."""
 
     def __init__(self) -> None:
@@ -47,17 +47,17 @@ class Blocks(RuleBasedStateMachine):
         self.allocator.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @invariant()
-    def accounts_balance(self) -> None:
+    def free_plus_used_is_total(self) -> None:
         self.allocator.check_integrity()
         assert self.allocator.used == len({block for blocks in self.held for block in blocks})
 
 
-TestBlocks = Blocks.TestCase
+TestBlockAllocation = BlockAllocation.TestCase
 
 
 class Planning(RuleBasedStateMachine):
-    """Requests come, are prefilled, written and finished or aborted in any order; nothing leaks, nobody shares more
-    than the prompt."""
+    """Requests are admitted, prefilled, written and finished or aborted in any order: nothing leaks, and only whole
+    blocks of a prompt are shared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,11 +65,11 @@ class Planning(RuleBasedStateMachine):
         self.requests: list[Request] = []
 
     @rule(prompt=st.integers(1, 90), n=st.integers(1, 4))
-    def add(self, prompt: int, n: int) -> None:
-        made = request(prompt, n)
-        if self.planner.fits(made):
-            self.planner.admit(made)
-            self.requests.append(made)
+    def admit(self, prompt: int, n: int) -> None:
+        new = request(prompt, n)
+        if self.planner.fits(new):
+            self.planner.admit(new)
+            self.requests.append(new)
 
     @rule()
     def step(self) -> None:
@@ -87,7 +87,7 @@ class Planning(RuleBasedStateMachine):
         self.planner.abort(data.draw(st.sampled_from(self.requests)))
 
     @invariant()
-    def accounts_balance(self) -> None:
+    def free_plus_used_is_total(self) -> None:
         self.planner.check_integrity()
 
     @invariant()
@@ -97,12 +97,12 @@ class Planning(RuleBasedStateMachine):
         assert len(set(buffers)) == len(buffers)
         for sequence in self.planner.sequences:
             assert len(sequence.blocks) * BLOCK >= sequence.prompt_length + sequence.total
-            for place, block in enumerate(sequence.blocks):
-                shared = place < sequence.prompt_length // BLOCK
+            for position, block in enumerate(sequence.blocks):
+                shared = position < sequence.prompt_length // BLOCK
                 if block in owner:
                     assert shared
-                    assert owner[block] == (sequence.request, place)
-                owner[block] = (sequence.request, place)
+                    assert owner[block] == (sequence.request, position)
+                owner[block] = (sequence.request, position)
 
 
 TestPlanning = Planning.TestCase
@@ -115,7 +115,7 @@ def test_images_of_a_request_share_the_prompt() -> None:
     assert planner.allocator.used == 10 + 3 * per_image
 
 
-def test_what_can_never_fit_is_refused_with_the_reason() -> None:
+def test_a_request_that_can_never_fit_is_refused_with_the_reason() -> None:
     planner = PlannerScheduler(blocks=40, block_size=BLOCK, max_sequences=4, max_prompt_tokens=100)
     with pytest.raises(RequestError, match="101 tokens; this server takes at most 100") as caught:
         planner.check(request(prompt=101))
@@ -134,7 +134,7 @@ def test_a_planned_request_needs_no_memory() -> None:
     assert planner.fits(planned)
 
 
-def test_prefill_stays_within_its_budget_but_always_moves() -> None:
+def test_prefill_stays_within_its_limit_but_always_advances() -> None:
     planner = PlannerScheduler(1000, BLOCK, 10, max_prompt_tokens=500, prefill_tokens=150)
     for prompt in (400, 100, 40, 20):
         planner.admit(request(prompt))
@@ -176,7 +176,7 @@ def test_least_remaining_work_goes_first_and_equals_are_not_interleaved() -> Non
     assert [tick[0] for tick in run(scheduler, 4)] == [short, short, short, long]
 
 
-def test_a_tick_is_filled_to_the_budget_and_never_over_it() -> None:
+def test_a_tick_is_filled_to_the_limit_and_never_beyond() -> None:
     scheduler: RenderScheduler[Work] = RenderScheduler(token_budget=100)
     works = [Work(60, 5), Work(50, 8), Work(40, 20), Work(30, 40)]
     for work in works:
@@ -184,7 +184,7 @@ def test_a_tick_is_filled_to_the_budget_and_never_over_it() -> None:
     assert run(scheduler, 1) == [[works[0], works[2]]]
 
 
-def test_one_image_always_goes_however_large() -> None:
+def test_one_image_always_advances_however_large() -> None:
     scheduler: RenderScheduler[Work] = RenderScheduler(token_budget=10)
     scheduler.add(work := Work(1000, 2))
     assert run(scheduler, 2) == [[work], [work]]
@@ -192,8 +192,8 @@ def test_one_image_always_goes_however_large() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 30)), min_size=1, max_size=6))
 @settings(max_examples=50, deadline=None)
-def test_nobody_starves_under_a_stream_of_short_work(others: list[tuple[int, int]]) -> None:
-    """A long image waits at most as many ticks as its work, and all that came before it, fills budgets."""
+def test_a_long_image_does_not_starve_under_a_stream_of_short_ones(others: list[tuple[int, int]]) -> None:
+    """Bound the wait by the ticks that the image's own work and all earlier work fill."""
     scheduler: RenderScheduler[Work] = RenderScheduler(token_budget=100)
     long = Work(400, 50)
     scheduler.add(long)

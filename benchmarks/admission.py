@@ -23,22 +23,20 @@ import itertools
 import os
 import re
 import secrets
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import orjson
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.api_process import ApiProcess
 from benchmarks.quantile import quantile
-from engine.child import die_with_parent
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.consumer import JobConsumer
@@ -52,7 +50,7 @@ ROOMY = {"max_concurrent": 10**9, "requests_per_minute": 100_000, "pixel_steps_p
 NARROW = {**ROOMY, "requests_per_minute": 60}
 ROOMY_KEYS = 9
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
-START_S = 120.0
+START_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -111,35 +109,23 @@ def write_keys(path: Path) -> list[str]:
     return keys
 
 
-@dataclass(frozen=True)
-class Api:
-    port: int
-    pid: int
-
-
 @contextmanager
-def running_api(redis_url: str, keys: Path, max_queue: int, log: Path) -> Iterator[Api]:
-    """A `glimmer api` on a free port.
+def running_api(redis_url: str, keys: Path, max_queue: int, log: Path) -> Iterator[ApiProcess]:
+    """Run a `glimmer api` that listens; kill it at the end.
 
     Raises:
-        RuntimeError: it did not start; the message is what it logged.
+        RuntimeError: it did not start; the message is its log.
     """
-    options = {"--port": 0, "--redis-url": redis_url, "--max-queue": max_queue, "--api-keys": keys}
-    words = [str(word) for pair in options.items() for word in pair]
-    command = die_with_parent([sys.executable, "-m", "server.cli", "api", *words], signal.SIGKILL)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    process = ApiProcess({"redis-url": redis_url, "max-queue": max_queue, "api-keys": keys}, log)
     try:
-        give_up_at = time.monotonic() + START_S
-        while not (found := re.search(r"listens on http://127\.0\.0\.1:(\d+)", log.read_text())):
-            if process.poll() is not None or time.monotonic() > give_up_at:
+        start_deadline = time.monotonic() + START_TIMEOUT_S
+        while not process.listens():
+            if time.monotonic() > start_deadline:
                 raise RuntimeError(f"glimmer api did not start: {log.read_text()}")
             time.sleep(0.05)
-        yield Api(int(found[1]), process.pid)
+        yield process
     finally:
-        process.kill()  # there is nothing to finish
-        process.wait()
+        process.kill()
 
 
 @asynccontextmanager
@@ -252,9 +238,9 @@ def _every(interval: float, began: float, end: float) -> Iterator[float]:
 
 
 @asynccontextmanager
-async def connected(apis: Sequence[Api], count: int, keys: Sequence[str]) -> AsyncIterator[Clients]:
+async def connected(apis: Sequence[ApiProcess], count: int, keys: Sequence[str]) -> AsyncIterator[Clients]:
     connections = [
-        Connection(*await asyncio.open_connection("127.0.0.1", api.port))
+        Connection(*await asyncio.open_connection("127.0.0.1", urlsplit(api.url).port))
         for api in itertools.islice(itertools.cycle(apis), count)
     ]
     try:
@@ -267,7 +253,7 @@ async def connected(apis: Sequence[Api], count: int, keys: Sequence[str]) -> Asy
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
-async def measure(apis: Sequence[Api], redis: EmbeddedRedis, keys: Sequence[str], plan: Plan) -> list[Load]:
+async def measure(apis: Sequence[ApiProcess], redis: EmbeddedRedis, keys: Sequence[str], plan: Plan) -> list[Load]:
     """The loads of the plan, one after the other."""
     loads = []
     async with ready_engine(redis.url), connected(apis, plan.connections, keys) as clients:

@@ -3,10 +3,7 @@
 import asyncio
 import multiprocessing
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +13,7 @@ from typing import Self
 import httpx
 import redis.asyncio
 
-from engine.child import die_with_parent
+from benchmarks.api_process import ApiProcess
 from engine.config import EngineSettings
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
@@ -116,60 +113,24 @@ class Engine:
         return self.exit_code or 0
 
 
-class Api:
+class Api(ApiProcess):
     """One `glimmer api` process."""
 
     def __init__(self, number: int, redis_url: str, settings: StackSettings, folder: Path):
-        self._log = folder / f"api-{number}-{time.monotonic_ns()}.log"
-        options = {
-            "--port": 0,
-            "--redis-url": redis_url,
-            "--max-queue": settings.max_queue,
-            "--grace-s": settings.grace_s,
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "server.cli",
-            "api",
-            *(str(word) for pair in options.items() for word in pair),
-        ]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                die_with_parent(command, signal.SIGKILL),
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-        self.url = ""
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
+        options = {"redis-url": redis_url, "max-queue": settings.max_queue, "grace-s": settings.grace_s}
+        super().__init__(options, folder / f"api-{number}-{time.monotonic_ns()}.log")
 
     async def ready(self) -> None:
-        """Returns when it answers."""
-        await until(self._has_url, START_S)
+        """Return when it answers."""
+        await until(self.listens, START_S)
         async with httpx.AsyncClient(base_url=self.url, trust_env=False) as client:
             await client.get("/live", timeout=START_S)  # its socket listens already
 
     async def drain(self) -> int:
-        """SIGTERM, and the exit code."""
-        self._process.send_signal(signal.SIGTERM)
+        """Send SIGTERM and return the exit code."""
+        self.terminate()
         await until(lambda: not self.alive, STOP_S)
-        return self._process.returncode
-
-    def _has_url(self) -> bool:
-        found = re.search(r"listens on (http://\S+)", self._log.read_text())
-        assert found or self.alive, self._log.read_text()
-        self.url = found[1] if found else ""
-        return bool(found)
+        return self.exit_code or 0
 
 
 class Stack:

@@ -1,0 +1,1 @@
+"""Benchmarks of the server, the engine and the default checkpoint: `python -m benchmarks.NAME --help`."""

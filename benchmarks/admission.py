@@ -1,20 +1,19 @@
-"""How many requests a second get through keys, limits, validation and queue, and how long each takes.
+"""Measure how many requests per second pass keys, limits, validation and the queue, and their latency.
 
     python -m benchmarks.admission                      one API process, closed loop and 1,000 requests/s
     python -m benchmarks.admission --apis 2 --max-queue 256
 
-The API is `glimmer api` as anybody would run it, Redis a real one that syncs every write to its disk. No engine works:
-one only says that it is ready, so that jobs are accepted and stay in the queue. Clients with keep-alive connections
-post generations with `Prefer: respond-async`, each with a prompt of its own. They use ten keys, all with limits; one in
-ten requests comes with a key whose limit is soon reached, so that refusals (429) are measured, too, apart from the
-rest. Failed is what got a 503.
+Real `glimmer api` processes and a Redis that syncs every write to its disk. No engine runs: a heartbeat says that one
+is ready, so that jobs are accepted and stay queued. Keep-alive connections post generations with
+`Prefer: respond-async`, each with a different prompt, with ten keys in turn; one soon reaches its limit, so that
+refusals are measured, too.
 
-Two kinds of load. Closed loop: every connection sends its next request when it has the answer to its last; the rate is
-what the server can do, the latency follows from the number of connections. Open loop: requests are due at a fixed rate,
-whether the server keeps up or not; the latency counts from when a request was due, so that a stall is not left out.
+Closed loop: each connection sends its next request after the response to its last; the rate is the server's maximum,
+the latency follows from the number of connections. Open loop: requests are due at a fixed rate; latency counts from
+then, so that stalls are included.
 
-Told are answers a second, p50 and p99 of both kinds of answers in milliseconds, and the processor time that one request
-costs the API and Redis, which says more than the rate where the machine is shared.
+Per loop the table has responses per second; number, p50 and p99 of accepted (202) and refused (429) requests; the
+number of failed ones (503); CPU time per request of API and Redis, which means more than the rate on a shared machine.
 """
 
 import argparse
@@ -46,44 +45,33 @@ from server.admission.keys import hash_key, new_key
 
 PATH = "/v1/images/generations"
 ACCEPTED, REFUSED, FAILED = 202, 429, 503
-ROOMY = {"max_concurrent": 10**9, "requests_per_minute": 100_000, "pixel_steps_per_day": 2**53 - 1}
-NARROW = {**ROOMY, "requests_per_minute": 60}
-ROOMY_KEYS = 9
+HIGH_LIMITS = {"max_concurrent": 10**9, "requests_per_minute": 100_000, "pixel_steps_per_day": 2**53 - 1}
+LOW_LIMITS = {**HIGH_LIMITS, "requests_per_minute": 60}
+HIGH_LIMIT_KEYS = 9
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
 START_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """
-    Args:
-        seconds: of each load, after `warm_up` seconds that are not counted.
-        rates: of the loads, in requests a second; None is a closed loop.
-    """
+class LoadProfile:
+    """The loads of one run: `seconds` each, after `warm_up` seconds that are not counted."""
 
     connections: int = 32
     seconds: float = 8.0
     warm_up: float = 2.0
-    rates: Sequence[float | None] = (None, 1000.0)
+    rates: Sequence[float | None] = (None, 1000.0)  # requests per second; None is a closed loop
     apis: int = 1
     max_queue: int = 10**6
 
 
 @dataclass
-class Load:
-    """What came of one load.
-
-    Args:
-        rate: see `Plan`.
-        seconds: how long it took.
-        latencies: in seconds, by HTTP status.
-        api_s, redis_s: processor time of all API processes and of Redis; 0 where the system does not tell.
-    """
+class LoadResult:
+    """The measurements of one load; latencies in seconds, by HTTP status."""
 
     rate: float | None
     seconds: float = 0.0
     latencies: dict[int, list[float]] = field(default_factory=lambda: {ACCEPTED: [], REFUSED: [], FAILED: []})
-    api_s: float = 0.0
+    api_s: float = 0.0  # CPU time of all API processes; 0 if the system has no /proc
     redis_s: float = 0.0
 
     @property
@@ -91,7 +79,7 @@ class Load:
         return "closed loop" if self.rate is None else f"open loop, {self.rate:g}/s"
 
     @property
-    def answers(self) -> int:
+    def responses(self) -> int:
         return sum(map(len, self.latencies.values()))
 
 
@@ -99,12 +87,13 @@ class Load:
 
 
 def write_keys(path: Path) -> list[str]:
-    """Makes the keys that are sent in turn, and the file that the API knows them by."""
-    limits = [*[ROOMY] * ROOMY_KEYS, NARROW]
+    """Write the API's key file and return the keys, to be used in turn."""
+    limits = [*[HIGH_LIMITS] * HIGH_LIMIT_KEYS, LOW_LIMITS]
     keys = [new_key() for _ in limits]
     tables = []
-    for number, (key, its) in enumerate(zip(keys, limits, strict=True)):
-        tables += [f"[key-{number}]", f'sha256 = "{hash_key(key).hex()}"', *(f"{name} = {its[name]}" for name in its)]
+    for number, (key, key_limits) in enumerate(zip(keys, limits, strict=True)):
+        lines = (f"{name} = {limit}" for name, limit in key_limits.items())
+        tables += [f"[key-{number}]", f'sha256 = "{hash_key(key).hex()}"', *lines]
     path.write_text("\n".join(tables) + "\n")
     return keys
 
@@ -130,7 +119,7 @@ def running_api(redis_url: str, keys: Path, max_queue: int, log: Path) -> Iterat
 
 @asynccontextmanager
 async def ready_engine(redis_url: str) -> AsyncIterator[None]:
-    """An engine that says it is ready and takes nothing."""
+    """Send the heartbeats of a ready engine that takes no jobs."""
     client = connect(redis_url)
     queue = JobConsumer(client)
     info = EngineInfo("benchmark", os.getpid(), "all", "ready", "benchmark", "1024x1024", 16384, 2048)
@@ -152,8 +141,8 @@ async def ready_engine(redis_url: str) -> AsyncIterator[None]:
         await client.aclose()
 
 
-def processor_seconds(pid: int) -> float:
-    """What a process has used so far; 0 where the system has no /proc."""
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except FileNotFoundError:
@@ -165,16 +154,16 @@ def processor_seconds(pid: int) -> float:
 
 
 class Connection:
-    """A keep-alive connection that does no more than it must: an HTTP library would take longer than the server."""
+    """A minimal keep-alive connection: an HTTP library would take longer than the server."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader, self._writer = reader, writer
 
     async def post(self, key: str, prompt: str) -> int:
-        """Sends one generation and returns the status of its answer.
+        """Send one generation and return the HTTP status.
 
         Raises:
-            RuntimeError: it is none of those that are counted.
+            RuntimeError: it is not 202, 429 or 503.
         """
         body = orjson.dumps({"prompt": prompt, "size": "1024x1024", "seed": 1})
         head = (
@@ -182,12 +171,12 @@ class Connection:
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self._writer.write(head.encode() + body)
-        answer = await self._reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", answer)
+        response = await self._reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", response)
         content = await self._reader.readexactly(int(length[1])) if length else b""
-        status = int(answer[9:12])
+        status = int(response[9:12])
         if status not in (ACCEPTED, REFUSED, FAILED):
-            raise RuntimeError(f"the API answered {status}: {content.decode(errors='replace')}")
+            raise RuntimeError(f"unexpected status {status}: {content.decode(errors='replace')}")
         return status
 
     async def close(self) -> None:
@@ -197,7 +186,7 @@ class Connection:
 
 
 class Clients:
-    """Connections to all APIs in turn, and the requests they send."""
+    """Connections to all APIs in turn, and the requests sent on them."""
 
     def __init__(self, connections: Sequence[Connection], keys: Sequence[str]):
         self._connections = connections
@@ -205,27 +194,27 @@ class Clients:
         self._numbers = itertools.count()
         self._run = secrets.token_hex(4)
 
-    async def load(self, rate: float | None, seconds: float) -> Load:
-        """Sends requests for so long, and waits for the last answers."""
-        load = Load(rate)
+    async def load(self, rate: float | None, seconds: float) -> LoadResult:
+        """Send requests for `seconds`, then wait for the last responses."""
+        result = LoadResult(rate)
         began = time.perf_counter()
         due_times = _now_until(began + seconds) if rate is None else _every(1 / rate, began, began + seconds)
 
         async def send(connection: Connection) -> None:
-            for due in due_times:  # shared by all: whichever connection is free takes the next
+            for due in due_times:  # shared by all connections
                 if (wait := due - time.perf_counter()) > 0:
                     await asyncio.sleep(wait)
-                await self._send(connection, due, load)
+                await self._send(connection, due, result)
 
         async with asyncio.TaskGroup() as group:
             for connection in self._connections:
                 group.create_task(send(connection))
-        load.seconds = time.perf_counter() - began
-        return load
+        result.seconds = time.perf_counter() - began
+        return result
 
-    async def _send(self, connection: Connection, since: float, load: Load) -> None:
+    async def _send(self, connection: Connection, since: float, result: LoadResult) -> None:
         status = await connection.post(next(self._keys), f"a poster, number {next(self._numbers)} of {self._run}")
-        load.latencies[status].append(time.perf_counter() - since)
+        result.latencies[status].append(time.perf_counter() - since)
 
 
 def _now_until(end: float) -> Iterator[float]:
@@ -253,46 +242,38 @@ async def connected(apis: Sequence[ApiProcess], count: int, keys: Sequence[str])
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
-async def measure(apis: Sequence[ApiProcess], redis: EmbeddedRedis, keys: Sequence[str], plan: Plan) -> list[Load]:
-    """The loads of the plan, one after the other."""
-    loads = []
-    async with ready_engine(redis.url), connected(apis, plan.connections, keys) as clients:
-        await clients.load(None, plan.warm_up)
-        for rate in plan.rates:
-            before = [processor_seconds(process.pid) for process in (*apis, redis)]
-            load = await clients.load(rate, plan.seconds)
-            after = [processor_seconds(process.pid) for process in (*apis, redis)]
-            *of_apis, load.redis_s = (now - then for now, then in zip(after, before, strict=True))
-            load.api_s = sum(of_apis)
-            loads.append(load)
-    return loads
+async def measure(
+    apis: Sequence[ApiProcess], redis: EmbeddedRedis, keys: Sequence[str], profile: LoadProfile
+) -> list[LoadResult]:
+    """Run the profile's loads one after the other."""
+    results = []
+    async with ready_engine(redis.url), connected(apis, profile.connections, keys) as clients:
+        await clients.load(None, profile.warm_up)
+        for rate in profile.rates:
+            before = [cpu_seconds(process.pid) for process in (*apis, redis)]
+            result = await clients.load(rate, profile.seconds)
+            after = [cpu_seconds(process.pid) for process in (*apis, redis)]
+            *api_seconds, result.redis_s = (now - then for now, then in zip(after, before, strict=True))
+            result.api_s = sum(api_seconds)
+            results.append(result)
+    return results
 
 
-def print_table(loads: Sequence[Load], plan: Plan) -> None:
-    processes = "1 API process" if plan.apis == 1 else f"{plan.apis} API processes"
-    table = Table(title=f"{processes}, {plan.connections} connections, at most {plan.max_queue} jobs waiting")
-    columns = (
-        "answers/s",
-        "accepted",
-        "p50 ms",
-        "p99 ms",
-        "refused",
-        "p50 ms",
-        "p99 ms",
-        "failed",
-        "API ms",
-        "Redis ms",
-    )
+def print_table(results: Sequence[LoadResult], profile: LoadProfile) -> None:
+    processes = "1 API process" if profile.apis == 1 else f"{profile.apis} API processes"
+    table = Table(title=f"{processes}, {profile.connections} connections, at most {profile.max_queue} jobs waiting")
+    latency = ("p50 ms", "p99 ms")
+    columns = ("responses/s", "accepted", *latency, "refused", *latency, "failed", "API ms", "Redis ms")
     for heading in ("", *columns):
         table.add_column(heading, justify="left" if not heading else "right")
-    for load in loads:
-        answers: list[str] = []
+    for result in results:
+        cells = [result.label, f"{result.responses / result.seconds:.0f}"]
         for status in (ACCEPTED, REFUSED):
-            latencies = load.latencies[status]
-            answers += [str(len(latencies)), _milliseconds(latencies, 0.5), _milliseconds(latencies, 0.99)]
-        answers.append(str(len(load.latencies[FAILED])))
-        costs = [f"{1e3 * seconds / load.answers:.2f}" if seconds else "" for seconds in (load.api_s, load.redis_s)]
-        table.add_row(load.label, f"{load.answers / load.seconds:.0f}", *answers, *costs)
+            latencies = result.latencies[status]
+            cells += [str(len(latencies)), _milliseconds(latencies, 0.5), _milliseconds(latencies, 0.99)]
+        cells.append(str(len(result.latencies[FAILED])))
+        cells += [f"{1e3 * cpu_s / result.responses:.2f}" if cpu_s else "" for cpu_s in (result.api_s, result.redis_s)]
+        table.add_row(*cells)
     Console(width=120).print(table)
 
 
@@ -300,32 +281,35 @@ def _milliseconds(latencies: Sequence[float], share: float) -> str:
     return f"{1e3 * quantile(latencies, share):.1f}" if latencies else ""
 
 
-def run(plan: Plan) -> list[Load]:
-    """Starts everything, measures, prints the table and stops everything. Only in the main thread, as `EmbeddedRedis`
-    asks."""
+def run(profile: LoadProfile) -> list[LoadResult]:
+    """Measure and print the table. Only in the main thread, see `EmbeddedRedis`."""
     with tempfile.TemporaryDirectory(prefix="glimmer-") as name, ExitStack() as stack:
         folder = Path(name)
         keys = write_keys(folder / "keys.toml")
         redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
         apis = [
-            stack.enter_context(running_api(redis.url, folder / "keys.toml", plan.max_queue, folder / f"api-{i}.log"))
-            for i in range(plan.apis)
+            stack.enter_context(
+                running_api(redis.url, folder / "keys.toml", profile.max_queue, folder / f"api-{i}.log")
+            )
+            for i in range(profile.apis)
         ]
-        loads = asyncio.run(measure(apis, redis, keys, plan))
-    print_table(loads, plan)
-    return loads
+        results = asyncio.run(measure(apis, redis, keys, profile))
+    print_table(results, profile)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--apis", type=int, default=Plan.apis, help="API processes")
-    parser.add_argument("--connections", type=int, default=Plan.connections)
-    parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of each load")
-    parser.add_argument("--warm-up", type=float, default=Plan.warm_up, help="seconds before the first load")
-    parser.add_argument("--rates", type=float, nargs="*", default=[1000.0], help="requests a second of the open loops")
-    parser.add_argument("--max-queue", type=int, default=Plan.max_queue, help="jobs that may wait")
+    parser.add_argument("--apis", type=int, default=LoadProfile.apis, help="API processes")
+    parser.add_argument("--connections", type=int, default=LoadProfile.connections, help="keep-alive connections")
+    parser.add_argument("--seconds", type=float, default=LoadProfile.seconds, help="duration of each load")
+    parser.add_argument("--warm-up", type=float, default=LoadProfile.warm_up, help="seconds before the first load")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=[1000.0], help="requests per second of the open loops"
+    )
+    parser.add_argument("--max-queue", type=int, default=LoadProfile.max_queue, help="maximum number of waiting jobs")
     arguments = parser.parse_args()
-    run(Plan(**{**vars(arguments), "rates": (None, *arguments.rates)}))
+    run(LoadProfile(**{**vars(arguments), "rates": (None, *arguments.rates)}))
 
 
 if __name__ == "__main__":

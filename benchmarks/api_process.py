@@ -12,9 +12,9 @@ from engine.child import die_with_parent
 
 
 class ApiProcess:
-    """A running `glimmer api`. Start it in the main thread: it is killed when the thread that started it ends.
+    """A `glimmer api` with the command-line `options` (without dashes) and no settings from the environment.
 
-    Settings come from `options` alone (command-line options without their dashes), not from the environment.
+    Start it in the main thread: it is killed when the thread that started it ends.
     """
 
     def __init__(self, options: Mapping[str, object], log: Path):

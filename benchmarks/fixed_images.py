@@ -1,10 +1,10 @@
-"""Hash the images a server makes of 24 fixed requests, to hold two versions of Glimmer against each other.
+"""Hash the images of 24 fixed requests, to compare two versions of Glimmer.
 
     glimmer serve --port 8000 &
-    python -m benchmarks.fixed_images                   # a line per request, then one hash of all of them
+    python -m benchmarks.fixed_images                   # one request at a time
     python -m benchmarks.fixed_images --concurrency 8   # the same hash: an image does not depend on its batch
 
-The hash holds for one checkpoint, one number of threads and one kind of CPU.
+The output is a hash per request and one of all. It holds for one checkpoint, one number of threads and one kind of CPU.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def png(image: Image.Image) -> str:
 
 
 def source(number: int) -> str:
-    """Return a drawing, different for every number, as a data URL."""
+    """Return drawing `number` (0 to 2) as a data URL."""
     image = Image.new("RGB", (256, 192 + 64 * number), ("navy", "white", "teal")[number])
     ImageDraw.Draw(image).ellipse((60, 40, 180, 160), fill=("yellow", "red", "black")[number])
     return png(image)
@@ -75,7 +75,7 @@ def mask() -> str:
 
 
 def post(client: httpx.Client, number: int, fields: dict[str, Any]) -> list[bytes]:
-    """Return the PNG files that the server answers a request with."""
+    """Send a request and return its PNG files."""
     body = {"seed": 1, "output_format": "png", "response_format": "b64_json"} | fields
     route = "generations"
     if count := body.pop("sources", 0):
@@ -83,14 +83,14 @@ def post(client: httpx.Client, number: int, fields: dict[str, Any]) -> list[byte
         body["images"] = [{"image_url": source(i)} for i in range(count)]
         if body.pop("mask", False):
             body["mask"] = {"image_url": mask()}
-    answer = client.post(f"/v1/images/{route}", json=body)
-    if answer.status_code != 200:
-        raise SystemExit(f"request {number}: {answer.status_code} {answer.text}")
+    response = client.post(f"/v1/images/{route}", json=body)
+    if response.status_code != 200:
+        raise SystemExit(f"request {number}: {response.status_code} {response.text}")
     if body.get("stream"):
-        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-        # Which step a partial image shows depends on what else is being rendered, so only the last one counts.
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        # The steps of partial images depend on what else is being rendered, so only the final one counts.
         return [base64.b64decode(event["b64_json"]) for event in events if event["type"].endswith(".completed")]
-    return [base64.b64decode(image["b64_json"]) for image in answer.json()["data"]]
+    return [base64.b64decode(image["b64_json"]) for image in response.json()["data"]]
 
 
 def main() -> None:
@@ -102,8 +102,8 @@ def main() -> None:
     requests = [*GENERATIONS, *EDITS]
     total = hashlib.sha256()
     with httpx.Client(base_url=args.url, timeout=600) as client, ThreadPoolExecutor(args.concurrency) as pool:
-        answers = pool.map(lambda item: post(client, *item), enumerate(requests))
-        for number, files in enumerate(answers):
+        responses = pool.map(lambda item: post(client, *item), enumerate(requests))
+        for number, files in enumerate(responses):
             digest = hashlib.sha256(b"".join(files)).hexdigest()
             total.update(digest.encode())
             print(f"{number:2} {digest[:16]} {len(files)} images {requests[number]['prompt'][:60]}")

@@ -1,14 +1,15 @@
-"""Whether the default checkpoint draws what it is asked: held-out prompts -> pictures -> read back and compared.
+"""Measure how often the default checkpoint draws held-out prompts correctly.
 
-    python -m benchmarks.nano_quality                        pictures from a server that it starts
-    python -m benchmarks.nano_quality --url http://...       from one that is running
+    python -m benchmarks.nano_quality                        images from a server that it starts
+    python -m benchmarks.nano_quality --url http://...       from a running server
     python -m benchmarks.nano_quality --pipeline             from diffusers' GlmImagePipeline on the same checkpoint
-    python -m benchmarks.nano_quality --blank-glyphs         from the server, the letters kept from the renderer
+    python -m benchmarks.nano_quality --blank-glyphs         from the server, without letters for the renderer
     python -m benchmarks.nano_quality --edits 50             edits of held-out posters, from either
 
 No word and no combination of these prompts was in the training data (models/nano/recipe/prompts.py splits by hash).
-Pictures are read by template matching against the drawing code (models/nano/recipe/reading.py), which assumes nothing
-of what was asked. A wrong or missing line is a wrong word, so is one that nobody asked for.
+The images are read back by template matching (models/nano/recipe/reading.py) without knowledge of the prompt. The
+table has, for each property of a poster, how often it is right. A missing line counts as a wrong word, and so does one
+that was not in the prompt.
 """
 
 import argparse
@@ -39,12 +40,12 @@ from server.cli.demo import running_server
 
 SIZES = ((256, 256),) * 12 + ((384, 256),) * 3 + ((256, 384),) * 3 + ((512, 512),) * 2
 CONCURRENCY = 8
-STEPS, GUIDANCE = 12, 2.5  # the checkpoint's defaults, for the pipeline, which knows none
+STEPS, GUIDANCE = 12, 2.5  # the checkpoint's defaults, which the pipeline does not know
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, the poster it asks for and the picture's size; for an edit also the poster that is edited."""
+    """A prompt, the poster it describes and the image's size; for an edit also the poster before."""
 
     prompt: str
     poster: Poster
@@ -55,21 +56,21 @@ class Case:
 
     @property
     def source(self) -> Image.Image | None:
-        """The picture that is edited."""
+        """Return the source image of an edit."""
         return Image.fromarray(draw(self.before, self.width, self.height)) if self.before else None
 
 
 @dataclass
 class Score:
-    """Counts of what was right, as (right, asked for)."""
+    """Counts by property, as [right, total], and descriptions of what was wrong."""
 
     counts: dict[str, list[float]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
-    def add(self, name: str, right: float, of: float = 1) -> None:
+    def add(self, name: str, right: float, total: float = 1) -> None:
         count = self.counts.setdefault(name, [0, 0])
         count[0] += right
-        count[1] += of
+        count[1] += total
 
 
 def held_out_cases(count: int, seed: int) -> list[Case]:
@@ -88,41 +89,41 @@ def held_out_edits(count: int, seed: int) -> list[Case]:
 
 
 def compare(score: Score, case: Case, image: np.ndarray) -> None:
-    """Add one picture to the score."""
+    """Add one image to the score."""
     found = reading.read(image)
     errors = []
     for zone in ("headline", "footer"):
-        wanted, got = getattr(case.poster, zone), getattr(found, zone)
-        _compare_line(score, wanted, got)
-        if _text(wanted) != _text(got):
-            errors.append(f"{zone} {_text(wanted)!r} reads {_text(got)!r}")
-        if wanted:
-            score.add("bars", (got.bar if got else None) == wanted.bar)
+        expected, drawn = getattr(case.poster, zone), getattr(found, zone)
+        _compare_line(score, expected, drawn)
+        if _text(expected) != _text(drawn):
+            errors.append(f"{zone} {_text(expected)!r} reads {_text(drawn)!r}")
+        if expected:
+            score.add("bars", (drawn.bar if drawn else None) == expected.bar)
     score.add("background", found.background == case.poster.background)
     score.add("shape, colour and zone", found.shapes == case.poster.shapes)
     if found.shapes != case.poster.shapes:
         errors.append(f"{case.poster.shapes} reads {found.shapes}")
     if found.background != case.poster.background:
         errors.append("background")
-    score.add("all of it", not errors)
+    score.add("whole poster", not errors)
     if errors:
         score.wrong.append(f"{case.width}x{case.height} {case.prompt}\n    " + "; ".join(errors))
 
 
 def compare_edit(score: Score, case: Case, image: np.ndarray) -> None:
-    """Add one edited picture: whether the asked change is there, and whether all else is as before."""
+    """Add one edited image: whether the requested change is there, and whether everything else is as before."""
     assert case.before is not None
     found, before, after = (_parts(poster) for poster in (reading.read(image), case.before, case.poster))
     wrong = {name: f"{found[name]}, not {after[name]}" for name in after if found[name] != after[name]}
     changed = {name for name in after if after[name] != before[name]}
-    score.add("asked change", not wrong.keys() & changed)
+    score.add("requested change", not wrong.keys() & changed)
     score.add("rest kept", not wrong.keys() - changed)
     if wrong:
-        score.wrong.append(f"{case.prompt}\n    " + "; ".join(f"{name} is {what}" for name, what in wrong.items()))
+        score.wrong.append(f"{case.prompt}\n    " + "; ".join(f"{name} is {error}" for name, error in wrong.items()))
 
 
 def _parts(poster: Poster) -> dict[str, Any]:
-    """What can change in a poster, one by one."""
+    """Return everything that an edit can change, by name."""
     parts: dict[str, Any] = {"background": poster.background}
     for name in ("headline", "footer"):
         line = getattr(poster, name)
@@ -133,13 +134,14 @@ def _parts(poster: Poster) -> dict[str, Any]:
     return parts
 
 
-def _compare_line(score: Score, wanted: Line | None, got: Line | None) -> None:
-    want, have = _text(wanted), _text(got)
-    if not want and not have:
+def _compare_line(score: Score, expected: Line | None, drawn: Line | None) -> None:
+    expected_text, text = _text(expected), _text(drawn)
+    if not expected_text and not text:
         return
-    score.add("words", want == have)
-    if want:
-        score.add("characters", max(0, len(want) - distance(want, have)), len(want))
+    score.add("words", expected_text == text)
+    if expected_text:
+        right = max(0, len(expected_text) - distance(expected_text, text))
+        score.add("characters", right, len(expected_text))
 
 
 def _text(line: Line | None) -> str:
@@ -147,7 +149,7 @@ def _text(line: Line | None) -> str:
 
 
 def distance(a: str, b: str) -> int:
-    """Levenshtein distance."""
+    """Return the Levenshtein distance."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -156,20 +158,20 @@ def distance(a: str, b: str) -> int:
     return row[-1]
 
 
-# --- Where pictures come from ------------------------------------------------------------------------------------
+# --- Sources of images -----------------------------------------------------------------------------------------------
 
 
-def ask(url: str, case: Case, **extra: Any) -> dict[str, Any]:
-    """One picture of the server, at its default steps and guidance."""
+def request_image(url: str, case: Case, **extra: Any) -> dict[str, Any]:
+    """Request one image of the server, with its default steps and guidance."""
     body = {"prompt": case.prompt, "size": f"{case.width}x{case.height}", "seed": case.seed, **extra}
     if (source := case.source) is None:
-        answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
+        response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=600)
     else:
         file = io.BytesIO()
         source.save(file, "PNG")
-        answer = httpx.post(f"{url}/v1/images/edits", data=body, files={"image": file.getvalue()}, timeout=600)
-    answer.raise_for_status()
-    return answer.json()["data"][0]
+        response = httpx.post(f"{url}/v1/images/edits", data=body, files={"image": file.getvalue()}, timeout=600)
+    response.raise_for_status()
+    return response.json()["data"][0]
 
 
 def decode(data: dict[str, Any]) -> np.ndarray:
@@ -177,22 +179,22 @@ def decode(data: dict[str, Any]) -> np.ndarray:
 
 
 def without_strings(prompt: str) -> str:
-    """The prompt with nothing in quotes: no letters for the glyph encoder."""
+    """Remove the quoted strings, so that the glyph encoder gets no letters."""
     return re.sub(r"\"[^\"]*\"|'[^']*'|“[^”]*”|「[^」]*」", "", prompt)
 
 
 def from_server(url: str, cases: Sequence[Case], blank_glyphs: bool) -> Iterator[np.ndarray]:
-    """Pictures in the order of the cases; with `blank_glyphs` from the same plans, but without the prompts' strings."""
+    """Yield the images in the order of the cases; `blank_glyphs` keeps the plans, but removes the prompts' strings."""
 
-    def picture(case: Case) -> np.ndarray:
+    def image_of(case: Case) -> np.ndarray:
         if not blank_glyphs:
-            return decode(ask(url, case))
-        plan = ask(url, case, return_plan=True, num_inference_steps=1)["plan"]
+            return decode(request_image(url, case))
+        plan = request_image(url, case, return_plan=True, num_inference_steps=1)["plan"]
         bare = Case(without_strings(case.prompt), case.poster, case.width, case.height, case.seed)
-        return decode(ask(url, bare, plan=plan))
+        return decode(request_image(url, bare, plan=plan))
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        yield from pool.map(picture, cases)
+        yield from pool.map(image_of, cases)
 
 
 def load_pipeline() -> Any:
@@ -209,28 +211,28 @@ def from_pipeline(pipeline: Any, cases: Iterable[Case]) -> Iterator[np.ndarray]:
 
     for case in cases:
         source = case.source
-        made = pipeline(
+        image = pipeline(
             prompt=case.prompt, image=None if source is None else [source], width=case.width, height=case.height,
             num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(case.seed),
         ).images[0]  # fmt: skip
-        yield np.asarray(made.convert("RGB"))
+        yield np.asarray(image.convert("RGB"))
 
 
-# --- Runs --------------------------------------------------------------------------------------------------------
+# --- Runs -------------------------------------------------------------------------------------------------------------
 
 
 def seconds_alone(url: str, count: int) -> list[float]:
-    """Wall-clock seconds of 256x256 pictures, one after the other."""
-    taken = []
+    """Return the seconds of `count` 256x256 images, one after the other, after one that warms up."""
+    seconds = []
     for case in held_out_cases(count + 1, seed=1):
         start = time.perf_counter()
-        ask(url, Case(case.prompt, case.poster, 256, 256, case.seed))
-        taken.append(time.perf_counter() - start)
-    return taken[1:]
+        request_image(url, Case(case.prompt, case.poster, 256, 256, case.seed))
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
 
 
 def save_sheet(images: Sequence[np.ndarray], path: Path, columns: int = 6) -> None:
-    """A contact sheet of pictures of one size."""
+    """Save a contact sheet of images of one size."""
     rows = [np.concatenate(images[i : i + columns], 1) for i in range(0, len(images) - columns + 1, columns)]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(path, optimize=True)
@@ -240,8 +242,8 @@ def print_score(title: str, score: Score, show_wrong: bool) -> None:
     table = Table(title=title)
     for column in ("", "right", "of", "%"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, (right, of) in score.counts.items():
-        table.add_row(name, f"{right:.0f}", f"{of:.0f}", f"{100 * right / of:.1f}")
+    for name, (right, total) in score.counts.items():
+        table.add_row(name, f"{right:.0f}", f"{total:.0f}", f"{100 * right / total:.1f}")
     console = Console()
     console.print(table)
     if show_wrong:
@@ -251,14 +253,14 @@ def print_score(title: str, score: Score, show_wrong: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a running server; without it one is started")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="another one draws other prompts")
-    parser.add_argument("--pipeline", action="store_true", help="diffusers instead of a server")
-    parser.add_argument("--blank-glyphs", action="store_true", help="keep the letters from the renderer")
+    parser.add_argument("--url", help="a running server; default: start one")
+    parser.add_argument("--prompts", type=int, default=200, help="number of prompts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    parser.add_argument("--pipeline", action="store_true", help="use diffusers instead of a server")
+    parser.add_argument("--blank-glyphs", action="store_true", help="give the renderer no letters")
     parser.add_argument("--edits", type=int, metavar="N", help="score N edits instead")
-    parser.add_argument("--sheet", type=Path, help="save a contact sheet of the first 24 square pictures")
-    parser.add_argument("--wrong", action="store_true", help="list what was wrong")
+    parser.add_argument("--sheet", type=Path, help="save a contact sheet of the first 24 images of 256x256")
+    parser.add_argument("--wrong", action="store_true", help="list the errors")
     arguments = parser.parse_args()
     if arguments.edits:
         cases, add = held_out_edits(arguments.edits, arguments.seed), compare_edit
@@ -274,9 +276,11 @@ def main() -> None:
             )
             if not arguments.blank_glyphs and not arguments.edits:
                 alone = seconds_alone(url, 10)
-                print(f"seconds per 256x256 picture, alone: median {np.median(alone):.2f}, longest {max(alone):.2f}")
+                print(
+                    f"seconds per 256x256 image, one at a time: median {np.median(alone):.2f}, longest {max(alone):.2f}"
+                )
             images = from_server(url, cases, arguments.blank_glyphs)
-        for case, image in zip(cases, tqdm(images, total=len(cases), desc="pictures"), strict=True):
+        for case, image in zip(cases, tqdm(images, total=len(cases), desc="images"), strict=True):
             add(score, case, image)
             if (case.width, case.height) == (256, 256):
                 square.append(image)

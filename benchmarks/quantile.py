@@ -1,8 +1,8 @@
-"""The one way in which the benchmarks read a quantile."""
+"""Quantiles of measurements."""
 
 from collections.abc import Sequence
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that so large a share of all is no more than; there is at least one."""
+    """Return the `share` quantile (0..1) of at least one value, by nearest rank."""
     return sorted(values)[round(share * (len(values) - 1))]

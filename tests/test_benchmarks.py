@@ -68,11 +68,11 @@ async def test_streams_with_and_without_partial_images(queue: JobQueue, capsys: 
 
 
 def test_admission_counts_what_got_in_and_what_did_not(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = admission.Plan(connections=2, seconds=0.5, warm_up=0.0, rates=(None, 40.0), max_queue=5)
-    closed, open_ = admission.run(plan)
+    profile = admission.LoadProfile(connections=2, seconds=0.5, warm_up=0.0, rates=(None, 40.0), max_queue=5)
+    closed, open_ = admission.run(profile)
     assert sum(len(load.latencies[admission.ACCEPTED]) for load in (closed, open_)) == 5
-    assert closed.answers > 0
-    assert open_.answers == 20
+    assert closed.responses > 0
+    assert open_.responses == 20
     assert min(open_.latencies[admission.REFUSED]) > 0
     printed = capsys.readouterr().out
     assert "closed loop" in printed

@@ -45,7 +45,7 @@ def event(logger: logging.Logger, name: str, level: int = logging.INFO, **fields
 
 
 def where(error: BaseException) -> str:
-    """Return the last 8 frames on one line, innermost first, without the error's text, which may quote a prompt."""
+    """Return the traceback on one line, innermost frame first, without the error's text."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return "<".join(f"{frame.filename}:{frame.lineno}:{frame.name}" for frame in reversed(frames))
 
@@ -70,7 +70,7 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time": "2026-01-31T12:00:00.123Z", "level", "logger", "event", key: value}`; other records have `message`."""
+    """One object with `time`, `level`, `logger` and an event's fields, or else a `message`."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))

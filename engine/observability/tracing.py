@@ -39,11 +39,11 @@ class TracingError(Exception):
 class Span:
     """A span in progress, to which finished ones can be added.
 
-    Times are `time.monotonic()` seconds, converted by one offset: clock changes cannot reorder them.
+    Times are `time.monotonic()` seconds; with one offset, clock changes cannot reorder them.
 
     Args:
         parent: a `traceparent`; an invalid one starts a new trace.
-        attributes: for added spans, too; without None values.
+        attributes: for added spans, too.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Span:
         return carrier.get("traceparent", "")
 
     def child(self, name: str, began: float, ended: float | None = None, image: int | None = None) -> None:
-        """Add a finished child span; without `ended` it ends now. `image` is an index."""
+        """Add a finished child span; it ends now by default."""
         self._add(name, self._context, began, ended, {"glimmer.image_index": image})
 
     def sibling(self, name: str, began: float, ended: float) -> None:
@@ -109,7 +109,7 @@ class Tracing:
     def request(self, method: str, traceparent: str) -> Span:
         """Start the span of an HTTP request."""
         if self._provider is None:
-            traceparent = ""  # a no-op span would pass it on to the engines
+            traceparent = ""  # no-op spans would forward it
         return Span(self._tracer, method, traceparent, {"http.request.method": method}, SpanKind.SERVER)
 
     def run(self, claim: Claim, engine_id: str) -> Span:
@@ -145,7 +145,7 @@ def open_tracing(service: str) -> Tracing:
         service: default service name.
 
     Raises:
-        TracingError: the SDK is missing, or a variable invalid.
+        TracingError: invalid variables, or no SDK.
     """
     endpoint = _exporter_variable("ENDPOINT")
     if not endpoint or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
@@ -181,7 +181,7 @@ def open_tracing(service: str) -> Tracing:
 
 
 def _exporter_variable(name: str) -> str:
-    """Return the setting for traces, or for all signals."""
+    """Return the setting for traces, else for all."""
     return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
 
 

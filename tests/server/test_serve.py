@@ -167,6 +167,7 @@ async def test_a_killed_engine_and_a_killed_redis_come_back(tmp_path: Path) -> N
         async with client(serve) as http:
             os.kill(engine_pid, signal.SIGKILL)
             await until(lambda: len(serve.starts.lines()) == 2)
+            await until(lambda: _healthy(http), seconds=10)
             assert (await http.post(URL, json={"prompt": "x"})).status_code == 200
             os.kill(redis_pid, signal.SIGKILL)
             await until(lambda: not alive(redis_pid))

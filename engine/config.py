@@ -1,4 +1,4 @@
-"""Settings of one engine process, and how it ends. No torch: the command line and the supervisor import this, too."""
+"""Settings and exit codes of one engine process. No torch: the API process imports this."""
 
 import os
 import socket
@@ -13,14 +13,14 @@ LogLevel = Annotated[
 LogFormat = Annotated[Literal["text", "json"], Field(description="Format of a log line: text or json.")]
 
 EXIT_CONFIGURATION = 2
-"""Exit code of a process that cannot start with its settings. Restarting it unchanged will not help."""
+"""Exit code: the process cannot start with its settings; restarting it will not help."""
 
 EXIT_STUCK = 3
-"""Exit code of an engine whose device does not return from a step. A new process may do better."""
+"""Exit code: the device does not return from a step; a new process may do better."""
 
 HAND_BACK_S = 5.0
-"""Seconds to wait beyond an engine's grace period before killing it. Only then does it start to hand back unfinished
-jobs, each with a call to a Redis that may be slow."""
+"""Seconds between the end of an engine's grace period and its kill: it hands back each unfinished job with a call to a
+Redis that may be slow."""
 
 
 def new_engine_id() -> str:
@@ -29,7 +29,7 @@ def new_engine_id() -> str:
 
 
 class CheckpointSettings(BaseModel):
-    """The checkpoint that an engine loads, and where it runs."""
+    """What an engine loads, and where."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,9 +41,9 @@ class CheckpointSettings(BaseModel):
 
 
 class EngineSettings(CheckpointSettings):
-    """Settings of one engine process. `None` lets the engine choose by checkpoint and device.
+    """Settings of one engine process. For `None` the engine chooses by checkpoint and device.
 
-    Only the command line reads the environment: what is built in code does not depend on it.
+    Not a `BaseSettings`: the command line alone reads the environment.
     """
 
     redis_url: str = Field(description="Redis that holds the jobs: redis://host:6379/0 or unix:///path.")

@@ -1,7 +1,7 @@
-"""Settings of the API process and of `glimmer serve`, each declared once.
+"""Settings of the API process and of `glimmer serve`.
 
-The flags and their help (`server.cli.options`), the environment variables and the tables of docs/settings.md follow
-from these declarations and from those in `engine.config`.
+Flags (`server.cli.options`), environment variables and docs/settings.md are made from these declarations and from those
+in `engine.config`.
 """
 
 import os
@@ -23,7 +23,7 @@ _ORIGIN = re.compile(r"https?://[^/@\s]+")
 
 @dataclass(frozen=True)
 class Flag:
-    """The command-line flag of a setting that is not simply named after it; None: the environment alone sets it."""
+    """The flag of a setting that is not named after it; None if only the environment sets it."""
 
     name: str | None
 

@@ -1,4 +1,4 @@
-"""What `glimmer generate` does: one request to a running server, its progress, and the pictures on disk."""
+"""The HTTP client of `glimmer generate`."""
 
 import base64
 import json
@@ -14,26 +14,26 @@ from rich.console import Console
 from server.addresses import is_loopback
 from server.cli.terminal import Display
 
-SILENCE_S = 60.0  # a stream has a ping every few seconds, so that a dead connection is told from a slow picture
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 60.0  # a live server sends at least a comment every few seconds
 
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 class GenerateError(Exception):
-    """The pictures could not be had; the message says why and is meant for the user."""
+    """The request failed; the message is shown to the user."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to ask for, and where it goes.
+    """A request and the files of its results.
 
     Args:
-        body: fields of the request.
-        output: file of the picture; of several, `name-1.ext`, `name-2.ext`, ...
-        images: pictures to edit; with none a picture is made from text alone.
-        mask: where the first of them may change.
-        partials: folder for the partial images; None keeps none.
-        plan_out: file of the plan, as JSON; of several like `output`.
+        body: JSON fields of the request.
+        output: image file; several are numbered `name-1.ext`, `name-2.ext`, ...
+        images: source images of an edit.
+        partials: folder for partial images.
+        plan_out: JSON file of the plan, numbered like `output`.
     """
 
     body: dict[str, Any]
@@ -45,20 +45,20 @@ class Task:
 
     @property
     def count(self) -> int:
-        """How many pictures are asked for."""
+        """Return the number of images requested."""
         return self.body.get("n", 1)
 
     @property
     def outputs(self) -> list[Path]:
-        """The files of the pictures, in order."""
+        """Return the image files in order."""
         return _numbered(self.output, self.count)
 
 
 def format_of(output: Path) -> str:
-    """The `output_format` that a file name asks for.
+    """Return the `output_format` for a file name.
 
     Raises:
-        GenerateError: the suffix is none of those that can be made.
+        GenerateError: the suffix is not supported.
     """
     try:
         return _FORMATS[output.suffix.lower()]
@@ -67,41 +67,38 @@ def format_of(output: Path) -> str:
 
 
 def read_plan(path: Path) -> Any:
-    """A plan as `Task.plan_out` writes it; what is in it is for the server to check.
+    """Read a plan that `Task.plan_out` has stored; the server validates it.
 
     Raises:
-        GenerateError: the file cannot be read, or is no JSON.
+        GenerateError: the file is unreadable or not JSON.
     """
     try:
         return json.loads(_read(path))
     except ValueError:
-        raise GenerateError(f"cannot read {path}: it is no JSON; --plan-out writes such a file") from None
+        raise GenerateError(f"cannot read {path}: it is not JSON; --plan-out writes such a file") from None
 
 
 def generate(url: str, api_key: str | None, task: Task, console: Console) -> list[Path]:
-    """Asks the server at `url` for pictures and writes them as they come, partial images too, with a progress bar and
-    the latest partial image if the console is a terminal. A server whose client is interrupted stops working on it.
+    """Send the request, show progress in a terminal and return the files written.
+
+    An interrupt closes the connection, and the server cancels the job.
 
     Raises:
-        GenerateError: the server is not there, refused the request or failed, or a file cannot be read or written.
+        GenerateError: the request failed, or a file cannot be read or written.
     """
     for folder in (task.output.parent, task.partials, task.plan_out and task.plan_out.parent):
         if folder is not None:
-            with _writing(folder):
+            with _write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)  # now, not after minutes of waiting
     route, content = _content(task)
-    with Display(console) as display, _posted(url.rstrip("/"), api_key, route, content) as response:
+    with Display(console) as display, _open_stream(url.rstrip("/"), api_key, route, content) as response:
         written = _receive(response, task, display)
     if len(written) < task.count:
-        raise GenerateError(f"the answer of {response.url} ended after {len(written)} of {task.count} pictures")
+        raise GenerateError(f"the response of {response.url} ended after {len(written)} of {task.count} images")
     return written
 
 
-# --- what goes out ----------------------------------------------------------------------------------------------------
-
-
 def _content(task: Task) -> tuple[str, dict[str, Any]]:
-    """The route, and the body as httpx takes it: JSON, or for an edit a form."""
     body = {**task.body, "stream": True, "response_format": "b64_json"}
     if task.plan_out is not None:
         body["return_plan"] = True
@@ -115,12 +112,7 @@ def _content(task: Task) -> tuple[str, dict[str, Any]]:
 
 
 @contextmanager
-def _posted(url: str, api_key: str | None, route: str, content: dict[str, Any]) -> Iterator[httpx.Response]:
-    """The beginning of the server's answer, which is a stream of events.
-
-    Raises:
-        GenerateError: it is none, or the connection breaks, also later.
-    """
+def _open_stream(url: str, api_key: str | None, route: str, content: dict[str, Any]) -> Iterator[httpx.Response]:
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     has_begun = False
     try:
@@ -129,15 +121,15 @@ def _posted(url: str, api_key: str | None, route: str, content: dict[str, Any]) 
             url + route,
             **content,
             headers=headers,
-            timeout=httpx.Timeout(SILENCE_S, connect=5.0),
-            # A proxy from the environment would look for the server on its own machine.
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # A proxy would look for a loopback address on its own machine.
             trust_env=not is_loopback(httpx.URL(url).host),
         ) as response:
             if response.status_code != 200:
                 response.read()
-                raise GenerateError(_message(response))
+                raise GenerateError(_error_message(response))
             if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                _not_ours(response)
+                _raise_unexpected(response)
             has_begun = True
             yield response
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -148,40 +140,32 @@ def _posted(url: str, api_key: str | None, route: str, content: dict[str, Any]) 
         raise GenerateError("the prompt, or another value given, is not valid text") from None
 
 
-# --- what comes back --------------------------------------------------------------------------------------------------
-
-
 def _receive(response: httpx.Response, task: Task, display: Display) -> list[Path]:
-    """Shows and writes what the events bring. Something else than this server may sit at the URL, so nothing is taken
-    for granted.
-
-    Raises:
-        GenerateError: the server failed, sent something else, or a file cannot be written.
-    """
+    """Show and write what the events contain; data may be malformed, since any server may be at the URL."""
     written = []
     try:
         for name, data in _events(_lines(response)):
             if name == "comment":
-                display.tell(data)
+                display.show_progress(data)
             elif name.endswith(".partial_image"):
-                _keep_partial(data, task, display)
+                _handle_partial(data, task, display)
             elif name.endswith(".completed"):
-                written.append(_keep(data, task, display))
+                written.append(_handle_completed(data, task, display))
             else:
                 raise GenerateError(data["error"]["message"])
     except (ValueError, KeyError, TypeError, IndexError, OSError):
-        _not_ours(response)
+        _raise_unexpected(response)
     return written
 
 
-def _keep_partial(data: dict[str, Any], task: Task, display: Display) -> None:
-    picture, path = base64.b64decode(data["b64_json"]), task.outputs[data.get("image_index", 0)]
-    display.draw(picture)
+def _handle_partial(data: dict[str, Any], task: Task, display: Display) -> None:
+    image, path = base64.b64decode(data["b64_json"]), task.outputs[data.get("image_index", 0)]
+    display.draw(image)
     if task.partials is not None:
-        _write(task.partials / f"{path.stem}-partial-{data['partial_image_index'] + 1}{path.suffix}", picture)
+        _write(task.partials / f"{path.stem}-partial-{data['partial_image_index'] + 1}{path.suffix}", image)
 
 
-def _keep(data: dict[str, Any], task: Task, display: Display) -> Path:
+def _handle_completed(data: dict[str, Any], task: Task, display: Display) -> Path:
     index = data.get("image_index", 0)
     path = task.outputs[index]
     line = f"{path}  {data['size']}  seed {data['seed']}"
@@ -193,7 +177,7 @@ def _keep(data: dict[str, Any], task: Task, display: Display) -> Path:
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Without their ends. (`Response.iter_lines` also ends lines at characters that JSON leaves as they are.)"""
+    """Yield lines split at \\n alone: `Response.iter_lines` also splits at characters that JSON leaves unescaped."""
     pieces: list[bytes] = []
     for chunk in response.iter_bytes():
         first, *others = chunk.split(b"\n")
@@ -204,11 +188,7 @@ def _lines(response: httpx.Response) -> Iterator[bytes]:
 
 
 def _events(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    """The events of a stream by name, each with what its one line of data says; a comment is one called "comment".
-
-    Raises:
-        ValueError: the data is no JSON.
-    """
+    """Parse server-sent events with one line of data each into (name, data); a comment is named "comment"."""
     name = ""
     for line in lines:
         if line.startswith(b":"):
@@ -220,8 +200,7 @@ def _events(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
             name = ""
 
 
-def _message(response: httpx.Response) -> str:
-    """The server's own words."""
+def _error_message(response: httpx.Response) -> str:
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
@@ -229,11 +208,8 @@ def _message(response: httpx.Response) -> str:
     return f"{message} (HTTP {response.status_code})"
 
 
-def _not_ours(response: httpx.Response) -> NoReturn:
-    raise GenerateError(f"{response.url} answered with something else than pictures; is it a Glimmer?") from None
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
+def _raise_unexpected(response: httpx.Response) -> NoReturn:
+    raise GenerateError(f"{response.url} did not answer with images; is it a Glimmer server?") from None
 
 
 def _numbered(path: Path, count: int) -> list[Path]:
@@ -250,12 +226,12 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with _writing(path):
+    with _write_errors(path):
         path.write_bytes(data)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The `glimmer` command and its subcommands. What they run is imported when they are called: `--help` stays quick."""
+"""The `glimmer` command. Subcommands import what they run when called: `health` starts often."""
 
 import os
 import sys

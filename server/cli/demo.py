@@ -1,7 +1,6 @@
-"""`make demo`: a server, one picture through HTTP, and a clean end, whatever happens in between.
+"""`make demo`: start `glimmer serve`, request one image over HTTP, and always stop the server.
 
-The server is `glimmer serve` as anybody would run it, but on a free port and with its queue in a temporary folder, so
-that it gets in the way of no other.
+A free port and a temporary queue keep it apart from other servers.
 """
 
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PROMPT = 'a blue poster, top headline "GLIMMER", center a large yellow star, bottom footer "HELLO" on a red bar'
-PICTURE = Path("out/demo.png")
+IMAGE = Path("out/demo.png")
 LOG = Path("out/demo.log")
 READY = re.compile(r"^Glimmer is ready at (http://\S+)", re.MULTILINE)
 START_TIMEOUT_S, STOP_TIMEOUT_S = 300.0, 45.0
@@ -26,16 +25,12 @@ GLIMMER = (sys.executable, "-m", "server.cli")
 
 @contextmanager
 def running_server(data_dir: Path) -> Iterator[str]:
-    """The URL of a server that takes requests; the server is stopped at the end.
-
-    Raises:
-        SystemExit: it did not start; the message ends with what it logged.
-    """
+    """Start a server and yield its URL once it is ready; stop it in the end. Exit with its log if it does not start."""
     command = [*GLIMMER, "serve", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(data_dir)]
     environment = {name: value for name, value in os.environ.items() if name != "GLIMMER_REDIS_URL"}
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("wb") as log:
-        # A session of its own: Ctrl+C reaches this process alone, which then stops the server.
+        # In a new session: Ctrl+C is for this process, which then stops the server.
         server = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -46,13 +41,13 @@ def running_server(data_dir: Path) -> Iterator[str]:
 
 
 def _url_when_ready(server: subprocess.Popen[bytes]) -> str:
-    give_up_at = time.monotonic() + START_TIMEOUT_S
-    while server.poll() is None and time.monotonic() < give_up_at:
+    timeout_at = time.monotonic() + START_TIMEOUT_S
+    while server.poll() is None and time.monotonic() < timeout_at:
         if ready := READY.search(LOG.read_text(errors="replace")):
             return ready[1]
         time.sleep(0.1)
-    why = f"ended with code {server.returncode}" if server.returncode is not None else "took too long"
-    sys.exit(f"The server did not start: it {why}. The end of {LOG}:\n{LOG.read_text(errors='replace')[-2000:]}")
+    reason = f"ended with code {server.returncode}" if server.returncode is not None else "took too long"
+    sys.exit(f"The server did not start: it {reason}. The end of {LOG}:\n{LOG.read_text(errors='replace')[-2000:]}")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
@@ -65,26 +60,26 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """Makes the picture and says where it is; exits with another code than 0 if there is none."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit)
-    PICTURE.parent.mkdir(exist_ok=True)
-    print("Starting a server on this machine, with the small model that is shipped", flush=True)
+    """Generate the image and print where it is; exit with a nonzero code on failure."""
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, _exit)
+    IMAGE.parent.mkdir(exist_ok=True)
+    print("Starting a server on this machine with the small model that is shipped", flush=True)
     with tempfile.TemporaryDirectory(prefix="glimmer-demo-") as data_dir, running_server(Path(data_dir)) as url:
-        print(f"Asking {url} for: {PROMPT}", flush=True)
-        code = subprocess.run([*GLIMMER, "generate", PROMPT, "--output", str(PICTURE), "--url", url]).returncode
+        print(f"Requesting from {url}: {PROMPT}", flush=True)
+        code = subprocess.run([*GLIMMER, "generate", PROMPT, "--output", str(IMAGE), "--url", url]).returncode
         if code != 0:
-            sys.exit(f"No picture was made; the server's log is {LOG}.")
+            sys.exit(f"No image was generated; the server's log is {LOG}.")
     print(f"""
-The picture is {PICTURE}. The small model draws posters: up to two lines of text and two shapes, in ten colours. Next:
+The image is {IMAGE}. The small model draws posters: up to two lines of text and two shapes, in ten colours. Next:
   make serve                                     keeps a server running, for requests such as this one:
   .venv/bin/glimmer generate 'a pink poster, headline "OPEN", a small teal circle, footer "TODAY"' -o open.png
-  make serve ARGS='--model zai-org/GLM-Image'    serves the published model; that takes a large GPU""")
+  make serve ARGS='--model zai-org/GLM-Image'    serves the published model, on a large GPU""")
 
 
-def _exit(number: int, _: object) -> NoReturn:
-    """Ends the demo from a signal handler through the `finally` that stops the server, and without a traceback."""
-    sys.exit(128 + number)
+def _exit(sig: int, _: object) -> NoReturn:
+    """Exit so that the `finally` runs that stops the server."""
+    sys.exit(128 + sig)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`glimmer health`: the probe of a container. It imports little, because it runs every few seconds."""
+"""`glimmer health`: the probe of a container, run every few seconds, so it imports little."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Command-line options made from settings models: name, environment variable, type, default, limits and help."""
+"""Command-line options made from settings models."""
 
 import functools
 import inspect
@@ -22,7 +22,7 @@ def variable(name: str) -> str:
 
 
 def flag(name: str, field: FieldInfo) -> str | None:
-    """Return the command-line flag of a setting, None where the environment alone sets it."""
+    """Return the flag of a setting; None if only the environment sets it."""
     for entry in field.metadata:
         if isinstance(entry, Flag):
             return entry.name
@@ -45,10 +45,7 @@ def meaning(field: FieldInfo) -> str:
 
 
 def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a typer command of a function of settings models: an option for each field that has a flag.
-
-    A value that a model refuses ends the command with `EXIT_CONFIGURATION` and one line that names the variable.
-    """
+    """Replace a command's parameters, which are settings models, by one option per field with a flag."""
     models = {name: model for name, model in get_type_hints(command).items() if name != "return"}
 
     @functools.wraps(command)
@@ -61,7 +58,7 @@ def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def stop(message: str, code: int = EXIT_CONFIGURATION) -> NoReturn:
-    """End the command with one line on stderr; by default because of how it was called."""
+    """Print one line to stderr and exit."""
     typer.echo(f"glimmer: {message}", err=True)
     raise typer.Exit(code)
 
@@ -70,7 +67,7 @@ def _options(model: type[BaseModel]) -> Iterator[inspect.Parameter]:
     for name, field in model.model_fields.items():
         if (option_flag := flag(name, field)) is None:
             continue
-        # Limits are the model's to check, so that a wrong value gets the same answer wherever it comes from.
+        # The model checks the limits: flags and variables get the same message.
         option = typer.Option(option_flag, envvar=variable(name), help=meaning(field))
         kind: Any = str | None if field.annotation == SecretStr | None else field.annotation
         default = inspect.Parameter.empty if field.is_required() else field.get_default()

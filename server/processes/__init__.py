@@ -1,1 +1,1 @@
-"""How it runs: the API process, the supervisor of engines, the embedded Redis."""
+"""Processes of one machine."""

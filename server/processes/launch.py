@@ -1,4 +1,4 @@
-"""What `glimmer serve` and `glimmer api` do once their flags are read: start the parts, and stop them in order."""
+"""Start API, engines and Redis, and stop them in order."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ from server.settings import ServerSettings
 ENGINE_COMMAND = (sys.executable, "-m", "server.cli", "engine")
 
 START_ERRORS = (StartError, QueueUnavailable, KeyFileError, TracingError)
-"""What `run_api` and `run_all` raise where they cannot start; the message says why."""
+"""Raised by `run_api` and `run_all`, with a message for the user."""
 
 REDIS_POLL_INTERVAL_S = 0.5
 
@@ -38,14 +38,12 @@ logger = logging.getLogger("glimmer.serve")
 
 @dataclass(frozen=True)
 class EngineProcesses:
-    """The engines that `serve` starts.
+    """The engines that `glimmer serve` starts.
 
     Args:
-        count: how many processes.
-        data_dir: where a Redis of our own keeps its data.
-        device: `auto`, `cpu` or `cuda`, as the engines read it.
-        environment: `GLIMMER_*` variables for the engines, over those of this process.
-        command: starts one engine.
+        data_dir: folder of the embedded Redis.
+        device: as in `CheckpointSettings`.
+        environment: variables that override this process's.
     """
 
     count: int
@@ -56,13 +54,7 @@ class EngineProcesses:
 
 
 def run_api(settings: ServerSettings) -> None:
-    """The API alone, until a signal.
-
-    Raises:
-        StartError: the address cannot be listened on.
-        KeyFileError: the file of keys cannot be used.
-        TracingError: the environment asks for traces that cannot be had.
-    """
+    """Run the API alone until a signal; raise one of `START_ERRORS` if it cannot start."""
     server = DrainingServer(create_app(settings), settings.grace_s)
     listener = listen(settings.host, settings.port)
     _warn_if_open(settings, listener)
@@ -71,13 +63,9 @@ def run_api(settings: ServerSettings) -> None:
 
 
 def run_all(settings: ServerSettings, engines: EngineProcesses) -> int:
-    """API, engines and, where none is given, Redis, until a signal; returns the exit code.
+    """Run API, engines and, without `redis_url`, Redis until a signal; return the exit code.
 
-    Raises:
-        StartError: the address cannot be listened on.
-        QueueUnavailable: a Redis of our own cannot be started.
-        KeyFileError: the file of keys cannot be used.
-        TracingError: the environment asks for traces that cannot be had.
+    Raises one of `START_ERRORS` if it cannot start.
     """
     with listen(settings.host, settings.port) as listener:
         _warn_if_open(settings, listener)
@@ -89,34 +77,33 @@ def run_all(settings: ServerSettings, engines: EngineProcesses) -> int:
 
 
 def _warn_if_open(settings: ServerSettings, listener: socket.socket) -> None:
-    """Says so where everybody who reaches this machine may use it."""
+    """Warn if everyone who reaches this machine may use the API."""
     if not settings.asks_for_keys and not is_loopback(listener.getsockname()[0]):
-        hint = "anyone who reaches this address may make pictures; set --api-keys or --api-key, or listen on 127.0.0.1"
+        hint = (
+            "anyone who reaches this address may generate images; set --api-keys or --api-key, or listen on 127.0.0.1"
+        )
         event(logger, "open_to_all", logging.WARNING, url=url_of(listener), hint=hint)
 
 
 async def _serve_with(
     redis: EmbeddedRedis, settings: ServerSettings, engines: EngineProcesses, listener: socket.socket
 ) -> int:
-    watching = asyncio.create_task(_keep_alive(redis))
+    restarter = asyncio.create_task(_keep_alive(redis))
     try:
         return await _serve(settings, engines, redis.url, listener)
     finally:
-        watching.cancel()
+        restarter.cancel()
 
 
 async def _keep_alive(redis: EmbeddedRedis) -> None:
-    """Starts our Redis again whenever it has died; its data is on the disk, and every client reconnects by itself.
-
-    It may take its time to load that data: nothing else has to wait for it, and `/health` says how it is.
-    """
+    """Restart Redis whenever it dies: its data is on disk and clients reconnect. Nothing waits until it has loaded."""
     loading = False
     while True:
         await asyncio.sleep(REDIS_POLL_INTERVAL_S)
         if not redis.alive:
             event(logger, "redis_died", logging.ERROR)
             try:
-                redis.restart()  # in this thread, the main one: the server ends with the thread that starts it
+                redis.restart()  # not in a thread: Redis ends with the thread that starts it
                 loading = True
             except OSError as error:
                 event(logger, "redis_not_started", logging.ERROR, reason=error)
@@ -128,35 +115,31 @@ async def _keep_alive(redis: EmbeddedRedis) -> None:
 async def _serve(settings: ServerSettings, engines: EngineProcesses, redis_url: str, listener: socket.socket) -> int:
     base = {**os.environ, **engines.environment, "GLIMMER_REDIS_URL": redis_url}
     for name in ("GLIMMER_API_KEY", "GLIMMER_PROMPT_REWRITER_KEY"):
-        base.pop(name, None)  # the engines have no use for them
+        base.pop(name, None)  # engines do not need the secrets
     environments = engine_environments(base, engines.count, engines.device)
     async with open_queue(redis_url) as queue:
         supervisor = Supervisor(engines.command, environments, JobConsumer(queue.client))
         server = DrainingServer(create_app(settings, queue), settings.grace_s)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        keeping = asyncio.create_task(supervisor.run())
-        announcing = asyncio.create_task(_announce(queue, url_of(listener)))
+        api = asyncio.create_task(server.serve(sockets=[listener]))
+        supervision = asyncio.create_task(supervisor.run())
+        announcement = asyncio.create_task(_announce(queue, url_of(listener)))
         drained = asyncio.create_task(server.drained.wait())
         try:
-            await asyncio.wait({serving, keeping, drained}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({api, supervision, drained}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            announcing.cancel()
+            announcement.cancel()
             drained.cancel()
             server.should_exit = True
-            # The engines work on while requests are finished, and have what is left of the grace period for the jobs
-            # of other servers. So all of it takes one grace period, and some seconds for the last bytes.
-            await asyncio.wait({serving, keeping, asyncio.create_task(supervisor.stop(server.grace_left_s))})
-        return _exit_code(serving, keeping)
+            # Engines keep working while requests finish, then get the rest of the grace period for other servers' jobs:
+            # one grace period in all, plus seconds for last bytes.
+            await asyncio.wait({api, supervision, asyncio.create_task(supervisor.stop(server.grace_left_s))})
+        return _exit_code(api, supervision)
 
 
-def _exit_code(serving: "asyncio.Task[None]", keeping: "asyncio.Task[None]") -> int:
-    """Of a server that was stopped, or of one that no engine can ever start for.
-
-    Raises:
-        Exception: what ended it otherwise.
-    """
-    serving.result()
-    error = keeping.exception()
+def _exit_code(api: "asyncio.Task[None]", supervision: "asyncio.Task[None]") -> int:
+    """Return 0 after a stop, `EXIT_CONFIGURATION` if engines cannot start; raise any other error."""
+    api.result()
+    error = supervision.exception()
     if isinstance(error, EngineMisconfigured):
         event(logger, "stopped", logging.ERROR, reason=error)
         return EXIT_CONFIGURATION
@@ -166,7 +149,7 @@ def _exit_code(serving: "asyncio.Task[None]", keeping: "asyncio.Task[None]") -> 
 
 
 async def _announce(queue: JobProducer, url: str) -> None:
-    """Says once, on stdout, that requests will be served now."""
+    """Print one line when the first engine is ready."""
     while True:
         with contextlib.suppress(QueueUnavailable):
             if ready := ready_engines(await queue.engines()):

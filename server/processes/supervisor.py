@@ -1,8 +1,4 @@
-"""Keeps the engine processes of one machine running.
-
-A dead engine's jobs are surrendered at once, so that another engine need not wait for their leases, and the engine is
-started again after a pause that doubles while it keeps dying. Engines die with this process, however it ends.
-"""
+"""Restarts dead engine processes and requeues their jobs at once, before the leases end."""
 
 import asyncio
 import logging
@@ -27,30 +23,29 @@ logger = logging.getLogger("glimmer.supervisor")
 
 
 class EngineMisconfigured(Exception):
-    """An engine cannot start with its settings; it has said why on stderr. Starting it again would not help."""
+    """An engine cannot start with its settings, even if restarted; its stderr has the reason."""
 
 
 @dataclass(frozen=True)
 class Backoff:
-    """The pause before an engine is started again, in seconds: `first`, doubled each time, at most `most`.
+    """Seconds before a restart: `initial`, doubled up to `maximum`; reset after an uptime of `reset_after`."""
 
-    An engine that lived for `steady` starts over at `first`.
-    """
+    initial: float = 1.0
+    maximum: float = 30.0
+    reset_after: float = 60.0
 
-    first: float = 1.0
-    most: float = 30.0
-    steady: float = 60.0
-
-    def after(self, last: float, lived: float) -> float:
-        return self.first if lived >= self.steady or not last else min(2 * last, self.most)
+    def next_delay(self, last_delay: float, uptime: float) -> float:
+        """Return the delay after `last_delay`, which is 0 at first."""
+        if uptime >= self.reset_after or not last_delay:
+            return self.initial
+        return min(2 * last_delay, self.maximum)
 
 
 class Supervisor:
     """Runs one engine for each of `environments` until `stop`.
 
     Args:
-        command: starts one engine, the program by its full path; `--engine-id ID` is appended, new for every start.
-        environments: the environment variables of each engine.
+        command: starts one engine, the program by its full path; a new `--engine-id ID` is appended on every start.
     """
 
     def __init__(
@@ -70,12 +65,8 @@ class Supervisor:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keeps all engines running until it is cancelled or `stop` was called.
-
-        Raises:
-            EngineMisconfigured: an engine ended with `EXIT_CONFIGURATION`.
-        """
-        self._keepers = [asyncio.create_task(self._keep(slot)) for slot in range(len(self._environments))]
+        """Keep all engines running until `stop`; raise `EngineMisconfigured` if one cannot start."""
+        self._keepers = [asyncio.create_task(self._keep(index)) for index in range(len(self._environments))]
         try:
             await asyncio.gather(*self._keepers)
         finally:
@@ -83,8 +74,10 @@ class Supervisor:
                 keeper.cancel()
 
     async def stop(self, grace_s: float) -> None:
-        """Asks every engine to drain; after `grace_s` seconds asks again, which means to hand the jobs back; kills what
-        is left when that has had its time. Returns when all jobs are free."""
+        """Stop every engine and return when their jobs are free.
+
+        SIGTERM drains them; after `grace_s` a second one makes them hand jobs back, `HAND_BACK_S` later SIGKILL.
+        """
         self._stopping.set()
         self._signal(signal.SIGTERM)
         if await self._all_ended(grace_s):
@@ -96,54 +89,53 @@ class Supervisor:
             self._signal(signal.SIGKILL)
             await self._all_ended(None)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, sig: signal.Signals) -> None:
         for process in self._processes.values():
             with suppress(ProcessLookupError):
-                process.send_signal(number)
+                process.send_signal(sig)
 
     async def _all_ended(self, timeout_s: float | None) -> bool:
-        """Whether, in that time, all engines ended and their keepers gave their jobs to others."""
-        ends = [asyncio.ensure_future(process.wait()) for process in self._processes.values()]
-        if not (ends := [*ends, *self._keepers]):
+        """Return whether all engines end and their jobs are requeued in time."""
+        exits = [asyncio.ensure_future(process.wait()) for process in self._processes.values()]
+        if not (tasks := [*exits, *self._keepers]):
             return True
-        _, left = await asyncio.wait(ends, timeout=timeout_s)
-        return not left
+        _, pending = await asyncio.wait(tasks, timeout=timeout_s)
+        return not pending
 
-    async def _keep(self, slot: int) -> None:
-        """Starts the engine of one slot, again and again."""
+    async def _keep(self, index: int) -> None:
         clock = asyncio.get_running_loop().time
-        pause = 0.0
+        delay = 0.0
         while not self._stopping.is_set():
-            engine_id = f"engine-{slot}-{secrets.token_hex(4)}"
-            started = clock()
-            code = await self._run_once(slot, engine_id)
-            await self._clear_up(engine_id)
+            engine_id = f"engine-{index}-{secrets.token_hex(4)}"
+            started_at = clock()
+            code = await self._run_once(index, engine_id)
+            await self._requeue_jobs(engine_id)
             if self._stopping.is_set():
                 return
             if code == EXIT_CONFIGURATION:
-                raise EngineMisconfigured(f"engine {slot} cannot start with these settings; its message is above")
-            pause = self._backoff.after(pause, clock() - started)
-            event(logger, "engine_died", logging.ERROR, engine=engine_id, exit_code=code, restart_in_s=pause)
+                raise EngineMisconfigured(f"engine {index} cannot start with these settings; its message is above")
+            delay = self._backoff.next_delay(delay, clock() - started_at)
+            event(logger, "engine_died", logging.ERROR, engine=engine_id, exit_code=code, restart_in_s=delay)
             with suppress(TimeoutError):
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(delay):
                     await self._stopping.wait()
 
-    async def _run_once(self, slot: int, engine_id: str) -> int:
+    async def _run_once(self, index: int, engine_id: str) -> int:
         process = await asyncio.create_subprocess_exec(
-            # However we end, an engine must not live on: it would hold a GPU for jobs that nobody hands out.
+            # It would hold a GPU and get no jobs.
             *die_with_parent([*self._command, "--engine-id", engine_id], signal.SIGKILL),
-            env=dict(self._environments[slot]),
-            # A session of its own: Ctrl+C in a terminal goes to us, and we let the engines finish their work.
+            env=dict(self._environments[index]),
+            # In a new session: Ctrl+C is for this process, which lets engines finish.
             start_new_session=True,
         )
-        self._processes[slot] = process
+        self._processes[index] = process
         event(logger, "engine_started", engine=engine_id, pid=process.pid)
-        if self._stopping.is_set():  # `stop` did not see it
+        if self._stopping.is_set():  # `stop` has missed this process
             process.send_signal(signal.SIGTERM)
         return await process.wait()
 
-    async def _clear_up(self, engine_id: str) -> None:
-        """Gives a dead engine's jobs to the others now. Without Redis their leases run out by themselves."""
+    async def _requeue_jobs(self, engine_id: str) -> None:
+        """Requeue a dead engine's jobs; without Redis their leases expire."""
         with suppress(QueueUnavailable):
             jobs = await with_redis_timeout(self._queue.requeue_all(engine_id))
             await with_redis_timeout(self._queue.deregister(engine_id))
@@ -152,7 +144,7 @@ class Supervisor:
 
 
 def engine_environments(base: Mapping[str, str], count: int, device: str) -> list[dict[str, str]]:
-    """The environment of each of `count` engines on this machine: GPUs dealt out, CPU threads divided."""
+    """Return each engine's environment: GPUs assigned in turn, CPU threads divided."""
     gpus = _gpus(base) if count > 1 and device in ("auto", "cuda") else []
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     environments = []
@@ -167,10 +159,10 @@ def engine_environments(base: Mapping[str, str], count: int, device: str) -> lis
 
 
 def _gpus(environment: Mapping[str, str]) -> list[str]:
-    """The CUDA devices engines may use, found without loading CUDA into this process."""
-    chosen = environment.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip()]
+    """Return the usable CUDA devices without loading CUDA into this process."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
     return sorted(
         (match[1] for node in Path("/dev").glob("nvidia*") if (match := re.fullmatch(r"nvidia(\d+)", node.name))),
         key=int,

@@ -64,7 +64,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def test_a_demo_that_works_says_where_the_picture_is(tmp_path: Path) -> None:
     code, printed = end(start(tmp_path, "works"))
-    assert (code, "The picture is out/demo.png" in printed) == (0, True), printed
+    assert (code, "The image is out/demo.png" in printed) == (0, True), printed
     assert "make serve ARGS='--model zai-org/GLM-Image'" in printed
     assert (tmp_path / "stopped").exists()
 

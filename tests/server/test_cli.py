@@ -160,12 +160,16 @@ async def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
     (tmp_path / "bytes.json").write_bytes(b"\xff")
     nowhere = ["-o", str(tmp_path / "out.png"), "--url", "http://127.0.0.1:9"]
+    not_json = "it is not JSON; --plan-out writes"
     for options, line in {
         ("--edit", f"{tmp_path}/none.png"): f"cannot read {tmp_path}/none.png (No such file or directory)",
         ("--edit", str(tmp_path)): f"cannot read {tmp_path} (Is a directory)",
         ("--plan-in", f"{tmp_path}/none.json"): f"cannot read {tmp_path}/none.json (No such file or directory)",
-        ("--plan-in", f"{tmp_path}/plan.json"): f"cannot read {tmp_path}/plan.json: it is no JSON; --plan-out writes",
-        ("--plan-in", f"{tmp_path}/bytes.json"): f"cannot read {tmp_path}/bytes.json: it is no JSON; --plan-out writes",
+        ("--plan-in", f"{tmp_path}/plan.json"): f"cannot read {tmp_path}/plan.json: {not_json}",
+        (
+            "--plan-in",
+            f"{tmp_path}/bytes.json",
+        ): f"cannot read {tmp_path}/bytes.json: {not_json}",
     }.items():
         answer = await generate("a fox", *nowhere, *options)
         assert answer.exit_code == 1
@@ -244,7 +248,7 @@ async def test_an_answer_from_something_else(chunks: tuple[bytes, ...], tmp_path
     async with something_that_answers(*chunks) as url:
         answered = await generate("a fox", "-o", str(output), "--url", url)
     assert answered.exit_code == 1
-    assert "answered with something else than pictures" in answered.output
+    assert "did not answer with images; is it a Glimmer server?" in answered.output
     assert not output.exists()
 
 
@@ -252,7 +256,7 @@ async def test_an_answer_that_ends_early(tmp_path: Path) -> None:
     async with something_that_answers(EVENTS, b": ping\n\n", b'event: image_generation.completed\ndata: {"b64') as url:
         answered = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", url)
     assert answered.exit_code == 1
-    assert "ended after 0 of 1 pictures" in answered.output
+    assert "ended after 0 of 1 images" in answered.output
 
 
 async def test_an_answer_in_pieces(tmp_path: Path) -> None:
@@ -275,20 +279,20 @@ def test_a_terminal_shows_progress_and_draws() -> None:
             "ping": "waiting, 2 before it",
             'running {"phase":"rendering","step":3,"steps":20}': "3/20",
         }.items():
-            display.tell(comment)
+            display.show_progress(comment)
             display.draw(pictures.png(Image.new("RGB", (64, 64), (1, 2, 3))))
             display._live.refresh()
             assert shown in drawn.getvalue()
             drawn.truncate(0)
     for comment in ("queued {", 'running {"phase":"x"}', "running 3"):
         with pytest.raises((ValueError, KeyError, TypeError)):
-            display.tell(comment)
+            display.show_progress(comment)
 
 
 def test_elsewhere_nothing_is_drawn() -> None:
     printed = io.StringIO()
     with Display(Console(file=printed)) as display:
-        display.tell('queued {"position":2}')
+        display.show_progress('queued {"position":2}')
         display.draw(pictures.png(Image.new("RGB", (64, 64))))
         display.print("out.png")
     assert printed.getvalue() == "out.png\n"

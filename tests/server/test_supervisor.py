@@ -50,17 +50,17 @@ def make(queue: JobQueue, starts: Starts, mode: str, *, count: int = 1) -> Super
         [sys.executable, FAKE_ENGINE, mode],
         [starts.environment] * count,
         queue,
-        backoff=Backoff(first=0.05, most=0.2),
+        backoff=Backoff(initial=0.05, maximum=0.2),
     )
 
 
 def test_backoff_doubles_up_to_a_limit_and_starts_over() -> None:
-    backoff = Backoff(first=1, most=5, steady=60)
-    pauses = [0.0]
+    backoff = Backoff(initial=1, maximum=5, reset_after=60)
+    delays = [0.0]
     for _ in range(5):
-        pauses.append(backoff.after(pauses[-1], lived=0.1))
-    assert pauses[1:] == [1, 2, 4, 5, 5]
-    assert backoff.after(5, lived=61) == 1
+        delays.append(backoff.next_delay(delays[-1], uptime=0.1))
+    assert delays[1:] == [1, 2, 4, 5, 5]
+    assert backoff.next_delay(5, uptime=61) == 1
 
 
 async def test_a_dying_engine_is_started_again_under_a_new_name(queue: JobQueue, starts: Starts) -> None:
@@ -123,7 +123,7 @@ async def test_stop_kills_what_outlives_the_grace_period_and_frees_its_jobs(
 
 async def test_stop_before_the_end_of_a_pause(queue: JobQueue, starts: Starts) -> None:
     supervisor = Supervisor(
-        [sys.executable, FAKE_ENGINE, "die"], [starts.environment], queue, backoff=Backoff(first=60)
+        [sys.executable, FAKE_ENGINE, "die"], [starts.environment], queue, backoff=Backoff(initial=60)
     )
     running = asyncio.create_task(supervisor.run())
     await until(lambda: supervisor._processes and supervisor._processes[0].returncode is not None)

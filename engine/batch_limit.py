@@ -6,8 +6,8 @@ RECOVERY_BATCHES = 1000
 class BatchLimit:
     """A limit that is halved when a batch runs out of memory.
 
-    It is doubled after `RECOVERY_BATCHES` batches: a lasting shortage costs one failed batch in a thousand, and a
-    passing one does not cost speed for ever.
+    It doubles after `RECOVERY_BATCHES` batches: a lasting shortage costs one failed batch in a thousand, a passing one
+    no lasting speed.
 
     Args:
         maximum: in the caller's unit (sequences or tokens).

@@ -18,8 +18,11 @@ os.execv(argv[0], argv)
 
 
 def die_with_parent(command: Sequence[str], sig: signal.Signals) -> list[str]:
-    """Return a command that runs `command`, with a full path, as a child which gets `sig` when its parent ends.
+    """Return a command line that sends its process `sig` when the parent ends (on Linux).
 
-    Start it from the main thread: the signal is sent when the starting thread ends. Only Linux has this.
+    Start it from the main thread: the signal comes when the starting thread ends.
+
+    Args:
+        command: the program by its full path, and its arguments.
     """
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(int(sig)), *command]

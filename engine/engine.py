@@ -44,7 +44,7 @@ class Engine:
         self.model = model
         self.limits = limits = limits or EngineLimits.choose(model)
         self.metrics = metrics = metrics or EngineMetrics()
-        self._inbox: deque[Request] = deque()  # these two are filled by any thread
+        self._inbox: deque[Request] = deque()  # these two: by any thread
         self._cancelled: deque[str] = deque()
         self._waiting: deque[Request] = deque()  # in order of admission
         self._live: dict[Request, None] = {}  # in order of arrival
@@ -98,7 +98,7 @@ class Engine:
     def generate(
         self, specs: Sequence[JobSpec], sources: Sequence[SourceImages | None] | None = None
     ) -> list[list[Tensor]]:
-        """Run requests to the end. Return pixels [height, width, 3], uint8, of every image of every spec."""
+        """Run requests; return pixels [height, width, 3], uint8, of every image of every spec."""
         pixels = [[torch.empty(0)] * spec.n for spec in specs]
         for index, (spec, images) in enumerate(zip(specs, sources or [None] * len(specs), strict=True)):
             preprocessed = self.preprocess_images(images) if images else []
@@ -130,7 +130,7 @@ class Engine:
     def _admit(self) -> None:
         """Admit in order of arrival: small requests must not overtake a large one for ever.
 
-        At most one edit per step: nothing else advances while its source images are encoded.
+        One edit per step: nothing else advances while source images are encoded.
         """
         for request in [r for r in self._waiting if r.deadline_at <= time.monotonic()]:
             self._fail(request, DeadlinePassed("the deadline came before there was room"))
@@ -141,10 +141,10 @@ class Engine:
                 break
 
     def _plan(self) -> None:
-        """Do one planner step, or as many as a renderer step takes if the plans are needed soon.
+        """Do one planner step, or as many as a renderer step takes if plans are needed soon.
 
-        They are not while renderings outlast plans by `PLANNING_MARGIN`. Running ahead only makes planner batches
-        small, and a step costs almost the same for one sequence as for sixteen.
+        Running ahead only makes planner batches small, and a step costs almost the same for one sequence as for
+        sixteen.
         """
         until = time.monotonic() + self.renderer.tick_seconds
         while not self.planner.is_idle:

@@ -1,4 +1,4 @@
-"""The errors of the queue and the engine. No torch.
+"""Errors of the queue and the engine. No torch.
 
 GlimmerError
 ├── RequestError
@@ -10,8 +10,6 @@ GlimmerError
 ├── WriteRefused
 └── QueueUnavailable
     └── QueueReadOnly
-
-Those of checkpoints and prompts are in `models.errors`.
 """
 
 
@@ -37,7 +35,7 @@ class QueueFull(GlimmerError):
 
 
 class SourcesFull(QueueFull):
-    """Queued source images are at their memory cap."""
+    """Queued source images are at their cap."""
 
 
 class TooManyJobs(GlimmerError):
@@ -53,7 +51,7 @@ class DeadlinePassed(GlimmerError):
 
 
 class WriteRefused(GlimmerError):
-    """Redis keeps refusing a large write."""
+    """Redis keeps refusing one large write."""
 
 
 class QueueUnavailable(GlimmerError):
@@ -61,4 +59,4 @@ class QueueUnavailable(GlimmerError):
 
 
 class QueueReadOnly(QueueUnavailable):
-    """Redis answers but refuses writes: memory or disk full, or a replica."""
+    """Redis refuses writes: memory or disk full, or a replica."""

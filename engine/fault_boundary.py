@@ -1,4 +1,4 @@
-"""The boundary between requests."""
+"""Failures of one request must not fail others."""
 
 import traceback
 from collections.abc import Callable, Container, Iterable
@@ -24,13 +24,13 @@ T = TypeVar("T", bound=Item)
 
 
 class FaultBoundary:
-    """Runs batches; if one raises, each item alone, so that only requests that fail alone end.
+    """Runs a batch and, if that raises, each item alone: only requests that fail alone end.
 
-    A lost device ends the process. Work must leave its items unchanged when it raises.
+    A lost device ends the process. Work must leave items unchanged when it raises.
 
     Args:
         live: requests that have not ended.
-        fail: ends a request and removes it from `live`.
+        fail: ends a request, removing it from `live`.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class FaultBoundary:
     def run(
         self, items: list[T], work: Callable[[list[T]], object], shrink: Callable[[], object] = lambda: None
     ) -> list[T]:
-        """Do `work` on all items at once, or else on each alone; return the items that are done.
+        """Do `work` on all items, or else on each alone; return those done.
 
         Args:
-            shrink: called if the batch ran out of memory but no item alone did.
+            shrink: called if only the batch ran out of memory, no item alone.
         """
         if not items:
             return []
@@ -63,7 +63,7 @@ class FaultBoundary:
             if len(items) == 1:
                 traceback.clear_frames(error.__traceback__)  # `Failed` keeps the error, not its tensors
                 self._fail(items[0].request, _as_request_error(error))
-        if lacks_memory:  # outside `except`: the error's frames keep tensors alive
+        if lacks_memory:  # outside `except`, whose frames keep tensors alive
             self._out_of_memory.labels("request" if len(items) == 1 else "batch").inc()
             self.empty_cache()
         if len(items) == 1:
@@ -82,7 +82,7 @@ class FaultBoundary:
         return done
 
     def empty_cache(self) -> None:
-        """Return cached memory to the device, to be allocated in other sizes."""
+        """Return cached memory to the device, for other sizes."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -1,8 +1,8 @@
 """Sizes, grids and bounds of a request. No torch.
 
-canvas      the size in whole cells; the image is its centre
-plan        one planner token per cell, after a preview of about 256 tokens
-patches     one renderer token per patch
+canvas      the size in whole cells, with the image in the centre
+plan        a planner token per cell, after a preview of about 256
+patches     a renderer token per patch
 """
 
 import math
@@ -24,7 +24,7 @@ ENLARGED_SIDE = 512  # the published checkpoint enlarges smaller source images
 
 @dataclass(frozen=True)
 class Grid:
-    """A token grid, in raster order."""
+    """In raster order."""
 
     rows: int
     cols: int
@@ -80,7 +80,7 @@ class Geometry:
 
 
 def edit_size(width: int, height: int) -> tuple[int, int]:
-    """Return an edit's default (width, height): its source image's, within bounds."""
+    """Return (width, height) of an edit without a size: its source image's, within bounds."""
     scale = min(max(1.0, MIN_SIDE / min(width, height)), MAX_SIDE / max(width, height))
     sides = [max(MIN_SIDE, CELL * math.floor(side * scale / CELL + 0.5)) for side in (width, height)]
     width, height = (min(side, MAX_ASPECT * min(sides)) for side in sides)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Request:
-    """`spec.n` images of one prompt, which share the prompt's keys and values.
+    """`spec.n` images of one prompt, which share its keys and values.
 
     Args:
         deadline_at: `time.monotonic()` seconds.
@@ -82,7 +82,7 @@ class Image:
         return self.request.spec.seed + self.index
 
 
-# Events. Every submitted request ends with exactly one Finished or Failed, unless it is cancelled.
+# Events. Every request ends with one Finished or Failed, unless cancelled.
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Partial:
-    """Pixels [height, width, 3], uint8, on the CPU, of an unfinished image.
+    """An unfinished image: pixels as of `Rendered`.
 
     Args:
-        index: below `JobSpec.partial_images`; 0 is the preview, if there is one.
+        index: below `JobSpec.partial_images`; 0 is the preview, if any.
         grid: the preview or the plan.
     """
 

@@ -7,7 +7,7 @@ from collections import Counter
 class BlockAllocator:
     """Hands out blocks and counts their holders. Free + used = total, always.
 
-    The lowest free blocks go first: mostly contiguous, a sequence's blocks can be read in place.
+    The lowest go first: a contiguous sequence can be read in place.
     """
 
     def __init__(self, blocks: int):

@@ -1,7 +1,7 @@
 """Decides which prompts are prefilled and which sequences decode.
 
-The length of a plan is known, so all its memory is reserved at admission: no sequence is preempted, recomputed or out
-of memory half way.
+A plan's length is known, so all its memory is reserved at admission: nothing is preempted, recomputed or out of memory
+half way.
 """
 
 from collections import deque
@@ -162,9 +162,9 @@ class PlannerScheduler:
         self._prefill.append(PromptGroup(request, sequences))
 
     def schedule(self) -> PlannerStep:
-        """Return the next step: waiting prompts within the limit, and all prefilled sequences.
+        """Return the next step: prompts within the limit, and all prefilled sequences.
 
-        When memory is short, those that came first decode, so that each is completed.
+        When memory is short, the first ones decode, so that each is completed.
         """
         prefill: list[PromptGroup] = []
         tokens, limit = 0, self.prefill_limit.take() if self._prefill else 0

@@ -1,6 +1,6 @@
 """Decides which images advance by a denoising step.
 
-Batching pays only until the device is busy; interleaving more equal images makes all late. So a tick is filled up to a
+Batching pays only until the device is busy; then interleaving equal images makes all late. So a tick is filled to a
 token limit, least remaining work first.
 """
 
@@ -26,7 +26,7 @@ class Work(Protocol):
 
     @property
     def deadline_at(self) -> float:
-        """Return `time.monotonic()` seconds, infinite without a deadline."""
+        """Return monotonic seconds, or infinity."""
         ...
 
 
@@ -75,7 +75,7 @@ class RenderScheduler(Generic[W]):
     def pick(self, now: float | None = None) -> list[W]:
         """Return the images of the next tick.
 
-        Waits are bounded: each tick without an image takes a whole token limit off its rank.
+        Waits are bounded: every tick takes a whole limit off the rank of those not picked.
         """
         if not self._entries:
             return []

@@ -1,20 +1,20 @@
-# Two images from one file: the API, which carries no torch, and the engine, which does the work.
+# Two images from one file: the API, without torch, and the engine.
 #
 #   docker build --target api --tag glimmer-api .
 #   docker build --target engine --tag glimmer-engine .
 #   docker build --target engine --tag glimmer-engine:cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
 #
-# On x86-64 the torch of PyPI brings CUDA along (several GB); the last line builds an engine for machines without a GPU.
+# On x86-64 PyPI's torch includes CUDA (several GB); the last line builds an engine for machines without a GPU.
 
 FROM python:3.12-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# The environment has no pip of its own: nothing in the images needs one.
+# Without pip: nothing in the images needs one.
 RUN python -m venv --without-pip /opt/venv
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 
-# Dependencies come before the code, so that a change of code rebuilds only the last layer: without the packages beside
-# it, pyproject.toml installs what it depends on and an empty Glimmer, which the last step replaces.
+# Dependencies before code, so that a code change rebuilds only the last layers: with no packages beside it,
+# pyproject.toml installs the dependencies and an empty Glimmer, which the last step replaces.
 FROM build AS build-api
 RUN pip --python /opt/venv install "./[otel]"
 COPY server ./server
@@ -22,7 +22,7 @@ COPY engine ./engine
 RUN pip --python /opt/venv install --no-deps --force-reinstall .
 
 FROM build AS build-engine
-# Looked at beside PyPI, if given. Its builds have a local version, such as 2.13.0+cpu, which pip takes for newer.
+# An index beside PyPI. pip prefers its builds, because a local version such as 2.13.0+cpu counts as newer.
 ARG TORCH_INDEX_URL=""
 ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX_URL}
 RUN pip --python /opt/venv install "./[engine,otel]"
@@ -35,7 +35,7 @@ FROM python:3.12-slim-bookworm AS runtime
 LABEL org.opencontainers.image.title="Glimmer" \
       org.opencontainers.image.description="A high-throughput inference server for GLM-Image" \
       org.opencontainers.image.licenses="Apache-2.0"
-# A number, so that an orchestrator can see that it is not root. Its home is the one folder that it may write to.
+# A numeric user lets an orchestrator check that it is not root. Its home is the only folder that it can write to.
 RUN groupadd --gid 10001 glimmer \
     && useradd --uid 10001 --gid 10001 --home-dir /var/cache/glimmer --create-home --shell /usr/sbin/nologin glimmer
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -45,10 +45,10 @@ ENTRYPOINT ["glimmer"]
 
 FROM runtime AS engine
 COPY --from=build-engine /opt/venv /opt/venv
-# Checkpoints from the hub; mount a volume here to keep them. The small default one is part of the installation.
+# Checkpoints from the hub; mount a volume here to keep them. The small default checkpoint is part of the package.
 ENV HF_HOME=/var/cache/glimmer/huggingface
 VOLUME /var/cache/glimmer
-# Looks for the engine's heartbeat in Redis. An engine that loads its checkpoint is healthy, one whose device hangs is not.
+# Looks for the engine's heartbeat in Redis. Loading a checkpoint counts as healthy, a hanging device does not.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
     CMD ["glimmer", "health", "--engine"]
 CMD ["engine"]

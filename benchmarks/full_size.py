@@ -18,9 +18,9 @@ from benchmarks.measure import drive
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
 from models.glm_image.config import PlannerConfig, RendererConfig
-from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
+from models.glm_image.random_weights import random_glm_image
 from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles
 
 SIDE, STEPS = 1024, 50
@@ -42,7 +42,7 @@ def run_full_size(device: torch.device) -> None:
     check_slices(device, console)
     bandwidth, flops = measure_bandwidth(device), measure_flops(device)
     console.print(f"measured: {bandwidth / 1e12:.2f} TB/s memory, {flops / 1e12:.0f} TFLOP/s bfloat16 products")
-    model = GlmImage.random(device, torch.bfloat16)
+    model = random_glm_image(device, torch.bfloat16)
     planner_floor_ms = 1e3 * planner_bytes(model.planner) / bandwidth
     renderer_floor_s = renderer_flop(model.renderer.config) / flops
     engine = Engine(model)
@@ -73,7 +73,7 @@ def check_slices(device: torch.device, console: Console) -> None:
     """Two layers of both networks at full width: bfloat16 on the GPU against float32 on the same weights."""
     planner_config = replace(PlannerConfig(), num_hidden_layers=CHECKED_LAYERS)
     renderer_config = replace(RendererConfig(), num_layers=CHECKED_LAYERS)
-    model = GlmImage.random(device, torch.bfloat16, planner=planner_config, renderer=renderer_config)
+    model = random_glm_image(device, torch.bfloat16, planner=planner_config, renderer=renderer_config)
     for name, run, network in (
         ("planner", _run_planner, model.planner),
         ("renderer", _run_renderer, model.renderer),

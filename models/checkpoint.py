@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from models.errors import CheckpointError
-from models.glm_image.config import read_json
+from models.json_files import read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 SUMMED_AT_ONCE = 1 << 24  # values of a tensor, for its fingerprint; each takes 16 bytes meanwhile
@@ -81,21 +81,6 @@ def load_weights(
     if any(problems.values()):
         raise CheckpointError(f"the weights in {folder} do not fit {type(module).__name__}: {_list(problems)}")
     module.load_state_dict(loaded, assign=True)
-    module.requires_grad_(False).eval()
-
-
-def randomise(module: nn.Module, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-    """Fill `module`, built on the meta device, with random weights made on `device`: matrices keep the size of what
-    goes through them, vectors are near one (norms) or near zero (biases)."""
-    module.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            spread = 0.5 if "embed" in name else parameter[0].numel() ** -0.5
-            parameter.data.normal_(0, spread, generator=generator)
-        else:
-            centre = 1.0 if name.endswith("weight") else 0.0
-            parameter.data.normal_(centre, 0.02, generator=generator)
     module.requires_grad_(False).eval()
 
 

@@ -1,7 +1,6 @@
 """The sizes of every part, as the checkpoint's JSON files write them. The defaults are the published model's."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
+from models.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -166,40 +166,6 @@ _REQUEST_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value <= 20, "a number, 0..20"),
     "size": (_is_size, '"WIDTHxHEIGHT", each side 64..2048, one at most 4 times the other'),
 }
-
-
-# What the table of published sizes does not list follows ByT5-small's encoder and CogView4's autoencoder, whose
-# dimensions (1472 wide; 16 latent channels, f8) the renderer's configuration names.
-PUBLISHED_GLYPH_ENCODER: dict[str, Any] = {
-    "vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6,
-    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-}  # fmt: skip
-PUBLISHED_AUTOENCODER: dict[str, Any] = {
-    "block_out_channels": [128, 512, 1024, 1024], "layers_per_block": 3, "latent_channels": 16, "norm_num_groups": 32,
-    "sample_size": 1024, "mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False,
-    "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "scaling_factor": 1.0,
-}  # fmt: skip
-PUBLISHED_SCHEDULER: dict[str, Any] = {
-    "use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256,
-    "time_shift_type": "linear",
-}  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        CheckpointError: the file is missing or is not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: not a GLM-Image checkpoint in the diffusers layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return data
 
 
 def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:

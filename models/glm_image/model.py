@@ -1,10 +1,10 @@
-"""All parts of GLM-Image together, from a checkpoint or with random weights."""
+"""All parts of GLM-Image together, loaded from a checkpoint."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import PIL
 import torch
@@ -13,25 +13,21 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from models.checkpoint import find_checkpoint, fingerprint, load_weights, randomise
+from models.checkpoint import find_checkpoint, fingerprint, load_weights
 from models.errors import CheckpointError
 from models.glm_image.autoencoder import Autoencoder
 from models.glm_image.config import (
-    PUBLISHED_AUTOENCODER,
-    PUBLISHED_GLYPH_ENCODER,
-    PUBLISHED_SCHEDULER,
     PlannerConfig,
     RendererConfig,
     RequestDefaults,
     SamplingDefaults,
-    read_json,
 )
 from models.glm_image.planner import Planner
 from models.glm_image.prompt import GlyphEncoder, PromptEncoder
-from models.glm_image.random_weights import byte_level_processor
 from models.glm_image.renderer import Renderer
 from models.glm_image.source_images import EncodedImage, ImagePreprocessor, PreprocessedImage
 from models.glm_image.vision import VisionTokenizer, vision_key
+from models.json_files import read_json
 
 M = TypeVar("M", bound=nn.Module)
 VAE_FIELDS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -77,7 +73,7 @@ class GlmImage:
             )
 
         def read(part: str, build: Callable[[], M], rename: Callable[[str], str | None] = lambda key: key) -> M:
-            module = _on_meta(build)
+            module = build_on_meta(build)
             load_weights(module, folder / part, dtype=dtype, device=device, rename=rename)
             return module
 
@@ -93,50 +89,10 @@ class GlmImage:
             planner=read("vision_language_encoder", lambda: Planner(planner_config), planner_key),
             glyphs=GlyphEncoder(ByT5Tokenizer.from_pretrained(folder / "tokenizer"), glyph_model),
             renderer=read("transformer", lambda: Renderer(renderer_config)),
-            autoencoder=Autoencoder(read("vae", lambda: _vae(vae_json))),
-            scheduler=_scheduler(read_json(folder / "scheduler" / "scheduler_config.json")),
+            autoencoder=Autoencoder(read("vae", lambda: build_autoencoder(vae_json))),
+            scheduler=build_scheduler(read_json(folder / "scheduler" / "scheduler_config.json")),
             sampling=SamplingDefaults.from_json(read_json(generation) if generation.is_file() else {}),
             defaults=defaults,
-            device=device,
-            dtype=dtype,
-        )
-
-    @classmethod
-    def random(
-        cls,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        seed: int = 0,
-        planner: PlannerConfig | None = None,
-        renderer: RendererConfig | None = None,
-        vision: Mapping[str, Any] | None = None,
-    ) -> "GlmImage":
-        """The published sizes, or those given, with random weights made on the device: for benchmarks.
-
-        Args:
-            vision: the sizes that differ, in `vision_config` and `vq_config` (`vision_language_encoder/config.json`).
-        """
-        planner_config, renderer_config = planner or PlannerConfig(), renderer or RendererConfig()
-
-        def make(build: Callable[[], M]) -> M:
-            module = _on_meta(build)
-            randomise(module, dtype=dtype, device=device, seed=seed)
-            return module
-
-        t5 = T5Config.from_dict(PUBLISHED_GLYPH_ENCODER | {"d_model": renderer_config.text_embed_dim})
-        processor = byte_level_processor(planner_config.codebook_size)
-        return cls(
-            prompts=PromptEncoder(processor),
-            preprocessor=ImagePreprocessor(processor.image_processor),
-            vision=make(lambda: VisionTokenizer.from_json(vision or {})),
-            planner=make(lambda: Planner(planner_config)),
-            glyphs=GlyphEncoder(ByT5Tokenizer(), make(lambda: T5EncoderModel(t5))),
-            renderer=make(lambda: Renderer(renderer_config)),
-            autoencoder=Autoencoder(make(lambda: _vae(PUBLISHED_AUTOENCODER))),
-            scheduler=_scheduler(PUBLISHED_SCHEDULER),
-            sampling=SamplingDefaults(),
-            defaults=RequestDefaults(),
             device=device,
             dtype=dtype,
         )
@@ -163,16 +119,16 @@ def planner_key(key: str) -> str | None:
     return key.removeprefix("model.language_model.")
 
 
-def _on_meta(build: Callable[[], M]) -> M:
+def build_on_meta(build: Callable[[], M]) -> M:
     with torch.device("meta"):
         return build()
 
 
-def _vae(config: dict) -> AutoencoderKL:
+def build_autoencoder(config: dict) -> AutoencoderKL:
     return AutoencoderKL.from_config(VAE_FIELDS | config)  # type: ignore[return-value]
 
 
-def _scheduler(config: dict) -> FlowMatchEulerDiscreteScheduler:
+def build_scheduler(config: dict) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_config(config)  # type: ignore[return-value]
 
 

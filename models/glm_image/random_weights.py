@@ -1,18 +1,19 @@
-"""A small checkpoint with random weights, in the published layout, made by the reference packages.
+"""GLM-Image with random weights, for tests and benchmarks only: as a checkpoint folder or in memory.
 
-For tests and benchmarks: it draws noise, but every part of a request is real. Planner and renderer have layers in the
-published model's proportion, 40 to 30.
+It draws noise, but every part of a request is real. The small checkpoint is written in the published layout by the
+reference packages; its planner and renderer have layers in the published model's proportion, 40 to 30.
 """
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     ByT5Tokenizer,
     GenerationConfig,
@@ -25,10 +26,34 @@ from transformers import (
 )
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
-from models.glm_image.config import PUBLISHED_SCHEDULER
+from models.glm_image.autoencoder import Autoencoder
+from models.glm_image.config import PlannerConfig, RendererConfig, RequestDefaults, SamplingDefaults
+from models.glm_image.model import GlmImage, M, build_autoencoder, build_on_meta, build_scheduler
+from models.glm_image.planner import Planner
+from models.glm_image.prompt import GlyphEncoder, PromptEncoder
+from models.glm_image.renderer import Renderer
+from models.glm_image.source_images import ImagePreprocessor
+from models.glm_image.vision import VisionTokenizer
 
 Sizes = Mapping[str, Any]
 
+# What `PlannerConfig` and `RendererConfig` do not list follows ByT5-small's encoder and CogView4's autoencoder, whose
+# dimensions (1472 wide; 16 latent channels, f8) the renderer's configuration names.
+PUBLISHED_GLYPH_ENCODER: dict[str, Any] = {
+    "vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+PUBLISHED_AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": [128, 512, 1024, 1024], "layers_per_block": 3, "latent_channels": 16, "norm_num_groups": 32,
+    "sample_size": 1024, "mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False,
+    "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, "scaling_factor": 1.0,
+}  # fmt: skip
+PUBLISHED_SCHEDULER: dict[str, Any] = {
+    "use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256,
+    "time_shift_type": "linear",
+}  # fmt: skip
+
+# The small checkpoint.
 CODES = 512
 CONTROL_OUTPUTS = 16  # planner outputs past the codes: start, end, and unused ones
 SIDE = 256  # pixels a side of the default image
@@ -145,3 +170,59 @@ def _pipeline(planner_sizes: dict[str, Any], renderer_sizes: dict[str, Any]) -> 
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(**PUBLISHED_SCHEDULER),
     )
+
+
+def random_glm_image(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    planner: PlannerConfig | None = None,
+    renderer: RendererConfig | None = None,
+    vision: Sizes | None = None,
+) -> GlmImage:
+    """Build the model of the published sizes, or of those given, with random weights drawn on the device.
+
+    Args:
+        vision: the sizes that differ, in `vision_config` and `vq_config` (`vision_language_encoder/config.json`).
+    """
+    planner_config, renderer_config = planner or PlannerConfig(), renderer or RendererConfig()
+
+    def make(build: Callable[[], M]) -> M:
+        module = build_on_meta(build)
+        randomise(module, dtype=dtype, device=device, seed=seed)
+        return module
+
+    t5 = T5Config.from_dict(PUBLISHED_GLYPH_ENCODER | {"d_model": renderer_config.text_embed_dim})
+    processor = byte_level_processor(planner_config.codebook_size)
+    return GlmImage(
+        prompts=PromptEncoder(processor),
+        preprocessor=ImagePreprocessor(processor.image_processor),
+        vision=make(lambda: VisionTokenizer.from_json(vision or {})),
+        planner=make(lambda: Planner(planner_config)),
+        glyphs=GlyphEncoder(ByT5Tokenizer(), make(lambda: T5EncoderModel(t5))),
+        renderer=make(lambda: Renderer(renderer_config)),
+        autoencoder=Autoencoder(make(lambda: build_autoencoder(PUBLISHED_AUTOENCODER))),
+        scheduler=build_scheduler(PUBLISHED_SCHEDULER),
+        sampling=SamplingDefaults(),
+        defaults=RequestDefaults(),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def randomise(module: nn.Module, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    """Fill `module`, built on the meta device, with random weights drawn on `device`.
+
+    Matrices keep the magnitude of their inputs; vectors are near one (norms) or near zero (biases).
+    """
+    module.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            spread = 0.5 if "embed" in name else parameter[0].numel() ** -0.5
+            parameter.data.normal_(0, spread, generator=generator)
+        else:
+            centre = 1.0 if name.endswith("weight") else 0.0
+            parameter.data.normal_(centre, 0.02, generator=generator)
+    module.requires_grad_(False).eval()

@@ -11,9 +11,9 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 from engine.jobs.job import JobSpec, Plan
 from engine.request import Planned, Rendered, Request
 from models.glm_image.config import PlannerConfig, RendererConfig
-from models.glm_image.model import GlmImage, planner_key
+from models.glm_image.model import planner_key
 from models.glm_image.planner import Planner
-from models.glm_image.random_weights import VISION, VQ
+from models.glm_image.random_weights import VISION, VQ, random_glm_image
 from models.glm_image.renderer import Renderer, RendererBatch, patchify, rotary_angles, unpatchify
 from models.glm_image.vision import VisionTokenizer, vision_key
 from tests.checkpoints import VARIANTS, load, small_engine, write_variant
@@ -192,7 +192,7 @@ def test_random_model_of_given_sizes_makes_an_image(tmp_path: Path) -> None:
     )  # fmt: skip
     renderer = RendererConfig(num_layers=1, num_attention_heads=2, attention_head_dim=16, text_embed_dim=64)
     vision = {"vision_config": VISION, "vq_config": VQ | {"num_embeddings": planner.codebook_size}}
-    model = GlmImage.random(torch.device("cpu"), torch.bfloat16, planner=planner, renderer=renderer, vision=vision)
+    model = random_glm_image(torch.device("cpu"), torch.bfloat16, planner=planner, renderer=renderer, vision=vision)
     engine = small_engine(model, kv_tokens=2048)
     [[pixels]] = engine.generate([JobSpec('"A"', 64, 64, seed=0, num_inference_steps=1)])
     assert pixels.shape == (64, 64, 3)

@@ -1,7 +1,6 @@
-"""Builds the planner's tensors and runs it. What it runs is the scheduler's decision.
+"""Build the planner's tensors and run it on what the scheduler has picked.
 
-Tokens stay on the device: a step reads the last token of every sequence from a buffer and writes the next one there.
-The host learns a plan only when it is complete.
+Tokens stay on the device, in a buffer that every step reads and extends. The host reads a plan when it is complete.
 """
 
 from collections.abc import Iterator
@@ -20,20 +19,19 @@ from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_positions
 
-DECODE_ROWS = 16  # rows of a decode step's matrix products on CPU; more sequences take more blocks
-FEWER_ROWS = (4, 8)  # for fewer sequences, where that changes no bit of a row
-PREFILL_ROWS = 128
-ONE_THREAD_UP_TO = 16_000_000  # parameters: threads of a CPU would wait for each other longer than they compute
-DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # batch sizes elsewhere: each can be captured once
+DECODE_TILE_HEIGHT = 16  # on CPU; a batch of more sequences takes more tiles
+SMALL_TILE_HEIGHTS = (4, 8)  # for fewer sequences, where no bit of the result changes
+PREFILL_TILE_HEIGHT = 128
+ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would wait for each other longer than they compute
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # on other devices, so that each can be captured as one graph
 
 
 class PlannerRunner:
     """Prefill and decode over a paged cache.
 
     Args:
-        max_sequences: sequences under way at once; each has a `buffer_index` in the buffers.
-        max_plan_tokens: tokens of the largest plan.
-        max_positions: positions of the longest prompt and the largest plan together.
+        max_sequences: length of the buffers, which `Sequence.buffer_index` indexes.
+        max_positions: of the longest prompt and the largest plan together.
     """
 
     def __init__(
@@ -49,8 +47,8 @@ class PlannerRunner:
         self.model, self.kv, self.sampling = model, kv, sampling
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         self.rotary = RotaryTable(model.config, max_positions, self.device)
-        self.decode_tile_height = choose_tile_height(DECODE_ROWS, self.device)
-        self.prefill_tile_height = choose_tile_height(PREFILL_ROWS, self.device)
+        self.decode_tile_height = choose_tile_height(DECODE_TILE_HEIGHT, self.device)
+        self.prefill_tile_height = choose_tile_height(PREFILL_TILE_HEIGHT, self.device)
         self._tokens = torch.zeros(max_sequences, max_plan_tokens, dtype=torch.long, device=self.device)
         self._uniforms = torch.zeros(max_sequences, max_plan_tokens, device=self.device)
         self._positions = torch.zeros(max_sequences, max_plan_tokens, 3, dtype=torch.long, device=self.device)
@@ -59,53 +57,54 @@ class PlannerRunner:
         self._tables: dict[int, BlockTable] = {}  # by buffer index
         parameters = sum(weight.numel() for weight in model.parameters())
         self._decode_threads = 1 if self.device.type == "cpu" and parameters <= ONE_THREAD_UP_TO else None
-        self._decode_sizes = DECODE_SIZES if self.decode_tile_height is None else (*self._agreeing_sizes(), DECODE_ROWS)
+        self._batch_sizes = (
+            BATCH_SIZES if self.decode_tile_height is None else (*self._invariant_tile_heights(), DECODE_TILE_HEIGHT)
+        )
 
     @torch.inference_mode()
     def prefill(self, groups: list[PromptGroup]) -> None:
-        """Run the prompts and choose the first token of every sequence."""
+        """Run the prompts and sample the first token of every sequence."""
         for group in groups:
             for sequence in group.sequences:
                 self._fill_buffers(sequence)
         prompts = [group.request.prompt_ids for group in groups]
         lengths = [len(prompt) for prompt in prompts]
-        rows = padded(sum(lengths), self.prefill_tile_height)
-        tokens = self._to_device(_pad([token for prompt in prompts for token in prompt], rows))
+        size = padded(sum(lengths), self.prefill_tile_height)
+        tokens = self._to_device(_pad([token for prompt in prompts for token in prompt], size))
         positions = torch.cat([_prompt_positions(group.request) for group in groups])
-        positions = F.pad(positions, (0, 0, 0, rows - len(positions))).to(self.device, non_blocking=True)
-        places = [p for group in groups for p in _places(group.sequences[0], self.kv.block_size)]
-        attention = PrefillAttention(self.kv, lengths, self._to_device(places))
+        positions = F.pad(positions, (0, 0, 0, size - len(positions))).to(self.device, non_blocking=True)
+        slots = [slot for group in groups for slot in self._prompt_slots(group.sequences[0])]
+        attention = PrefillAttention(self.kv, lengths, self._to_device(slots))
         batch = PlannerBatch(self.rotary.at(positions, self.dtype), attention, self.prefill_tile_height)
         hidden = self.model(tokens, batch)
         self._share_last_block(groups)
         sequences = [sequence for group in groups for sequence in group.sequences]
         last = [end - 1 for end, group in zip(accumulate(lengths), groups, strict=True) for _ in group.sequences]
         with threads(self._decode_threads):
-            self._choose(sequences, hidden[self._to_device(_pad(last, self._decode_rows(len(last))))])
+            self._sample(sequences, hidden[self._to_device(_pad(last, self._padded_batch_size(len(last))))])
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> None:
-        """Run the last token of every sequence and choose the next."""
-        rows = self._decode_rows(len(sequences))
-        buffers = self._to_device(_pad([s.buffer_index for s in sequences], rows))
-        steps = self._to_device(_pad([s.written - 1 for s in sequences], rows))
+        """Run the last token of every sequence and sample the next."""
+        batch_size = self._padded_batch_size(len(sequences))
+        buffers = self._to_device(_pad([s.buffer_index for s in sequences], batch_size))
+        steps = self._to_device(_pad([s.written - 1 for s in sequences], batch_size))
         lengths = [s.cached for s in sequences]
-        places = [_place(s, length - 1, self.kv.block_size) for s, length in zip(sequences, lengths, strict=True)]
-        attention = DecodeAttention(
-            self.kv, lengths, [self._tables[s.buffer_index] for s in sequences], self._to_device(places)
-        )
+        slots = [self._slot(s, length - 1) for s, length in zip(sequences, lengths, strict=True)]
+        tables = [self._tables[s.buffer_index] for s in sequences]
+        attention = DecodeAttention(self.kv, lengths, tables, self._to_device(slots))
         rotary = self.rotary.at(self._positions[buffers, steps], self.dtype)
-        batch = PlannerBatch(rotary, attention, self._tile_height(rows))
+        batch = PlannerBatch(rotary, attention, self._tile_height(batch_size))
         with threads(self._decode_threads):
             hidden = self.model(self._tokens[buffers, steps], batch)
-            self._choose(sequences, hidden)
+            self._sample(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
-        """The tokens of a plan, grid by grid; from number `written` on they mean nothing. Waits for the device."""
+        """Return a plan's tokens, grid by grid; those from index `written` on are undefined. Waits for the device."""
         return self._tokens[sequence.buffer_index, : sequence.total].tolist()
 
-    def _choose(self, sequences: list[Sequence], hidden: Tensor) -> None:
-        """Choose token number `written` of every sequence from its row of `hidden`; the other rows are padding."""
+    def _sample(self, sequences: list[Sequence], hidden: Tensor) -> None:
+        """Sample token `written` of every sequence from its row of `hidden`; the rows after them are padding."""
         count = len(sequences)
         buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])
@@ -124,51 +123,58 @@ class PlannerRunner:
         self._tables[index] = self.kv.table(sequence.blocks)
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
-        """Copy the prompt's half-full last block to the other images of a request, which go on writing in it."""
+        """Copy the prompt's partly filled last block to the other images of a request, whose plans continue in it."""
         for group in groups:
             first, *others = group.sequences
-            number, remainder = divmod(first.prompt_length, self.kv.block_size)
+            index, remainder = divmod(first.prompt_length, self.kv.block_size)
             for other in others if remainder else []:
-                self.kv.copy_block(first.blocks[number], other.blocks[number])
+                self.kv.copy_block(first.blocks[index], other.blocks[index])
 
-    def _decode_rows(self, count: int) -> int:
-        return next((size for size in self._decode_sizes if size >= count), padded(count, self.decode_tile_height))
+    def _padded_batch_size(self, count: int) -> int:
+        return next((size for size in self._batch_sizes if size >= count), padded(count, self.decode_tile_height))
 
-    def _tile_height(self, rows: int) -> int | None:
-        """Return the tile height of the matrix products of a decode step padded to `rows` sequences."""
-        return None if self.decode_tile_height is None else min(self.decode_tile_height, rows)
+    def _tile_height(self, batch_size: int) -> int | None:
+        return None if self.decode_tile_height is None else min(self.decode_tile_height, batch_size)
 
     @torch.inference_mode()
-    def _agreeing_sizes(self) -> list[int]:
-        """Those of `FEWER_ROWS` at which every row comes out as it does among `DECODE_ROWS`, to the last bit.
+    def _invariant_tile_heights(self) -> list[int]:
+        """Return the `SMALL_TILE_HEIGHTS` that give every row the same bits as `DECODE_TILE_HEIGHT`.
 
-        Which kernels the library takes, and so in which order it adds up, follows from the shapes. So it is enough to
-        try once, with any tokens, and without attention, which is each sequence's own anyway.
+        The library picks kernels, and so the order of sums, by shape alone. So one try is enough, with any tokens and
+        without attention, which runs for every sequence separately.
         """
         config = self.model.config
-        tokens = torch.arange(DECODE_ROWS) % config.vocab_size
+        tokens = torch.arange(DECODE_TILE_HEIGHT) % config.vocab_size
         rotary = self.rotary.at(tokens[:, None].expand(-1, 3), self.dtype)
 
-        def scores(first: int, rows: int) -> Tensor:
-            tile = slice(first, first + rows)
-            batch = PlannerBatch((rotary[0][tile], rotary[1][tile]), lambda layer, q, k, v: q, rows)
-            return self.model.logits(self.model(tokens[tile], batch), rows)
+        def scores(start: int, height: int) -> Tensor:
+            tile = slice(start, start + height)
+            batch = PlannerBatch((rotary[0][tile], rotary[1][tile]), lambda layer, q, k, v: q, height)
+            return self.model.logits(self.model(tokens[tile], batch), height)
 
         with threads(self._decode_threads):
-            among_all = scores(0, DECODE_ROWS)
+            expected = scores(0, DECODE_TILE_HEIGHT)
+            starts = {height: range(0, DECODE_TILE_HEIGHT, height) for height in SMALL_TILE_HEIGHTS}
             return [
-                rows
-                for rows in FEWER_ROWS
-                if all(torch.equal(scores(i, rows), among_all[i : i + rows]) for i in range(0, DECODE_ROWS, rows))
+                height
+                for height in SMALL_TILE_HEIGHTS
+                if all(torch.equal(scores(i, height), expected[i : i + height]) for i in starts[height])
             ]
 
-    def _to_device(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.long).to(self.device, non_blocking=True)
+    def _slot(self, sequence: Sequence, token: int) -> int:
+        block_size = self.kv.block_size
+        return sequence.blocks[token // block_size] * block_size + token % block_size
+
+    def _prompt_slots(self, sequence: Sequence) -> list[int]:
+        return [self._slot(sequence, token) for token in range(sequence.prompt_length)]
+
+    def _to_device(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Computes on so many threads, None: on as many as otherwise. It costs less than a microsecond."""
+    """Set the number of torch's threads; None leaves it as it is. Costs less than a microsecond."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -178,19 +184,10 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _pad(numbers: list[int], length: int) -> list[int]:
-    return numbers + [0] * (length - len(numbers))
+def _pad(values: list[int], length: int) -> list[int]:
+    return values + [0] * (length - len(values))
 
 
 def _prompt_positions(request: Request) -> Tensor:
     assert request.prompt_positions is not None
     return request.prompt_positions
-
-
-def _place(sequence: Sequence, token: int, block_size: int) -> int:
-    """Where the cache holds a sequence's token."""
-    return sequence.blocks[token // block_size] * block_size + token % block_size
-
-
-def _places(sequence: Sequence, block_size: int) -> list[int]:
-    return [_place(sequence, token, block_size) for token in range(sequence.prompt_length)]

@@ -1,11 +1,10 @@
-"""The planner: a decoder-only transformer that writes an image as codebook indices.
+"""The planner: a decoder-only transformer that generates an image as codebook indices.
 
-    T   tokens of all sequences of a batch, packed       H, G   query heads, key/value heads
+    T   packed tokens of a batch                         H, G   query heads, key/value heads
     D   head dimension                                   R      rotary dimension, R <= D
-    C   hidden size                                      V      outputs: image codes, then a few control tokens
+    C   hidden size                                      V      outputs: image codes, then control tokens
 
-Written after transformers' `models/glm_image` (`GlmImageTextModel`), whose weights it takes unchanged. It differs in
-shape only: rows of many sequences are packed, and how a row sees the past is left to an `Attention` that is handed in.
+Follows transformers' `GlmImageTextModel` and takes its weights unchanged, but packs the tokens of many sequences.
 """
 
 from dataclasses import dataclass
@@ -18,24 +17,24 @@ from torch import Tensor, nn
 from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import PlannerConfig
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R] of every row's position
+Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R] of every token's position
 
 
 class Attention(Protocol):
-    """How the rows of a batch attend; it also keeps their keys and values for later steps."""
+    """Attends and stores keys and values for later steps."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, H, D], k and v [T, G, D] of layer number `layer` -> attended values [T, H, D]."""
+        """Return attended values [T, H, D]; k and v are [T, G, D]."""
         ...
 
 
 @dataclass(frozen=True)
 class PlannerBatch:
-    """What all layers need to know of one forward pass. Built anew by the runner for every step."""
+    """What all layers need to know of a forward pass. Built by `PlannerRunner` for every step."""
 
-    rotary: Rotary  # of every token's position, from `RotaryTable.at`
-    attend: Attention  # over each token's own sequence: `PrefillAttention` or `DecodeAttention`
-    tile_height: int | None = None  # of the matrix products, see `models.batch_invariant`; T is a multiple of it
+    rotary: Rotary  # from `RotaryTable.at`
+    attend: Attention  # `PrefillAttention` or `DecodeAttention`
+    tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
 
 
 class PlannerAttention(nn.Module):
@@ -68,8 +67,6 @@ class PlannerMLP(nn.Module):
 
 
 class PlannerLayer(nn.Module):
-    """Both halves are normalised before and after: x + norm(attention(norm(x))), then the same around the MLP."""
-
     def __init__(self, config: PlannerConfig, layer_index: int):
         super().__init__()
         self.self_attn = PlannerAttention(config, layer_index)
@@ -85,8 +82,6 @@ class PlannerLayer(nn.Module):
 
 
 class Planner(nn.Module):
-    """Tokens in, scores of the next image code out."""
-
     def __init__(self, config: PlannerConfig):
         super().__init__()
         self.config = config
@@ -96,24 +91,19 @@ class Planner(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vision_vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, batch: PlannerBatch) -> Tensor:
-        """Run the layers over packed tokens [T]; return their hidden states [T, C], of which `logits` makes scores."""
+        """Return the hidden states [T, C] of tokens [T]."""
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, batch)
         return self.norm(x)
 
     def logits(self, hidden: Tensor, tile_height: int | None = None) -> Tensor:
-        """[rows, C] hidden states -> [rows, codebook_size] float32 scores. Control tokens are cut off: a plan's length
-        is known, so no token but an image code may ever be written."""
+        """Return float32 scores of the image codes only: a plan's length is known, so it has no control tokens."""
         return self.lm_head(hidden, tile_height)[:, : self.config.codebook_size].float()
 
 
 class RotaryTable(nn.Module):
-    """Cosines and sines of every position, looked up by (temporal, row, column) positions (M-RoPE).
-
-    A head's rotary frequencies are dealt out in three runs (`mrope_section`): the first turns with the temporal
-    position, the second with the row, the third with the column.
-    """
+    """M-RoPE: runs of a head's frequencies (`mrope_section`) rotate by the temporal position, the row, the column."""
 
     cos: Tensor
     sin: Tensor
@@ -130,28 +120,27 @@ class RotaryTable(nn.Module):
         axis = torch.tensor(
             [a for a, n in zip(runs, config.mrope_section, strict=True) for _ in range(n)], device=device
         )
-        self.register_buffer("axis", axis, persistent=False)  # [R/2]: which of the three positions turns a frequency
+        self.register_buffer("axis", axis, persistent=False)  # [R/2]: which position rotates a frequency
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
-        """positions [T, 3] -> cosines and sines [T, R] in `dtype`."""
+        """Look up positions [T, 3]."""
         index = positions[:, self.axis]  # [T, R/2]
         cos, sin = self.cos.gather(0, index), self.sin.gather(0, index)
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the first R of the D dimensions of x [T, heads, D]; halves are paired (i with i + R/2)."""
+    """Rotate the first R dimensions of x [T, heads, D]; i is paired with i + R/2."""
     cos, sin = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)
-    turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turning.chunk(2, dim=-1)
-    return torch.cat([turning * cos + torch.cat([-second, first], -1) * sin, still], dim=-1)
+    rotated, passed = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = rotated.chunk(2, dim=-1)
+    return torch.cat([rotated * cos + torch.cat([-second, first], -1) * sin, passed], dim=-1)
 
 
 def plan_positions(start: int, grids: list[tuple[int, int]]) -> Tensor:
-    """Positions [tokens, 3] (temporal, row, column) of grids written one after the other behind `start` tokens.
+    """Return positions [tokens, 3] (temporal, row, column) of consecutive grids (`GlmImageModel.get_rope_index`).
 
-    Within a grid the temporal position stands still; the next grid starts behind the longer side of the last
-    (`GlmImageModel.get_rope_index`).
+    The temporal position is constant within a grid; the next grid starts after its longer side.
     """
     parts = []
     for rows, cols in grids:

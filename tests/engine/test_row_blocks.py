@@ -61,8 +61,8 @@ def test_decode_batches_in_which_a_row_would_differ_are_not_used(
         out = real(self, x, tile_height)
         return torch.nextafter(out, torch.zeros(())) if len(x) == 4 else out
 
-    assert small_engine(model).planner.runner._decode_rows(17) == 32
+    assert small_engine(model).planner.runner._padded_batch_size(17) == 32
     monkeypatch.setattr(Linear, "forward", differs_among_four)
     runner = small_engine(model).planner.runner
-    assert 4 not in {runner._decode_rows(count) for count in range(1, 40)}
-    assert runner._decode_rows(1) in (8, 16)
+    assert 4 not in {runner._padded_batch_size(count) for count in range(1, 40)}
+    assert runner._padded_batch_size(1) in (8, 16)

@@ -11,7 +11,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        CheckpointError: it is missing or not a JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -20,5 +20,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path} is not a JSON object")
     return data

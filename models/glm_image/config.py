@@ -1,4 +1,4 @@
-"""The sizes of every part, as the checkpoint's JSON files write them. The defaults are the published model's."""
+"""Sizes and defaults from the JSON files of a checkpoint. Without a file they are the published model's."""
 
 import dataclasses
 import re
@@ -9,6 +9,14 @@ from typing import Any
 
 from models.errors import CheckpointError
 from models.json_files import read_json
+
+# What the model supports. Requests are checked against engine/geometry.py, since the API runs without this package; a
+# test compares the two.
+CODE_CELL = 32  # pixels a side of one code
+PATCH_CELL = 16  # pixels a side of one renderer token
+MIN_SIDE, MAX_SIDE, MAX_ASPECT = 64, 2048, 4
+MAX_STEPS = 200
+MAX_GUIDANCE_SCALE = 20
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,11 @@ class PlannerConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How much of every head rotates; the rest carries no position."""
+        """Return how many dimensions of a head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Memory of one token's keys and values in all layers, for elements of `itemsize` bytes."""
+        """Return the bytes of a token's keys and values in all layers."""
         return 2 * itemsize * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
     @classmethod
@@ -81,39 +89,36 @@ class RendererConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values of one latent patch, which is one renderer token."""
+        """Return the values of one latent patch, which is one renderer token."""
         return self.in_channels * self.patch_size**2
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Memory of one source token's keys and values in all layers, for elements of `itemsize` bytes."""
+        """Return the bytes of a source token's keys and values in all layers."""
         return 2 * itemsize * self.num_layers * self.dim
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "RendererConfig":
-        made = cls(**_known(cls, config))
-        if made.in_channels != made.out_channels:
+        parsed = cls(**_known(cls, config))
+        if parsed.in_channels != parsed.out_channels:
             raise CheckpointError(
-                f"the renderer maps {made.in_channels} channels to {made.out_channels}; equal expected"
+                f"the renderer maps {parsed.in_channels} channels to {parsed.out_channels}; equal numbers are expected"
             )
-        return made
+        return parsed
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How the planner samples where a request does not say (`generation_config.json`).
-
-    `top_k` is None unless the file writes one: transformers' silent default of 50 is not the checkpoint's wish.
-    """
+    """Sampling settings of requests that have none (`generation_config.json`)."""
 
     temperature: float = 0.9
     top_p: float = 0.75
-    top_k: int | None = None
+    top_k: int | None = None  # only if the file has one: transformers' silent default of 50 is not the checkpoint's
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "SamplingDefaults":
-        sampled = config.get("do_sample", False)
+        is_sampled = config.get("do_sample", False)
         return cls(
-            temperature=float(config.get("temperature") or 1.0) if sampled else 0.0,
+            temperature=float(config.get("temperature") or 1.0) if is_sampled else 0.0,
             top_p=float(config.get("top_p") or 1.0),
             top_k=config.get("top_k") or None,
         )
@@ -121,34 +126,27 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """What a request gets where it does not say (`glimmer.json` at the top of a checkpoint; the file and each of its
-    keys may be missing).
-
-    Args:
-        num_inference_steps: denoising steps, 1..200.
-        guidance_scale: 0..20.
-        size: "WxH" in pixels; None stands for the square that the autoencoder is made for.
-    """
+    """Settings of requests that have none (`glimmer.json` of a checkpoint; the file and its keys are optional)."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.5
-    size: str | None = None
+    size: str | None = None  # "WxH" in pixels; None: the square that the autoencoder is made for
 
     @classmethod
     def read(cls, file: Path) -> "RequestDefaults":
-        """The defaults in `file`, the published model's where there is no such file.
+        """Read `file`, if it exists.
 
         Raises:
-            CheckpointError: no JSON object, an unknown key or a value out of range; the message names file and key.
+            CheckpointError: not a JSON object, an unknown key or a value out of range; the message names file and key.
         """
-        given = read_json(file) if file.is_file() else {}
-        for key, value in given.items():
+        values = read_json(file) if file.is_file() else {}
+        for key, value in values.items():
             if key not in _REQUEST_RANGES:
                 raise CheckpointError(f"{file} has an unknown key {key!r}; it may have {', '.join(_REQUEST_RANGES)}")
             fits, accepted = _REQUEST_RANGES[key]
             if not fits(value):
                 raise CheckpointError(f"{key} in {file} is {value!r}; expected {accepted}")
-        return cls(**given)
+        return cls(**values)
 
 
 def _is_size(value: Any) -> bool:
@@ -156,15 +154,20 @@ def _is_size(value: Any) -> bool:
     if match is None:
         return False
     short, long = sorted((int(match[1]), int(match[2])))
-    return short >= 64 and long <= 2048 and long <= 4 * short
+    return short >= MIN_SIDE and long <= MAX_SIDE and long <= MAX_ASPECT * short
 
 
-# What the API takes; models know nothing of it, so a test holds the two against each other. Types are compared exactly,
-# because a boolean is an integer to `isinstance`.
+# What the API accepts; a test compares the two. `isinstance` would accept a boolean as an integer.
 _REQUEST_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_inference_steps": (lambda value: type(value) is int and 1 <= value <= 200, "an integer, 1..200"),
-    "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value <= 20, "a number, 0..20"),
-    "size": (_is_size, '"WIDTHxHEIGHT", each side 64..2048, one at most 4 times the other'),
+    "num_inference_steps": (
+        lambda value: type(value) is int and 1 <= value <= MAX_STEPS,
+        f"an integer, 1..{MAX_STEPS}",
+    ),
+    "guidance_scale": (
+        lambda value: type(value) in (int, float) and 0 <= value <= MAX_GUIDANCE_SCALE,
+        f"a number, 0..{MAX_GUIDANCE_SCALE}",
+    ),
+    "size": (_is_size, f'"WIDTHxHEIGHT", each side {MIN_SIDE}..{MAX_SIDE}, one at most {MAX_ASPECT} times the other'),
 }
 
 

@@ -1,4 +1,4 @@
-"""Prompts: the planner's token ids, and what the glyph encoder makes of the strings to be lettered."""
+"""Prompts: token ids for the planner, glyph embeddings of quoted strings for the renderer."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, GlmImageProcessor, T5EncoderModel
 
 from models.errors import PromptError
-from models.glm_image.source_images import CODE_CELL
+from models.glm_image.config import CODE_CELL
 
 MAX_GLYPH_TOKENS_PER_STRING = 2048
 MAX_GLYPH_TOKENS = 8192
@@ -30,25 +30,25 @@ class PromptEncoder:
 
     @property
     def settings(self) -> str:
-        """All that tokens depend on, beside the prompt: the tokenizer, its special tokens and the chat template."""
+        """Return what tokens depend on besides the prompt: tokenizer, special tokens and chat template."""
         tokenizer = self.processor.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, self.processor.chat_template]
         return json.dumps(parts, sort_keys=True)
 
     def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
-        """Token ids for an image of height x width pixels (multiples of 32); the last is the one that starts an image.
+        """Return token ids for an image of height x width pixels (multiples of 32); the last one starts the image.
 
         Args:
-            num_sources: pictures to edit; one `image_token` stands for each, see `place_sources`.
+            num_sources: source images; each is one `image_token`, see `place_sources`.
 
         Raises:
-            PromptError: the prompt spells out a control token of the model, such as `<|image|>`.
+            PromptError: the prompt contains a control token such as `<|image|>`.
         """
         tokenizer = self.processor.tokenizer
         control = self._control_ids.intersection(tokenizer(prompt, add_special_tokens=False).input_ids)
         if control:
             names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(control)))
-            raise PromptError(f"the prompt holds control tokens of the model ({names}); take them out")
+            raise PromptError(f"the prompt contains control tokens of the model ({names}); remove them")
         if num_sources:
             return self._encode_edit(prompt, height, width, num_sources)
         inputs = self.processor.apply_chat_template(
@@ -61,7 +61,7 @@ class PromptEncoder:
         return inputs["input_ids"][0].tolist()  # pyright: ignore
 
     def _encode_edit(self, prompt: str, height: int, width: int, num_sources: int) -> list[int]:
-        """As `GlmImageProcessor` does it, which would want to process the pictures again."""
+        """Encode as `GlmImageProcessor`, which would process the images again."""
         processor, tokenizer = self.processor, self.processor.tokenizer
         content = [{"type": "image"}] * num_sources + [{"type": "text", "text": prompt}]
         [text] = processor.apply_chat_template([[{"role": "user", "content": content}]], tokenize=False)
@@ -71,19 +71,18 @@ class PromptEncoder:
 
 
 def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[int, int]]) -> tuple[list[int], Tensor]:
-    """A prompt with as many image tokens for each source as its grid (rows, columns) has codes.
+    """Repeat each source's image token once per code of its grid (rows, columns).
 
     Returns:
-        Token ids, and their positions [tokens, 3] (temporal, row, column). A token of text is one step in all three; in
-        a source the temporal position stands still, and what follows is behind its longer side
-        (`GlmImageModel.get_rope_index`).
+        Token ids, and positions [tokens, 3] (temporal, row, column) after `GlmImageModel.get_rope_index`: text advances
+        all three; the temporal position is constant within a source, and the next token is after its longer side.
     """
-    assert list(ids).count(image_token) == len(grids), "the chat template has a place for every picture"
+    assert list(ids).count(image_token) == len(grids), "the chat template has an image token for every source"
     tokens: list[int] = []
     positions: list[tuple[int, int, int]] = []
-    left, start = list(grids), 0
+    remaining, start = list(grids), 0
     for token in ids:
-        rows, cols = left.pop(0) if token == image_token else (1, 1)
+        rows, cols = remaining.pop(0) if token == image_token else (1, 1)
         tokens += [token] * (rows * cols)
         positions += [(start, start + row, start + col) for row in range(rows) for col in range(cols)]
         start += max(rows, cols)
@@ -91,30 +90,30 @@ def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[in
 
 
 def fill_in_codes(ids: Sequence[int], image_token: int, codes: Sequence[int]) -> list[int]:
-    """The prompt with the codes of all sources, in order, in place of the image tokens."""
-    left = iter(codes)
-    return [next(left) if token == image_token else token for token in ids]
+    """Replace the image tokens with the codes of all sources, in order."""
+    remaining = iter(codes)
+    return [next(remaining) if token == image_token else token for token in ids]
 
 
 class GlyphEncoder:
-    """ByT5 and a T5 encoder: what the renderer knows of the letters."""
+    """ByT5's tokenizer and a T5 encoder."""
 
     def __init__(self, tokenizer: ByT5Tokenizer, encoder: T5EncoderModel):
         self.tokenizer, self.encoder = tokenizer, encoder
 
     @torch.inference_mode()
     def encode(self, strings: Sequence[str]) -> Tensor:
-        """[g, d_model] embeddings of all strings, one after the other; of "" if there are none.
+        """Return embeddings [g, d_model] of all strings, concatenated; of "" if there are none.
 
         Raises:
-            PromptError: more text than the renderer should be asked to letter.
+            PromptError: more than `MAX_GLYPH_TOKENS`.
         """
         ids = self.tokenizer(list(strings) or [""], max_length=MAX_GLYPH_TOKENS_PER_STRING, truncation=True).input_ids
         total = sum(len(i) for i in ids)
         if total > MAX_GLYPH_TOKENS:
-            raise PromptError(f"the quoted strings have {total} bytes; at most {MAX_GLYPH_TOKENS} can be lettered")
+            raise PromptError(f"the quoted strings have {total} bytes; at most {MAX_GLYPH_TOKENS} can be rendered")
         pad = self.tokenizer.pad_token_id
-        # As the model was trained: one pad in front of every string where their number is even.
+        # As in training: an even number of strings gets a pad in front of each.
         ids = [[pad] * ((len(ids) + 1) % 2) + i for i in ids]
         longest = max(len(i) for i in ids)
         device = self.encoder.device

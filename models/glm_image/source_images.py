@@ -1,4 +1,4 @@
-"""The pictures an edit starts from: as the networks take them, and as the networks see them."""
+"""Source images of an edit, as the networks take them and as they encode them."""
 
 import io
 from dataclasses import dataclass
@@ -10,49 +10,37 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from models.errors import SourceImageError
+from models.glm_image.config import CODE_CELL, MAX_ASPECT, MAX_SIDE, PATCH_CELL
 
-CODE_CELL = 32  # pixels a side of one code
-PATCH_CELL = 16  # pixels a side of one renderer token
-MIN_SIDE, MAX_SIDE, MAX_ASPECT = 16, 2048, 4
+MIN_SOURCE_SIDE = 16
 
 
 @dataclass(frozen=True)
 class PreprocessedImage:
-    """A picture on the CPU, laid out for the networks.
+    """A source image on the CPU."""
 
-    Args:
-        rows, cols: the grid of its codes, one for 32 x 32 pixels.
-        halved: [rows * cols, 3 * 16 * 16] float32 patches of the picture at half its size, for the vision tokenizer.
-        pixels: [3, 32 * rows, 32 * cols] uint8, for the autoencoder.
-    """
-
-    rows: int
+    rows: int  # of the grid of its codes
     cols: int
-    halved: Tensor
-    pixels: Tensor
+    halved: Tensor  # [rows * cols, 3 * 16 * 16] float32 patches at half size, for the vision tokenizer
+    pixels: Tensor  # [3, 32 * rows, 32 * cols] uint8, for the autoencoder
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt that stand for it."""
+        """Return how many prompt tokens it takes."""
         return self.rows * self.cols
 
     @property
     def patches(self) -> int:
-        """Renderer tokens of it."""
+        """Return how many renderer tokens it takes."""
         return self.tokens * (CODE_CELL // PATCH_CELL) ** 2
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What the planner and the renderer learn of a picture.
+    """A source image as the planner and the renderer take it."""
 
-    Args:
-        codes: [rows, cols] codebook indices.
-        latents: [channels, 4 * rows, 4 * cols] normalised.
-    """
-
-    codes: Tensor
-    latents: Tensor
+    codes: Tensor  # [rows, cols] codebook indices
+    latents: Tensor  # [channels, 4 * rows, 4 * cols], normalised
 
     @property
     def tokens(self) -> int:
@@ -64,30 +52,29 @@ class EncodedImage:
 
 
 class ImagePreprocessor:
-    """Files to pictures. Several threads may read at once."""
+    """Reads files of source images. Thread-safe."""
 
     def __init__(self, processor: BaseImageProcessor):
         self._processor = processor
 
     @property
     def settings(self) -> str:
-        """What the processor was told, as JSON."""
+        """Return the processor's settings as JSON."""
         return self._processor.to_json_string()
 
     def read(self, file: bytes) -> PreprocessedImage:
-        """The picture in a PNG file.
+        """Read a PNG file.
 
-        The processor of the checkpoint decides on the grid: about the picture's own size, within the limits it was
-        made for. The autoencoder gets the picture at exactly that size, so that there are four renderer tokens to a
-        code (`GlmImagePipeline` takes other pictures for an error).
+        The checkpoint's processor chooses the grid: about the image's size, within its limits. The autoencoder gets
+        exactly that size, so that a code has four patches (`GlmImagePipeline` rejects other sizes).
 
         Raises:
-            SourceImageError: it cannot be decoded, is too small, or too long for its width.
+            SourceImageError: not a PNG file, too small, or its aspect is out of range.
         """
-        image = _fitting(_decode(file))
+        image = _fit(_decode(file))
         inputs = self._processor(images=[image], return_tensors="pt")
         _, rows, cols = inputs["image_grid_thw"][0].tolist()
-        assert max(rows, cols) * CODE_CELL <= MAX_SIDE, "the processor enlarges pictures beyond what can be made"
+        assert max(rows, cols) * CODE_CELL <= MAX_SIDE, "the processor enlarges images beyond the largest side"
         scaled = image.resize((cols * CODE_CELL, rows * CODE_CELL), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
         return PreprocessedImage(rows, cols, inputs["pixel_values"], pixels)
@@ -97,19 +84,16 @@ def _decode(file: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(file), formats=["PNG"]).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SourceImageError("a picture to edit cannot be decoded; a PNG file is expected") from error
+        raise SourceImageError("a source image cannot be decoded; a PNG file is expected") from error
 
 
-def _fitting(image: Image.Image) -> Image.Image:
-    """The picture, or a smaller one if it is larger than any image can be.
-
-    Its aspect may be off by a pixel: whoever made a picture smaller before may have rounded.
-    """
+def _fit(image: Image.Image) -> Image.Image:
+    """Shrink the image to the largest side and aspect; the aspect may be off by a pixel that the sender rounded."""
     short, long = sorted(image.size)
-    if short < MIN_SIDE or long > MAX_ASPECT * (short + 1):
+    if short < MIN_SOURCE_SIDE or long > MAX_ASPECT * (short + 1):
         raise SourceImageError(
-            f"a picture to edit is {image.width}x{image.height}; both sides must have at least {MIN_SIDE} pixels, and "
-            f"one at most {MAX_ASPECT} times those of the other"
+            f"a source image is {image.width}x{image.height}; both sides must have at least {MIN_SOURCE_SIDE} pixels, "
+            f"and one at most {MAX_ASPECT} times those of the other"
         )
     # A remainder of less than a patch is cut off by the resizing to the grid.
     scale = 1.0 if long < MAX_SIDE + PATCH_CELL else MAX_SIDE / long

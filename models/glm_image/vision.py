@@ -1,4 +1,4 @@
-"""The vision tokenizer: from a picture to the codes that a plan of it would have."""
+"""The vision tokenizer: from a source image to codes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 
 from models.glm_image.source_images import PreprocessedImage
 
-ROWS_AT_ONCE = 1024  # compared with the whole codebook; each takes 4 bytes a code
+CHUNK = 1024  # features compared with the codebook at once; each takes 4 bytes per code
 
 
 class VisionTokenizer(nn.Module):
-    """transformers' vision transformer and codebook, one picture at a time: its codes depend on nothing else."""
+    """transformers' vision transformer and codebook. One image at a time, so that codes depend on nothing else."""
 
     def __init__(self, config: GlmImageConfig):
         super().__init__()
@@ -25,25 +25,25 @@ class VisionTokenizer(nn.Module):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "VisionTokenizer":
-        """Without weights; `config` is `vision_language_encoder/config.json`, of which the sizes of these two count."""
+        """Build without weights from `vision_language_encoder/config.json`."""
         sizes = {key: dict(config[key]) for key in ("vision_config", "vq_config") if key in config}
         return cls(GlmImageConfig.from_dict(sizes))
 
     @torch.inference_mode()
-    def forward(self, picture: PreprocessedImage) -> Tensor:
-        """Codes [rows, cols], on the device."""
+    def forward(self, image: PreprocessedImage) -> Tensor:
+        """Return codes [rows, cols], on the device."""
         device = self.vqmodel.quant_conv.weight.device
-        grid = torch.tensor([[1, picture.rows, picture.cols]], device=device)
-        features = self.visual(picture.halved.to(device), grid_thw=grid).last_hidden_state
+        grid = torch.tensor([[1, image.rows, image.cols]], device=device)
+        features = self.visual(image.halved.to(device), grid_thw=grid).last_hidden_state
         convolution = self.vqmodel.quant_conv
-        found = F.linear(features, convolution.weight.flatten(1), convolution.bias)
+        embeddings = F.linear(features, convolution.weight.flatten(1), convolution.bias)
         codebook = F.normalize(self.vqmodel.quantize.embedding.weight.float(), dim=-1).t()
-        # Of unit vectors the nearest is the one with the largest cosine.
-        nearest = [(F.normalize(part.float(), dim=-1) @ codebook).argmax(-1) for part in found.split(ROWS_AT_ONCE)]
-        return torch.cat(nearest).view(picture.rows, picture.cols)
+        # The nearest of unit vectors has the largest cosine.
+        nearest = [(F.normalize(part.float(), dim=-1) @ codebook).argmax(-1) for part in embeddings.split(CHUNK)]
+        return torch.cat(nearest).view(image.rows, image.cols)
 
 
 def vision_key(key: str) -> str | None:
-    """A key of `GlmImageForConditionalGeneration` -> one of a `VisionTokenizer`; None for the rest."""
+    """Map a key of `GlmImageForConditionalGeneration` to one of `VisionTokenizer`; None for others."""
     name = key.removeprefix("model.")
     return name if name.startswith(("visual.", "vqmodel.")) else None

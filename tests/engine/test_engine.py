@@ -149,7 +149,7 @@ def test_odd_sizes_are_cut_from_the_middle_of_the_canvas(model: GlmImage) -> Non
     [
         ({"prompt": "x" * 3000}, "prompt", "at most 2048"),
         ({"prompt": "a <|image|> b"}, "prompt", "control tokens"),
-        ({"prompt": f"'{'x' * 2000}'" * 5, "plan": {"rows": 2, "cols": 2, "tokens": [0] * 4}}, "prompt", "be lettered"),
+        ({"prompt": f"'{'x' * 2000}'" * 5, "plan": {"rows": 2, "cols": 2, "tokens": [0] * 4}}, "prompt", "be rendered"),
         ({"plan": {"rows": 1, "cols": 2, "tokens": [0, 0]}}, "plan", "2 rows and 2 columns"),
         ({"plan": {"rows": 2, "cols": 2, "tokens": [0, 0, 0, 512]}}, "plan", "0 to 511"),
         ({"n": 9}, "n", "planner memory"),

@@ -93,7 +93,7 @@ def test_a_broken_file_is_named(copy: Path) -> None:
     [
         ("model_index.json", None, "model_index.json is missing"),
         ("transformer/config.json", "{", "config.json is not valid JSON"),
-        ("transformer/config.json", "[]", "holds no JSON object"),
+        ("transformer/config.json", "[]", "config.json is not a JSON object"),
         ("vision_language_encoder/config.json", None, "config.json is missing"),
         ("processor/tokenizer.json", "{}", "processor cannot be loaded"),
     ],
@@ -147,7 +147,7 @@ def test_every_request_default_is_optional(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ('{"steps": 12}', "unknown key 'steps'"),
         *(
             (f'{{"num_inference_steps": {value}}}', "num_inference_steps")

@@ -1,4 +1,4 @@
-"""Builds the renderer's tensors and runs it. What it runs is the scheduler's decision."""
+"""Build the renderer's tensors and run it on what the scheduler has picked."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,25 +15,20 @@ from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
 from models.batch_invariant import choose_tile_height, elementwise, padded
 from models.glm_image.model import GlmImage
-from models.glm_image.renderer import MODULATION_ROWS, RendererBatch, patchify, rotary_angles, unpatchify
+from models.glm_image.renderer import TEMB_TILE_HEIGHT, RendererBatch, patchify, rotary_angles, unpatchify
 
-ROWS = 256  # rows of a matrix product on CPU
-PREVIEW_STEPS = 4  # without guidance: it is to be seen early, not finished
+TILE_HEIGHT = 256  # on CPU
+PREVIEW_STEPS = 4  # without guidance: a preview is early, not finished
 
 
 @dataclass(frozen=True)
 class PackedRenderings:
-    """A set of images and their batch, kept while the same set goes on.
-
-    Args:
-        patch_spans: for every image the (start, end) of the patches of each of its rows in the packed tensor.
-        size: tokens of the packed tensor, padding included.
-    """
+    """A set of images and their batch, reused while the set stays the same."""
 
     renderings: list[Rendering]
     batch: RendererBatch
-    patch_spans: list[list[tuple[int, int]]]
-    size: int
+    patch_spans: list[list[tuple[int, int]]]  # (start, end) in the packed tensor, for every branch of every image
+    size: int  # packed tokens, padding included
 
 
 class RendererRunner:
@@ -41,8 +36,8 @@ class RendererRunner:
 
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer
-        self.tile_height = choose_tile_height(ROWS, model.device)
-        self.temb_tile_height = choose_tile_height(MODULATION_ROWS, model.device)
+        self.tile_height = choose_tile_height(TILE_HEIGHT, model.device)
+        self.temb_tile_height = choose_tile_height(TEMB_TILE_HEIGHT, model.device)
         self.source_kv = SourceKVCache(model, self.tile_height, self.temb_tile_height)
         self._packed: PackedRenderings | None = None
         self._angles = lru_cache(maxsize=64)(self._rotary_angles)
@@ -51,7 +46,7 @@ class RendererRunner:
             self._no_plan = self.renderer.no_plan()
 
     def prepare(self, image: Image) -> Rendering:
-        """Everything about an image that its steps share. Its plan must be known."""
+        """Compute what an image's steps share. Its plan must be known."""
         spec, plan = image.request.spec, image.plan
         assert plan is not None
         partial_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
@@ -61,7 +56,7 @@ class RendererRunner:
         )
 
     def prepare_preview(self, image: Image) -> Rendering:
-        """The same for the image's preview, on a canvas of the preview's grid."""
+        """Compute the same for the image's preview, on a canvas of the preview's grid."""
         grid = image.preview
         assert grid is not None
         geometry = Geometry(grid.cols * CELL, grid.rows * CELL)
@@ -103,32 +98,31 @@ class RendererRunner:
         )
 
     def release(self, request: Request) -> None:
-        """The request has ended: let go of what its images shared, and of a layout that still names them."""
+        """Free the source images' keys and values, and a layout with the request's images."""
         self.source_kv.release(request)
         if self._packed is not None and any(r.request is request for r in self._packed.renderings):
             self._packed = None
 
     @torch.inference_mode()
     def advance(self, renderings: list[Rendering]) -> None:
-        """One denoising step of every image, each at its own timestep. If it raises, no image has changed."""
+        """Advance every image by one denoising step, each at its own timestep. If it raises, no image has changed."""
         packed = self._pack(renderings)
         velocity = self.renderer(self._inputs(packed), self._time_embeddings(packed), packed.batch)
         guided = [self._guided(r, velocity, spans) for r, spans in zip(renderings, packed.patch_spans, strict=True)]
-        moved = [self._euler_step(r, own) for r, own in zip(renderings, guided, strict=True)]
-        for rendering, latents, own in zip(renderings, moved, guided, strict=True):
-            rendering.latents, rendering.velocity = latents, own
+        stepped = [self._euler_step(r, velocity) for r, velocity in zip(renderings, guided, strict=True)]
+        for rendering, latents, velocity in zip(renderings, stepped, guided, strict=True):
+            rendering.latents, rendering.velocity = latents, velocity
             rendering.step += 1
 
     def padding(self, tokens: int) -> int:
-        """Rows computed for nothing when `tokens` are packed."""
+        """Return the padding of so many packed tokens."""
         return padded(tokens, self.tile_height) - tokens
 
     @torch.inference_mode()
     def decode(self, rendering: Rendering) -> Tensor:
-        """Pixels [height, width, 3], uint8, on the CPU, cropped to the size asked for.
+        """Return pixels [height, width, 3] uint8, on the CPU, cropped to the requested size.
 
-        In the middle of its steps an image is decoded as it is expected to become: with the noise taken out that the
-        last step saw in it.
+        Between steps the expected image is decoded: without the noise that the last step predicted.
         """
         geometry, sigma = rendering.geometry, rendering.sigmas[rendering.step]
         latents = rendering.latents
@@ -139,28 +133,28 @@ class RendererRunner:
         return decoded[top:bottom, left:right].contiguous()
 
     def _inputs(self, packed: PackedRenderings) -> Tensor:
-        """[T, dim]: every row's glyph tokens, then its patches with the plan (or none) added."""
+        """Return [T, dim]: every branch's glyph tokens, then its patches with its plan added."""
         latents = torch.cat([r.latents for r in packed.renderings]).to(self.model.dtype)
-        rows = padded(latents.shape[0], self.tile_height)
-        latents = torch.nn.functional.pad(latents, (0, 0, 0, rows - latents.shape[0]))
+        size = padded(latents.shape[0], self.tile_height)
+        latents = torch.nn.functional.pad(latents, (0, 0, 0, size - latents.shape[0]))
         patches = self.renderer.patches(latents, self.tile_height)
         x = patches.new_zeros(packed.size, patches.shape[1])
         first = 0
         for rendering, spans in zip(packed.renderings, packed.patch_spans, strict=True):
-            own = patches[first : first + rendering.patches]
+            image_patches = patches[first : first + rendering.patches]
             plans = (rendering.plan, self._no_plan)
             for glyphs, plan, (start, end) in zip(rendering.branches, plans, spans, strict=False):
                 x[start - len(glyphs) : start] = glyphs
-                x[start:end] = own + plan
+                x[start:end] = image_patches + plan
             first += rendering.patches
         return x
 
     def _time_embeddings(self, packed: PackedRenderings) -> Tensor:
-        rows = torch.stack([r.time_embeddings[r.step] for r in packed.renderings])
-        return torch.nn.functional.pad(rows, (0, 0, 0, padded(len(rows), self.temb_tile_height) - len(rows)))
+        temb = torch.stack([r.time_embeddings[r.step] for r in packed.renderings])
+        return torch.nn.functional.pad(temb, (0, 0, 0, padded(len(temb), self.temb_tile_height) - len(temb)))
 
     def _guided(self, rendering: Rendering, velocity: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-        """[patches, P] float32: the image's own velocity, guided if it has two rows."""
+        """Return the image's velocity [patches, P] float32, guided if it has two branches."""
         parts = [velocity[start:end].float() for start, end in spans]
         if len(parts) == 1:
             return parts[0]
@@ -168,12 +162,12 @@ class RendererRunner:
         return unconditional + rendering.request.spec.guidance_scale * (conditional - unconditional)
 
     def _euler_step(self, rendering: Rendering, velocity: Tensor) -> Tensor:
-        """The image's latents one step on; in float32."""
+        """Return the image's next latents, float32."""
         distance = rendering.sigmas[rendering.step + 1] - rendering.sigmas[rendering.step]
         return rendering.latents + distance.to(velocity.device) * velocity
 
     def _pack(self, renderings: list[Rendering]) -> PackedRenderings:
-        """Lay the images out; the last layout is kept, since a set of images mostly goes on together."""
+        """Lay the images out, or reuse the last layout: a set of images mostly stays together."""
         last = self._packed
         if last is None or len(last.renderings) != len(renderings) or any(
             old is not new for old, new in zip(last.renderings, renderings, strict=True)
@@ -188,16 +182,16 @@ class RendererRunner:
         modulation = torch.ones(size, dtype=torch.long)
         angles = torch.zeros(size, head_dim)
         lengths: list[int] = []
-        sources: list[Tensor | None] = []
+        source_kv: list[Tensor | None] = []
         spans: list[list[tuple[int, int]]] = []
         start = 0
-        for number, rendering in enumerate(renderings):
+        for index, rendering in enumerate(renderings):
             spans.append([])
-            sources += [rendering.source_kv, None][: len(rendering.branches)]
+            source_kv += [rendering.source_kv, None][: len(rendering.branches)]
             for glyphs in rendering.branches:
                 patches = slice(start + len(glyphs), start + len(glyphs) + rendering.patches)
-                modulation[start : patches.start] = 2 * number + 1
-                modulation[patches] = 2 * number
+                modulation[start : patches.start] = 2 * index + 1
+                modulation[patches] = 2 * index
                 angles[patches] = rendering.angles
                 spans[-1].append((patches.start, patches.stop))
                 lengths.append(patches.stop - start)
@@ -210,7 +204,7 @@ class RendererRunner:
             sin,
             tile_height=self.tile_height,
             temb_tile_height=self.temb_tile_height,
-            source_kv=sources,
+            source_kv=source_kv,
         )
         return PackedRenderings(list(renderings), batch, spans, size)
 

@@ -1,22 +1,23 @@
-"""What the images of an edit see of its sources: their keys and values in every layer.
+"""Keys and values of an edit's source images, in every layer.
 
-They are read once for a request, when its first image is about to be rendered, shared by all its images, and kept until
-the request ends. How many may be kept at once is decided at admission (`EngineLimits.source_patches`).
+They are computed when a request's first image is about to be rendered, shared by all its images and freed when the
+request ends. `EngineLimits.source_patches` limits, at admission, how many there are.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.geometry import CELL
 from engine.request import Request
 from models.batch_invariant import elementwise, padded
 from models.glm_image.model import GlmImage
 from models.glm_image.renderer import RendererBatch, patchify, rotary_angles
-from models.glm_image.source_images import CODE_CELL, EncodedImage
+from models.glm_image.source_images import EncodedImage
 
 
 class SourceKVCache:
-    """Keys and values [layers, 2, heads, S, D] of the requests that have sources.
+    """Keys and values [layers, 2, heads, S, D] of requests with source images.
 
     Args:
         tile_height, temb_tile_height: see `RendererBatch`.
@@ -25,51 +26,51 @@ class SourceKVCache:
     def __init__(self, model: GlmImage, tile_height: int | None, temb_tile_height: int | None):
         self._renderer, self._device, self._dtype = model.renderer, model.device, model.dtype
         self._tile_height, self._temb_tile_height = tile_height, temb_tile_height
-        self._kept: dict[Request, Tensor] = {}
+        self._by_request: dict[Request, Tensor] = {}
 
     def __len__(self) -> int:
-        """Requests whose keys and values are kept."""
-        return len(self._kept)
+        """Return the number of requests held."""
+        return len(self._by_request)
 
     @torch.inference_mode()
     def of(self, request: Request) -> Tensor | None:
-        """The request's, in the order of its sources; None if it has none."""
-        if request.encoded and request not in self._kept:
-            self._kept[request] = self._read(request.encoded)
-        return self._kept.get(request)
+        """Return the request's keys and values, in the order of its sources; None if it has no sources."""
+        if request.encoded and request not in self._by_request:
+            self._by_request[request] = self._read(request.encoded)
+        return self._by_request.get(request)
 
     def release(self, request: Request) -> None:
-        """The request has ended; harmless if it had no sources."""
-        self._kept.pop(request, None)
+        """Free the request's keys and values, if any."""
+        self._by_request.pop(request, None)
 
     def _read(self, sources: list[EncodedImage]) -> Tensor:
         config, patches = self._renderer.config, [source.patches for source in sources]
         shape = (config.num_layers, 2, config.num_attention_heads, sum(patches), config.attention_head_dim)
-        kept = torch.empty(shape, dtype=self._dtype, device=self._device)
-        for source, kv_out in zip(sources, kept.split(patches, dim=3), strict=True):
+        source_kv = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for source, kv_out in zip(sources, source_kv.split(patches, dim=3), strict=True):
             self._read_one(source, kv_out)
-        return kept
+        return source_kv
 
     def _read_one(self, source: EncodedImage, kv_out: Tensor) -> None:
-        """Every source on its own: what it leaves depends on no other, and its positions start anew."""
+        """Fill `kv_out` from one source, independent of the others; its positions start at 0."""
         renderer, (rows, cols), patches = self._renderer, source.codes.shape, source.patches
         latents = patchify(source.latents, renderer.config.patch_size).to(self._dtype)
         padding = padded(patches, self._tile_height) - patches
         projected = renderer.patches(F.pad(latents, (0, 0, 0, padding)), self._tile_height)
         x = torch.zeros_like(projected)
         x[:patches] = projected[:patches] + renderer.plan(source.codes)
-        temb = renderer.source_time_embedding(CODE_CELL * rows, CODE_CELL * cols)
+        temb = renderer.source_time_embedding(CELL * rows, CELL * cols)
         temb = F.pad(temb, (0, 0, 0, padded(1, self._temb_tile_height) - 1))
         renderer.read_source(x, temb, self._batch(rows, cols, padding, kv_out))
 
     def _batch(self, rows: int, cols: int, padding: int, kv_out: Tensor) -> RendererBatch:
-        """Lay out one sequence of 2 x 2 patches a code, without glyph tokens."""
+        """Lay out one sequence of 2 x 2 patches per code, without glyph tokens."""
         angles = F.pad(rotary_angles(2 * rows, 2 * cols, self._renderer.config.attention_head_dim), (0, 0, 0, padding))
         cos, sin = (elementwise(function, angles).to(self._device) for function in (torch.cos, torch.sin))
-        modulation = torch.zeros(len(angles), dtype=torch.long, device=self._device)
+        modulation_index = torch.zeros(len(angles), dtype=torch.long, device=self._device)
         return RendererBatch(
             [4 * rows * cols],
-            modulation,
+            modulation_index,
             cos,
             sin,
             tile_height=self._tile_height,

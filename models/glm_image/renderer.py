@@ -2,15 +2,13 @@
 
     T   tokens of a packed batch      n   images in it          dim   heads * head_dim
     E   width of the time embedding   D   head dimension        P     values of a patch: channels * 2 * 2
+    S   tokens of source images       g   glyph tokens
 
-A *row* is one sequence the transformer attends over: an image's glyph tokens, then its patches. With guidance an image
-has two rows, one conditional and one not. Rows of any length, timestep and size are packed into one [T, dim] tensor;
-only attention and the adaptive layer norms need to know which token belongs to whom.
+A sequence is a branch of an image: its glyph tokens, then its patches. With guidance an image has a conditional and an
+unconditional branch. Sequences of any length, timestep and size are packed into one tensor. An edit's source images run
+through the layers once, without noise, to provide keys and values for the conditional branch.
 
-An edit's *sources* are never packed with what is rendered. Each goes through the transformer once, noiseless and on its
-own (`Renderer.read_source`), and leaves its keys and values in every layer; the conditional row attends to those, too.
-
-Written after diffusers' `GlmImageTransformer2DModel`, whose weights it takes unchanged.
+Follows diffusers' `GlmImageTransformer2DModel` and takes its weights unchanged.
 """
 
 import math
@@ -24,13 +22,15 @@ from torch import Tensor, nn
 from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import RendererConfig
 
-MODULATION_ROWS = 16  # images per block of the modulations' matrix products
+TEMB_TILE_HEIGHT = 16  # images per tile of the modulations' matrix products
 ROPE_THETA = 10000.0
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU with the tanh approximation. In float32 on a CPU written with a sigmoid, 0.5 (1 + tanh(u)) = sigmoid(2u),
-    which takes half as long as torch's own."""
+    """Return GELU with the tanh approximation.
+
+    In float32 on a CPU 0.5 (1 + tanh(u)) = sigmoid(2u) takes half as long as torch's own.
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.gelu(x, approximate="tanh")
     twice = 2 * math.sqrt(2 / math.pi)
@@ -42,27 +42,26 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": gelu_tanh}
 
 @dataclass(frozen=True)
 class RendererBatch:
-    """What all layers need to know of a packed batch. Built once for a set of images and used for many steps."""
+    """What all layers need to know of a packed batch. Built once for a set of images, for many steps."""
 
-    # Layout, filled by `RendererRunner` and `SourceKVCache`.
-    lengths: Sequence[int]  # tokens of every sequence, in order; their sum is at most T, the rest is padding
-    modulation_index: Tensor  # [T] row of `Modulation`: 2 * image for a patch, 2 * image + 1 for a glyph token
-    cos: Tensor  # [T, D] rotary table; glyph tokens and padding are not rotated (cos 1, sin 0)
-    sin: Tensor  # [T, D]
-    # Matrix products, see `models.batch_invariant`; filled by the same two, None: each product in one piece.
-    tile_height: int | None = None  # of products over tokens; T is a multiple of it
-    temb_tile_height: int | None = None  # of products over time embeddings; their number is a multiple of it
-    # Source images of edits: keys and values [layers, 2, heads, S, D].
-    source_kv: Sequence[Tensor | None] = ()  # what every sequence attends to besides itself; `RendererRunner`
-    kv_out: Tensor | None = None  # filled with the first S tokens' keys and values by every layer; `SourceKVCache`
+    # Filled by `RendererRunner` and `SourceKVCache`.
+    lengths: Sequence[int]  # tokens of every sequence; what is left of T is padding
+    modulation_index: Tensor  # [T]: 2 * image for a patch, 2 * image + 1 for a glyph token
+    cos: Tensor  # [T, D] rotary table; 1 for glyph tokens and padding
+    sin: Tensor  # [T, D]; 0 for glyph tokens and padding
+    tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
+    temb_tile_height: int | None = None  # of products over time embeddings
+    # Keys and values [layers, 2, heads, S, D].
+    source_kv: Sequence[Tensor | None] = ()  # filled by `RendererRunner`; attended to by every sequence
+    kv_out: Tensor | None = None  # allocated by `SourceKVCache`, filled by the layers from the first S tokens
 
     def source_kv_of(self, layer_index: int) -> Sequence[Tensor | None]:
-        """Return the keys and values [2, heads, S, D] of every sequence's sources in a layer."""
+        """Return every sequence's [2, heads, S, D] in a layer."""
         return [None if kv is None else kv[layer_index] for kv in self.source_kv or [None] * len(self.lengths)]
 
 
 class GatedLinear(nn.Module):
-    """A linear layer with the activation's name in its path (`net.0.proj`), as diffusers' feed-forward has it."""
+    """A linear layer under diffusers' name (`net.0.proj`)."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -70,8 +69,6 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around one of `ACTIVATIONS`."""
-
     def __init__(self, dim_in: int, inner: int, dim_out: int, activation: str):
         super().__init__()
         self.activation = activation
@@ -95,8 +92,6 @@ class Embedder(nn.Module):
 
 
 class TimeAndSizeEmbedding(nn.Module):
-    """The timestep, the size of the canvas and the crop's corner, as one vector."""
-
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.time_dim, self.condition_dim = config.time_embed_dim, config.condition_dim
@@ -104,7 +99,7 @@ class TimeAndSizeEmbedding(nn.Module):
         self.condition_embedder = Embedder(4 * config.condition_dim, config.time_embed_dim)
 
     def forward(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """timesteps [steps] (the scheduler's, minus one) of one image of height x width pixels -> [steps, E]."""
+        """Embed an image's timesteps [steps] (the scheduler's, minus one) and size in pixels as [steps, E]."""
         dtype = self.timestep_embedder.linear_1.weight.dtype
         size = torch.tensor([0.0, 0.0, height, width], device=timesteps.device)
         condition = sinusoids(size, self.condition_dim).reshape(1, -1).to(dtype)
@@ -143,15 +138,14 @@ class RendererAttention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate of both halves of a layer, for patches and for glyph tokens: 12 vectors an image."""
+    """Shift, scale and gate of both halves of a layer."""
 
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.linear = Linear(config.time_embed_dim, 12 * config.dim)
 
     def forward(self, temb: Tensor, tile_height: int | None) -> Tensor:
-        """temb [n, E] -> [6, 2n, dim]: the six vectors, for patches (even) and glyph tokens (odd) of every image. The
-        scales come with their one added."""
+        """Return [6, 2n, dim] of temb [n, E], for patches (even) and glyph tokens (odd); scales have 1 added."""
         parts = self.linear(temb, tile_height).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
         vectors = parts.transpose(0, 1).flatten(1, 2).contiguous()
         vectors[[1, 4]] += 1
@@ -173,7 +167,7 @@ class RendererLayer(nn.Module):
 
 
 class OutputNorm(nn.Module):
-    """The last adaptive layer norm; unlike the others its scale comes first."""
+    """The last adaptive layer norm; its scale comes before its shift."""
 
     def __init__(self, config: RendererConfig):
         super().__init__()
@@ -193,8 +187,6 @@ class PatchProjector(nn.Module):
 
 
 class Renderer(nn.Module):
-    """Velocity of every patch of a packed batch of rows."""
-
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.config = config
@@ -207,76 +199,74 @@ class Renderer(nn.Module):
         self.norm_out = OutputNorm(config)
         self.proj_out = Linear(config.dim, config.patch_dim)
 
-    # What depends on the image alone, computed once for all its steps.
+    # Computed once for all steps of an image.
 
     def glyphs(self, embeddings: Tensor) -> Tensor:
-        """Glyph embeddings [g, text_embed_dim] -> glyph tokens [g, dim]."""
+        """Project glyph embeddings [g, text_embed_dim] to [g, dim]."""
         return self.glyph_projector(embeddings)
 
     def plan(self, codes: Tensor) -> Tensor:
-        """A plan [rows, cols] of codebook indices -> [4 * rows * cols, dim], one vector a patch (2x nearest)."""
+        """Embed a plan [rows, cols] as [4 * rows * cols, dim], one vector per patch (2x nearest)."""
         vectors = self.prior_projector(self.prior_token_embedding(codes.flatten()))
         grid = vectors.unflatten(0, codes.shape)
         return grid.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
 
     def no_plan(self) -> Tensor:
-        """[1, dim], what the unconditional row gets instead of a plan: the embedding is zeroed BEFORE the projector."""
+        """Return the unconditional branch's plan [1, dim]: zeros BEFORE the projector."""
         return self.prior_projector(torch.zeros_like(self.prior_token_embedding.weight[:1]))
 
     def time_embeddings(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """[steps, E] for one image; `timesteps` [steps] as the scheduler gives them."""
+        """Return [steps, E] of an image's timesteps [steps], as the scheduler returns them."""
         return self.time_condition_embed(timesteps - 1, height, width)
 
-    # One step of many images.
+    # Computed for every step, over a batch.
 
     def patches(self, latents: Tensor, tile_height: int | None = None) -> Tensor:
-        """Project latent patches [tokens, P] to [tokens, dim], before the plan is added."""
+        """Project latent patches [tokens, P] to [tokens, dim]."""
         return self.image_projector.proj(latents, tile_height)
 
     def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
-        """Predict the velocity of every patch.
+        """Predict the velocity [T, P] of every patch; other tokens get meaningless values.
 
         Args:
-            x: [T, dim] glyph tokens and patches (plan added) of all sequences.
-            temb: [n, E] time embedding of every image, padded to a multiple of `batch.temb_tile_height`.
-
-        Returns:
-            [T, P] velocity; meaningless on glyph tokens and padding.
+            x: [T, dim] glyph tokens, and patches with the plan added.
+            temb: [n, E], padded to a multiple of `batch.temb_tile_height`.
         """
         for layer in self.transformer_blocks:
             x = layer(x, temb, batch)
         return self.proj_out(self.norm_out(x, temb, batch), batch.tile_height)
 
-    # Once for every source of an edit.
+    # Computed once for every source image.
 
     def source_time_embedding(self, height: int, width: int) -> Tensor:
-        """[1, E] for a source of height x width pixels: it has no noise, so its timestep is 0."""
+        """Return [1, E]; a source has no noise, so its timestep is 0."""
         return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
 
     def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> None:
-        """Run the layers over a source image, one sequence of patches without glyph tokens, to fill `batch.kv_out`."""
+        """Fill `batch.kv_out`; x is one sequence of patches, without glyph tokens."""
         for layer in self.transformer_blocks:
             x = layer(x, temb, batch)
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Layer norm without weights."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
 def rotate(x: Tensor, batch: RendererBatch) -> Tensor:
-    """Rotary embedding of x [T, heads, D] in float32; halves are paired (i with i + D/2)."""
+    """Rotate x [T, heads, D] in float32; i is paired with i + D/2."""
     half = x.shape[-1] // 2
     cos, sin = batch.cos[:, None], batch.sin[:, None]
-    turned = x.float() * cos
-    turned[..., :half] -= x[..., half:] * sin[..., :half]
-    turned[..., half:] += x[..., :half] * sin[..., half:]
-    return turned.to(x.dtype)
+    rotated = x.float() * cos
+    rotated[..., :half] -= x[..., half:] * sin[..., :half]
+    rotated[..., half:] += x[..., :half] * sin[..., half:]
+    return rotated.to(x.dtype)
 
 
 def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
-    """[rows * cols, D] angles of a grid of patches: a quarter of the head turns with the row, a quarter with the
-    column, and the second half repeats the first."""
+    """Return angles [rows * cols, D] of a grid of patches.
+
+    A quarter of the head rotates by the row, a quarter by the column; the second half repeats the first.
+    """
     half = head_dim // 2
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
     by_row = torch.outer(torch.arange(rows).float(), frequency)[:, None].expand(rows, cols, -1)
@@ -286,20 +276,20 @@ def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
 
 
 def sinusoids(x: Tensor, dim: int) -> Tensor:
-    """[k] numbers -> [k, dim] cosines, then sines, of the number at `dim / 2` frequencies, in float32."""
+    """Return [k, dim] float32 of x [k]: cosines, then sines, at `dim / 2` frequencies."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=x.device) / (dim // 2))
     angle = x.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def patchify(latents: Tensor, patch: int = 2) -> Tensor:
-    """[C, h, w] latents -> [tokens, P]."""
+    """Cut latents [C, h, w] into patches [tokens, P]."""
     channels, height, width = latents.shape
     grid = latents.reshape(channels, height // patch, patch, width // patch, patch)
     return grid.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
 
 
 def unpatchify(tokens: Tensor, rows: int, cols: int, patch: int = 2) -> Tensor:
-    """[tokens, P] -> [C, h, w] latents; the inverse of `patchify`."""
+    """Invert `patchify`."""
     grid = tokens.reshape(rows, cols, -1, patch, patch)
     return grid.permute(2, 0, 3, 1, 4).reshape(-1, rows * patch, cols * patch)

@@ -1,1 +1,1 @@
-"""Networks and checkpoints. Nothing here knows of requests, queues or HTTP."""
+"""Networks and checkpoints, independent of requests, queues and HTTP."""

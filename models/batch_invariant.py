@@ -1,17 +1,13 @@
-"""Rows that do not know their neighbours.
+"""Arithmetic that gives a row the same bits in every batch, on CPUs. On CUDA none of this is applied.
 
-A served image must not depend, not even in its last bit, on who else is in the batch. Two things on a CPU break that:
+* A matrix product's kernel, and so the order of its sums, depends on the number of rows (float32, K=256: rows of a
+  product of 9 differ in the last bits from those of 600). So products run on tiles of a fixed height, and packed
+  tensors are padded to whole tiles. `PlannerRunner` decodes in smaller tiles where it finds that no bit changes.
+* Elementwise functions such as SiLU round differently in the vector loop and in its scalar tail, whose position depends
+  on how threads share a tensor. So a tensor is split until every share is whole vectors.
 
-* A matrix product may add up a row in another order when there are more or fewer rows: the library picks its kernel by
-  the number of rows (float32, K=256: the rows of a product of 9 rows differ in the last bits from those of a product
-  of 600). So a product runs on blocks of always the same number of rows; a packed tensor is padded to whole blocks.
-  (The planner decodes few sequences in smaller blocks where it has found that to change nothing.)
-* Elementwise functions such as SiLU round differently in their vector loop and in its scalar tail, and where a tail
-  falls depends on how a tensor is shared out among threads. So a tensor is cut until every share is whole vectors.
-
-What the blocks cost on two cores over one product of 4096 rows (float32, K=256, N=1024): blocks of 256 rows 0-5%, of
-128 rows 0-15%, of 32 rows 40%; and the padding, half a block a forward pass.
-On CUDA nothing of this is done.
+Cost on two cores, for a product of 4096 rows (float32, K=256, N=1024): tiles of 256 rows 0-5%, of 128 rows 0-15%, of 32
+rows 40%; and padding, half a tile per forward pass.
 """
 
 from collections.abc import Callable
@@ -20,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GRAIN = 32768  # elements below which torch does not share out an elementwise function (at::internal::GRAIN_SIZE)
+GRAIN = 32768  # elements below which torch uses one thread (at::internal::GRAIN_SIZE)
 LANES = 64  # elements of the longest step of torch's vector loops (two bfloat16 vectors)
 
 
@@ -44,7 +40,7 @@ class Linear(nn.Linear):
 
 
 def choose_tile_height(height: int, device: torch.device) -> int | None:
-    """Return `height` on a CPU, and None on devices where products run in one piece."""
+    """Return `height` on a CPU, None on other devices."""
     return height if device.type == "cpu" else None
 
 
@@ -54,7 +50,7 @@ def padded(rows: int, tile_height: int | None) -> int:
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)` of a contiguous x [rows, ...], each element computed the same wherever it lies."""
+    """Return `function(x)` of a contiguous x [rows, ...], independent of an element's position."""
     if x.device.type != "cpu" or x.shape[0] < 2 or _shares_are_whole_vectors(x.numel()):
         return function(x)
     half = x.shape[0] // 2

@@ -1,4 +1,4 @@
-"""Reading weights: safetensors only (never pickle), single files or shards, straight to their place and type."""
+"""Loading of weights: safetensors only (never pickle), single files or shards, straight to device and dtype."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -15,15 +15,15 @@ from models.errors import CheckpointError
 from models.json_files import read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-SUMMED_AT_ONCE = 1 << 24  # values of a tensor, for its fingerprint; each takes 16 bytes meanwhile
-NAMED_AT_MOST = 5  # keys of a kind that an error lists
+FINGERPRINT_CHUNK = 1 << 24  # values summed at once; each takes 16 bytes
+MAX_LISTED_KEYS = 5  # of a kind, in an error message
 
 
 def find_checkpoint(model: str) -> Path:
-    """The folder of a checkpoint: `model` itself if it is a folder, otherwise the hub's snapshot of that id.
+    """Return the folder `model`, or the snapshot of the hub id `model`.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be fetched.
+        CheckpointError: neither a folder nor a repository that can be downloaded.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -33,12 +33,12 @@ def find_checkpoint(model: str) -> Path:
     except HFValidationError:
         raise CheckpointError(f"{model!r} is neither a folder nor a hub id such as 'zai-org/GLM-Image'") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"no folder {model!r} here, and the hub did not give it: {error}") from error
+        raise CheckpointError(f"{model!r} is not a folder and cannot be downloaded from the hub: {error}") from error
 
 
 @torch.inference_mode()
 def fingerprint(module: nn.Module) -> str:
-    """A short text that tells modules with different weights apart, however little they differ."""
+    """Return a digest of all weights."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_sums(tensor)}\n".encode())
@@ -56,10 +56,10 @@ def load_weights(
     """Fill `module`, built on the meta device, with the weights in `folder`.
 
     Args:
-        rename: maps a key of the files to a key of the module; None leaves the tensor out.
+        rename: maps a key of the files to one of the module; None skips the tensor.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen keys, or unreadable files; all are named.
+        CheckpointError: missing, unexpected or misshapen keys, or unreadable files; the message names them.
     """
     wanted = dict(module.state_dict(keep_vars=True))
     loaded: dict[str, torch.Tensor] = {}
@@ -79,24 +79,26 @@ def load_weights(
     _fill_ties(wanted, loaded)
     problems = {"missing": sorted(set(wanted) - set(loaded)), "unexpected": unexpected, "misshapen": misshapen}
     if any(problems.values()):
-        raise CheckpointError(f"the weights in {folder} do not fit {type(module).__name__}: {_list(problems)}")
+        raise CheckpointError(f"the weights in {folder} do not match {type(module).__name__}: {_list(problems)}")
     module.load_state_dict(loaded, assign=True)
     module.requires_grad_(False).eval()
 
 
 def _sums(tensor: torch.Tensor) -> list[int]:
-    """Sums of a tensor's values as integers, each times an odd number that tells its place. They are taken where the
-    tensor is, wrap around at 64 bits, and so do not depend on the order of adding up."""
+    """Return sums of a tensor's bits as integers, weighted by position.
+
+    They are computed on the tensor's device and wrap at 64 bits, so that the order of summation does not matter.
+    """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     sums = []
-    for part in tensor.flatten().view(integers).split(SUMMED_AT_ONCE):
-        places = torch.arange(1, 2 * len(part), 2, device=tensor.device)
-        sums.append(int((places * part).sum()))
+    for part in tensor.flatten().view(integers).split(FINGERPRINT_CHUNK):
+        weights = torch.arange(1, 2 * len(part), 2, device=tensor.device)
+        sums.append(int((weights * part).sum()))
     return sums
 
 
 def _tensors(folder: Path, device: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Every key in the folder's safetensors files, with a function that reads its tensor."""
+    """Yield every key in the folder's safetensors files, with a function that reads its tensor."""
     files = _files(folder)
     with tqdm(
         total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc=folder.name, disable=None
@@ -120,14 +122,14 @@ def _files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"no *.safetensors in {folder}; other formats (pickle) are never read")
-    absent = [str(f) for f in files if not f.is_file()]
-    if absent:
-        raise CheckpointError(f"shards are missing: {', '.join(absent[:NAMED_AT_MOST])}")
+    missing = [str(f) for f in files if not f.is_file()]
+    if missing:
+        raise CheckpointError(f"shards are missing: {', '.join(missing[:MAX_LISTED_KEYS])}")
     return files
 
 
 def _fill_ties(wanted: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
-    """Keys that name one and the same parameter are written once in the files."""
+    """Fill keys that share a parameter with another one: the files have only one of them."""
     by_parameter = {id(wanted[name]): tensor for name, tensor in loaded.items()}
     for name, parameter in wanted.items():
         if name not in loaded and id(parameter) in by_parameter:
@@ -138,6 +140,6 @@ def _list(problems: dict[str, list[str]]) -> str:
     parts = []
     for kind, names in problems.items():
         if names:
-            more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:NAMED_AT_MOST])}{more})")
+            more = f" and {len(names) - MAX_LISTED_KEYS} more" if len(names) > MAX_LISTED_KEYS else ""
+            parts.append(f"{len(names)} {kind} ({', '.join(names[:MAX_LISTED_KEYS])}{more})")
     return "; ".join(parts)

@@ -1,13 +1,13 @@
-"""What can be wrong with a checkpoint or with what is put into a model."""
+"""Errors of checkpoints and of model inputs."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be loaded; the message names the files or keys at fault."""
+    """A checkpoint cannot be loaded; the message names files or keys."""
 
 
 class PromptError(ValueError):
-    """A prompt the model cannot take; the message says why, to the person who wrote it."""
+    """The model cannot take a prompt; the message is for the client."""
 
 
 class SourceImageError(ValueError):
-    """A picture the model cannot take; the message says why, to the person who sent it."""
+    """The model cannot take a source image; the message is for the client."""

@@ -1,1 +1,1 @@
-"""GLM-Image: a planner that writes image tokens, a renderer that turns them into pixels, and their helpers."""
+"""GLM-Image: a planner that generates image codes and a renderer that turns them into pixels."""

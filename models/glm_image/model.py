@@ -35,10 +35,7 @@ VAE_FIELDS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": 
 
 @dataclass
 class GlmImage:
-    """A model ready to serve.
-
-    `device` and `dtype` are those of all networks.
-    """
+    """A model ready to serve; all networks have the same device and dtype."""
 
     prompts: PromptEncoder
     preprocessor: ImagePreprocessor
@@ -58,7 +55,7 @@ class GlmImage:
         """Load a checkpoint in the published layout from a folder or a hub id.
 
         Raises:
-            CheckpointError: files or keys are missing or do not fit; the message names them.
+            CheckpointError: files or keys are missing or do not match; the message names them.
         """
         folder = find_checkpoint(model)
         read_json(folder / "model_index.json")
@@ -98,8 +95,7 @@ class GlmImage:
         )
 
     def planning_fingerprint(self) -> str:
-        """A short text that tells models apart which may plan the same request differently: by all that turns a prompt
-        and pictures into tokens, and these into a plan. It reads the weights of those parts once."""
+        """Return a digest of everything that decides a request's plan. Reads the weights of those parts once."""
         parts = [
             self.prompts.settings, self.preprocessor.settings, self.vision.settings, fingerprint(self.vision),
             repr(self.planner.config), fingerprint(self.planner), repr(self.sampling), self.device.type,
@@ -107,13 +103,13 @@ class GlmImage:
         ]  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def encode_source(self, picture: PreprocessedImage) -> EncodedImage:
-        """What the networks that plan and render need of a picture to edit."""
-        return EncodedImage(self.vision(picture), self.autoencoder.encode(picture.pixels))
+    def encode_source(self, image: PreprocessedImage) -> EncodedImage:
+        """Encode a source image for the planner and the renderer."""
+        return EncodedImage(self.vision(image), self.autoencoder.encode(image.pixels))
 
 
 def planner_key(key: str) -> str | None:
-    """A key of `GlmImageForConditionalGeneration` -> ours; None for the vision tokenizer's."""
+    """Map a key of `GlmImageForConditionalGeneration` to one of `Planner`; None for the vision tokenizer's."""
     if key.startswith(("model.visual.", "model.vqmodel.")):
         return None
     return key.removeprefix("model.language_model.")

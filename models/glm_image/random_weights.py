@@ -1,7 +1,7 @@
 """GLM-Image with random weights, for tests and benchmarks only: as a checkpoint folder or in memory.
 
-It draws noise, but every part of a request is real. The small checkpoint is written in the published layout by the
-reference packages; its planner and renderer have layers in the published model's proportion, 40 to 30.
+It renders noise, but every part of a request is real. The reference packages write the small checkpoint, whose planner
+and renderer have layers in the published proportion, 40 to 30.
 """
 
 import shutil
@@ -37,8 +37,7 @@ from models.glm_image.vision import VisionTokenizer
 
 Sizes = Mapping[str, Any]
 
-# What `PlannerConfig` and `RendererConfig` do not list follows ByT5-small's encoder and CogView4's autoencoder, whose
-# dimensions (1472 wide; 16 latent channels, f8) the renderer's configuration names.
+# ByT5-small's encoder and CogView4's autoencoder, whose dimensions (1472; 16 latent channels) `RendererConfig` has.
 PUBLISHED_GLYPH_ENCODER: dict[str, Any] = {
     "vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6,
     "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
@@ -55,7 +54,7 @@ PUBLISHED_SCHEDULER: dict[str, Any] = {
 
 # The small checkpoint.
 CODES = 512
-CONTROL_OUTPUTS = 16  # planner outputs past the codes: start, end, and unused ones
+CONTROL_OUTPUTS = 16  # planner outputs after the codes: start, end and unused
 SIDE = 256  # pixels a side of the default image
 PLANNER: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -90,7 +89,7 @@ CHAT_TEMPLATE = """\
 
 
 def byte_level_processor(codes: int) -> GlmImageProcessor:
-    """A processor whose tokenizer has one token an image code, one a byte, and the control tokens."""
+    """Return a processor whose tokenizer has a token per image code, per byte, and the control tokens."""
     vocabulary = [f"<|dit_token_{i}|>" for i in range(codes)] + [IMAGE_START, IMAGE_END]
     vocabulary += [f"<|dit_unused_{i}|>" for i in range(2, CONTROL_OUTPUTS)]
     vocabulary += sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -112,7 +111,7 @@ def byte_level_processor(codes: int) -> GlmImageProcessor:
 
 
 def cached_random_checkpoint(cache: Path) -> Path:
-    """The folder of the small random checkpoint, made on first use. Several processes may ask at once."""
+    """Return the folder of the small random checkpoint, written on first use. Safe for concurrent processes."""
     folder = cache / "random-glm-image-4"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -128,11 +127,7 @@ def cached_random_checkpoint(cache: Path) -> Path:
 def write_random_checkpoint(
     folder: Path, seed: int = 0, *, planner: Sizes | None = None, renderer: Sizes | None = None
 ) -> None:
-    """Write a small random checkpoint into `folder`; the same seed writes the same weights.
-
-    Args:
-        planner, renderer: sizes that differ from `PLANNER` and `RENDERER`.
-    """
+    """Write a small random checkpoint; `planner` and `renderer` override `PLANNER` and `RENDERER`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         _pipeline(PLANNER | dict(planner or {}), RENDERER | dict(renderer or {})).save_pretrained(folder)
@@ -181,10 +176,10 @@ def random_glm_image(
     renderer: RendererConfig | None = None,
     vision: Sizes | None = None,
 ) -> GlmImage:
-    """Build the model of the published sizes, or of those given, with random weights drawn on the device.
+    """Build a model with random weights; the published sizes are the default.
 
     Args:
-        vision: the sizes that differ, in `vision_config` and `vq_config` (`vision_language_encoder/config.json`).
+        vision: overrides in `vision_config` and `vq_config` of `vision_language_encoder/config.json`.
     """
     planner_config, renderer_config = planner or PlannerConfig(), renderer or RendererConfig()
 

@@ -1,4 +1,4 @@
-"""The small trained checkpoint that is served where no other is named, and how it is made."""
+"""The small trained checkpoint that is served by default, and the recipe that makes it."""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from engine.geometry import Geometry
 from engine.jobs.job import Claim, JobError, JobSpec
 from server.admission.engine_directory import CACHE_TTL_S
 from server.settings import ServerSettings
-from tests import pictures
+from tests import source_images
 from tests.browser.conftest import open_page
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
@@ -162,7 +162,7 @@ async def test_an_edit_of_a_result(page: Page, queue: JobQueue) -> None:
         extra = {
             "name": "blue.png",
             "mimeType": "image/png",
-            "buffer": pictures.png(Image.new("RGB", (64, 64), "blue")),
+            "buffer": source_images.png(Image.new("RGB", (64, 64), "blue")),
         }
         await page.get_by_label("Add images to edit").set_input_files([extra, extra])  # type: ignore[list-item]
         await page.get_by_role("button", name="Remove image 3").click()

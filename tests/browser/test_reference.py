@@ -8,7 +8,7 @@ import pytest
 from playwright.async_api import Browser, Locator, Page, expect
 
 from server.settings import ServerSettings
-from tests import pictures
+from tests import source_images
 from tests.browser.conftest import open_page
 from tests.browser.test_playground import VIEWPORTS, run_curl, run_python
 from tests.job_queue import JobQueue
@@ -68,7 +68,7 @@ async def test_a_link_unfolds_what_it_leads_to(browser: Browser, live_server: Li
 async def test_the_examples_make_pictures(
     browser: Browser, queue: JobQueue, live_server: LiveServer, tmp_path: Path, name: str
 ) -> None:
-    (tmp_path / "source-1.png").write_bytes(pictures.png(pictures.picture(1, 64, 64)))
+    (tmp_path / "source-1.png").write_bytes(source_images.png(source_images.source_image(1, 64, 64)))
     async with StubEngine(queue) as stub, open_page(browser, live_server.url, "/docs") as page:
         examples = route(page, name).locator("pre")
         await expect(examples).to_have_count(2)

@@ -13,7 +13,7 @@ from engine.request import Event, Failed, Finished, Planned, Progress, Rendered,
 from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
-from tests.pictures import picture, png, sources
+from tests.source_images import picture, png, sources
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 

@@ -14,7 +14,7 @@ from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import until_running, working
 from tests.job_queue import JobQueue
-from tests.pictures import picture, png, sources
+from tests.source_images import picture, png, sources
 
 SPEC = JobSpec("make it 'RED'", 100, 64, seed=1, num_inference_steps=3, num_sources=1)
 

@@ -22,7 +22,7 @@ from tests.checkpoints import small_engine
 from tests.engine.test_worker import submit, working
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import pass_deadline
-from tests.pictures import picture, sources
+from tests.source_images import picture, sources
 
 GOOD = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
 VICTIM = replace(GOOD, seed=9, output_format="webp")

@@ -17,7 +17,7 @@ from models.glm_image.random_weights import VISION, VQ, random_glm_image
 from models.glm_image.renderer import Renderer, RendererBatch, patchify, rotary_angles, unpatchify
 from models.glm_image.vision import VisionTokenizer, vision_key
 from tests.checkpoints import VARIANTS, load, small_engine, write_variant
-from tests.pictures import picture, sources
+from tests.source_images import picture, sources
 
 SPECS = [
     JobSpec("a poster, top headline \"HELLO\", bottom 'bye'", 128, 128, seed=1, num_inference_steps=4),

@@ -14,7 +14,7 @@ from engine.jobs.job import JobSpec, Plan
 from engine.request import Failed, Planned, Rendered, Request
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load, small_engine, write_variant
-from tests.pictures import picture, sources
+from tests.source_images import picture, sources
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers.models.glm_image.image_processing_pil_glm_image import smart_r
 from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
 from models.errors import SourceImageError
 from models.glm_image.model import GlmImage
-from tests.pictures import picture, png
+from tests.source_images import picture, png
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from engine.jobs.job import JobError
 from server.cli import commands as cli
 from server.cli.client import GenerateError, format_of
 from server.cli.terminal import Display, half_blocks
-from tests import pictures
+from tests import source_images
 from tests.job_queue import JobQueue
 from tests.packaging.files import ROOT
 from tests.server.conftest import LiveServer
@@ -280,7 +280,7 @@ def test_a_terminal_shows_progress_and_draws() -> None:
             'running {"phase":"rendering","step":3,"steps":20}': "3/20",
         }.items():
             display.show_progress(comment)
-            display.draw(pictures.png(Image.new("RGB", (64, 64), (1, 2, 3))))
+            display.draw(source_images.png(Image.new("RGB", (64, 64), (1, 2, 3))))
             display._live.refresh()
             assert shown in drawn.getvalue()
             drawn.truncate(0)
@@ -293,7 +293,7 @@ def test_elsewhere_nothing_is_drawn() -> None:
     printed = io.StringIO()
     with Display(Console(file=printed)) as display:
         display.show_progress('queued {"position":2}')
-        display.draw(pictures.png(Image.new("RGB", (64, 64))))
+        display.draw(source_images.png(Image.new("RGB", (64, 64))))
         display.print("out.png")
     assert printed.getvalue() == "out.png\n"
 
@@ -302,11 +302,11 @@ def test_half_blocks() -> None:
     """Two pixels a character; wide and tall pictures keep their shape within the room."""
     image = Image.new("RGB", (4, 4), (255, 0, 0))
     image.paste((0, 0, 255), (0, 2, 4, 4))
-    drawing = half_blocks(pictures.png(image), columns=2, lines=9)
+    drawing = half_blocks(source_images.png(image), columns=2, lines=9)
     assert drawing.plain == "▀▀\n"
     assert {str(span.style) for span in drawing.spans} == {"#ff0000 on #0000ff"}
     for size, shape in {(400, 100): (40, 5), (100, 400): (10, 20), (3000, 10): (40, 1)}.items():
-        lines = half_blocks(pictures.png(Image.new("RGB", size)), columns=40, lines=20).plain.splitlines()
+        lines = half_blocks(source_images.png(Image.new("RGB", size)), columns=40, lines=20).plain.splitlines()
         assert (len(lines[0]), len(lines)) == shape
 
 

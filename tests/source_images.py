@@ -1,4 +1,4 @@
-"""Pictures to edit."""
+"""Source images of edits."""
 
 import io
 
@@ -8,17 +8,19 @@ from PIL import Image
 from engine.jobs.job import SourceImages
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Soft blobs of colour, as unlike from cell to cell as a random checkpoint needs them to be."""
+def source_image(seed: int, width: int, height: int) -> Image.Image:
+    """Return soft blobs of colour that differ from cell to cell as much as a random checkpoint needs."""
     blobs = np.random.RandomState(seed).randint(0, 255, (max(2, height // 16), max(2, width // 16), 3))
     return Image.fromarray(blobs.astype("uint8")).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def png(image: Image.Image) -> bytes:
+    """Return the image as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
-def sources(*images: Image.Image, overlay: Image.Image | None = None) -> SourceImages:
+def source_images(*images: Image.Image, overlay: Image.Image | None = None) -> SourceImages:
+    """Return what an edit of these images sends."""
     return SourceImages([png(image) for image in images], png(overlay) if overlay else None)

@@ -1,4 +1,4 @@
-"""Random checkpoints that tests share, made once a session."""
+"""Random checkpoints and engines for tests."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ VARIANTS = {
 
 
 def write_variant(folder: Path, variant: str) -> None:
-    """A checkpoint smaller than the default one; `variant` is a key of `VARIANTS`."""
+    """Write a checkpoint smaller than the default one; `variant` is a key of `VARIANTS`."""
     planner, renderer = VARIANTS[variant]
     write_random_checkpoint(folder, planner=SMALL_PLANNER | planner, renderer=SMALL_RENDERER | renderer)
 
@@ -39,5 +39,5 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> GlmImage:
 
 
 def small_engine(model: GlmImage, **limits: int) -> Engine:
-    """An engine with room for 16 images, unless `limits` say otherwise."""
+    """Return an engine with room for 16 images; `limits` override."""
     return Engine(model, EngineLimits.choose(model, **limits))

@@ -1,4 +1,4 @@
-"""The arithmetic the byte-equality of images stands on."""
+"""The arithmetic that byte-equal images depend on."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def on_threads(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("features", [64, 96, 256, 1024])
-def test_a_row_of_a_product_knows_neither_its_place_nor_its_neighbours(
+def test_a_row_of_a_product_depends_on_neither_its_position_nor_other_rows(
     threads: int, dtype: torch.dtype, features: int
 ) -> None:
     layer = Linear(features, 192).to(dtype)
@@ -36,7 +36,7 @@ def test_a_row_of_a_product_knows_neither_its_place_nor_its_neighbours(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", [F.silu, F.gelu, torch.cos])
-def test_elementwise_is_the_same_wherever_a_row_lies(threads: int, dtype: torch.dtype, function) -> None:
+def test_elementwise_does_not_depend_on_the_row_s_position(threads: int, dtype: torch.dtype, function) -> None:
     row = torch.randn(16, 1000, dtype=dtype)
     alone = elementwise(function, row)
     for before in (16, 48, 80):
@@ -46,23 +46,21 @@ def test_elementwise_is_the_same_wherever_a_row_lies(threads: int, dtype: torch.
         assert torch.equal(elementwise(function, packed)[before : before + 16], alone)
 
 
-def test_blocks_are_whole() -> None:
+def test_tiles_are_whole() -> None:
     assert (padded(1, 128), padded(128, 128), padded(129, 128), padded(5, None)) == (128, 128, 256, 5)
     with pytest.raises(AssertionError, match="not a multiple"):
         Linear(4, 4)(torch.zeros(130, 4), 128)
 
 
-def test_decode_batches_in_which_a_row_would_differ_are_not_used(
-    model: GlmImage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tile_heights_that_change_a_row_are_not_used(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Linear.forward
 
-    def differs_among_four(self: Linear, x: torch.Tensor, tile_height: int | None = None) -> torch.Tensor:
+    def differs_in_tiles_of_four(self: Linear, x: torch.Tensor, tile_height: int | None = None) -> torch.Tensor:
         out = real(self, x, tile_height)
         return torch.nextafter(out, torch.zeros(())) if len(x) == 4 else out
 
     assert small_engine(model).planner.runner._padded_batch_size(17) == 32
-    monkeypatch.setattr(Linear, "forward", differs_among_four)
+    monkeypatch.setattr(Linear, "forward", differs_in_tiles_of_four)
     runner = small_engine(model).planner.runner
     assert 4 not in {runner._padded_batch_size(count) for count in range(1, 40)}
     assert runner._padded_batch_size(1) in (8, 16)

@@ -13,7 +13,7 @@ from engine.request import Event, Failed, Finished, Planned, Progress, Rendered,
 from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
-from tests.source_images import picture, png, sources
+from tests.source_images import png, source_image, source_images
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -36,10 +36,10 @@ def mixed_work(count: int) -> list[Work]:
             temperature=rng.choice([None, 0.0]),
         )
         images = [
-            picture(rng.randrange(1000), rng.choice([64, 96, 106]), rng.choice([64, 128]))
+            source_image(rng.randrange(1000), rng.choice([64, 96, 106]), rng.choice([64, 128]))
             for _ in range(rng.choice([1, 2, 3]) if number % 3 else 0)
         ]
-        work.append((replace(spec, num_sources=len(images)), sources(*images) if images else None))
+        work.append((replace(spec, num_sources=len(images)), source_images(*images) if images else None))
     return work
 
 
@@ -105,7 +105,7 @@ def test_bfloat16_gives_the_same_bytes_in_any_batch(checkpoint) -> None:
 
 
 def test_images_of_an_edit_share_their_source_images(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, given = small_engine(model), sources(picture(1, 96, 64), picture(2, 64, 64))
+    engine, given = small_engine(model), source_images(source_image(1, 96, 64), source_image(2, 64, 64))
     spec = replace(EDIT, n=3, num_sources=2)
     separately = [pngs(engine, [(replace(spec, seed=seed, n=1), given)])[0][0] for seed in (3, 4, 5)]
     read: list[int] = []
@@ -118,17 +118,22 @@ def test_images_of_an_edit_share_their_source_images(model: GlmImage, monkeypatc
 
 
 def test_source_images_and_their_order_change_the_result(model: GlmImage) -> None:
-    engine, first, second = small_engine(model), picture(1, 64, 64), picture(2, 64, 64)
+    engine, first, second = small_engine(model), source_image(1, 64, 64), source_image(2, 64, 64)
     spec = replace(EDIT, num_sources=2)
     results = pngs(
-        engine, [(spec, sources(first, second)), (spec, sources(second, first)), (spec, sources(first, first))]
+        engine,
+        [
+            (spec, source_images(first, second)),
+            (spec, source_images(second, first)),
+            (spec, source_images(first, first)),
+        ],
     )
     assert len({images[0] for images in results}) == 3
 
 
 def test_an_edit_writes_its_plan_without_a_preview(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.engine.PROGRESS_SECONDS", 0.0)
-    engine, given = small_engine(model), sources(picture(1, 96, 64))
+    engine, given = small_engine(model), source_images(source_image(1, 96, 64))
     events = run(engine, [request(engine, "edit", EDIT, given)])
     [plan] = [event.plan for event in events if isinstance(event, Planned)]
     assert plan.preview is None
@@ -139,7 +144,7 @@ def test_an_edit_writes_its_plan_without_a_preview(model: GlmImage, monkeypatch:
 
 @pytest.mark.parametrize("how", ["spec", "checkpoint"])
 def test_a_known_plan_of_an_edit_is_rendered_to_the_same_bytes(model: GlmImage, how: str) -> None:
-    engine, given = small_engine(model), sources(picture(1, 96, 64))
+    engine, given = small_engine(model), source_images(source_image(1, 96, 64))
     events = run(engine, [request(engine, "first", EDIT, given)])
     [plan] = [event.plan for event in events if isinstance(event, Planned)]
     written = engine.metrics.planner_tokens._value.get()
@@ -165,8 +170,8 @@ def test_an_invalid_edit_fails_alone_with_its_reason(
     model: GlmImage, change: dict, sizes: list[tuple[int, int]], param: str | None, message: str
 ) -> None:
     engine = small_engine(model, source_patches=160)
-    good = sources(picture(1, 96, 64))
-    bad = sources(*[picture(2, *size) for size in sizes])
+    good = source_images(source_image(1, 96, 64))
+    bad = source_images(*[source_image(2, *size) for size in sizes])
     events = run(
         engine,
         [
@@ -186,7 +191,7 @@ def test_an_invalid_edit_fails_alone_with_its_reason(
 
 def test_codes_of_source_images_do_not_count_as_prompt(model: GlmImage) -> None:
     engine = small_engine(model, max_prompt_tokens=80)
-    given = sources(picture(1, 512, 512))  # 256 codes
+    given = source_images(source_image(1, 512, 512))  # 256 codes
     events = run(engine, [request(engine, "edit", EDIT, given)])
     assert [type(event) for event in events if isinstance(event, Failed | Finished)] == [Finished]
 
@@ -196,7 +201,7 @@ def test_a_failure_anywhere_ends_one_edit_and_changes_no_other(
     model: GlmImage, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = small_engine(model)
-    given = [sources(picture(number, 64, 64 + 32 * number)) for number in range(3)]
+    given = [source_images(source_image(number, 64, 64 + 32 * number)) for number in range(3)]
     work: list[Work] = [(replace(EDIT, seed=number, n=2), given[number]) for number in range(3)]
     expected = pngs(engine, work)
     requests = [request(engine, str(number), *one) for number, one in enumerate(work)]
@@ -228,7 +233,9 @@ def test_a_failure_anywhere_ends_one_edit_and_changes_no_other(
 @pytest.mark.parametrize("steps", [0, 1, 4, 8, 12])
 def test_a_cancelled_edit_frees_everything_within_a_step(model: GlmImage, steps: int) -> None:
     engine = small_engine(model)
-    engine.submit(request(engine, "gone", replace(EDIT, n=2, num_inference_steps=40), sources(picture(1, 96, 96))))
+    engine.submit(
+        request(engine, "gone", replace(EDIT, n=2, num_inference_steps=40), source_images(source_image(1, 96, 96)))
+    )
     for _ in range(steps):
         engine.step()
     assert len(engine.renderer.runner.source_kv) == (steps > 6)  # a plan of six tokens, then rendering
@@ -242,7 +249,7 @@ def test_a_cancelled_edit_frees_everything_within_a_step(model: GlmImage, steps:
 def test_edits_whose_source_images_do_not_fit_are_served_in_order(model: GlmImage) -> None:
     """Give room for the keys and values of one edit at a time."""
     engine = small_engine(model, source_patches=30)
-    given = sources(picture(1, 64, 96))  # 24 patches
+    given = source_images(source_image(1, 64, 96))  # 24 patches
     requests = [request(engine, str(number), replace(EDIT, seed=number), given) for number in range(4)]
     for one in requests:
         engine.submit(one)
@@ -256,7 +263,7 @@ def test_edits_whose_source_images_do_not_fit_are_served_in_order(model: GlmImag
 
 
 def test_a_source_image_that_cannot_be_edited_names_its_field(model: GlmImage) -> None:
-    for file in (b"no picture", png(picture(1, 400, 20))):
-        with pytest.raises(RequestError, match="a picture to edit") as caught:
+    for file in (b"no picture", png(source_image(1, 400, 20))):
+        with pytest.raises(RequestError, match="a source image") as caught:
             small_engine(model).preprocess_images(SourceImages([file]))
         assert (caught.value.param, caught.value.code) == ("image", "invalid_image_file")

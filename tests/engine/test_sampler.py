@@ -34,8 +34,8 @@ def test_frequencies_are_the_softmax_s() -> None:
 
 def test_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
     probability = torch.tensor([0.05, 0.5, 0.15, 0.3])
-    reach = {draw(probability.log(), u / 1000, top_p=0.75) for u in range(1000)}
-    assert reach == {1, 3}
+    reached = {draw(probability.log(), u / 1000, top_p=0.75) for u in range(1000)}
+    assert reached == {1, 3}
     assert {draw(probability.log(), u / 1000, top_p=0.85) for u in range(1000)} == {1, 2, 3}
     assert {draw(probability.log(), u / 1000, top_p=0.001) for u in range(1000)} == {1}
 
@@ -47,7 +47,7 @@ def test_top_k_cuts_before_drawing() -> None:
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(9, 0.8), (None, 0.8), (9, 1.0), (100, 0.3), (1, 1.0)])
 def test_the_distribution_is_the_reference_s(top_k: int | None, top_p: float) -> None:
-    """transformers cuts to `top_k` first, and measures `top_p` by what that leaves."""
+    """Compare with transformers, which applies `top_k` first and `top_p` to the rest."""
     logits, count = torch.randn(40), 20_000
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopPLogitsWarper(top_p)])
     if top_k is not None:
@@ -59,7 +59,7 @@ def test_the_distribution_is_the_reference_s(top_k: int | None, top_p: float) ->
 
 
 @pytest.mark.parametrize("top_k", [None, 50])
-def test_a_row_does_not_know_the_others(top_k: int | None) -> None:
+def test_a_row_does_not_depend_on_the_others(top_k: int | None) -> None:
     logits, u = torch.randn(16, 512), torch.rand(16)
     temperature, top_p = torch.rand(16) + 0.2, torch.rand(16) * 0.9 + 0.1
     together = sample(logits, u, temperature, top_p, top_k)

@@ -14,7 +14,7 @@ from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import until_running, working
 from tests.job_queue import JobQueue
-from tests.source_images import picture, png, sources
+from tests.source_images import png, source_image, source_images
 
 SPEC = JobSpec("make it 'RED'", 100, 64, seed=1, num_inference_steps=3, num_sources=1)
 
@@ -24,7 +24,7 @@ def mask(width: int, height: int) -> Image.Image:
     alpha = np.zeros((height, width), np.uint8)
     alpha[:, : width // 3] = 255
     alpha[:, width // 3 : width // 2] = 128
-    overlay = picture(50, width, height).convert("RGBA")
+    overlay = source_image(50, width, height).convert("RGBA")
     overlay.putalpha(Image.fromarray(alpha))
     return overlay
 
@@ -35,7 +35,7 @@ async def submit(queue: JobQueue, spec: JobSpec, job_id: str, given: SourceImage
 
 async def test_results_hold_the_engine_s_images(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
-    given = sources(picture(1, 96, 64), picture(2, 64, 128))
+    given = source_images(source_image(1, 96, 64), source_image(2, 64, 128))
     spec = JobSpec("both", 64, 96, seed=4, n=2, num_inference_steps=2, num_sources=2, return_plan=True)
     [expected] = engine.generate([spec], [given])
     async with working(queue, engine):
@@ -58,7 +58,7 @@ async def test_results_hold_the_engine_s_images(queue: JobQueue, model: GlmImage
 
 async def test_an_overlay_covers_the_result(queue: JobQueue, model: GlmImage) -> None:
     engine, overlay = small_engine(model), mask(100, 64)
-    given = sources(picture(1, 96, 64), overlay=overlay)
+    given = source_images(source_image(1, 96, 64), overlay=overlay)
     [[made]] = engine.generate([SPEC], [given])
     async with working(queue, engine):
         await submit(queue, SPEC, "j", given)
@@ -69,7 +69,7 @@ async def test_an_overlay_covers_the_result(queue: JobQueue, model: GlmImage) ->
 
 
 def test_opaque_pixels_of_an_overlay_are_kept_exactly() -> None:
-    made, overlay = torch.from_numpy(np.array(picture(3, 99, 64))), mask(99, 64)
+    made, overlay = torch.from_numpy(np.array(source_image(3, 99, 64))), mask(99, 64)
     got, kept = apply_overlay(made, png(overlay)).numpy(), np.array(overlay)[:, :, :3]
     assert np.array_equal(got[:, :33], kept[:, :33])
     assert np.array_equal(got[:, 49:], made[:, 49:].numpy())
@@ -80,7 +80,7 @@ def test_opaque_pixels_of_an_overlay_are_kept_exactly() -> None:
 async def test_an_invalid_source_image_fails_only_its_job(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model)):
         await submit(queue, SPEC, "bad", SourceImages([b"not an image"]))
-        await submit(queue, SPEC, "good", sources(picture(1, 96, 64)))
+        await submit(queue, SPEC, "good", source_images(source_image(1, 96, 64)))
         bad = await queue.wait("bad")
         assert bad.state is JobState.FAILED
         assert bad.error is not None
@@ -105,7 +105,7 @@ async def test_an_edit_cancelled_during_preprocessing_is_not_rendered(
 
     monkeypatch.setattr(engine, "preprocess_images", slowly)
     async with working(queue, engine):
-        await submit(queue, SPEC, "gone", sources(picture(1, 96, 64)))
+        await submit(queue, SPEC, "gone", source_images(source_image(1, 96, 64)))
         await asyncio.wait_for(started.wait(), 20)
         assert await queue.cancel("gone")
         proceed.set()
@@ -120,7 +120,7 @@ async def test_an_edit_whose_source_images_do_not_fit_stays_in_the_queue(queue: 
     spec = replace(SPEC, num_inference_steps=40, source_tokens=6)  # 24 patches
     async with working(queue, engine):
         for number in range(3):
-            await submit(queue, replace(spec, seed=number), f"j{number}", sources(picture(number, 96, 64)))
+            await submit(queue, replace(spec, seed=number), f"j{number}", source_images(source_image(number, 96, 64)))
         await until_running(queue, "j0")
         while (stats := await queue.stats()) != QueueStats(0, 0):
             assert stats.running <= 1
@@ -135,7 +135,7 @@ async def test_a_bound_on_source_tokens_counts_only_until_preprocessing(queue: J
     spec = replace(SPEC, num_inference_steps=200, source_tokens=10)
     async with working(queue, engine):
         for number in range(2):
-            await submit(queue, replace(spec, seed=number), f"j{number}", sources(picture(number, 96, 64)))
+            await submit(queue, replace(spec, seed=number), f"j{number}", source_images(source_image(number, 96, 64)))
         for number in range(2):
             await until_running(queue, f"j{number}")
         assert (await queue.stats()).running == 2
@@ -144,10 +144,10 @@ async def test_a_bound_on_source_tokens_counts_only_until_preprocessing(queue: J
 
 
 async def test_the_cached_plan_of_an_edit_serves_only_the_same_source_images(queue: JobQueue, model: GlmImage) -> None:
-    engine, one, two = small_engine(model), picture(1, 96, 64), picture(2, 96, 64)
+    engine, one, two = small_engine(model), source_image(1, 96, 64), source_image(2, 96, 64)
     spec = replace(SPEC, num_sources=2)
     again = replace(spec, num_inference_steps=2)
-    pairs = [sources(one, two), sources(one, two), sources(two, one)]
+    pairs = [source_images(one, two), source_images(one, two), source_images(two, one)]
     expected = engine.generate([spec, again, again], pairs)
     written, hits = (
         engine.metrics.planner_tokens._value,

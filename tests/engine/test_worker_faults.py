@@ -22,7 +22,7 @@ from tests.checkpoints import small_engine
 from tests.engine.test_worker import submit, working
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import pass_deadline
-from tests.source_images import picture, sources
+from tests.source_images import source_image, source_images
 
 GOOD = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
 VICTIM = replace(GOOD, seed=9, output_format="webp")
@@ -92,7 +92,7 @@ async def test_a_failure_outside_the_engine_ends_only_its_job(
             timeout_s=60,
             priority="interactive",
             max_queue=9,
-            source_images=sources(picture(1, 64, 64), overlay=picture(2, 64, 64).convert("RGBA")),
+            source_images=source_images(source_image(1, 64, 64), overlay=source_image(2, 64, 64).convert("RGBA")),
         )
         await submit(queue, GOOD, "after")
         assert await error_code(queue, "victim") == code
@@ -195,7 +195,7 @@ async def test_a_job_whose_deadline_passes_during_preprocessing_is_not_started(
     monkeypatch.setattr(engine, "preprocess_images", too_late)
     monkeypatch.setattr(model, "encode_source", seen.append)
     async with working(queue, engine, lease_s=300.0) as worker:
-        given = sources(picture(1, 64, 64))
+        given = source_images(source_image(1, 64, 64))
         await queue.submit(EDIT, job_id="late", timeout_s=600, priority="interactive", max_queue=9, source_images=given)
         async with asyncio.timeout(20):
             while (record := await queue.get("late")) is None or not record.state.is_terminal:  # noqa: ASYNC110

@@ -17,7 +17,7 @@ from models.glm_image.random_weights import VISION, VQ, random_glm_image
 from models.glm_image.renderer import Renderer, RendererBatch, patchify, rotary_angles, unpatchify
 from models.glm_image.vision import VisionTokenizer, vision_key
 from tests.checkpoints import VARIANTS, load, small_engine, write_variant
-from tests.source_images import picture, sources
+from tests.source_images import source_image, source_images
 
 SPECS = [
     JobSpec("a poster, top headline \"HELLO\", bottom 'bye'", 128, 128, seed=1, num_inference_steps=4),
@@ -30,7 +30,7 @@ SPECS = [
 
 
 class Pair:
-    """One checkpoint in both implementations, and what ours makes of `SPECS`, all in one batch."""
+    """One checkpoint in both implementations, and our results of `SPECS`, in one batch."""
 
     def __init__(self, folder: Path):
         self.ours = load(folder)
@@ -58,7 +58,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @torch.no_grad()
 def reference_logits(pipeline: GlmImagePipeline, spec: JobSpec, tokens: list[int]) -> torch.Tensor:
-    """[tokens, codes] scores of the reference before each token of a plan, given the tokens before it."""
+    """Return the reference's scores [tokens, codes] for each token of a plan, given the tokens before it."""
     geometry = spec.geometry
     inputs = pipeline.processor.apply_chat_template(
         [[{"role": "user", "content": [{"type": "text", "text": spec.prompt}]}]],
@@ -119,7 +119,7 @@ def test_pixels_are_the_reference_s_for_the_same_plan_and_noise(pair: Pair, numb
 
 @torch.no_grad()
 def test_renderer_layer_by_layer(pair: Pair) -> None:
-    """Both hidden streams after every layer, and the velocity."""
+    """Compare both hidden streams after every layer, and the velocity."""
     ours, reference = pair.ours.renderer, pair.reference.transformer
     draw = torch.Generator().manual_seed(0)
     latents = torch.randn(ours.config.in_channels, 12, 16, generator=draw)
@@ -185,7 +185,7 @@ def test_published_planner_config_is_the_default() -> None:
 
 
 def test_random_model_of_given_sizes_makes_an_image(tmp_path: Path) -> None:
-    """The benchmarks' way to a model: no checkpoint, published layout, sizes to choose."""
+    """Build the model as benchmarks do, without a checkpoint."""
     planner = PlannerConfig(
         vocab_size=20000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, mrope_section=(4, 2, 2),
@@ -198,5 +198,5 @@ def test_random_model_of_given_sizes_makes_an_image(tmp_path: Path) -> None:
     assert pixels.shape == (64, 64, 3)
     assert pixels.float().std() > 1
     spec = JobSpec('"A"', 64, 64, seed=0, num_inference_steps=1, num_sources=1)
-    [[edited]] = engine.generate([spec], [sources(picture(1, 64, 64))])
+    [[edited]] = engine.generate([spec], [source_images(source_image(1, 64, 64))])
     assert not torch.equal(edited, pixels)

@@ -1,4 +1,4 @@
-"""Loading: every way a checkpoint can be wrong is named."""
+"""Loading of checkpoints: errors name what is wrong."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_broken_layouts_are_named(copy: Path, file: str, text: str | None, expec
 
 
 @pytest.mark.parametrize("name", ["no/such/thing/here", "spaces are not allowed"])
-def test_neither_folder_nor_hub_id(name: str) -> None:
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         GlmImage.load(name, torch.device("cpu"), torch.float32)
 
@@ -175,14 +175,14 @@ def test_request_defaults_that_cannot_be_used_are_named(tmp_path: Path, text: st
         *(("size", size) for size in ("64x256", "64x257", "256x64", "257x64", "x64", "64", "٦٤x٦٤", "64x64\n")),
     ],
 )
-def test_a_checkpoint_may_name_what_a_request_may(tmp_path: Path, field: str, value: object) -> None:
+def test_request_defaults_have_the_bounds_of_requests(tmp_path: Path, field: str, value: object) -> None:
     file = tmp_path / "glimmer.json"
     file.write_text(json.dumps({field: value}))
-    with nullcontext() if _request_may(field, value) else pytest.raises(CheckpointError):
+    with nullcontext() if _is_valid_in_a_request(field, value) else pytest.raises(CheckpointError):
         RequestDefaults.read(file)
 
 
-def _request_may(field: str, value: object) -> bool:
+def _is_valid_in_a_request(field: str, value: object) -> bool:
     try:
         validate(parse(GenerationRequest, {"prompt": "x", field: value}), ServerSettings())
     except ApiError:
@@ -208,7 +208,7 @@ def test_control_tokens_in_a_prompt_are_refused(model: GlmImage) -> None:
         model.prompts.encode("<sop>3 3<eop>", 64, 64)
 
 
-def test_too_much_lettering_is_refused(model: GlmImage) -> None:
+def test_too_many_glyphs_are_refused(model: GlmImage) -> None:
     with pytest.raises(PromptError, match="at most 8192"):
         model.glyphs.encode(["x" * 2000] * 5)
 

@@ -1,4 +1,4 @@
-"""Edits against the reference pipeline: what the model sees of a picture, the prompt, the plan and the pixels."""
+"""Edits against the reference pipeline: codes of source images, prompt, plan and pixels."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +14,15 @@ from engine.jobs.job import JobSpec, Plan
 from engine.request import Failed, Planned, Rendered, Request
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load, small_engine, write_variant
-from tests.source_images import picture, sources
+from tests.source_images import source_image, source_images
 
 
 @dataclass
 class Edit:
-    """An edit, and what the engine made of it."""
+    """An edit and the engine's result."""
 
     spec: JobSpec
-    pictures: list[Image.Image]
+    sources: list[Image.Image]
     request: Request = field(init=False)
     plan: Plan = field(init=False)
     pixels: np.ndarray = field(init=False)
@@ -30,24 +30,26 @@ class Edit:
 
 def edits() -> list[Edit]:
     return [
-        Edit(JobSpec("make it 'RED'", 128, 96, seed=1, num_inference_steps=3, num_sources=1), [picture(1, 160, 128)]),
+        Edit(
+            JobSpec("make it 'RED'", 128, 96, seed=1, num_inference_steps=3, num_sources=1), [source_image(1, 160, 128)]
+        ),
         Edit(
             JobSpec("both, greedy", 96, 128, seed=2, num_inference_steps=4, num_sources=2, temperature=0.0),
-            [picture(2, 64, 160), picture(3, 192, 96)],
+            [source_image(2, 64, 160), source_image(3, 192, 96)],
         ),
         Edit(
             JobSpec('all "OF" them', 128, 128, seed=3, num_inference_steps=3, num_sources=3, guidance_scale=4.0),
-            [picture(4, 128, 64), picture(5, 64, 64), picture(6, 106, 143)],  # the last is off the grid
+            [source_image(4, 128, 64), source_image(5, 64, 64), source_image(6, 106, 143)],  # the last is off the grid
         ),
         Edit(
             JobSpec("no guidance", 64, 96, seed=4, num_inference_steps=2, num_sources=1, guidance_scale=1.0),
-            [picture(7, 96, 96)],
+            [source_image(7, 96, 96)],
         ),
     ]
 
 
 class Pair:
-    """One checkpoint in both implementations, and what ours makes of the edits, all in one batch with generations."""
+    """One checkpoint in both implementations, and our results of the edits, in one batch with generations."""
 
     def __init__(self, folder: Path):
         self.ours = load(folder)
@@ -56,7 +58,7 @@ class Pair:
         self.edits = edits()
         engine = small_engine(self.ours)
         for number, edit in enumerate(self.edits):
-            given = sources(*edit.pictures)
+            given = source_images(*edit.sources)
             edit.request = Request(
                 str(number), edit.spec, source_images=given, preprocessed=engine.preprocess_images(given)
             )
@@ -79,7 +81,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def reference_inputs(pipeline: GlmImagePipeline, edit: Edit) -> dict[str, torch.Tensor]:
-    content = [{"type": "image", "image": image} for image in edit.pictures]
+    content = [{"type": "image", "image": image} for image in edit.sources]
     return pipeline.processor.apply_chat_template(
         [[{"role": "user", "content": [*content, {"type": "text", "text": edit.spec.prompt}]}]],
         tokenize=True,
@@ -91,9 +93,9 @@ def reference_inputs(pipeline: GlmImagePipeline, edit: Edit) -> dict[str, torch.
 
 @torch.no_grad()
 def reference_codes(pipeline: GlmImagePipeline, edit: Edit) -> list[torch.Tensor]:
-    """[rows, cols] for every picture."""
+    """Return [rows, cols] for every source image."""
     inputs, model = reference_inputs(pipeline, edit), pipeline.vision_language_encoder
-    grids = inputs["image_grid_thw"][: len(edit.pictures)]
+    grids = inputs["image_grid_thw"][: len(edit.sources)]
     features = model.get_image_features(inputs["pixel_values"], grids).pooler_output
     codes = model.get_image_tokens(torch.cat(features), grids)
     parts = codes.split(grids.prod(-1).tolist())
@@ -123,7 +125,7 @@ def test_prompt_and_positions_are_the_reference_s(pair: Pair, number: int) -> No
 
 @torch.no_grad()
 def reference_logits(pipeline: GlmImagePipeline, edit: Edit) -> torch.Tensor:
-    """[tokens, codes] scores of the reference before each token of the plan, given the tokens before it."""
+    """Return the reference's scores [tokens, codes] for each token of the plan, given the tokens before it."""
     inputs, planner = reference_inputs(pipeline, edit), pipeline.vision_language_encoder
     planner.model.rope_deltas = None
     out = planner(**inputs, use_cache=True)
@@ -155,16 +157,16 @@ def test_every_token_of_a_plan_is_the_reference_s(pair: Pair, number: int) -> No
         assert float(likelier.max()) <= pair.ours.sampling.top_p + 0.01
 
 
-def reference_pixels(pair: Pair, edit: Edit, pictures: list[Image.Image]) -> np.ndarray:
-    """The reference's picture for our plan and noise, with these sources."""
+def reference_pixels(pair: Pair, edit: Edit, sources: list[Image.Image]) -> np.ndarray:
+    """Return the reference's image for our plan and noise, with these sources."""
     pipeline, plan, spec = pair.reference, edit.plan, edit.spec
     prior = torch.tensor(plan.tokens).view(plan.rows, plan.cols).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    codes = reference_codes(pipeline, Edit(spec, pictures))
+    codes = reference_codes(pipeline, Edit(spec, sources))
     upsampled = [c.repeat_interleave(2, 0).repeat_interleave(2, 1) for c in codes]
     shape = (1, pipeline.transformer.config.in_channels, spec.height // 8, spec.width // 8)
     images = pipeline(
         prompt=spec.prompt,
-        image=pictures,
+        image=sources,
         height=spec.height,
         width=spec.width,
         num_inference_steps=spec.num_inference_steps,
@@ -180,15 +182,15 @@ def reference_pixels(pair: Pair, edit: Edit, pictures: list[Image.Image]) -> np.
 @pytest.mark.parametrize("number", range(len(edits())))
 def test_pixels_are_the_reference_s_for_the_same_plan_and_noise(pair: Pair, number: int) -> None:
     edit = pair.edits[number]
-    error = np.mean((reference_pixels(pair, edit, edit.pictures) - edit.pixels) ** 2)
+    error = np.mean((reference_pixels(pair, edit, edit.sources) - edit.pixels) ** 2)
     assert error < 255**2 / 10**5.5  # 55 dB
-    others = [picture(99, *image.size) for image in edit.pictures]
+    others = [source_image(99, *image.size) for image in edit.sources]
     assert error < 0.05 * np.mean((reference_pixels(pair, edit, others) - edit.pixels) ** 2)  # it depends on them
 
 
 @torch.no_grad()
 def test_keys_and_values_of_a_source_are_the_reference_s(pair: Pair) -> None:
-    """In every layer, as the reference's cache has them."""
+    """Compare them in every layer with the reference's cache."""
     edit, reference = pair.edits[0], pair.reference.transformer
     [source] = edit.request.encoded
     cache = GlmImageKVCache(num_layers=reference.config.num_layers)
@@ -204,9 +206,9 @@ def test_keys_and_values_of_a_source_are_the_reference_s(pair: Pair) -> None:
         crop_coords=torch.zeros(1, 2),
         kv_caches=cache,
     )
-    kept = small_engine(pair.ours).renderer.runner.source_kv.of(edit.request)
-    assert kept is not None
-    for layer, theirs in zip(kept, cache.caches, strict=True):
+    source_kv = small_engine(pair.ours).renderer.runner.source_kv.of(edit.request)
+    assert source_kv is not None
+    for layer, theirs in zip(source_kv, cache.caches, strict=True):
         [keys], [values] = theirs.k_caches, theirs.v_caches
         assert keys is not None
         assert values is not None
@@ -217,7 +219,7 @@ def test_keys_and_values_of_a_source_are_the_reference_s(pair: Pair) -> None:
 @torch.no_grad()
 def test_latents_of_a_source_are_the_reference_s(model: GlmImage) -> None:
     vae = model.autoencoder.vae
-    [read] = small_engine(model).preprocess_images(sources(picture(8, 96, 64)))
+    [read] = small_engine(model).preprocess_images(source_images(source_image(8, 96, 64)))
     wanted = vae.encode(read.pixels[None] / 127.5 - 1).latent_dist.mode()[0]  # type: ignore[union-attr]
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))  # type: ignore[attr-defined]
     torch.testing.assert_close(model.autoencoder.encode(read.pixels), (wanted - mean) / std, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Pictures to edit: which are taken, on what grid, and what the server knows of it beforehand."""
+"""Source images: which are accepted, their grid, and the server's bound of their tokens."""
 
 import io
 
@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.glm_image.image_processing_pil_glm_image import smart_resize
 
+from engine import geometry
 from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
 from models.errors import SourceImageError
+from models.glm_image import config
 from models.glm_image.model import GlmImage
-from tests.source_images import picture, png
+from tests.source_images import png, source_image
 
 
 @pytest.mark.parametrize(
@@ -19,17 +21,17 @@ from tests.source_images import picture, png
     [
         (160, 128, 5, 4),
         (64, 256, 2, 8),
-        (163, 143, 5, 4),  # cut down to the grid by the resizing
+        (163, 143, 5, 4),  # resized to the grid
         (150, 150, 5, 5),
-        (32, 40, 2, 2),  # enlarged to the least the checkpoint takes
+        (32, 40, 2, 2),  # enlarged to the checkpoint's minimum
         (16, 64, 2, 8),
         (2048, 512, 64, 16),
-        (4096, 3000, 64, 47),  # made smaller
-        (1413, 353, 44, 11),  # 4 to 1, but for the rounding
+        (4096, 3000, 64, 47),  # shrunk
+        (1413, 353, 44, 11),  # 4 to 1, off by rounding
     ],
 )
-def test_a_picture_is_laid_out_on_its_grid(model: GlmImage, width: int, height: int, cols: int, rows: int) -> None:
-    read = model.preprocessor.read(png(picture(0, width, height)))
+def test_an_image_is_fitted_to_its_grid(model: GlmImage, width: int, height: int, cols: int, rows: int) -> None:
+    read = model.preprocessor.read(png(source_image(0, width, height)))
     assert (read.rows, read.cols) == (rows, cols)
     assert read.halved.shape == (rows * cols, 3 * 16 * 16)
     assert read.pixels.shape == (3, 32 * rows, 32 * cols)
@@ -37,8 +39,8 @@ def test_a_picture_is_laid_out_on_its_grid(model: GlmImage, width: int, height: 
     assert (read.tokens, read.patches) == (rows * cols, 4 * rows * cols)
 
 
-def test_a_picture_on_the_grid_is_not_resampled(model: GlmImage) -> None:
-    image = picture(0, 96, 64)
+def test_an_image_on_the_grid_is_not_resampled(model: GlmImage) -> None:
+    image = source_image(0, 96, 64)
     read = model.preprocessor.read(png(image))
     assert bytes(read.pixels.permute(1, 2, 0).contiguous().numpy()) == image.tobytes()
 
@@ -46,31 +48,31 @@ def test_a_picture_on_the_grid_is_not_resampled(model: GlmImage) -> None:
 @pytest.mark.parametrize(
     ("size", "message"), [((15, 40), "15x40; both sides must have at least 16 pixels"), ((404, 99), "at most 4 times")]
 )
-def test_pictures_of_other_shapes_are_refused(model: GlmImage, size: tuple[int, int], message: str) -> None:
+def test_images_of_other_shapes_are_refused(model: GlmImage, size: tuple[int, int], message: str) -> None:
     with pytest.raises(SourceImageError, match=message):
-        model.preprocessor.read(png(picture(0, *size)))
+        model.preprocessor.read(png(source_image(0, *size)))
 
 
-def test_what_is_no_png_is_refused(model: GlmImage) -> None:
-    whole = png(picture(0, 64, 64))
+def test_a_file_that_is_not_a_png_is_refused(model: GlmImage) -> None:
+    whole = png(source_image(0, 64, 64))
     jpeg = io.BytesIO()
-    picture(0, 64, 64).save(jpeg, "JPEG")
+    source_image(0, 64, 64).save(jpeg, "JPEG")
     for file in (b"", b"text", whole[:200], whole[:-50], jpeg.getvalue()):
         with pytest.raises(SourceImageError, match="a PNG file is expected"):
             model.preprocessor.read(file)
 
 
-def test_pictures_of_other_modes_are_read_in_colour(model: GlmImage) -> None:
+def test_images_of_other_modes_are_read_in_colour(model: GlmImage) -> None:
     for mode in ("L", "P", "RGBA"):
-        image = picture(0, 64, 64).convert(mode)
+        image = source_image(0, 64, 64).convert(mode)
         assert bytes(model.preprocessor.read(png(image)).pixels.permute(1, 2, 0).contiguous().numpy()) == (
             image.convert("RGB").tobytes()
         )
 
 
-def test_a_source_is_one_that_only_depends_on_its_picture(model: GlmImage) -> None:
-    """To the bit, whatever was looked at in between."""
-    files = [png(picture(seed, 64 + 32 * seed, 96)) for seed in range(3)]
+def test_an_encoded_image_depends_only_on_its_file(model: GlmImage) -> None:
+    """Compare bits, with other images encoded in between."""
+    files = [png(source_image(seed, 64 + 32 * seed, 96)) for seed in range(3)]
     alone = [model.encode_source(model.preprocessor.read(file)) for file in files]
     for file, before in reversed(list(zip(files, alone, strict=True))):
         again = model.encode_source(model.preprocessor.read(file))
@@ -84,8 +86,8 @@ sizes = st.tuples(sides, sides).filter(lambda size: max(size) <= 4 * min(size))
 
 @given(sizes)
 @settings(max_examples=500, deadline=None)
-def test_the_server_s_bound_holds_for_any_checkpoint(size: tuple[int, int]) -> None:
-    """Against the published processor, for limits of the small checkpoints and of the published one."""
+def test_the_server_s_bound_of_tokens_holds_for_any_checkpoint(size: tuple[int, int]) -> None:
+    """Compare with the published processor, with the minimum size of the small and of the published checkpoint."""
     width, height = size
     for least in (64, 512):
         rows, cols = (side // 16 for side in smart_resize(height, width, 16, least**2, 2048**2))
@@ -94,9 +96,15 @@ def test_the_server_s_bound_holds_for_any_checkpoint(size: tuple[int, int]) -> N
     assert source_tokens(2048, 1024) == 2048
 
 
+def test_models_and_api_have_the_same_bounds() -> None:
+    for name in ("MIN_SIDE", "MAX_SIDE", "MAX_ASPECT", "MAX_STEPS"):
+        assert getattr(config, name) == getattr(geometry, name)
+    assert (config.CODE_CELL, config.PATCH_CELL) == (geometry.CELL, geometry.PATCH)
+
+
 @given(sizes)
 @settings(max_examples=500, deadline=None)
-def test_the_size_of_an_edit_can_be_asked_for(size: tuple[int, int]) -> None:
+def test_the_size_of_an_edit_is_valid(size: tuple[int, int]) -> None:
     edited = edit_size(*size)
     assert all(side % CELL == 0 and MIN_SIDE <= side <= MAX_SIDE for side in edited)
     assert max(edited) <= MAX_ASPECT * min(edited)

@@ -1,9 +1,7 @@
-"""The part of the job queue that the API and the engines share.
+"""What both sides of the job queue share.
 
-A job is submitted once and ends once. Engines claim it until one of them ends it. A claim is a lease: the engine renews
-it while it works, and any engine may claim a job whose lease has lapsed. Each claim has a new epoch, and writes of an
-engine take effect only while its epoch is the job's. So a job may run more than once, but ends once. `lua/prelude.lua`
-has the states and the changes of state.
+A claim is a lease with a new epoch. Any engine may claim a job whose lease has lapsed; writes take effect only under
+its epoch. So a job may run more than once, but ends once.
 """
 
 from collections.abc import AsyncIterator
@@ -18,17 +16,13 @@ from engine.jobs.scripts import LuaScripts
 
 
 class QueueBase:
-    """Jobs in Redis. Any number of processes may have one; all must use the same settings.
-
-    Methods raise `QueueUnavailable` when Redis is away or refuses writes, and may be called again then. Scripts,
-    consumer groups and subscriptions that a restarted or flushed Redis has lost are created again.
+    """Jobs in Redis, with the same settings in all processes. Methods raise `QueueUnavailable`.
 
     Args:
-        redis: a client that returns bytes (see `engine.jobs.connection.connect`); the caller closes it.
-        prefix: put before every key and channel.
-        lease_ms: after so long without renewal a claimed job may be claimed by others.
-        result_ttl_s: how long the record and the result are kept after the end of the job, in seconds.
-        max_runs: a job that has cost so many engines their lease fails instead of being claimed again.
+        redis: returns bytes; the caller closes it.
+        lease_ms: until a claim without renewal lapses.
+        result_ttl_s: seconds that record and result outlive the job.
+        max_runs: lapsed leases that dead-letter a job.
     """
 
     def __init__(
@@ -51,7 +45,7 @@ class QueueBase:
 
     @property
     def client(self) -> redis.asyncio.Redis:
-        """Return the client, for what is kept beside the jobs."""
+        """Return the client."""
         return self._redis
 
     @property
@@ -63,7 +57,7 @@ class QueueBase:
         return self._prefix
 
     def key(self, *parts: str) -> str:
-        """Return the key of these parts behind the prefix."""
+        """Return a key behind the prefix."""
         return ":".join((self._prefix, *parts))
 
     async def ping(self) -> None:
@@ -77,12 +71,9 @@ class QueueBase:
         await self._wake_ups.close()
 
     def ended(self) -> AsyncIterator[str]:
-        """Yield the ids of jobs that end from now on, until `close`.
-
-        Best effort: ends are lost while the connection is broken, and nothing is raised then.
-        """
+        """Yield the ids of jobs that end until `close`; misses some while the connection is broken."""
         return self.events.ended()
 
     async def expire(self, job_id: str) -> bool:
-        """End a queued or running job as expired if its deadline has passed. Returns whether this call ended it."""
+        """End a live job whose deadline has passed. Returns whether this call ended it."""
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.EXPIRED.value))

@@ -1,4 +1,4 @@
-"""Between the dataclasses of `job.py` and what Redis stores. JSON for everything but pictures, which stay raw bytes."""
+"""Convert between the dataclasses of `job.py` and what Redis stores: JSON, and raw bytes for images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -23,7 +23,7 @@ RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs"
 
 
 def decode_record(job_id: str, values: Sequence[Any], position: int | None = None) -> JobRecord | None:
-    """The record from the values of `RECORD_FIELDS`, None where Redis has none."""
+    """Return the record from the values of `RECORD_FIELDS`."""
     stored = {name: value for name, value in zip(RECORD_FIELDS, values, strict=True) if value is not None}
     if "state" not in stored:
         return None
@@ -44,8 +44,8 @@ def decode_record(job_id: str, values: Sequence[Any], position: int | None = Non
 
 
 def decode_claim(reply: Sequence[Any]) -> Claim:
-    """The claim from the reply of the script that granted it."""
-    job_id, epoch, runs, suspect, spec, submitted_at, deadline, claimed_at, plans, origin = reply
+    """Return the claim from the reply of `claim.lua`."""
+    job_id, epoch, runs, quarantined, spec, submitted_at, deadline, claimed_at, plans, origin = reply
     return Claim(
         job_id=job_id.decode(),
         epoch=epoch,
@@ -57,23 +57,23 @@ def decode_claim(reply: Sequence[Any]) -> Claim:
         plans={
             int(index): Plan.from_dict(orjson.loads(plan)) for index, plan in zip(plans[::2], plans[1::2], strict=True)
         },
-        quarantined=bool(suspect),
-        origin=Origin.from_dict(orjson.loads(origin or b"{}")),  # an API of an older version writes none
+        quarantined=bool(quarantined),
+        origin=Origin.from_dict(orjson.loads(origin or b"{}")),  # an older API writes none
     )
 
 
 def encode_sources(sources: SourceImages | None) -> list[str | bytes]:
-    """Field names and values in turn: each picture by its index, and `overlay`."""
+    """Return field names and values in turn: each image by its index, and `overlay`."""
     if sources is None:
         return []
     fields: list[str | bytes] = []
-    for index, picture in enumerate(sources.files):
-        fields += [str(index), picture]
+    for index, file in enumerate(sources.files):
+        fields += [str(index), file]
     return fields if sources.overlay is None else [*fields, "overlay", sources.overlay]
 
 
 def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
-    """The sources from their hash, None where there is none."""
+    """Return the source images from their hash."""
     if not stored:
         return None
     count = len(stored) - (b"overlay" in stored)
@@ -81,7 +81,7 @@ def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
 
 
 def encode_result(result: JobResult) -> list[str | bytes]:
-    """Field names and values in turn: `meta` as JSON, `image:{i}` as they are."""
+    """Return field names and values in turn: `meta` as JSON, `image:{i}` raw."""
     meta = {
         "images": [{"seed": image.seed, "plan": image.plan} for image in result.images],
         "prompt_tokens": result.prompt_tokens,
@@ -95,7 +95,7 @@ def encode_result(result: JobResult) -> list[str | bytes]:
 
 
 def decode_result(stored: Mapping[Any, Any]) -> JobResult | None:
-    """The result from its hash, None where there is none."""
+    """Return the result from its hash."""
     if b"meta" not in stored:
         return None
     meta = orjson.loads(stored[b"meta"])

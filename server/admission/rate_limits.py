@@ -1,8 +1,4 @@
-"""The limits of an API key over time, counted in Redis, so that all replicas of the API share them.
-
-Two limits, both optional: requests within any 60 seconds, and pixel-steps within a day (UTC). The queue limits how many
-jobs may wait and run at once.
-"""
+"""Limit requests within any 60 seconds and pixel-steps within a day (UTC), counted in Redis for all API replicas."""
 
 import math
 import secrets
@@ -19,8 +15,8 @@ class Charge:
     """What a caller was charged for a job.
 
     Args:
-        headers: `x-ratelimit-*`, for the answer; empty where no request rate is set.
-        ticket, day: what `refund` needs; an empty ticket is a charge of nothing.
+        headers: `x-ratelimit-*` of the response; empty without a request limit.
+        ticket, day: for `refund`; an empty ticket is no charge.
     """
 
     caller: Caller
@@ -34,16 +30,16 @@ NO_CHARGE = Charge(ANONYMOUS)
 
 
 class RateLimits:
-    """The limits of all keys. Methods raise `QueueUnavailable` when Redis is away."""
+    """The limits of all API keys. Methods raise `QueueUnavailable`."""
 
     def __init__(self, queue: JobProducer) -> None:
         self._scripts = LuaScripts(queue.client, "server.admission", prefix=queue.prefix)
 
     async def charge(self, caller: Caller, pixel_steps: int) -> Charge:
-        """Counts a job against the caller's limits, or refuses it and counts nothing.
+        """Count a job against the caller's limits.
 
         Raises:
-            ApiError: 429 when a limit is reached.
+            ApiError: 429 when it would exceed one; nothing is counted.
         """
         if caller.requests_per_minute is None and caller.pixel_steps_per_day is None:
             return Charge(caller)
@@ -58,13 +54,13 @@ class RateLimits:
         )
         headers = _headers(caller, left, reset_ms)
         if exceeded == b"rate":
-            raise _too_fast(caller, next_ms, headers)
+            raise _rate_exceeded(caller, next_ms, headers)
         if exceeded == b"quota":
-            raise _used_up(caller, pixel_steps, charged, day_left_ms, headers)
+            raise _quota_exceeded(caller, pixel_steps, charged, day_left_ms, headers)
         return Charge(caller, pixel_steps, headers, ticket, day)
 
     async def refund(self, charge: Charge) -> None:
-        """Takes a charge back, whole, because no job came of it."""
+        """Take a charge back."""
         if charge.ticket:
             await self._scripts.run(
                 "refund",
@@ -85,7 +81,7 @@ def _headers(caller: Caller, left: int, reset_ms: int) -> dict[str, str]:
     }
 
 
-def _too_fast(caller: Caller, next_ms: int, headers: dict[str, str]) -> ApiError:
+def _rate_exceeded(caller: Caller, next_ms: int, headers: dict[str, str]) -> ApiError:
     wait_s = max(1, math.ceil(next_ms / 1000))
     return ApiError(
         429,
@@ -96,12 +92,14 @@ def _too_fast(caller: Caller, next_ms: int, headers: dict[str, str]) -> ApiError
     )
 
 
-def _used_up(caller: Caller, wanted: int, charged: int, day_left_ms: int, headers: dict[str, str]) -> ApiError:
+def _quota_exceeded(
+    caller: Caller, pixel_steps: int, charged: int, day_left_ms: int, headers: dict[str, str]
+) -> ApiError:
     hours, minutes = divmod(math.ceil(day_left_ms / 60_000), 60)
     return ApiError(
         429,
         f"This key may use {caller.pixel_steps_per_day} pixel-steps a day (width * height * steps * n) and has used "
-        f"{charged}; this request needs {wanted}. The day ends in {hours} h {minutes} min.",
+        f"{charged}; this request needs {pixel_steps}. The day ends in {hours} h {minutes} min.",
         type="insufficient_quota",
         code="insufficient_quota",
         headers={**headers, "x-should-retry": "false"},

@@ -92,8 +92,8 @@ async def test_a_follower_that_leaves_is_forgotten(queue: JobQueue) -> None:
     await submit(queue, job_id="a", partial_images=2)
     async with aclosing(queue.follow("a")) as happenings:
         await anext(happenings)
-        assert queue.events._watchers
-    assert not queue.events._watchers
+        assert queue.events._change_waiters
+    assert not queue.events._change_waiters
 
 
 async def test_a_withdrawn_job_leaves_nothing(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:

@@ -1,4 +1,4 @@
--- Counts a job against the limits of its owner, or counts nothing where it would exceed one.
+-- Counts a job against the limits of its owner; counts nothing if it would exceed one.
 --
 -- args: owner, ticket, pixel_steps, per_minute?, per_day?
 -- returns: [exceeded limit: '' | 'rate' | 'quota', requests left, ms until the oldest request of the minute no longer

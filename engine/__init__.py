@@ -1,1 +1,1 @@
-"""The engine. The package itself, `geometry`, `errors` and `jobs` import no torch: the API uses them."""
+"""The engine. This file imports no torch: the API imports from the package."""

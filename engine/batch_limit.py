@@ -1,21 +1,15 @@
-"""Batch sizes that memory allows."""
-
 RECOVERY_BATCHES = 1000
 
 
 class BatchLimit:
-    """A limit that is halved when a batch runs out of memory.
+    """A batch size, in sequences or tokens, that is halved when memory runs out and doubles after `RECOVERY_BATCHES`.
 
-    It doubles after `RECOVERY_BATCHES` batches: a lasting shortage costs one failed batch in a thousand, a passing one
-    no lasting speed.
-
-    Args:
-        maximum: in the caller's unit (sequences or tokens).
+    A lasting shortage costs one failed batch in a thousand, a passing one no lasting speed.
     """
 
     def __init__(self, maximum: int):
         self.maximum = self.current = maximum
-        self._batches = 0  # since it changed
+        self._batches = 0  # since the last change
 
     def take(self) -> int:
         """Return the limit for the next batch."""
@@ -26,5 +20,5 @@ class BatchLimit:
         return self.current
 
     def ran_out(self, used: int) -> None:
-        """Lower the limit: this many were too many."""
+        """Lower the limit after a failed batch of size `used`."""
         self.current, self._batches = max(1, min(self.current, used) // 2), 0

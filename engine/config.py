@@ -1,4 +1,4 @@
-"""Settings and exit codes of one engine process. No torch: the API process imports this."""
+"""Settings and exit codes of an engine process. No torch: the API imports this."""
 
 import os
 import socket
@@ -24,12 +24,12 @@ Redis that may be slow."""
 
 
 def new_engine_id() -> str:
-    """Return an id that no engine has had before. It starts with the host name, which health checks rely on."""
+    """Return a new id; health checks rely on its leading host name."""
     return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
 class CheckpointSettings(BaseModel):
-    """What an engine loads, and where."""
+    """Checkpoint and device."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,9 +41,9 @@ class CheckpointSettings(BaseModel):
 
 
 class EngineSettings(CheckpointSettings):
-    """Settings of one engine process. For `None` the engine chooses by checkpoint and device.
+    """Settings of one engine. None: chosen by checkpoint and device.
 
-    Not a `BaseSettings`: the command line alone reads the environment.
+    Not a `BaseSettings`: only the command line reads the environment.
     """
 
     redis_url: str = Field(description="Redis that holds the jobs: redis://host:6379/0 or unix:///path.")

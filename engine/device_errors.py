@@ -1,7 +1,6 @@
 """Classify exceptions of a device.
 
-Kernels and libraries that torch does not start, and older versions of it, raise a plain RuntimeError: then the text
-decides.
+Other libraries' kernels and older torch versions raise a plain RuntimeError: then the text decides.
 """
 
 import torch
@@ -17,7 +16,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost_device(error: BaseException) -> bool:
-    """Return whether all further work of this process will fail."""
+    """Return whether all further work will fail."""
     if is_out_of_memory(error):
         return False
     by_class = isinstance(error, torch.AcceleratorError)

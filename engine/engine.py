@@ -1,17 +1,7 @@
-"""The engine: plan first, render second, many images at once.
+"""One thread calls `Engine.step` in a loop. Redis and HTTP are not needed:
 
-One thread calls `Engine.step` in a loop:
-
-    _receive   check new requests, drop cancelled ones
-    _admit     reserve all memory a request needs, encode its source images
-    _plan      write every plan one token further
-    _render    one denoising step of a batch of images
-    _report    progress
-
-Neither Redis nor HTTP is needed:
-
-    engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
-    [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
+engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
+[[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
 """
 
 import time
@@ -33,8 +23,8 @@ from models.errors import SourceImageError
 from models.glm_image.model import GlmImage
 from models.glm_image.source_images import PreprocessedImage
 
-PROGRESS_SECONDS = 0.2  # between two reports
-PLANNING_MARGIN = 1.5  # each stage is slower while both work
+PROGRESS_SECONDS = 0.2
+PLANNING_MARGIN = 1.5  # both slow each other down
 
 
 class Engine:
@@ -44,7 +34,7 @@ class Engine:
         self.model = model
         self.limits = limits = limits or EngineLimits.choose(model)
         self.metrics = metrics = metrics or EngineMetrics()
-        self._inbox: deque[Request] = deque()  # these two: by any thread
+        self._inbox: deque[Request] = deque()  # filled by any thread, like `_cancelled`
         self._cancelled: deque[str] = deque()
         self._waiting: deque[Request] = deque()  # in order of admission
         self._live: dict[Request, None] = {}  # in order of arrival
@@ -63,11 +53,11 @@ class Engine:
         )
 
     def submit(self, request: Request) -> None:
-        """Take in a request at the next step. Any thread may call this."""
+        """Add a request at the next step, from any thread."""
         self._inbox.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request at the next step. Any thread may call this."""
+        """Drop a request at the next step, from any thread."""
         self._cancelled.append(request_id)
 
     @property
@@ -75,7 +65,7 @@ class Engine:
         return not self._inbox and not self._live
 
     def step(self) -> list[Event]:
-        """Advance all requests and return what happened."""
+        """Advance all requests; return their events."""
         self._receive()
         self._admit()
         self._plan()
@@ -85,10 +75,10 @@ class Engine:
         return events
 
     def preprocess_images(self, sources: SourceImages) -> list[PreprocessedImage]:
-        """Decode and resize source images. Any thread may call this.
+        """Decode and resize source images, on any thread.
 
         Raises:
-            RequestError: one cannot be edited.
+            RequestError: one is invalid.
         """
         try:
             return [self.model.preprocessor.read(file) for file in sources.files]
@@ -98,7 +88,7 @@ class Engine:
     def generate(
         self, specs: Sequence[JobSpec], sources: Sequence[SourceImages | None] | None = None
     ) -> list[list[Tensor]]:
-        """Run requests; return pixels [height, width, 3], uint8, of every image of every spec."""
+        """Run requests; return every image of every spec as [height, width, 3] uint8."""
         pixels = [[torch.empty(0)] * spec.n for spec in specs]
         for index, (spec, images) in enumerate(zip(specs, sources or [None] * len(specs), strict=True)):
             preprocessed = self.preprocess_images(images) if images else []
@@ -112,7 +102,7 @@ class Engine:
         return pixels
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if memory leaked or an idle engine holds any."""
+        """Raise AssertionError if memory leaked."""
         self.planner.check_integrity()
         self.renderer.check_integrity()
         assert not self.is_idle or (self.planner.is_idle and self.renderer.is_idle and not self._waiting)
@@ -128,9 +118,9 @@ class Engine:
                 self._forget(request)
 
     def _admit(self) -> None:
-        """Admit in order of arrival: small requests must not overtake a large one for ever.
+        """Admit in order of arrival, so that small requests cannot overtake a large one for ever.
 
-        One edit per step: nothing else advances while source images are encoded.
+        One edit per step: nothing advances while source images are encoded.
         """
         for request in [r for r in self._waiting if r.deadline_at <= time.monotonic()]:
             self._fail(request, DeadlinePassed("the deadline came before there was room"))
@@ -143,8 +133,7 @@ class Engine:
     def _plan(self) -> None:
         """Do one planner step, or as many as a renderer step takes if plans are needed soon.
 
-        Running ahead only makes planner batches small, and a step costs almost the same for one sequence as for
-        sixteen.
+        Running further ahead makes planner batches small, and a step costs almost the same for 1 sequence as for 16.
         """
         until = time.monotonic() + self.renderer.tick_seconds
         while not self.planner.is_idle:

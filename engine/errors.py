@@ -1,4 +1,4 @@
-"""Errors of the queue and the engine. No torch.
+"""Errors; no torch.
 
 GlimmerError
 ├── RequestError
@@ -14,15 +14,15 @@ GlimmerError
 
 
 class GlimmerError(Exception):
-    """Base."""
+    """Base class."""
 
 
 class RequestError(GlimmerError):
-    """Retrying will not help.
+    """A retry would fail, too.
 
     Args:
-        message: names what would be accepted.
-        param: the request field at fault.
+        message: says what would be accepted.
+        param: the field at fault.
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value"):
@@ -31,7 +31,7 @@ class RequestError(GlimmerError):
 
 
 class QueueFull(GlimmerError):
-    """The queue is at its cap."""
+    """Queued jobs are at their cap."""
 
 
 class SourcesFull(QueueFull):
@@ -47,11 +47,11 @@ class KeyReused(GlimmerError):
 
 
 class DeadlinePassed(GlimmerError):
-    """The deadline passed before the work could begin."""
+    """The deadline passed before work began."""
 
 
 class WriteRefused(GlimmerError):
-    """Redis keeps refusing one large write."""
+    """Redis keeps refusing a large write."""
 
 
 class QueueUnavailable(GlimmerError):

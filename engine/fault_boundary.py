@@ -1,5 +1,3 @@
-"""Failures of one request must not fail others."""
-
 import traceback
 from collections.abc import Callable, Container, Iterable
 from typing import Protocol, TypeVar
@@ -30,7 +28,7 @@ class FaultBoundary:
 
     Args:
         live: requests that have not ended.
-        fail: ends a request, removing it from `live`.
+        fail: ends a request and removes it from `live`.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class FaultBoundary:
         """Do `work` on all items, or else on each alone; return those done.
 
         Args:
-            shrink: called if only the batch ran out of memory, no item alone.
+            shrink: called if the batch ran out of memory, but no item alone.
         """
         if not items:
             return []
@@ -74,7 +72,7 @@ class FaultBoundary:
         return done
 
     def run_each(self, items: Iterable[T], work: Callable[[T], object]) -> list[T]:
-        """Do `work` on each item alone, if its request is live."""
+        """Do `work` on each item of a live request."""
         done: list[T] = []
         for item in items:
             if item.request in self.live:

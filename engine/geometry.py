@@ -1,9 +1,4 @@
-"""Sizes, grids and bounds of a request. No torch.
-
-canvas      the size in whole cells, with the image in the centre
-plan        a planner token per cell, after a preview of about 256
-patches     a renderer token per patch
-"""
+"""Sizes, grids and bounds of a request. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +14,7 @@ MAX_SOURCES = 4  # of one edit
 MAX_IMAGES = 10  # of one request
 MAX_STEPS = 200
 
-ENLARGED_SIDE = 512  # the published checkpoint enlarges smaller source images
+ENLARGED_SIDE = 512  # the published checkpoint enlarges smaller sources
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Geometry:
 
     @property
     def preview(self) -> Grid:
-        """Return the preview's grid, as `GlmImageProcessor._get_target_shape` does."""
+        """Return the preview's grid, as in `GlmImageProcessor._get_target_shape`."""
         ratio = self.plan.rows / self.plan.cols
         return Grid(int(math.sqrt(ratio) * PREVIEW_SIDE), int(math.sqrt(1 / ratio) * PREVIEW_SIDE))
 
@@ -80,7 +75,7 @@ class Geometry:
 
 
 def edit_size(width: int, height: int) -> tuple[int, int]:
-    """Return (width, height) of an edit without a size: its source image's, within bounds."""
+    """Return an edit's default (width, height): its source image's, within bounds."""
     scale = min(max(1.0, MIN_SIDE / min(width, height)), MAX_SIDE / max(width, height))
     sides = [max(MIN_SIDE, CELL * math.floor(side * scale / CELL + 0.5)) for side in (width, height)]
     width, height = (min(side, MAX_ASPECT * min(sides)) for side in sides)

@@ -1,5 +1,3 @@
-"""How much an engine admits at once."""
-
 from dataclasses import dataclass
 
 import torch
@@ -9,21 +7,20 @@ from models.glm_image.model import GlmImage
 
 BLOCK_SIZE = 32  # tokens
 CPU_KV_BYTES = 1 << 30
-CUDA_KV_SHARE = 0.4  # of memory free after loading the weights
+CUDA_KV_SHARE = 0.4  # of memory free after loading
 CPU_SOURCE_BYTES = 2 << 30
 CUDA_SOURCE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Bounds of everything that takes memory.
+    """Bounds of everything that takes an engine's memory.
 
     Args:
         max_images: in flight.
         max_prompt_tokens: without the codes of source images.
-        kv_tokens: capacity of the key/value cache.
-        render_token_budget: packed tokens of a renderer tick.
-        source_patches: renderer tokens whose keys and values are kept for edits.
+        render_token_budget: packed tokens of a tick.
+        source_patches: whose keys and values are kept for edits.
     """
 
     max_images: int
@@ -35,7 +32,7 @@ class EngineLimits:
 
     @property
     def max_sequences(self) -> int:
-        """Return the plans in flight; an idle engine must fit any request."""
+        """Bound the plans in flight; an idle engine must fit any request."""
         return max(self.max_images, MAX_IMAGES)
 
     @property
@@ -44,7 +41,7 @@ class EngineLimits:
 
     @property
     def source_tokens(self) -> int:
-        """Return `source_patches` in prompt tokens."""
+        """Convert `source_patches` to prompt tokens."""
         return self.source_patches // (CELL // PATCH) ** 2
 
     @property
@@ -53,7 +50,7 @@ class EngineLimits:
 
     @property
     def max_positions(self) -> int:
-        """Bound prompt, source images, preview and plan, each by its longer side."""
+        """Bound the positions: the prompt, then the longer sides of sources, preview and plan."""
         longest_preview = Geometry(MAX_SIDE, MAX_SIDE // MAX_ASPECT).preview.cols
         return self.max_prompt_tokens + MAX_SOURCES * (MAX_SIDE // CELL) + longest_preview + MAX_SIDE // CELL + 1
 
@@ -68,7 +65,7 @@ class EngineLimits:
         render_token_budget: int | None = None,
         source_patches: int | None = None,
     ) -> "EngineLimits":
-        """Return the given limits, and defaults that suit the device."""
+        """Return the limits; those not given suit the device."""
         on_cuda = model.device.type == "cuda"
         images = max_images or (32 if on_cuda else 16)
         needed = images * (Geometry(MAX_SIDE, MAX_SIDE).plan_tokens + max_prompt_tokens)

@@ -1,5 +1,3 @@
-"""The text to draw in an image."""
-
 import re
 
 # The renderer gets strings in this order.
@@ -7,5 +5,5 @@ QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"\u300
 
 
 def quoted_strings(prompt: str) -> list[str]:
-    """Return the quoted strings of a prompt."""
+    """Return the quoted strings of a prompt: the text to draw."""
     return [text for pattern in QUOTES for text in re.findall(pattern, prompt)]

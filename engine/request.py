@@ -1,4 +1,4 @@
-"""Requests, their images, and events."""
+"""Requests, images and events of the engine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Request:
     """`spec.n` images of one prompt, which share its keys and values.
 
     Args:
-        deadline_at: `time.monotonic()` seconds.
-        plans: known plans, by image index.
+        deadline_at: monotonic seconds.
+        plans: known ones, by image index.
         source_images, preprocessed: of an edit; filled before `Engine.submit`.
     """
 
@@ -40,7 +40,7 @@ class Request:
         return [Image(self, index) for index in range(self.spec.n)]
 
     def set_known_plans(self) -> None:
-        """Set the plans that the client or `plans` provides."""
+        """Set plans from `spec` or `plans`."""
         for image in self.images:
             image.plan = Plan.from_dict(self.spec.plan) if self.spec.plan else self.plans.get(image.index)
 
@@ -51,12 +51,10 @@ class Request:
 
     @property
     def source_tokens(self) -> int:
-        """Return the prompt tokens of the source images."""
         return sum(source.tokens for source in self.encoded or self.preprocessed)
 
     @property
     def source_patches(self) -> int:
-        """Return the renderer tokens of the source images."""
         return sum(source.patches for source in self.encoded or self.preprocessed)
 
     @property
@@ -66,7 +64,7 @@ class Request:
 
 @dataclass(eq=False)
 class Image:
-    """One image of a request."""
+    """Image `index` of a request."""
 
     request: Request
     index: int
@@ -74,7 +72,7 @@ class Image:
     plan: Plan | None = None  # filled when planning ends
     admitted_at: float = field(default_factory=time.monotonic)
     planned_at: float = 0.0  # ready to render
-    rendered_at: float = 0.0  # its last denoising step done
+    rendered_at: float = 0.0  # last denoising step done
     decoded_at: float = 0.0
 
     @property
@@ -82,7 +80,7 @@ class Image:
         return self.request.spec.seed + self.index
 
 
-# Events. Every request ends with one Finished or Failed, unless cancelled.
+# Events. Unless cancelled, a request ends with one Finished or Failed.
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` planner tokens or denoising steps are done."""
+    """`step` of `steps` tokens or denoising steps are done."""
 
     request: Request
     phase: str  # planning | rendering
@@ -104,11 +102,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Partial:
-    """An unfinished image: pixels as of `Rendered`.
+    """An unfinished image; pixels as in `Rendered`.
 
     Args:
         index: below `JobSpec.partial_images`; 0 is the preview, if any.
-        grid: the preview or the plan.
+        grid: preview or plan.
     """
 
     image: Image

@@ -1,5 +1,3 @@
-"""Stop asyncio tasks. No torch."""
-
 import asyncio
 from typing import Any
 
@@ -7,7 +5,7 @@ from typing import Any
 async def stop(task: asyncio.Future[Any]) -> None:
     """Cancel a task until it ends; drop its exception.
 
-    Once is not enough: on Python 3.11 `asyncio.wait_for` can swallow a cancellation as it finishes.
+    Python 3.11's `asyncio.wait_for` can swallow a cancellation.
     """
     while not task.done():
         task.cancel()

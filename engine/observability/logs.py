@@ -1,4 +1,4 @@
-"""Logs: one line per event, as text or JSON, to stderr. Events hold ids and sizes, never prompts or image data."""
+"""Logs: one line per event. Events hold ids and sizes, never prompts or images."""
 
 import logging
 import sys
@@ -16,7 +16,6 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 
 
 def _value(value: Any) -> str:
-    """Format a value, quoted unless it is one word."""
     text = f"{value:.1f}" if isinstance(value, float) else str(value)
     if text and _PLAIN.issuperset(text):
         return text
@@ -27,17 +26,17 @@ _bound: ContextVar[dict[str, Any] | None] = ContextVar("bound", default=None)
 
 
 def bind(**fields: Any) -> None:
-    """Add fields to events of this task and tasks it starts."""
+    """Add fields to events of this task and its children."""
     _bound.set({**bound(), **fields})
 
 
 def bound() -> dict[str, Any]:
-    """Return the fields bound in this task."""
+    """Return this task's bound fields."""
     return _bound.get() or {}
 
 
 def event(logger: logging.Logger, name: str, level: int = logging.INFO, **fields: Any) -> None:
-    """Log `name key=value ...` with the bound fields, without None values."""
+    """Log `name key=value ...` with the bound fields; omit None."""
     if logger.isEnabledFor(level):
         fields = {key: value for key, value in (bound() | fields).items() if value is not None}
         line = " ".join((name, *(f"{key}={_value(value)}" for key, value in fields.items())))
@@ -45,14 +44,12 @@ def event(logger: logging.Logger, name: str, level: int = logging.INFO, **fields
 
 
 def where(error: BaseException) -> str:
-    """Return the traceback on one line, innermost frame first, without the error's text."""
+    """Return the traceback on one line, innermost frame first, without error text."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return "<".join(f"{frame.filename}:{frame.lineno}:{frame.name}" for frame in reversed(frames))
 
 
 class LineFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00Z info glimmer.api message`."""
-
     converter = time.gmtime
 
     def __init__(self) -> None:
@@ -70,7 +67,7 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object with `time`, `level`, `logger` and an event's fields, or else a `message`."""
+    """An object with `time`, `level`, `logger` and the event's fields or a `message`."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -86,7 +83,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, log_format: LogFormat = "text") -> None:
-    """Send all logs to stderr; those of libraries from warnings up, since others may quote requests."""
+    """Log to stderr; libraries only from warnings up: others may quote requests."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else LineFormatter())
     minimum = getattr(logging, level.upper())

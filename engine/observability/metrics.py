@@ -1,5 +1,3 @@
-"""Prometheus metrics of an engine."""
-
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,7 +10,7 @@ BATCH = (1, 2, 4, 8, 16, 32, 64)
 
 
 class EngineMetrics:
-    """One engine's metrics. No label depends on a request."""
+    """Prometheus metrics of an engine. No label depends on a request."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -22,7 +20,7 @@ class EngineMetrics:
         batch_size = partial(Histogram, buckets=BATCH, registry=registry)
 
         self.jobs = counter("glimmer_jobs", "Jobs this engine ended, by final state", ["state"])
-        for state in TERMINAL_STATES:  # from 0: Prometheus would miss the first increase
+        for state in TERMINAL_STATES:  # start at 0, or Prometheus misses the first increase
             self.jobs.labels(state.value)
         self.images = counter("glimmer_images", "Finished images")
         self.partial_images = counter("glimmer_partial_images", "Partial images rendered")

@@ -1,12 +1,12 @@
-"""Traces through OpenTelemetry; no-op spans unless `OTEL_EXPORTER_OTLP_ENDPOINT` is set. No torch.
+"""OpenTelemetry traces; no-op spans unless `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
-    POST /v1/images/generations        of the API
-        queue                          from submit to claim
-        run                            one per engine
-            plan render decode encode  of each image
+    POST /v1/images/generations        API
+        queue                          submit to claim
+        run                            one per claim
+            plan render decode encode  per image
             commit
 
-Jobs carry the `traceparent` to the engines. Spans hold times, sizes and ids, never prompts or images.
+Jobs carry the `traceparent`. Spans never hold prompts or images.
 """
 
 import os
@@ -33,13 +33,13 @@ Attributes = dict[str, str | int | None]
 
 
 class TracingError(Exception):
-    """Tracing is enabled but cannot be set up."""
+    """Tracing cannot be set up."""
 
 
 class Span:
     """A span in progress, to which finished ones can be added.
 
-    Times are `time.monotonic()` seconds; with one offset, clock changes cannot reorder them.
+    Times are monotonic seconds; with one offset, clock changes cannot reorder them.
 
     Args:
         parent: a `traceparent`; an invalid one starts a new trace.
@@ -63,7 +63,7 @@ class Span:
 
     @property
     def traceparent(self) -> str:
-        """Return the header; empty for a no-op span."""
+        """Return the header; a no-op span's is empty."""
         carrier: dict[str, str] = {}
         _PROPAGATOR.inject(carrier, self._context)
         return carrier.get("traceparent", "")
@@ -77,7 +77,7 @@ class Span:
         self._add(name, self._parent, began, ended, {})
 
     def end(self, *, name: str = "", error: str | None = None, attributes: Attributes | None = None) -> None:
-        """End the span, as failed if it has an `error` code."""
+        """End the span, as failed if there is an `error` code."""
         if name:
             self._span.update_name(name)
         if error is not None:
@@ -100,20 +100,20 @@ class Span:
 
 
 class Tracing:
-    """Starts the spans of a process; no-op spans without a provider."""
+    """Starts spans; no-op ones without a provider."""
 
     def __init__(self, provider: "TracerProvider | None" = None) -> None:
         self._provider = provider
         self._tracer = (provider or trace.NoOpTracerProvider()).get_tracer("glimmer")
 
     def request(self, method: str, traceparent: str) -> Span:
-        """Start the span of an HTTP request."""
+        """Start an HTTP request's span."""
         if self._provider is None:
             traceparent = ""  # no-op spans would forward it
         return Span(self._tracer, method, traceparent, {"http.request.method": method}, SpanKind.SERVER)
 
     def run(self, claim: Claim, engine_id: str) -> Span:
-        """Start the `run` span of a new claim; add its `queue` span."""
+        """Start a claim's `run` span; add its `queue` span."""
         if not claim.origin.traceparent:
             return Span()
         spec = claim.spec
@@ -139,10 +139,7 @@ class Tracing:
 
 
 def open_tracing(service: str) -> Tracing:
-    """Set up tracing from the `OTEL_*` variables.
-
-    Args:
-        service: default service name.
+    """Set up tracing from the `OTEL_*` variables; `service` is the default name.
 
     Raises:
         TracingError: invalid variables, or no SDK.
@@ -181,7 +178,6 @@ def open_tracing(service: str) -> Tracing:
 
 
 def _exporter_variable(name: str) -> str:
-    """Return the setting for traces, else for all."""
     return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
 
 

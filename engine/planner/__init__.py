@@ -1,1 +1,1 @@
-"""The first stage: writes plans."""
+"""Writes plans."""

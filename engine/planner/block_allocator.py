@@ -1,11 +1,9 @@
-"""Blocks of the key/value cache. Integers only."""
-
 import heapq
 from collections import Counter
 
 
 class BlockAllocator:
-    """Hands out blocks and counts their holders. Free + used = total, always.
+    """Hands out cache blocks and counts their holders. Free + used = total, always.
 
     The lowest go first: a contiguous sequence can be read in place.
     """
@@ -24,7 +22,7 @@ class BlockAllocator:
         return len(self._holders)
 
     def allocate(self, count: int) -> list[int]:
-        """Allocate free blocks, with one holder each."""
+        """Allocate blocks, with one holder each."""
         assert count <= self.free, f"{count} blocks asked for, {self.free} free: admission must reserve first"
         allocated = [heapq.heappop(self._free) for _ in range(count)]
         self._holders.update(allocated)
@@ -46,7 +44,7 @@ class BlockAllocator:
                 heapq.heappush(self._free, block)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if a block is lost, doubled, or free and held."""
+        """Raise AssertionError if a block is lost or doubled."""
         assert self.free + self.used == self.total
         assert set(self._free).isdisjoint(self._holders)
         assert len(set(self._free)) == self.free

@@ -1,7 +1,6 @@
-"""Decides which prompts are prefilled and which sequences decode.
+"""Decides what is prefilled and decoded.
 
-A plan's length is known, so all its memory is reserved at admission: nothing is preempted, recomputed or out of memory
-half way.
+A plan's length is known, so admission reserves all its memory: nothing is preempted or recomputed.
 """
 
 from collections import deque
@@ -16,7 +15,7 @@ from engine.request import Image, Request
 
 @dataclass(eq=False)
 class Sequence:
-    """The plan of one image being written.
+    """A plan being written.
 
     Args:
         buffer_index: its line in the runner's buffers.
@@ -35,17 +34,16 @@ class Sequence:
 
     @cached_property
     def total(self) -> int:
-        """Return the length of the plan."""
+        """Return the plan tokens to write."""
         return self.request.spec.image_plan_tokens
 
     @property
     def cached(self) -> int:
-        """Return the tokens cached after the next decode step."""
+        """Return the cached tokens after the next decode step."""
         return self.prompt_length + self.written
 
     @property
     def has_preview(self) -> bool:
-        """Return whether a preview has been written."""
         preview, *others = self.request.spec.grids
         return bool(others) and self.written >= preview.tokens
 
@@ -56,7 +54,7 @@ class Sequence:
 
 @dataclass(eq=False)
 class PromptGroup:
-    """The sequences of one request, whose prompt is prefilled once."""
+    """A request's sequences, whose prompt is prefilled once."""
 
     request: Request
     sequences: list[Sequence]
@@ -64,7 +62,7 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class PlannerStep:
-    """Prompts to prefill and sequences to advance by one token."""
+    """What to run in one step."""
 
     prefill: list[PromptGroup] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
@@ -75,11 +73,10 @@ class PlannerStep:
 
 
 class PlannerScheduler:
-    """Admission and step-by-step scheduling of plans.
+    """Admits requests and schedules every step.
 
     Args:
-        max_prompt_tokens: without the codes of source images.
-        prefill_tokens: most prompt tokens of a step, though one prompt always goes through.
+        prefill_tokens: limit of a step; one prompt always goes.
     """
 
     def __init__(
@@ -105,24 +102,23 @@ class PlannerScheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Return all admitted sequences."""
         return self._decode + [sequence for group in self._prefill for sequence in group.sequences]
 
     @property
     def steps_left(self) -> int:
-        """Return the steps until all admitted plans are written."""
+        """Return the steps that all admitted plans still take."""
         left = [sequence.total - sequence.written for sequence in self.sequences]
         return max(max(left, default=0), -(-sum(left) // self.decode_limit.current))
 
     def sequences_with_new_preview(self) -> list[Sequence]:
-        """Return sequences whose preview is wanted and written, but not yet set."""
+        """Return sequences whose preview is wanted, written and not yet set."""
         return [s for s in self._decode if s.request.spec.partial_images and s.image.preview is None and s.has_preview]
 
     def completed_sequences(self) -> list[Sequence]:
         return [sequence for sequence in self._decode if sequence.is_complete]
 
     def check(self, request: Request) -> None:
-        """Raise RequestError if even an idle engine could not plan it."""
+        """Raise RequestError if even an idle stage could not plan it."""
         if request.is_planned:
             return
         prompt_tokens = len(request.prompt_ids) - request.source_tokens
@@ -143,12 +139,12 @@ class PlannerScheduler:
             raise RequestError(f"this server makes at most {self.max_sequences} images of a request at once", param="n")
 
     def fits(self, request: Request) -> bool:
-        """Return whether memory for the whole request is free."""
+        """Return whether enough memory is free."""
         unplanned = self._unplanned(request)
         return not unplanned or (self._blocks_needed(request) <= self.allocator.free and unplanned <= self.free_buffers)
 
     def admit(self, request: Request) -> None:
-        """Reserve memory for the request's plans."""
+        """Reserve memory."""
         sequences: list[Sequence] = []
         prompt_blocks: list[int] = []
         for image in request.images:
@@ -164,7 +160,7 @@ class PlannerScheduler:
     def schedule(self) -> PlannerStep:
         """Return the next step: prompts within the limit, and all prefilled sequences.
 
-        When memory is short, the first ones decode, so that each is completed.
+        After memory ran out, only the oldest decode, so that each is completed.
         """
         prefill: list[PromptGroup] = []
         tokens, limit = 0, self.prefill_limit.take() if self._prefill else 0
@@ -176,19 +172,19 @@ class PlannerScheduler:
         return PlannerStep(prefill, self._decode[: self.decode_limit.take()] if self._decode else [])
 
     def mark_prefilled(self, group: PromptGroup) -> None:
-        """Let a group decode, its first tokens chosen."""
+        """Let a group decode; its first tokens are sampled."""
         self._prefill.remove(group)
         for sequence in group.sequences:
             sequence.written = 1
             self._decode.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Free the memory of a complete plan."""
+        """Free a plan's memory."""
         self._decode.remove(sequence)
         self._release(sequence)
 
     def abort(self, request: Request) -> None:
-        """Free everything the request holds."""
+        """Free what the request holds."""
         for group in [g for g in self._prefill if g.request is request]:
             self._prefill.remove(group)
             for sequence in group.sequences:
@@ -197,7 +193,7 @@ class PlannerScheduler:
             self.finish(sequence)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if blocks or buffers leaked."""
+        """Raise AssertionError if memory leaked."""
         self.allocator.check_integrity()
         assert self.free_buffers + len(self.sequences) == self.max_sequences
         assert not self.is_idle or self.allocator.used == 0
@@ -210,11 +206,10 @@ class PlannerScheduler:
         return sum(image.plan is None for image in request.images)
 
     def _prompt_blocks(self, request: Request) -> int:
-        """Count the full blocks, which images share."""
+        """Count full blocks, which images share."""
         return len(request.prompt_ids) // self.block_size
 
     def _image_blocks(self, request: Request) -> int:
-        """Count those of the prompt's remainder and the plan."""
         remainder = len(request.prompt_ids) % self.block_size
         return -(-(remainder + request.spec.image_plan_tokens) // self.block_size)
 

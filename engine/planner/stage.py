@@ -1,5 +1,3 @@
-"""The planner stage."""
-
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -23,9 +21,8 @@ class PlannerStage:
     """Continuous batching of plans over a paged cache.
 
     Args:
-        emit: gets `Planned` events.
-        on_preview: gets an image whose preview is written, if partial images are wanted.
-        on_plan: gets an image whose plan is written.
+        on_preview: gets images whose preview is written, if partial images are wanted.
+        on_plan: gets planned images.
     """
 
     def __init__(
@@ -62,7 +59,7 @@ class PlannerStage:
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the time until all admitted plans are written."""
+        """Estimate the time for all admitted plans."""
         return self.scheduler.steps_left * (self._step_seconds.value or 0.0)
 
     def check(self, request: Request) -> None:
@@ -70,7 +67,7 @@ class PlannerStage:
 
         Raises:
             PromptError: it contains control tokens.
-            RequestError: even an idle stage could not plan the request.
+            RequestError: even an idle stage could not plan it.
         """
         spec, geometry = request.spec, request.spec.geometry
         ids = self._prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width, spec.num_sources)
@@ -79,18 +76,18 @@ class PlannerStage:
         self.scheduler.check(request)
 
     def fits(self, request: Request) -> bool:
-        """Return whether memory for its plans is free."""
+        """Return whether enough memory is free."""
         return self.scheduler.fits(request)
 
     def admit(self, request: Request) -> None:
-        """Reserve memory for the plans to write, once source images are encoded."""
+        """Reserve memory, once source images are encoded."""
         codes = torch.cat([source.codes.flatten() for source in request.encoded]).tolist() if request.encoded else []
         request.prompt_ids = fill_in_codes(request.prompt_ids, self._prompts.image_token, codes)
         if not request.is_planned:
             self.scheduler.admit(request)
 
     def step(self) -> None:
-        """Prefill prompts, write the other plans one token further, pass on complete ones."""
+        """Prefill prompts; decode one token of the other plans."""
         started = time.monotonic()
         scheduler, boundary, step = self.scheduler, self._boundary, self.scheduler.schedule()
         prompt_tokens, batch_size = step.prompt_tokens, len(step.decode)
@@ -112,18 +109,18 @@ class PlannerStage:
         self._metrics.planner_step.observe(seconds)
 
     def abort(self, request: Request) -> None:
-        """Free everything the request holds."""
+        """Free what the request holds."""
         self.scheduler.abort(request)
 
     def progress(self, request: Request) -> Progress:
-        """Count the plan tokens written."""
+        """Count plan tokens."""
         tokens = request.spec.image_plan_tokens
         written = sum(tokens for image in request.images if image.plan)
         written += sum(s.written for s in self.scheduler.sequences if s.request is request)
         return Progress(request, "planning", written, tokens * request.spec.n)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if blocks or buffers leaked."""
+        """Raise AssertionError if memory leaked."""
         self.scheduler.check_integrity()
 
     def _finish_preview(self, sequence: Sequence) -> None:

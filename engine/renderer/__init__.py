@@ -1,1 +1,1 @@
-"""The second stage: renders images."""
+"""Renders images."""

@@ -1,7 +1,6 @@
 """Decides which images advance by a denoising step.
 
-Batching pays only until the device is busy; then interleaving equal images makes all late. So a tick is filled to a
-token limit, least remaining work first.
+Batching pays only until the device is busy; beyond that, interleaving equal images makes all late.
 """
 
 import time
@@ -18,7 +17,7 @@ class Work(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Return the packed tokens of one step."""
+        """Return the packed tokens of a step."""
         ...
 
     @property
@@ -26,7 +25,7 @@ class Work(Protocol):
 
     @property
     def deadline_at(self) -> float:
-        """Return monotonic seconds, or infinity."""
+        """Return monotonic seconds or infinity."""
         ...
 
 
@@ -44,10 +43,10 @@ class _Entry(Generic[W]):
 
 
 class RenderScheduler(Generic[W]):
-    """Least remaining work first, with ageing; an image about to miss its deadline goes before.
+    """Picks images about to miss their deadline, then least remaining work first, with ageing.
 
     Args:
-        token_budget: most packed tokens of a tick, though one image always goes.
+        token_budget: limit of a tick; one image always goes.
     """
 
     def __init__(self, token_budget: int):
@@ -63,7 +62,7 @@ class RenderScheduler(Generic[W]):
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the time until all remaining steps are done."""
+        """Estimate the time for all remaining steps."""
         return sum(entry.remaining for entry in self._entries) * (self._seconds_per_token.value or 0.0)
 
     def add(self, work: W) -> None:
@@ -75,7 +74,7 @@ class RenderScheduler(Generic[W]):
     def pick(self, now: float | None = None) -> list[W]:
         """Return the images of the next tick.
 
-        Waits are bounded: every tick takes a whole limit off the rank of those not picked.
+        Waits are bounded: every tick lowers the rank of the others by a whole token limit.
         """
         if not self._entries:
             return []
@@ -91,12 +90,12 @@ class RenderScheduler(Generic[W]):
         return [entry.work for entry in picked]
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Record how long a tick took."""
+        """Record a tick's duration."""
         self._seconds_per_token.add(seconds / tokens)
 
     def _rank(self, entry: _Entry[W], now: float) -> tuple[bool, float]:
         needed = entry.remaining * (self._seconds_per_token.value or 0.0)
         slack = entry.work.deadline_at - now - needed
-        if slack < needed:  # from now on it must run every other tick
+        if slack < needed:  # it must run every other tick
             return False, entry.work.deadline_at
         return True, entry.remaining - entry.waited * self.token_limit.current

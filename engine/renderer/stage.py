@@ -1,5 +1,3 @@
-"""The renderer stage."""
-
 import time
 from collections.abc import Callable
 
@@ -34,7 +32,7 @@ class RendererStage:
     ):
         self.scheduler: RenderScheduler[Rendering] = RenderScheduler(limits.render_token_budget)
         self.runner = RendererRunner(model)
-        self.tick_seconds = 0.0  # of the last step
+        self.tick_seconds = 0.0  # of the last one
         self._device, self._codebook_size = model.device, model.renderer.config.prior_vq_quantizer_codebook_size
         self._max_source_patches = limits.source_patches
         self._metrics, self._boundary, self._emit = metrics, boundary, emit
@@ -43,40 +41,40 @@ class RendererStage:
 
     @property
     def is_idle(self) -> bool:
-        """Return whether nothing is being rendered; admitted requests may still be planned."""
+        """Return whether nothing renders; admitted requests may still be in planning."""
         return not len(self.scheduler)
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the time until all present renderings are done."""
+        """Estimate the time for all current renderings."""
         return self.scheduler.seconds_left
 
     def check(self, request: Request) -> None:
-        """Raise RequestError if even an idle stage could not render the request."""
+        """Raise RequestError if even an idle stage could not render it."""
         _check_sources(request, self._max_source_patches)
         for image in request.images:
             _check_plan(image, self._codebook_size)
 
     def fits(self, request: Request) -> bool:
-        """Return whether memory for its source images is free."""
+        """Return whether its source images fit in memory."""
         admitted = sum(other.source_patches for other in self._images_left)
         return admitted + request.source_patches <= self._max_source_patches
 
     def admit(self, request: Request) -> None:
-        """Reserve memory for source images, and render planned images."""
+        """Reserve memory for source images; render planned images."""
         self._images_left[request] = request.spec.n
         self._render([image for image in request.images if image.plan])
 
     def render(self, image: Image) -> None:
-        """Render an image of an admitted request that has just been planned."""
+        """Render a planned image of an admitted request."""
         self._render([image])
 
     def render_preview(self, image: Image) -> None:
-        """Render the preview of an image."""
+        """Render an image's preview."""
         self.scheduler.add(self.runner.prepare_preview(image))
 
     def step(self) -> None:
-        """Advance a batch by one denoising step, and decode what is due."""
+        """Advance a batch by one denoising step; decode what is due."""
         batch = self.scheduler.pick()
         if not batch:
             return
@@ -96,32 +94,32 @@ class RendererStage:
         self._boundary.run_each([r for r in advanced if not r.steps_left], self._finish)
 
     def abort(self, request: Request) -> None:
-        """Free everything the request holds."""
+        """Free what the request holds."""
         self._images_left.pop(request, None)
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
         self.runner.release(request)
 
     def progress(self, request: Request) -> Progress:
-        """Count the denoising steps done."""
+        """Count denoising steps."""
         steps_left = sum(r.steps_left for r in self.scheduler if r.request is request and not r.is_preview)
         steps = request.spec.num_inference_steps * request.spec.n
         return Progress(request, "rendering", steps - steps_left, steps)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if anything is held for an ended request."""
+        """Raise AssertionError if memory leaked."""
         assert all(request in self._boundary.live for request in self._images_left)
         assert self._images_left or (self.is_idle and not len(self.runner.source_kv))
 
     def _render(self, images: list[Image]) -> None:
-        """Prepare all before adding any: a failure must add none."""
+        """Prepare all before adding any: a failure adds none."""
         prepared = [rendering for image in images for rendering in self._prepare(image)]
         for rendering in prepared:
             rendering.image.planned_at = time.monotonic()
             self.scheduler.add(rendering)
 
     def _prepare(self, image: Image) -> list[Rendering]:
-        """Prepare the image, and first its preview if that came with the plan and is wanted."""
+        """Prepare the image, after its preview if that came with the plan and is wanted."""
         renderings = []
         if image.request.spec.partial_images and image.preview is None and image.plan and image.plan.preview:
             image.preview = image.plan.preview
@@ -129,7 +127,6 @@ class RendererStage:
         return [*renderings, self.runner.prepare(image)]
 
     def _waits_for_preview(self, rendering: Rendering) -> bool:
-        """Return whether the preview, which goes first, is still being rendered."""
         return not rendering.is_preview and any(r.is_preview for r in self.scheduler if r.image is rendering.image)
 
     def _send_partial(self, rendering: Rendering) -> None:

@@ -1,4 +1,4 @@
-"""Encode pixels [height, width, 3], uint8, as files."""
+"""Encode pixels [height, width, 3] uint8 as files."""
 
 import io
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from torch import Tensor
 from engine.jobs.job import ImageResult, JobSpec, OutputFormat, PartialImage
 from engine.request import Image, Partial, Request
 
-PNG_COMPRESS_LEVEL = 4  # of 9: twice as fast as the default of 6 for files 2% larger
+PNG_COMPRESS_LEVEL = 4  # of 9; twice as fast as the default, 6, for files 2% larger
 
 
 def encode_result(image: Image, pixels: Tensor) -> ImageResult:
-    """Return a finished image's file and seed, and its plan if requested."""
+    """Encode an image; add its plan if requested."""
     spec = image.request.spec
     pixels = _with_overlay(pixels, image.request)
     data = encode(pixels, spec.output_format, spec.output_compression, metadata(spec, image.seed))
@@ -24,7 +24,7 @@ def encode_result(image: Image, pixels: Tensor) -> ImageResult:
 
 
 def encode_partial(partial: Partial) -> PartialImage:
-    """Return a partial image's file, at the final size."""
+    """Encode a partial image at the final size."""
     spec = partial.request.spec
     pixels = _with_overlay(resize(partial.pixels, spec.width, spec.height), partial.request)
     data = encode(pixels, spec.output_format, spec.output_compression)
@@ -40,7 +40,7 @@ def resize(pixels: Tensor, width: int, height: int) -> Tensor:
 
 
 def apply_overlay(pixels: Tensor, overlay: bytes) -> Tensor:
-    """Paste an RGBA PNG of the same size over pixels; its opaque pixels stay exact."""
+    """Paste an RGBA PNG of the same size; its opaque pixels stay exact."""
     image = PillowImage.fromarray(pixels.numpy())
     with PillowImage.open(io.BytesIO(overlay), formats=["PNG"]) as cover:
         assert cover.size == image.size, f"an overlay of {cover.size} for an image of {image.size}"
@@ -49,7 +49,7 @@ def apply_overlay(pixels: Tensor, overlay: bytes) -> Tensor:
 
 
 def metadata(spec: JobSpec, seed: int) -> dict[str, str]:
-    """Return the texts that `encode` embeds; the prompt only if requested."""
+    """Return the texts to embed; the prompt only if requested."""
     texts = {"seed": str(seed), "size": f"{spec.width}x{spec.height}", "model": spec.model}
     if spec.embed_prompt:
         texts["prompt"] = spec.prompt
@@ -74,7 +74,6 @@ def encode(pixels: Tensor, output_format: OutputFormat, quality: int, texts: Map
 
 
 def _with_overlay(pixels: Tensor, request: Request) -> Tensor:
-    """Apply an edit's overlay: the parts of the source image that its mask keeps."""
     overlay = request.source_images.overlay if request.source_images else None
     return pixels if overlay is None else apply_overlay(pixels, overlay)
 

@@ -1,12 +1,10 @@
-"""Map exceptions to the errors clients get."""
-
 from engine.device_errors import is_out_of_memory
 from engine.errors import RequestError, WriteRefused
 from engine.jobs.job import JobError, JobSpec
 
 
 def to_job_error(error: Exception, spec: JobSpec) -> JobError:
-    """Return the client's error; internal failures without their text, which may quote a prompt."""
+    """Map an exception to the client's error, without internal texts, which may quote a prompt."""
     if isinstance(error, RequestError):
         return JobError(error.message, "invalid_request_error", error.code, error.param)
     if isinstance(error, WriteRefused):

@@ -1,5 +1,3 @@
-"""Run a claimed job, from its inputs in the queue to its result there."""
-
 import asyncio
 import logging
 import threading
@@ -23,7 +21,7 @@ from engine.worker.job_errors import to_job_error
 from engine.worker.plan_cache import PlanCache
 
 REDIS_RETRY_S = 0.3
-MAX_WRITE_ATTEMPTS = 10  # refused while small writes succeed
+MAX_WRITE_ATTEMPTS = 10  # while small ones succeed
 
 logger = logging.getLogger("glimmer.engine")
 T = TypeVar("T")
@@ -31,12 +29,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lost:
-    """The job was cancelled, expired, or taken over."""
+    """The job was cancelled, expired or taken over."""
 
 
 @dataclass(eq=False)
 class RunningJob:
-    """A claimed job and its results so far."""
+    """A claimed job and its results."""
 
     claim: Claim
     request: Request
@@ -50,12 +48,11 @@ class RunningJob:
 
     @property
     def source_tokens(self) -> int:
-        """Return the source images' tokens: an upper bound until they are preprocessed."""
+        """Return the source images' tokens: a bound until they are preprocessed."""
         return self.request.source_tokens or self.claim.spec.source_tokens
 
     @property
     def log_fields(self) -> dict[str, Any]:
-        """Return the ids of the job and its request."""
         return {"job": self.claim.job_id, "request": self.claim.origin.request_id or None}
 
 
@@ -63,7 +60,7 @@ class JobRunner:
     """Runs claimed jobs, each in one call of `run`, so that a failure ends only its job.
 
     Args:
-        stopping: ends the retries of writes.
+        stopping: ends retries.
         wake_engine: called after a submit.
         capacity_changed: called when a job's exact memory is known.
     """
@@ -82,7 +79,7 @@ class JobRunner:
         self._wake_engine, self._capacity_changed = wake_engine, capacity_changed
 
     async def run(self, job: RunningJob) -> None:
-        """Run a job until it has ended or is lost."""
+        """Run a job to its end or loss."""
         claim, state = job.claim, None
         bind(**job.log_fields)
         event(logger, "job_claimed", run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans))
@@ -102,11 +99,10 @@ class JobRunner:
         event(logger, "job_ended", state=ended, seconds=time.monotonic() - job.started)
 
     async def _load_inputs(self, job: RunningJob) -> None:
-        """Fetch an edit's source images, and cached plans."""
         claim, request = job.claim, job.request
         if claim.spec.num_sources:
             request.source_images = await self._write_with_retry(job, lambda: self._queue.source_images(claim))
-        if request.source_images is not None:  # they are deleted when the job ends
+        if request.source_images is not None:  # deleted when the job ends
             request.preprocessed = await asyncio.to_thread(self._engine.preprocess_images, request.source_images)
             self._capacity_changed()
         with suppress(QueueUnavailable):
@@ -115,7 +111,7 @@ class JobRunner:
             request.plans = cached | request.plans
 
     async def _handle_events(self, job: RunningJob) -> JobState | None:
-        """Act on the engine's events. Return the job's final state; None if it was lost."""
+        """Return the final state; None if the job was lost."""
         while True:
             match await job.events.get():
                 case Planned(index=index, plan=plan):
@@ -144,7 +140,7 @@ class JobRunner:
                     return None
 
     async def _send_partial(self, job: RunningJob, partial: Partial) -> None:
-        """Send a partial image without retries: a late one is worthless."""
+        """Send without retries: a late one is useless."""
         try:
             await self._queue.partial_image(job.claim, await asyncio.to_thread(encode_partial, partial))
         except Exception as error:
@@ -152,7 +148,7 @@ class JobRunner:
 
     async def _commit(self, job: RunningJob) -> JobState | None:
         images = await asyncio.gather(*(job.results[index] for index in range(job.claim.spec.n)))
-        await asyncio.gather(*job.partials)  # not delivered after the commit
+        await asyncio.gather(*job.partials)  # none is delivered after the commit
         request = job.request
         result = JobResult(images, len(request.prompt_ids), job.claim.spec.plan_tokens, request.source_tokens)
         began = time.monotonic()
@@ -172,11 +168,10 @@ class JobRunner:
         return JobState.FAILED if written else None
 
     async def _write_with_retry(self, job: RunningJob, write: Callable[[], Awaitable[T]]) -> T:
-        """Write to the queue, retrying while Redis is unavailable; the epoch decides whether the write counts.
+        """Retry a write while Redis is unavailable; the epoch makes this safe.
 
-        A value over Redis' size limit (which breaks the connection) or free memory fails like an outage. Small writes
-        tell the two apart: each retry waits until one succeeds. After `MAX_WRITE_ATTEMPTS` the write is given up, for
-        each attempt takes memory from other writes.
+        A value over Redis' size limit (which breaks the connection) or free memory fails like an outage, except that
+        small writes succeed: each retry waits for one. `MAX_WRITE_ATTEMPTS` bounds the memory taken from other writes.
 
         Raises:
             WriteRefused: Redis accepts only small writes.
@@ -208,5 +203,5 @@ async def _encode(job: RunningJob, image: Image, pixels: Tensor) -> ImageResult:
 
 
 def _log_failure(name: str, level: int, error: Exception) -> None:
-    """Log an error without its text, which may quote a prompt."""
+    # without the text, which may quote a prompt
     event(logger, name, level, error=type(error).__name__, where=where(error))

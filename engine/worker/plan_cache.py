@@ -1,5 +1,3 @@
-"""Plans kept in Redis: a request that differs only in steps, guidance or output format needs no planning. No torch."""
-
 import hashlib
 
 import orjson
@@ -9,33 +7,27 @@ from engine.jobs.job import JobSpec, Plan, SourceImages
 
 
 class PlanCache:
-    """The plans of one planner.
+    """Keeps plans in Redis for requests that differ only in steps, guidance or output format.
+
+    Methods raise QueueUnavailable.
 
     Args:
-        planner: `GlmImage.planning_fingerprint`.
-        ttl_s: 0 keeps no plans.
+        planner: `GlmImage.planning_fingerprint()`.
+        ttl_s: 0 keeps none.
     """
 
     def __init__(self, queue: JobConsumer, planner: str, ttl_s: int):
         self._queue, self._planner, self._ttl_s = queue, planner, ttl_s
 
     async def lookup(self, spec: JobSpec, sources: SourceImages | None) -> dict[int, Plan]:
-        """Return the plans kept for a request's images, by image index.
-
-        Raises:
-            QueueUnavailable: Redis cannot be reached.
-        """
+        """Return the known plans by image index."""
         if not self._ttl_s or spec.plan:
             return {}
         plans = await self._queue.cached_plans([self._key(spec, sources, index) for index in range(spec.n)])
         return {index: plan for index, plan in enumerate(plans) if plan is not None}
 
     async def store(self, spec: JobSpec, sources: SourceImages | None, index: int, plan: Plan) -> None:
-        """Keep the plan of image `index` for `ttl_s`.
-
-        Raises:
-            QueueUnavailable: Redis cannot be reached.
-        """
+        """Keep the plan of image `index`."""
         if self._ttl_s:
             await self._queue.cache_plan(self._key(spec, sources, index), plan, self._ttl_s)
 

@@ -1,4 +1,4 @@
-"""One engine process, from its settings to its exit code."""
+"""One engine process."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger("glimmer.engine")
 
 
 class ConfigurationError(Exception):
-    """A setting that this machine cannot serve."""
+    """A setting that this machine cannot provide."""
 
 
 def main(settings: EngineSettings) -> int:
@@ -88,11 +88,7 @@ def _load(settings: EngineSettings) -> Engine:
 
 
 def _ready(starting: EngineInfo, model: GlmImage, configured: str | None) -> EngineInfo:
-    """Return the heartbeats' content once the model is loaded.
-
-    Args:
-        configured: the settings' model; empty for the shipped one.
-    """
+    """Return the heartbeats' content for a loaded model."""
     side = model.autoencoder.default_side
     return replace(
         starting,

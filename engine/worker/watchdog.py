@@ -1,5 +1,3 @@
-"""Watchdog of the engine's thread."""
-
 import logging
 import os
 import time
@@ -13,23 +11,19 @@ from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import JobSpec
 from engine.observability.logs import event
 
-STEP_TIMEOUT_S = 11.0  # watchdog timeout of one engine step
-CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added on a CPU per megapixel in flight: a step can take that long
+STEP_TIMEOUT_S = 11.0  # of one engine step
+CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added per megapixel in flight: a step can take that long
 
 logger = logging.getLogger("glimmer.engine")
 
 
 class Watchdog:
-    """Detects an engine step that hangs; a thread in a device call can only be ended with its process.
-
-    Args:
-        running: returns the specs of the jobs in flight.
-    """
+    """Detects an engine step that hangs; a thread in a device call can only be ended with its process."""
 
     def __init__(self, running: Callable[[], Sequence[JobSpec]], *, on_cpu: bool):
         self._running, self._on_cpu = running, on_cpu
         self._step_began_at = time.monotonic()
-        self._suspected_step: float | None = None  # its start
+        self._suspected_step: float | None = None  # by its start
 
     def begin_step(self) -> None:
         """Restart the timeout."""
@@ -37,7 +31,6 @@ class Watchdog:
 
     @property
     def is_stuck(self) -> bool:
-        """Return whether the step has passed its timeout."""
         timeout = STEP_TIMEOUT_S
         if self._on_cpu:
             pixels = sum(spec.n * spec.width * spec.height for spec in self._running())
@@ -45,7 +38,7 @@ class Watchdog:
         return time.monotonic() - self._step_began_at > timeout
 
     def check(self) -> bool:
-        """Return whether the same step is stuck as at the last check: one stopped by SIGSTOP ends between checks."""
+        """Return whether a step is stuck for the second check in a row: one stopped by SIGSTOP ends in between."""
         began_at = self._step_began_at
         stuck = self.is_stuck
         confirmed = stuck and began_at == self._suspected_step
@@ -53,7 +46,7 @@ class Watchdog:
         return confirmed
 
     async def give_up(self, queue: JobConsumer, engine_id: str) -> NoReturn:
-        """Requeue the jobs and end the process with `EXIT_STUCK`."""
+        """Requeue all jobs; exit with `EXIT_STUCK`."""
         seconds = time.monotonic() - self._step_began_at
         event(logger, "engine_stuck", logging.CRITICAL, jobs=len(self._running()), seconds=seconds)
         with suppress(QueueUnavailable):

@@ -1,9 +1,3 @@
-"""Take jobs from the queue and run them on the engine.
-
-The engine has a thread of its own. Everything that waits runs on an event loop: claims, leases, heartbeats, and one
-task per job.
-"""
-
 import asyncio
 import logging
 import signal
@@ -31,10 +25,11 @@ logger = logging.getLogger("glimmer.engine")
 
 
 class Worker:
-    """Connects the queue with the engine.
+    """Takes jobs from the queue and runs them on the engine.
+
+    The engine has its own thread. An event loop runs the rest: claims, leases, heartbeats, a task per job.
 
     Args:
-        engine: stepped only by this worker.
         info: content of the heartbeats; `info.id` is also the consumer's name.
     """
 
@@ -48,7 +43,7 @@ class Worker:
     ):
         self._tracing = tracing
         self._engine, self._queue, self._info, self._settings = engine, queue, info, settings
-        self._jobs: dict[str, RunningJob] = {}  # by the request's id, new with every claim
+        self._jobs: dict[str, RunningJob] = {}  # by request id, new with every claim
         self._job_tasks: set[asyncio.Task[None]] = set()
         self._capacity_changed = asyncio.Event()  # also set by `drain`
         self._draining = asyncio.Event()
@@ -100,8 +95,7 @@ class Worker:
         await thread
 
     def drain(self) -> None:
-        """Stop claiming; `run` returns when the running jobs have ended or the grace period is over. A second call ends
-        the grace period."""
+        """Stop claiming; `run` returns after the running jobs or the grace period. A second call ends that period."""
         event(logger, "draining", jobs=len(self._jobs))
         if self._draining.is_set():
             self._hand_back.set()
@@ -127,7 +121,7 @@ class Worker:
     # --- loops --------------------------------------------------------------------------------------------------------
 
     async def _claim_loop(self) -> None:
-        """Claim only what the engine can admit at once: other engines may have room for the rest."""
+        """Claim only what the engine can admit at once: others may have room for the rest."""
         while not self._draining.is_set():
             self._capacity_changed.clear()
             claim = await self._next_claim()
@@ -159,8 +153,7 @@ class Worker:
             return None
 
     async def _wait_for_lease_renewals(self) -> None:
-        """Renew the leases, and let other engines renew theirs: after an outage all may have lapsed, so that a claim
-        would return jobs that still run."""
+        """Let all engines renew lapsed leases after an outage, or a claim would return jobs that still run."""
         await self._queue.ping()
         await self._renew_leases()
         self._redis_was_away = False
@@ -168,7 +161,7 @@ class Worker:
             async with asyncio.timeout(self._settings.lease_s / 4 + REDIS_RETRY_S):
                 await self._draining.wait()
 
-    # The loops check `_stopping`: a Redis call can swallow the cancellation.
+    # Loops check `_stopping`: a Redis call can swallow a cancellation.
 
     async def _renew_loop(self) -> None:
         while not self._stopping.is_set():
@@ -236,7 +229,6 @@ class Worker:
             self._jobs[request_id].events.put_nowait(Lost())
 
     async def _finish_jobs(self, thread: asyncio.Future[None]) -> None:
-        """Hand back the jobs that are left after the grace period."""
         if self._job_tasks:
             ends = asyncio.create_task(asyncio.wait(self._job_tasks))
             over = asyncio.create_task(self._hand_back.wait())

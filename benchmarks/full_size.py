@@ -1,8 +1,8 @@
-"""The published size on a CUDA GPU, with random weights: first whether it is right, then how fast it is.
+"""The published size on a CUDA GPU, with random weights: correctness of a slice, then speed.
 
-The floors are what the hardware allows: every planner step reads all weights once (bytes / memory bandwidth), every
-denoising step does a known number of multiplications (FLOP / matrix throughput). Both are measured on the device first,
-so that the ratios mean the same on every GPU.
+The floors are what the hardware allows: a planner step reads all weights once (bytes / memory bandwidth), a denoising
+step does a known number of multiplications (FLOP / matrix throughput). Both rates are measured first, so ratios can be
+compared between GPUs.
 """
 
 import time
@@ -33,7 +33,7 @@ def run_full_size(device: torch.device) -> None:
     """Check a slice against float32, then measure both stages and whole requests.
 
     Raises:
-        SystemExit: no CUDA device, or the slice does not agree.
+        SystemExit: no CUDA device, or the slice deviates.
     """
     if device.type != "cuda":
         raise SystemExit("--size full needs a CUDA GPU; the weights alone take 33 GB")
@@ -70,7 +70,7 @@ def run_full_size(device: torch.device) -> None:
 
 
 def check_slices(device: torch.device, console: Console) -> None:
-    """Two layers of both networks at full width: bfloat16 on the GPU against float32 on the same weights."""
+    """Compare two layers of both networks at full width in bfloat16 with float32, on the same weights."""
     planner_config = replace(PlannerConfig(), num_hidden_layers=CHECKED_LAYERS)
     renderer_config = replace(RendererConfig(), num_layers=CHECKED_LAYERS)
     model = random_glm_image(device, torch.bfloat16, planner=planner_config, renderer=renderer_config)
@@ -78,9 +78,9 @@ def check_slices(device: torch.device, console: Console) -> None:
         ("planner", _run_planner, model.planner),
         ("renderer", _run_renderer, model.renderer),
     ):
-        half = run(network, device)  # type: ignore[operator]
-        full = run(network.float(), device)  # type: ignore[operator]
-        error = float((half.float() - full).abs().max() / full.abs().max())
+        bfloat16 = run(network, device)  # type: ignore[operator]
+        float32 = run(network.float(), device)  # type: ignore[operator]
+        error = float((bfloat16.float() - float32).abs().max() / float32.abs().max())
         console.print(
             f"{name}: {CHECKED_LAYERS} layers at full width, bfloat16 against float32: {error:.4f} of the largest value"
         )
@@ -92,9 +92,9 @@ def check_slices(device: torch.device, console: Console) -> None:
 def _run_planner(planner: Planner, device: torch.device) -> Tensor:
     dtype, length = planner.lm_head.weight.dtype, 200
     kv = PagedKV(planner.config, 16, 32, dtype, device)
-    places = torch.arange(length, device=device)
-    attention = PrefillAttention(kv, [length], places)
-    rotary = RotaryTable(planner.config, 1024, device).at(places[:, None].expand(-1, 3), dtype)
+    slot_mapping = torch.arange(length, device=device)
+    attention = PrefillAttention(kv, [length], slot_mapping)
+    rotary = RotaryTable(planner.config, 1024, device).at(slot_mapping[:, None].expand(-1, 3), dtype)
     tokens = torch.randint(0, 16384, (length,), generator=torch.Generator().manual_seed(0)).to(device)
     return planner.logits(planner(tokens, PlannerBatch(rotary, attention)))
 
@@ -113,13 +113,13 @@ def _run_renderer(renderer: Renderer, device: torch.device) -> Tensor:
 
 
 def planner_bytes(planner: Planner) -> int:
-    """Weights a decode step reads: all but the embedding table."""
+    """Return the bytes of the weights that a decode step reads: all but the embedding table."""
     table = planner.embed_tokens.weight.numel()
     return 2 * (sum(parameter.numel() for parameter in planner.parameters()) - table)
 
 
 def renderer_flop(config: RendererConfig) -> float:
-    """Multiply-adds times two of rendering one image with guidance: linear layers and attention."""
+    """Return the FLOP of rendering one image with guidance: linear layers and attention."""
     tokens = (SIDE // 16) ** 2
     linear = 2 * 12 * config.dim**2  # q, k, v, out, and the two layers of the feed-forward
     attention = 4 * tokens * config.dim
@@ -127,14 +127,14 @@ def renderer_flop(config: RendererConfig) -> float:
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and write counted."""
+    """Return the bytes per second of a large copy, reads and writes counted."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
 
 
 def measure_flops(device: torch.device) -> float:
-    """FLOP a second of a large bfloat16 matrix product."""
+    """Return the FLOP per second of a large bfloat16 matrix product."""
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
     return 2 * 8192**3 / _seconds(lambda: a @ b, device)
 

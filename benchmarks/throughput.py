@@ -3,11 +3,10 @@
     python -m benchmarks.throughput                 the small checkpoint, on this machine's CPU or GPU
     python -m benchmarks.throughput --size full     the published size with random weights, on a CUDA GPU
 
-The small run gives the same requests, in the same order, to diffusers' `GlmImagePipeline` one by one, to the same
+The small run sends the same requests, in the same order, to diffusers' `GlmImagePipeline` one by one, to the same
 pipeline in batches of equal size and steps (it can batch no others), and to the engine with 1, 4 and 16 in flight. All
-run with the same number of threads in float32. The reference is kept from writing control tokens (which make it fail).
-The five take turns, round by round, so that a machine whose speed drifts is unfair to none; ratios are those of the
-rounds' sums.
+run in float32 with the same number of threads. Control tokens, which make the reference fail, are suppressed. The five
+take turns in every round, so that a drift in the machine's speed affects all; ratios are those of the rounds' sums.
 """
 
 import argparse
@@ -40,12 +39,12 @@ CONCURRENCY = (1, 4, 16)
 
 
 def cache_dir() -> Path:
-    """Where the random checkpoint is kept: `$XDG_CACHE_HOME/glimmer`, by default `~/.cache/glimmer`."""
+    """Return the folder of the random checkpoint: `$XDG_CACHE_HOME/glimmer`, by default `~/.cache/glimmer`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glimmer"
 
 
 def requests(count: int) -> list[JobSpec]:
-    """Sizes and steps in all combinations, in an order that mixes them."""
+    """Return requests of all combinations of sizes and steps, mixed."""
     mixed = list(itertools.product(SIZES, STEPS))
     return [
         JobSpec(
@@ -70,9 +69,9 @@ def load_reference(folder: Path, device: torch.device) -> GlmImagePipeline:
 
 def run_reference(pipeline: GlmImagePipeline, specs: list[JobSpec], batched: bool) -> Measurement:
     groups: dict[tuple[int, int, int, int], list[JobSpec]] = defaultdict(list)
-    for number, spec in enumerate(specs):
-        own = -1 if batched else number
-        groups[spec.width, spec.height, spec.num_inference_steps, own].append(spec)
+    for index, spec in enumerate(specs):
+        group_index = -1 if batched else index
+        groups[spec.width, spec.height, spec.num_inference_steps, group_index].append(spec)
     latencies: list[float] = []
     started = time.perf_counter()
     for (width, height, steps, _), group in groups.items():

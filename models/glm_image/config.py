@@ -44,7 +44,7 @@ class PlannerConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Return the bytes of a token's keys and values in all layers."""
+        """Return the cache's bytes per token."""
         return 2 * itemsize * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
     @classmethod
@@ -93,7 +93,7 @@ class RendererConfig:
         return self.in_channels * self.patch_size**2
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Return the bytes of a source token's keys and values in all layers."""
+        """Return the cache's bytes per source token."""
         return 2 * itemsize * self.num_layers * self.dim
 
     @classmethod

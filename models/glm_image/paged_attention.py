@@ -33,6 +33,7 @@ class PagedKV:
         self.pool[layer].flatten(0, 1).index_copy_(0, slot_mapping, torch.stack([k, v], dim=1))
 
     def table(self, blocks: list[int]) -> BlockTable:
+        """Return a sequence's block table."""
         if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
             return slice(blocks[0], blocks[0] + len(blocks))
         return torch.tensor(blocks, device=self.pool.device)
@@ -50,6 +51,7 @@ class PagedKV:
         return k, v
 
     def copy_block(self, source: int, target: int) -> None:
+        """Copy a block in all layers."""
         self.pool[:, target].copy_(self.pool[:, source])
 
 

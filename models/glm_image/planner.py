@@ -67,6 +67,8 @@ class PlannerMLP(nn.Module):
 
 
 class PlannerLayer(nn.Module):
+    """Normalised before and after attention and MLP."""
+
     def __init__(self, config: PlannerConfig, layer_index: int):
         super().__init__()
         self.self_attn = PlannerAttention(config, layer_index)
@@ -82,6 +84,8 @@ class PlannerLayer(nn.Module):
 
 
 class Planner(nn.Module):
+    """Scores the next image code of every token."""
+
     def __init__(self, config: PlannerConfig):
         super().__init__()
         self.config = config

@@ -52,7 +52,7 @@ class RendererBatch:
     tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
     temb_tile_height: int | None = None  # of products over time embeddings
     # Keys and values [layers, 2, heads, S, D].
-    source_kv: Sequence[Tensor | None] = ()  # filled by `RendererRunner`; attended to by every sequence
+    source_kv: Sequence[Tensor | None] = ()  # one per sequence, which attends to it; filled by `RendererRunner`
     kv_out: Tensor | None = None  # allocated by `SourceKVCache`, filled by the layers from the first S tokens
 
     def source_kv_of(self, layer_index: int) -> Sequence[Tensor | None]:
@@ -69,6 +69,8 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers around one of `ACTIVATIONS`."""
+
     def __init__(self, dim_in: int, inner: int, dim_out: int, activation: str):
         super().__init__()
         self.activation = activation
@@ -92,6 +94,8 @@ class Embedder(nn.Module):
 
 
 class TimeAndSizeEmbedding(nn.Module):
+    """Timestep, canvas size and crop corner as one vector."""
+
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.time_dim, self.condition_dim = config.time_embed_dim, config.condition_dim
@@ -99,7 +103,7 @@ class TimeAndSizeEmbedding(nn.Module):
         self.condition_embedder = Embedder(4 * config.condition_dim, config.time_embed_dim)
 
     def forward(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """Embed an image's timesteps [steps] (the scheduler's, minus one) and size in pixels as [steps, E]."""
+        """Return [steps, E]; timesteps [steps] are the scheduler's minus one, the size is in pixels."""
         dtype = self.timestep_embedder.linear_1.weight.dtype
         size = torch.tensor([0.0, 0.0, height, width], device=timesteps.device)
         condition = sinusoids(size, self.condition_dim).reshape(1, -1).to(dtype)
@@ -145,7 +149,7 @@ class Modulation(nn.Module):
         self.linear = Linear(config.time_embed_dim, 12 * config.dim)
 
     def forward(self, temb: Tensor, tile_height: int | None) -> Tensor:
-        """Return [6, 2n, dim] of temb [n, E], for patches (even) and glyph tokens (odd); scales have 1 added."""
+        """Return [6, 2n, dim], for patches (even) and glyph tokens (odd); scales have 1 added."""
         parts = self.linear(temb, tile_height).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
         vectors = parts.transpose(0, 1).flatten(1, 2).contiguous()
         vectors[[1, 4]] += 1
@@ -187,6 +191,8 @@ class PatchProjector(nn.Module):
 
 
 class Renderer(nn.Module):
+    """Predicts the velocity of every patch of a packed batch."""
+
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.config = config
@@ -202,7 +208,7 @@ class Renderer(nn.Module):
     # Computed once for all steps of an image.
 
     def glyphs(self, embeddings: Tensor) -> Tensor:
-        """Project glyph embeddings [g, text_embed_dim] to [g, dim]."""
+        """Project glyph embeddings to [g, dim]."""
         return self.glyph_projector(embeddings)
 
     def plan(self, codes: Tensor) -> Tensor:
@@ -216,7 +222,7 @@ class Renderer(nn.Module):
         return self.prior_projector(torch.zeros_like(self.prior_token_embedding.weight[:1]))
 
     def time_embeddings(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """Return [steps, E] of an image's timesteps [steps], as the scheduler returns them."""
+        """Return [steps, E]; timesteps [steps] are the scheduler's."""
         return self.time_condition_embed(timesteps - 1, height, width)
 
     # Computed for every step, over a batch.
@@ -226,11 +232,11 @@ class Renderer(nn.Module):
         return self.image_projector.proj(latents, tile_height)
 
     def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
-        """Predict the velocity [T, P] of every patch; other tokens get meaningless values.
+        """Predict velocities [T, P], meaningless on glyph tokens and padding.
 
         Args:
             x: [T, dim] glyph tokens, and patches with the plan added.
-            temb: [n, E], padded to a multiple of `batch.temb_tile_height`.
+            temb: [n, E], padded to whole tiles.
         """
         for layer in self.transformer_blocks:
             x = layer(x, temb, batch)
@@ -249,6 +255,7 @@ class Renderer(nn.Module):
 
 
 def normalised(x: Tensor) -> Tensor:
+    """Apply layer norm without weights."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
@@ -263,10 +270,7 @@ def rotate(x: Tensor, batch: RendererBatch) -> Tensor:
 
 
 def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
-    """Return angles [rows * cols, D] of a grid of patches.
-
-    A quarter of the head rotates by the row, a quarter by the column; the second half repeats the first.
-    """
+    """Return [rows * cols, D]: a quarter rotates by row, a quarter by column, the second half repeats the first."""
     half = head_dim // 2
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
     by_row = torch.outer(torch.arange(rows).float(), frequency)[:, None].expand(rows, cols, -1)
@@ -276,7 +280,7 @@ def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
 
 
 def sinusoids(x: Tensor, dim: int) -> Tensor:
-    """Return [k, dim] float32 of x [k]: cosines, then sines, at `dim / 2` frequencies."""
+    """Return cosines, then sines, [k, dim] float32 of x [k]."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=x.device) / (dim // 2))
     angle = x.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +213,11 @@ def test_control_tokens_in_a_prompt_are_refused(model: GlmImage) -> None:
 def test_too_many_glyphs_are_refused(model: GlmImage) -> None:
     with pytest.raises(PromptError, match="at most 8192"):
         model.glyphs.encode(["x" * 2000] * 5)
+
+
+def test_an_engine_does_not_import_random_weights() -> None:
+    code = "import sys, engine.worker.process; sys.exit('models.glm_image.random_weights' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_cached_random_checkpoint_is_made_once(tmp_path: Path) -> None:

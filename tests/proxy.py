@@ -1,4 +1,4 @@
-"""A link to Redis that can be slow or swallow everything."""
+"""A proxy to Redis that can be slow or stall."""
 
 import asyncio
 from pathlib import Path
@@ -6,17 +6,16 @@ from typing import Self
 
 
 class Proxy:
-    """Between a client and a server on a unix socket. It passes everything on, `delay_s` late in either direction.
+    """Forwards TCP connections to a Unix socket, with a delay of `delay_s` in either direction.
 
-    While it `swallows`, it accepts connections and whatever comes, and nothing arrives; afterwards it all does, as
-    after a break of the network that TCP rides out.
+    While it stalls, it accepts connections and data but forwards nothing until `resume`, like an interrupted network.
     """
 
     def __init__(self, upstream: Path):
         self.delay_s = 0.0
         self._upstream = upstream
-        self._flows = asyncio.Event()
-        self._flows.set()
+        self._forwarding = asyncio.Event()
+        self._forwarding.set()
         self._connections: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -34,11 +33,11 @@ class Proxy:
         host, port = self._server.sockets[0].getsockname()
         return f"redis://{host}:{port}"
 
-    def swallow(self) -> None:
-        self._flows.clear()
+    def stall(self) -> None:
+        self._forwarding.clear()
 
-    def flow(self) -> None:
-        self._flows.set()
+    def resume(self) -> None:
+        self._forwarding.set()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._connect(reader, writer))
@@ -49,18 +48,18 @@ class Proxy:
         server_writer = None
         try:
             server_reader, server_writer = await asyncio.open_unix_connection(self._upstream)
-            await asyncio.gather(self._pass(reader, server_writer), self._pass(server_reader, writer))
+            await asyncio.gather(self._forward(reader, server_writer), self._forward(server_reader, writer))
         except OSError:
-            pass  # one side is gone: so is the other
+            pass  # one side has closed: close the other
         finally:
             writer.close()
             if server_writer is not None:
                 server_writer.close()
 
-    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         while data := await source.read(1 << 16):
             await asyncio.sleep(self.delay_s)
-            await self._flows.wait()
+            await self._forwarding.wait()
             sink.write(data)
             await sink.drain()
         sink.close()

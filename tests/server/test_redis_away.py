@@ -50,7 +50,7 @@ class Site:
         if trouble == "killed":
             kill(self.server)
         elif trouble == "silent":
-            self.link.swallow()
+            self.link.stall()
         else:
             await TROUBLES[trouble](self.server, self.direct)
 
@@ -58,7 +58,7 @@ class Site:
         if trouble == "killed":
             restart(self.server)
         elif trouble == "silent":
-            self.link.flow()
+            self.link.resume()
         else:
             await CURES[trouble](self.direct)
 

@@ -1,4 +1,4 @@
-"""A campaign against real processes with a stub model; prints figures against goals, exits with 1 if one is not met."""
+"""Run the chaos campaign against real processes; print figures and goals, exit with 1 if a goal is not met."""
 
 import argparse
 import sys
@@ -17,8 +17,8 @@ from tests.chaos.scenarios import SHORT, Sizes
 def main() -> int:
     arguments = _parser().parse_args()
     default = SHORT if arguments.short else Sizes()
-    given = {size.name: getattr(arguments, size.name) for size in fields(Sizes)}
-    sizes = Sizes(**{name: getattr(default, name) if value is None else value for name, value in given.items()})
+    options = {size.name: getattr(arguments, size.name) for size in fields(Sizes)}
+    sizes = Sizes(**{name: getattr(default, name) if value is None else value for name, value in options.items()})
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="glimmer-chaos-") as temporary:
         for name in arguments.scenario or SCENARIOS:
@@ -31,10 +31,12 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="one of all; may be given several times")
-    parser.add_argument("--seed", type=int, default=1, help="of what is asked for and of the faults")
-    parser.add_argument("--folder", type=Path, help="keeps logs and journals there; it should be empty")
-    parser.add_argument("--short", action="store_true", help="the sizes of the test suite instead of the full ones")
+    parser.add_argument(
+        "--scenario", action="append", choices=SCENARIOS, help="scenario to run, may be repeated; default: all"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of requests and faults")
+    parser.add_argument("--folder", type=Path, help="empty folder in which to keep logs and journals")
+    parser.add_argument("--short", action="store_true", help="use the sizes of the test suite")
     for size in fields(Sizes):
         full, short = getattr(Sizes(), size.name), getattr(SHORT, size.name)
         flag = f"--{size.name.replace('_', '-')}"

@@ -27,7 +27,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 async def stoppable(work: Coroutine[Any, Any, list[Figure]]) -> list[Figure]:
-    """Work that ends what it has started on SIGTERM, too."""
+    """Cancel the work on SIGTERM, so that it ends the processes it started."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -35,9 +35,9 @@ async def stoppable(work: Coroutine[Any, Any, list[Figure]]) -> list[Figure]:
 
 
 def run(name: str, folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
-    """One scenario, its logs and journals in `folder`. One that breaks off is a figure, too."""
+    """Run one scenario, with logs and journals in `folder`; an exception becomes a figure that misses its goal."""
     try:
         return asyncio.run(stoppable(SCENARIOS[name](folder, seed, sizes)))
     except Exception as error:
         traceback.print_exc()
-        return [Figure(name, "broke off", f"{type(error).__name__}: {error}", "comes to its end", False)]
+        return [Figure(name, "exception", f"{type(error).__name__}: {error}", "none", False)]

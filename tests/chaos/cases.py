@@ -1,4 +1,4 @@
-"""What is asked for, and which bytes must come back."""
+"""Requests, and the bytes they must return."""
 
 import base64
 import hashlib
@@ -18,30 +18,38 @@ from tests.chaos.stub import files
 MODEL = "glm-image"  # as the API calls it
 MAX_PIXELS = 2048 * 2048
 SIZES = ((64, 64), (96, 64), (64, 96))
-MOST_TWINS = 20
+MAX_TWINS = 20
 FORMATS = ("png", "png", "jpeg", "webp")
 
-Kind = Literal["plain", "stream", "job", "twins", "edit", "cancelled", "leaves"]
-"""plain      waits for the JSON answer
-stream     server-sent events with partial images
-job        `Prefer: respond-async`, then asks or follows until the end
-twins      several equal requests at once, with one idempotency key
-edit       a form with a picture
-cancelled  a job that is cancelled on its way
-leaves     plain or stream, but the connection is closed on the way
+Kind = Literal["plain", "stream", "job", "twins", "edit", "cancelled", "disconnects"]
+"""plain        waits for the JSON response
+stream       server-sent events with partial images
+job          `Prefer: respond-async`, then polls or follows events until the end
+twins        several equal requests at once, with one idempotency key
+edit         a form with an image
+cancelled    a job that is cancelled before its end
+disconnects  plain or stream, but the connection is closed before the end
 """
 
-MIXED: Mapping[Kind, int] = {"plain": 40, "stream": 20, "job": 20, "twins": 5, "edit": 5, "cancelled": 5, "leaves": 5}
+MIXED: Mapping[Kind, int] = {
+    "plain": 40,
+    "stream": 20,
+    "job": 20,
+    "twins": 5,
+    "edit": 5,
+    "cancelled": 5,
+    "disconnects": 5,
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to ask for. Its prompt is unlike any other's, so that journals can be searched for it.
+    """One request. Its prompt is unique, so that journals can be searched for it.
 
     Args:
-        moment: 0..1, how far into a usual job's life a client leaves or cancels.
-        follows: a stream rather than a plain request, for clients that leave; events rather than polling, for jobs.
-        copies: how many twins there are.
+        moment: when a client disconnects or cancels, as a share 0..1 of a job's typical duration.
+        follows: of disconnecting clients, a stream instead of a plain request; of jobs, events instead of polling.
+        copies: number of twins.
     """
 
     number: int
@@ -61,7 +69,7 @@ class Case:
 
     @property
     def body(self) -> dict[str, Any]:
-        """The fields of the request."""
+        """Return the fields of the request."""
         body: dict[str, Any] = {
             "prompt": self.prompt,
             "seed": self.seed,
@@ -77,18 +85,18 @@ class Case:
 
     @property
     def streams(self) -> bool:
-        return self.kind == "stream" or (self.kind == "leaves" and self.follows)
+        return self.kind == "stream" or (self.kind == "disconnects" and self.follows)
 
     @cached_property
     def upload(self) -> bytes:
-        """The picture to edit: like no other's."""
+        """Return the source image of an edit, unique to the case."""
         colour = tuple(hashlib.sha256(self.prompt.encode()).digest()[:3])
         file = io.BytesIO()
         Image.new("RGB", (64, 64), colour).save(file, "PNG")
         return file.getvalue()
 
     def expected(self) -> list[str]:
-        """The hashes of the pictures that an undisturbed run gives."""
+        """Return the hashes of the images of an undisturbed run."""
         spec = JobSpec(
             prompt=self.prompt,
             width=self.width,
@@ -112,18 +120,18 @@ def digest(file: bytes) -> str:
     return hashlib.sha256(file).hexdigest()
 
 
-def decoded(item: Mapping[str, Any]) -> str:
-    """The hash of a picture in an answer."""
+def image_digest(item: Mapping[str, Any]) -> str:
+    """Return the hash of an image in a response."""
     return digest(base64.b64decode(item["b64_json"]))
 
 
 @dataclass
 class Cases:
-    """An endless, seeded supply.
+    """Endless, seeded cases.
 
     Args:
-        weights: how often each kind comes, relative to the others.
-        steps: denoising steps, from and to.
+        weights: relative frequency of each kind.
+        steps: range of denoising steps.
     """
 
     seed: int
@@ -151,5 +159,5 @@ class Cases:
                 priority=rng.choice(("interactive", "interactive", "batch")),
                 moment=rng.random(),
                 follows=rng.random() < 0.5,
-                copies=rng.randint(2, MOST_TWINS),
+                copies=rng.randint(2, MAX_TWINS),
             )

@@ -76,7 +76,7 @@ class Faults:
     async def _stopped_at_work(self, planned: bool = False) -> tuple[Engine, list[str]]:
         """An engine with jobs none of which is in its last run, stopped, and those jobs."""
         for _ in range(TRIES):
-            engine = self._rng.choice([e for e in self._stack.engines if not e.in_hand and e.alive])
+            engine = self._rng.choice([e for e in self._stack.engines if not e.managed and e.alive])
             runs: dict[str, int] = {}
             plans = 0
             with suppress(ProcessLookupError, RedisError):  # either may have died just now

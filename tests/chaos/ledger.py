@@ -14,19 +14,19 @@ class Entry:
 
     Args:
         job_id: from a 202: from then on the job may not be lost, whatever happens.
-        outcome: pictures, cancelled, left or refused; or what went wrong, in words.
-        pictures: hashes of what came.
-        told_to_retry: answers 429, 503 and refused connections, after which the client tried again.
-        left_at: when the connection was closed on purpose.
+        outcome: images, cancelled, disconnected or refused; or what went wrong, in words.
+        images: their hashes.
+        retries: answers 429, 503 and refused connections, after which the client tried again.
+        disconnected_at: when the connection was closed on purpose.
     """
 
     case: Case
     started: float = field(default_factory=time.monotonic)
     job_id: str | None = None
     outcome: str = ""
-    pictures: list[str] = field(default_factory=list)
-    told_to_retry: Counter[str] = field(default_factory=Counter)
-    left_at: float | None = None
+    images: list[str] = field(default_factory=list)
+    retries: Counter[str] = field(default_factory=Counter)
+    disconnected_at: float | None = None
     ended: float = 0.0
 
     @property
@@ -39,7 +39,7 @@ class Entry:
         return self.outcome not in GOOD
 
 
-GOOD = frozenset({"pictures", "cancelled", "left", "refused"})
+GOOD = frozenset({"images", "cancelled", "disconnected", "refused"})
 
 
 class Ledger:
@@ -48,34 +48,34 @@ class Ledger:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.refusals: dict[int, list[float]] = {429: [], 503: []}  # seconds that each took
-        self.under_way = 0
+        self.in_flight = 0
         self._latest: deque[float] = deque(maxlen=50)
 
     def open(self, case: Case) -> Entry:
         entry = Entry(case)
         self.entries.append(entry)
-        self.under_way += 1
+        self.in_flight += 1
         return entry
 
     def close(self, entry: Entry, outcome: str) -> None:
         """The case has ended for its client."""
         entry.ended, entry.outcome = time.monotonic(), outcome
-        self.under_way -= 1
-        if outcome == "pictures":
+        self.in_flight -= 1
+        if outcome == "images":
             self._latest.append(entry.seconds)
-        if outcome == "pictures" and entry.pictures != entry.case.expected():
+        if outcome == "images" and entry.images != entry.case.expected():
             entry.outcome = "other bytes than those of an undisturbed run"
 
     @property
     def ended(self) -> int:
-        return len(self.entries) - self.under_way
+        return len(self.entries) - self.in_flight
 
     def count(self, outcome: str) -> int:
         return sum(entry.outcome == outcome for entry in self.entries)
 
     @property
-    def usual_s(self) -> float:
-        """About how long pictures have taken of late: when a client leaves is a share of that, and a bit more."""
+    def typical_s(self) -> float:
+        """Return about how long recent images took; clients disconnect within a little more than that."""
         return 1.2 * statistics.median(self._latest) if self._latest else 1.0
 
     @property
@@ -83,12 +83,12 @@ class Ledger:
         return [entry for entry in self.entries if entry.failed]
 
     @property
-    def told_to_retry(self) -> Counter[str]:
-        return sum((entry.told_to_retry for entry in self.entries), Counter())
+    def retries(self) -> Counter[str]:
+        return sum((entry.retries for entry in self.entries), Counter())
 
     def latencies(self) -> list[float]:
-        """Seconds from the request to its pictures."""
-        return sorted(entry.seconds for entry in self.entries if entry.outcome == "pictures")
+        """Return the seconds from each request to its images, sorted."""
+        return sorted(entry.seconds for entry in self.entries if entry.outcome == "images")
 
 
 def quantile(values: list[float], share: float) -> float:

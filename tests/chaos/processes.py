@@ -1,4 +1,4 @@
-"""Redis, APIs and engines as processes of their own, and what is done to them."""
+"""Redis, APIs and engines as processes: start, kill, freeze and drain them."""
 
 import asyncio
 import multiprocessing
@@ -23,23 +23,22 @@ from tests.job_queue import JobQueue
 from tests.waiting import until
 
 START_S, STOP_S = 120.0, 60.0
-LOOK_S = 0.02
-BALANCER_S = 0.5  # until a balancer has taken a draining API out
+POLL_INTERVAL_S = 0.02
+BALANCER_S = 0.5  # until a load balancer stops using a draining API
 
-# A killed engine is to be replaced in milliseconds, not after five seconds of imports: a server that has imported
-# everything forks the engines. They are processes like any other, in nothing else unlike `glimmer engine`.
+# Engines are forked from a server that has imported everything: so a killed one is replaced in milliseconds, not after
+# five seconds of imports. In all else they are like `glimmer engine`.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["__main__", "tests.chaos.campaign"])
 
 
 @dataclass(frozen=True)
 class StackSettings:
-    """
+    """Numbers and limits of the processes.
+
     Args:
-        lease_s: of the engines.
-        max_queue: jobs that may wait.
-        surrendered: whether whoever starts a dead engine again gives its jobs to the others at once, as the supervisor
-            of `glimmer serve` does, or leaves that to the lease, as an orchestrator of containers does.
+        requeue_on_death: requeue the jobs of a dead engine at once, as the supervisor of `glimmer serve` does; else
+            they wait for the end of the lease, as with an orchestrator of containers.
     """
 
     engines: int = 3
@@ -47,31 +46,31 @@ class StackSettings:
     lease_s: float = 2.0
     max_queue: int = 256
     grace_s: float = 30.0
-    surrendered: bool = False
+    requeue_on_death: bool = False
     stub: StubSettings = field(default_factory=StubSettings)
 
 
 class Engine:
-    """One place for an engine, and the process that fills it now.
+    """An engine that can be restarted, each time under a new name.
 
-    `in_hand`: somebody does something to it; it is to be left alone, and not to be started again if it ends.
+    `managed`: a fault or a restart is in progress, so that others leave it alone and do not restart it.
     """
 
-    def __init__(self, slot: int, redis_url: str, settings: StackSettings, folder: Path):
-        self._slot, self._settings, self._folder = slot, settings, folder
+    def __init__(self, number: int, redis_url: str, settings: StackSettings, folder: Path):
+        self._number, self._settings, self._folder = number, settings, folder
         self._redis_url, self._starts = redis_url, 0
-        self.in_hand = False
+        self.managed = False
         self.start()
 
     def start(self) -> None:
-        """Starts a process under a new name."""
+        """Start a process under a new name."""
         self._starts += 1
-        self.id = f"engine-{self._slot}-{self._starts}"
+        self.id = f"engine-{self._number}-{self._starts}"
         settings = EngineSettings(
             redis_url=self._redis_url,
             engine_id=self.id,
             lease_s=self._settings.lease_s,
-            plan_cache_s=0,  # so that a plan that is known is one that an earlier run of the job has kept
+            plan_cache_s=0,  # so that known plans are those kept by an earlier run of the job
             grace_s=self._settings.grace_s,
         )
         self._process = _FORKS.Process(target=run_engine, args=(settings, self._settings.stub, self._folder))
@@ -84,7 +83,7 @@ class Engine:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """Return None while it runs."""
         return self._process.exitcode
 
     @property
@@ -93,19 +92,19 @@ class Engine:
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
-        self.in_hand = False
+        self.managed = False
 
     def freeze(self) -> None:
-        """Stops the process where it is; it does not notice."""
-        self.in_hand = True
+        """Stop the process with SIGSTOP."""
+        self.managed = True
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self.in_hand = False
+        self.managed = False
         os.kill(self.pid, signal.SIGCONT)
 
     async def drain(self) -> int:
-        """SIGTERM, and the exit code; a process that was left frozen goes on first."""
+        """Send SIGTERM, thaw the process if it is frozen, and return the exit code."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
             os.kill(self.pid, signal.SIGCONT)
@@ -134,20 +133,20 @@ class Api(ApiProcess):
 
 
 class Stack:
-    """A Redis of its own, APIs and engines; dead engines are started again. Make it in the main thread.
+    """A Redis, APIs and engines; dead engines are restarted. Create it in the main thread.
 
-    `queue` and `client` look at the Redis from outside.
+    `queue` and `client` are connections to the Redis, for tests.
     """
 
     def __init__(self, folder: Path, settings: StackSettings):
         self.settings, self.folder = settings, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.redis = EmbeddedRedis(folder / "redis")
-        self.engines = [Engine(slot, self.redis.url, settings, folder) for slot in range(settings.engines)]
+        self.engines = [Engine(number, self.redis.url, settings, folder) for number in range(settings.engines)]
         self.apis = [Api(number, self.redis.url, settings, folder) for number in range(settings.apis)]
         self.crashes = 0
         self.exit_codes: list[int] = []
-        self._keeping: asyncio.Task[None] | None = None
+        self._restarting: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self.client: redis.asyncio.Redis = connect(self.redis.url)
@@ -155,45 +154,47 @@ class Stack:
         try:
             for api in self.apis:
                 await api.ready()
-            await until(self._all_there, START_S)
+            await until(self._all_ready, START_S)
         except BaseException:
-            self._abandon()
+            self._kill_all()
             raise
-        self._keeping = asyncio.create_task(self._keep_engines())
+        self._restarting = asyncio.create_task(self._restart_dead_engines())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def stop(self) -> None:
-        """Drains what runs, then ends Redis; `exit_codes` has what the engines and then the APIs said."""
-        if self._keeping is None:
+        """Drain engines and APIs, then stop Redis; `exit_codes` has those of the engines, then of the APIs."""
+        if self._restarting is None:
             return
-        self._keeping.cancel()
-        self._keeping = None
+        self._restarting.cancel()
+        self._restarting = None
         try:
-            ends = [part.drain() for part in (*self.engines, *self.apis)]
-            self.exit_codes = list(await asyncio.gather(*ends))
+            drains = [process.drain() for process in (*self.engines, *self.apis)]
+            self.exit_codes = list(await asyncio.gather(*drains))
             await self.queue.close()
             await self.client.aclose()
         finally:
-            self._abandon()
+            self._kill_all()
 
     @property
     def urls(self) -> list[str]:
         return [api.url for api in self.apis]
 
     async def restart_engine(self, engine: Engine) -> int:
-        """Drains an engine and starts another in its place. Returns the exit code."""
-        engine.in_hand = True
+        """Drain an engine and start another in its place. Returns the exit code."""
+        engine.managed = True
         code = await engine.drain()
         engine.start()
-        engine.in_hand = False
+        engine.managed = False
         return code
 
     async def restart_api(self, number: int) -> int:
-        """Starts another API and drains the old one, which clients still find for a moment, as they would behind a
-        balancer. Returns the old one's exit code."""
+        """Start another API and drain the old one, which clients still use for a moment, as behind a load balancer.
+
+        Returns the old one's exit code.
+        """
         new = Api(number, self.redis.url, self.settings, self.folder)
         await new.ready()
         old = self.apis[number]
@@ -203,30 +204,30 @@ class Stack:
         return await draining
 
     async def redis_answers(self) -> None:
-        """Returns when Redis takes commands."""
+        """Return when Redis responds."""
         await until(lambda: asyncio.to_thread(self.redis.answers), START_S)
 
-    def _abandon(self) -> None:
-        """Ends whatever still runs."""
-        for part in (*self.engines, *self.apis):
-            if part.alive:
-                os.kill(part.pid, signal.SIGKILL)
+    def _kill_all(self) -> None:
+        """Kill all processes that still run."""
+        for process in (*self.engines, *self.apis):
+            if process.alive:
+                os.kill(process.pid, signal.SIGKILL)
         self.redis.stop()
 
-    async def _all_there(self) -> bool:
+    async def _all_ready(self) -> bool:
         for engine in self.engines:
             assert engine.alive, (self.folder / f"{engine.id}.log").read_text()
         return sum(engine.state == "ready" for engine in await self.queue.engines()) == len(self.engines)
 
-    async def _keep_engines(self) -> None:
+    async def _restart_dead_engines(self) -> None:
         while True:
             for engine in self.engines:
-                if not engine.alive and not engine.in_hand:
+                if not engine.alive and not engine.managed:
                     self.crashes += 1
-                    dead = engine.id
+                    dead_id = engine.id
                     engine.start()
-                    if self.settings.surrendered:
+                    if self.settings.requeue_on_death:
                         with suppress(QueueUnavailable):
-                            await self.queue.requeue_all(dead)
-                            await self.queue.deregister(dead)
-            await asyncio.sleep(LOOK_S)
+                            await self.queue.requeue_all(dead_id)
+                            await self.queue.deregister(dead_id)
+            await asyncio.sleep(POLL_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""Figures against goals, as a table; the campaign's exit code."""
+"""Figures and goals as a table."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class Figure:
     """One line of the report.
 
     Args:
-        goal: in words; empty for what is only told.
-        held: whether the figure meets it; None for what is only told.
-        timed: it says how fast something was, which a busy machine may spoil.
+        goal: in words; empty if there is none.
+        held: whether the goal is met; None without a goal.
+        timed: whether it is a duration, which a busy machine may lengthen.
     """
 
     scenario: str
@@ -27,23 +27,23 @@ class Figure:
 
 
 class Report:
-    """The figures of one scenario, as they come."""
+    """The figures of one scenario."""
 
     def __init__(self, scenario: str):
         self._scenario = scenario
         self.figures: list[Figure] = []
 
-    def tell(self, name: str, value: object) -> None:
+    def note(self, name: str, value: object) -> None:
         self.figures.append(Figure(self._scenario, name, _text(value)))
 
-    def hold(self, name: str, value: object, goal: str, held: bool, *, timed: bool = False) -> None:
-        """A figure that has a goal."""
+    def check(self, name: str, value: object, goal: str, held: bool, *, timed: bool = False) -> None:
+        """Add a figure with a goal."""
         self.figures.append(Figure(self._scenario, name, _text(value), goal, held, timed))
 
-    def none(self, name: str, found: "list[str] | set[str]") -> None:
-        """What must not be; the first few are named."""
-        few = f"{len(found)}: {', '.join(sorted(found)[:3])}" if found else "0"
-        self.hold(name, few, "0", not found)
+    def check_none(self, name: str, found: "list[str] | set[str]") -> None:
+        """Add a figure with the goal 0; the first few of `found` are named."""
+        value = f"{len(found)}: {', '.join(sorted(found)[:3])}" if found else "0"
+        self.check(name, value, "0", not found)
 
 
 def _text(value: object) -> str:
@@ -54,14 +54,14 @@ def print_table(figures: list[Figure], console: Console) -> None:
     table = Table(title="chaos", title_justify="left")
     for column in ("scenario", "figure", "measured", "goal", ""):
         table.add_column(column, overflow="fold")
-    last = ""
+    previous = ""
     for figure in figures:
-        verdict = {True: "held", False: "[bold red]BROKEN[/]", None: ""}[figure.held]
-        if last and figure.scenario != last:
+        verdict = {True: "met", False: "[bold red]MISSED[/]", None: ""}[figure.held]
+        if previous and figure.scenario != previous:
             table.add_section()
         table.add_row(
-            figure.scenario if figure.scenario != last else "", figure.name, figure.value, figure.goal, verdict
+            figure.scenario if figure.scenario != previous else "", figure.name, figure.value, figure.goal, verdict
         )
-        last = figure.scenario
+        previous = figure.scenario
     console.width = max(console.width, WIDTH)  # a log has no width
     console.print(table)

@@ -1,4 +1,4 @@
-"""That the campaign would notice: journals, ledgers and Redis with each fault in them."""
+"""The campaign finds each fault in journals, ledgers and Redis."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Journals:
         return Evidence.read(self.folder)
 
 
-def test_an_undisturbed_job_proves_nothing_bad(journals: Journals) -> None:
+def test_undisturbed_job_shows_no_fault(journals: Journals) -> None:
     journals.write(
         "a",
         claimed(1, "j", 1),
@@ -63,19 +63,19 @@ def test_an_undisturbed_job_proves_nothing_bad(journals: Journals) -> None:
     assert found.jobs_of("prompt of j") == {"j"}
 
 
-def test_the_line_a_killed_engine_was_writing_is_left_out(journals: Journals) -> None:
+def test_incomplete_last_line_is_skipped(journals: Journals) -> None:
     journals.write("a", claimed(1, "j", 1), cut_off=b'[2.5,"commit","j",1,2')
     assert not journals.read().writes
 
 
-def test_two_ends_of_a_job_are_seen(journals: Journals) -> None:
+def test_finds_two_ends_of_a_job(journals: Journals) -> None:
     journals.write("a", claimed(1, "j", 1), wrote(5, "commit", "j", 1))
     journals.write("b", claimed(2, "j", 2), wrote(3, "fail", "j", 2))
     assert journals.read().ended_twice() == ["j"]
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_a_write_after_a_newer_claim_is_stale(journals: Journals, accepted: bool) -> None:
+def test_write_after_a_newer_claim_is_stale(journals: Journals, accepted: bool) -> None:
     journals.write("a", claimed(1, "j", 1), wrote(5, "progress", "j", 1, accepted=accepted))
     journals.write("b", claimed(4, "j", 2))
     found = journals.read()
@@ -83,13 +83,13 @@ def test_a_write_after_a_newer_claim_is_stale(journals: Journals, accepted: bool
     assert not found.stale(accepted=not accepted)
 
 
-def test_a_write_before_a_newer_claim_is_not(journals: Journals) -> None:
+def test_write_before_a_newer_claim_is_not_stale(journals: Journals) -> None:
     journals.write("a", claimed(1, "j", 1), wrote(3, "progress", "j", 1))
     journals.write("b", claimed(4, "j", 2))
     assert not journals.read().stale(accepted=True)
 
 
-def test_a_plan_that_is_made_twice_is_seen(journals: Journals) -> None:
+def test_finds_a_plan_made_twice(journals: Journals) -> None:
     journals.write("a", claimed(1, "j", 1), wrote(2, "checkpoint", "j", 1, detail=0))
     journals.write("b", claimed(4, "j", 2, known=[0]), wrote(5, "checkpoint", "j", 2, detail=1))
     assert not journals.read().planned_again()
@@ -99,13 +99,13 @@ def test_a_plan_that_is_made_twice_is_seen(journals: Journals) -> None:
 
 
 @pytest.mark.parametrize(("freed", "in_company"), [(3.0, False), (4.5, True), (None, True)])
-def test_a_suspect_in_company_is_seen(journals: Journals, freed: float | None, in_company: bool) -> None:
+def test_finds_a_quarantined_job_with_company(journals: Journals, freed: float | None, in_company: bool) -> None:
     lines = [claimed(1, "other", 1), claimed(4, "suspect", 3, quarantined=True), (9, "freed", "suspect", 3)]
     journals.write("a", *lines, *([(freed, "freed", "other", 1)] if freed else []))
     assert bool(journals.read().suspects_in_company()) == in_company
 
 
-def test_a_job_that_joins_a_suspect_is_seen(journals: Journals) -> None:
+def test_finds_a_job_beside_a_quarantined_one(journals: Journals) -> None:
     journals.write("a", claimed(1, "suspect", 3, quarantined=True), claimed(2, "other", 1))
     assert journals.read().suspects_in_company() == ["suspect"]
 
@@ -122,17 +122,17 @@ def test_claims_are_found_by_time(journals: Journals) -> None:
 def test_other_bytes_are_a_failure() -> None:
     ledger, case = Ledger(), Case(1, "plain", "a prompt", seed=1)
     right, wrong = ledger.open(case), ledger.open(case)
-    right.pictures, wrong.pictures = case.expected(), Case(2, "plain", "a prompt", seed=2).expected()
+    right.images, wrong.images = case.expected(), Case(2, "plain", "a prompt", seed=2).expected()
     for entry in (right, wrong):
-        ledger.close(entry, "pictures")
+        ledger.close(entry, "images")
     assert ledger.failed == [wrong]
-    assert ledger.under_way == 0
+    assert ledger.in_flight == 0
 
 
-def test_a_figure_that_misses_its_goal_is_told() -> None:
+def test_figure_that_misses_its_goal() -> None:
     report = Report("s")
-    report.none("bad things", [])
-    report.none("worse things", {"b", "a"})
+    report.check_none("bad things", [])
+    report.check_none("worse things", {"b", "a"})
     assert [(figure.held, figure.value) for figure in report.figures] == [(True, "0"), (False, "2: a, b")]
 
 
@@ -141,7 +141,7 @@ def test_slack(value: float, allowed: bool) -> None:
     assert Slack(share=0.1, least=5).allows(value, 100) == allowed
 
 
-async def test_what_is_left_in_redis_is_seen(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+async def test_finds_what_is_left_in_redis(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
     running, waiting = await submit(queue), await submit(queue)
     assert (await claim(queue)).job_id == running
     found = await RedisContents.read(redis_client)
@@ -151,7 +151,7 @@ async def test_what_is_left_in_redis_is_seen(queue: JobQueue, redis_client: redi
     assert {f"glimmer:job:{job}" for job in (running, waiting)} <= set(found.without_end)
 
 
-async def test_nothing_is_left_of_jobs_that_have_ended(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+async def test_nothing_is_left_of_ended_jobs(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
     job = await submit(queue)
     await queue.commit(await claim(queue), RESULT)
     found = await RedisContents.read(redis_client)

@@ -1,4 +1,4 @@
-"""Small jobs and the calls every test of the queue makes."""
+"""Small jobs, and the calls that every test of the queue makes."""
 
 import itertools
 import os
@@ -13,6 +13,8 @@ from tests.job_queue import JobQueue
 ROOMY = FreeCapacity(images=100, kv_tokens=10**9, source_tokens=10**9, idle=False)
 IDLE = FreeCapacity(images=0, kv_tokens=0, source_tokens=0, idle=True)
 RESULT = JobResult([ImageResult(bytes(range(256)), seed=7)], prompt_tokens=5, plan_tokens=260)
+
+TIMEOUT_S = 10.0  # only a hang takes so long
 
 _numbers = itertools.count()
 
@@ -37,7 +39,7 @@ async def submit(
     fingerprint: str = "",
     **fields: Any,
 ) -> str:
-    """Submits a small job and returns its id, or that of the job its key leads to. `fields` are those of its spec."""
+    """Submit a small job with these fields of its spec; return its id, or that of the key's first job."""
     if source_images is not None:
         fields["num_sources"] = len(source_images.files)
     return await queue.submit(
@@ -56,20 +58,20 @@ async def submit(
     )
 
 
-async def claim(queue: JobQueue, consumer: str = "engine-1", budget: FreeCapacity = ROOMY) -> Claim:
-    """Claims a job where there must be one."""
-    claim = await queue.claim(consumer, budget)
+async def claim(queue: JobQueue, consumer: str = "engine-1", free: FreeCapacity = ROOMY) -> Claim:
+    """Claim a job; there must be one."""
+    claim = await queue.claim(consumer, free)
     assert claim is not None
     return claim
 
 
 async def pass_deadline(queue: JobQueue, job_id: str) -> None:
-    """As if the job's time were up."""
+    """Set the deadline of a job into the past."""
     await queue.client.hset(f"{queue.prefix}:job:{job_id}", "deadline", 0)  # type: ignore[misc]
 
 
 def restart(server: EmbeddedRedis) -> None:
-    """Starts a dead server again and returns when it takes commands."""
+    """Start a dead server again and wait until it takes commands."""
     server.restart()
     give_up_at = time.monotonic() + 10
     while not server.answers():
@@ -78,7 +80,7 @@ def restart(server: EmbeddedRedis) -> None:
 
 
 def kill(server: EmbeddedRedis) -> None:
-    """Ends the server without warning."""
+    """Kill the server."""
     os.kill(server.pid, signal.SIGKILL)
     while server.alive:
         time.sleep(0.01)

@@ -1,9 +1,9 @@
-"""Does the stateful test find bugs? Each of these is planted in a copy of the code, and that test alone is run on it.
+"""Measure which bugs the stateful test finds: plant each in a copy of the code and run that test on it.
 
     python -m tests.jobs.planted_bugs [WORDS OF A NAME ...]
 
-Prints a line for each bug, with the number of the call sequence that found it, and exits with 1 if one was found by
-nobody: neither by the stateful test nor by the other test that is named for it. Nothing may be found without a bug.
+Prints for each bug the call sequence that found it. Exits with 1 if a bug is not found, by the stateful test or the one
+named for it, or if a test fails without a bug.
 """
 
 import itertools
@@ -26,27 +26,28 @@ PRELUDE, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT = 
     f"engine/jobs/lua/{name}.lua"
     for name in ("prelude", "submit", "end_job", "discard", "claim", "renew", "requeue", "requeue_all", "commit")
 )
-ANYWHERE = "tests/jobs/test_any_order.py"
+STATEFUL = "tests/jobs/test_any_order.py"
+NOT_FOUND = "not found"
 
 
 @dataclass(frozen=True)
 class Bug:
-    """`old` becomes `new` in a file, once.
+    """Replaces `old` by `new` in a file, once.
 
     Args:
-        found_by: the test that finds it, where the stateful one cannot.
+        found_by: the test that finds it, if the stateful one cannot.
     """
 
     name: str
     file: str
     old: str
     new: str
-    found_by: str = ANYWHERE
+    found_by: str = STATEFUL
 
 
 XDEL_IF_ACKED = "if redis.call('XACK', queue, GROUP, entry) == 1 then redis.call('XDEL', queue, entry) end"
 BUGS = [
-    # whose word counts
+    # epochs and consumers
     Bug("no epoch check", PRELUDE, "state == 'running' and tonumber(current) == epoch", "state == 'running'"),
     Bug(
         "no check whether the job still runs",
@@ -133,7 +134,7 @@ BUGS = [
     Bug("a requeued job goes to the end", PRELUDE, "redis.call('HGET', job, 'sequence'), id)", "now_ms(), id)"),
     Bug("max_owned one too high", SUBMIT, ">= args.max_owned", "> args.max_owned"),
     Bug("an end does not free the owner's place", PRELUDE, "redis.call('SREM', owned_key(owner), id)", "owner = ''"),
-    # who is drawn next
+    # the order of claims
     Bug("batch has no turn", CLAIM, "if (granted + 1) % BATCH_TURN == 0 then", "if false then"),
     Bug("claims are not counted", CLAIM, "redis.call('HINCRBY', COUNTERS, 'granted', 1)", ""),
     Bug(
@@ -145,7 +146,7 @@ BUGS = [
     Bug("images do not count", CLAIM, "tonumber(images) <= args.images", "true"),
     Bug("KV tokens do not count", CLAIM, "tonumber(kv_tokens) <= args.kv_tokens", "true"),
     Bug("source tokens do not count", CLAIM, "tonumber(source_tokens or 0) <= args.source_tokens", "true"),
-    # jobs that bring engines down
+    # quarantined and dead-lettered jobs
     Bug(
         "runs are not counted", CLAIM, "redis.call('HINCRBY', job, 'runs', 1)", "redis.call('HINCRBY', job, 'runs', 0)"
     ),
@@ -189,7 +190,7 @@ BUGS = [
         "redis.call('EXISTS', job, withdrawn_key(id))",
         "redis.call('EXISTS', withdrawn_key(id))",
     ),
-    # what is kept beside the job
+    # keys beside the job
     Bug(
         "plans stay", PRELUDE, "redis.call('DEL', plans_key(id), sources_key(id))", "redis.call('DEL', sources_key(id))"
     ),
@@ -272,11 +273,11 @@ def main() -> int:
     wanted = sys.argv[1:]
     clean = try_bug(Bug("no bug", PRELUDE, "", ""))
     print(f"no bug: {clean}", flush=True)
-    missed = int("nobody" not in clean)
+    missed = int(clean != NOT_FOUND)
     for bug in BUGS:
         if all(word in bug.name for word in wanted):
             found = try_bug(bug)
-            missed += "nobody" in found
+            missed += found.startswith(NOT_FOUND)
             print(f"{bug.name}: {found}", flush=True)
     return 1 if missed else 0
 
@@ -290,27 +291,27 @@ def try_bug(bug: Bug) -> str:
             )
         shutil.copy(ROOT / "pyproject.toml", copy)
         plant(bug, copy)
-        if bug.found_by == ANYWHERE:
+        if bug.found_by == STATEFUL:
             command = ["-m", "tests.jobs.planted_bugs", "--run"]
         else:
             command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", bug.found_by]
         environment = {**os.environ, "PYTHONPATH": folder}
         ran = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
-        if bug.found_by == ANYWHERE:
-            return ran.stdout.strip() or f"nobody knows: {ran.stderr[-500:]}"
-        return f"found by {bug.found_by}" if ran.returncode == 1 else "found by nobody"
+        if bug.found_by == STATEFUL:
+            return ran.stdout.strip() or f"{NOT_FOUND}: {ran.stderr[-500:]}"
+        return f"found by {bug.found_by}" if ran.returncode == 1 else NOT_FOUND
 
 
 def plant(bug: Bug, root: Path) -> None:
-    """Raises AssertionError where the code has changed, so that the bug cannot be planted."""
+    """Plant a bug; raise AssertionError if the code has changed, so that it cannot be planted."""
     file = root / bug.file
     code = file.read_text()
-    assert bug.old in code, f"{bug.name}: {bug.file} does not say {bug.old!r}"
+    assert bug.old in code, f"{bug.name}: {bug.old!r} is not in {bug.file}"
     file.write_text(code.replace(bug.old, bug.new, 1) if bug.old else code)
 
 
 def run() -> None:
-    """In the copy: the stateful test, without the search for a smaller example."""
+    """Run the stateful test in the copy, without the search for a smaller example."""
     sequences = itertools.count(1)
     failed: list[int] = []
 
@@ -321,7 +322,8 @@ def run() -> None:
 
         def teardown(self) -> None:
             kind = sys.exc_info()[0]
-            broken = kind is not None and not kind.__module__.startswith("hypothesis")  # whose own only stop a sequence
+            # exceptions of hypothesis only end a sequence
+            broken = kind is not None and not kind.__module__.startswith("hypothesis")
             try:
                 super().teardown()
             except BaseException:
@@ -338,10 +340,10 @@ def run() -> None:
                 SIZES, phases=[Phase.generate], database=None, print_blob=False, report_multiple_bugs=False
             )
             run_state_machine_as_test(Counted, settings=sizes)
-        except BaseException as error:  # `pytest.raises` fails with one that is no Exception
+        except BaseException as error:  # `pytest.raises` fails with a BaseException
             print(f"found by call sequence {failed[0]} ({type(error).__name__})")
         else:
-            print("found by nobody")
+            print(NOT_FOUND)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the queue should do, as far as a test can see it: a small model without Redis, leases and bytes."""
+"""A model of the queue's visible behaviour, without Redis, leases and bytes."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 3, 8, 3
 
 @dataclass
 class Job:
-    """What the model knows of a job, and of its entry in the stream."""
+    """A job and its stream entry."""
 
     id: str
     priority: Priority
@@ -23,8 +23,8 @@ class Job:
     runs: int = 0
     epoch: int = 0
     engine: str | None = None
-    drawn: bool = False
-    lapsed: bool = False  # nobody holds its entry, or its lease has run out
+    delivered: bool = False
+    lapsed: bool = False  # requeued, or its lease has lapsed
     has_result: bool = False
     progress: dict[str, int] = field(default_factory=dict)
     plans: dict[int, Plan] = field(default_factory=dict)
@@ -34,15 +34,15 @@ class Job:
     def live(self) -> bool:
         return self.state in ("queued", "running")
 
-    def fits(self, budget: FreeCapacity) -> bool:
-        if budget.idle:
+    def fits(self, free: FreeCapacity) -> bool:
+        if free.idle:
             return True
         cost = spec(n=self.images, num_sources=int(self.sources > 0), source_tokens=self.sources)
         return (
             self.runs < 2
-            and self.images <= budget.images
-            and cost.plan_tokens + cost.prompt_tokens_bound <= budget.kv_tokens
-            and self.sources <= budget.source_tokens
+            and self.images <= free.images
+            and cost.plan_tokens + cost.prompt_tokens_bound <= free.kv_tokens
+            and self.sources <= free.source_tokens
         )
 
 
@@ -55,7 +55,7 @@ class Model:
     keys: dict[str, tuple[str, Job]] = field(default_factory=dict)  # idempotency key: fingerprint, job
     granted: int = 0
     dead_lettered: int = 0
-    cleared: list[Job] = field(default_factory=list)  # ended by the last claim, which met them
+    cleared: list[Job] = field(default_factory=list)  # ended by the last claim
 
     def count(self, state: str) -> int:
         return sum(job.state == state for job in self.jobs)
@@ -67,8 +67,8 @@ class Model:
     def sources(self) -> int:
         return sum(job.sources for job in self.jobs if job.live)
 
-    def answer(self, job: Job, key: str, fingerprint: str) -> Job | type[Exception]:
-        """What a submit comes to: this job or an earlier one, or a refusal."""
+    def submit(self, job: Job, key: str, fingerprint: str) -> Job | type[Exception]:
+        """Return the job of a submit, this or an earlier one, or the error that refuses it."""
         known = self.keys.get(key)
         if known and known[0] != fingerprint:
             return KeyReused
@@ -87,23 +87,23 @@ class Model:
         return job
 
     def end(self, job: Job, state: str) -> None:
-        """An entry no engine has drawn stays in the stream."""
+        """End a job; an entry that was never delivered stays in the stream."""
         job.state = state
-        if job.drawn:
+        if job.delivered:
             self.delete(job)
 
     def delete(self, job: Job) -> None:
         self.streams[job.priority].remove(job)
 
-    def hand_back(self, job: Job) -> None:
+    def requeue(self, job: Job) -> None:
         job.state, job.lapsed, job.engine, job.progress = "queued", True, None, {}
 
     @property
-    def can_draw(self) -> bool:
+    def can_claim(self) -> bool:
         return any(self._head(priority) for priority in self.streams)
 
-    def draw(self, budget: FreeCapacity) -> Job | None:
-        """The job a claim must be granted, after all that it must clear away."""
+    def claim(self, free: FreeCapacity) -> Job | None:
+        """Return the job a claim must get, after clearing what comes before it."""
         order = ["batch", "interactive"] if (self.granted + 1) % 4 == 0 else ["interactive", "batch"]
         self.cleared = []
         for priority in order:
@@ -111,11 +111,11 @@ class Model:
                 if not job.live:
                     self.delete(job)
                 elif job.late or job.runs >= MAX_RUNS:
-                    job.drawn = True
+                    job.delivered = True
                     self.dead_lettered += not job.late
                     self.end(job, "expired" if job.late else "failed")
                     self.cleared.append(job)
-                elif job.fits(budget):
+                elif job.fits(free):
                     return job
                 else:
                     return None
@@ -125,9 +125,9 @@ class Model:
         self.granted += 1
         job.runs, job.epoch = job.runs + 1, job.epoch + 1
         job.state, job.engine, job.progress = "running", engine, {}
-        job.drawn, job.lapsed = True, False
+        job.delivered, job.lapsed = True, False
 
     def _head(self, priority: str) -> Job | None:
         jobs = self.streams[priority]
-        lapsed = (job for job in jobs if job.drawn and job.lapsed)
-        return next(lapsed, None) or next((job for job in jobs if not job.drawn), None)
+        lapsed = (job for job in jobs if job.delivered and job.lapsed)
+        return next(lapsed, None) or next((job for job in jobs if not job.delivered), None)

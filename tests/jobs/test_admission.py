@@ -1,4 +1,4 @@
-"""Who gets into the queue, and who is drawn from it next."""
+"""Which jobs are admitted to the queue, and which is claimed next."""
 
 import asyncio
 from dataclasses import replace
@@ -12,8 +12,8 @@ from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
 
 
-async def test_the_cap_is_exact(queue: JobQueue):
-    """It counts waiting jobs of both priorities; claimed, cancelled and expired ones free their place at once."""
+async def test_max_queue_is_exact(queue: JobQueue):
+    """It counts waiting jobs of both priorities; claimed, cancelled and expired jobs leave room at once."""
     first = await submit(queue, max_queue=3)
     second = await submit(queue, max_queue=3, priority="batch", timeout_s=0.02)
     await submit(queue, max_queue=3)
@@ -39,13 +39,13 @@ async def test_the_cap_is_exact(queue: JobQueue):
     assert await queue.stats() == QueueStats(waiting=3, running=1)
 
 
-async def test_the_cap_holds_when_all_come_at_once(queue: JobQueue):
+async def test_max_queue_holds_for_concurrent_submits(queue: JobQueue):
     answers = await asyncio.gather(*(submit(queue, max_queue=7) for _ in range(50)), return_exceptions=True)
     assert sum(isinstance(answer, QueueFull) for answer in answers) == 43
     assert (await queue.stats()).waiting == 7
 
 
-async def test_a_job_is_taken_only_where_it_fits(queue: JobQueue):
+async def test_a_job_is_claimed_only_if_it_fits(queue: JobQueue):
     job_id = await submit(queue, n=2)
     kv_tokens = spec(n=2).plan_tokens + spec(n=2).prompt_tokens_bound
     assert (
@@ -56,25 +56,25 @@ async def test_a_job_is_taken_only_where_it_fits(queue: JobQueue):
         is None
     )
     assert (await queue.stats()).waiting == 1
-    granted = await claim(queue, budget=FreeCapacity(images=2, kv_tokens=kv_tokens, source_tokens=0, idle=False))
+    granted = await claim(queue, free=FreeCapacity(images=2, kv_tokens=kv_tokens, source_tokens=0, idle=False))
     assert granted.job_id == job_id
 
 
-async def test_an_edit_is_taken_only_where_its_pictures_fit(queue: JobQueue):
+async def test_an_edit_is_claimed_only_if_its_source_images_fit(queue: JobQueue):
     edit = await submit(queue, source_images=SourceImages([b"x"]), source_tokens=24)
     behind = await submit(queue)
     assert await queue.claim("engine-1", replace(ROOMY, source_tokens=23)) is None
-    assert (await claim(queue, budget=replace(ROOMY, source_tokens=24))).job_id == edit
-    assert (await claim(queue, budget=replace(ROOMY, source_tokens=0))).job_id == behind
+    assert (await claim(queue, free=replace(ROOMY, source_tokens=24))).job_id == edit
+    assert (await claim(queue, free=replace(ROOMY, source_tokens=0))).job_id == behind
 
 
-async def test_an_idle_engine_takes_any_job(queue: JobQueue):
+async def test_an_idle_engine_claims_any_job(queue: JobQueue):
     job_id = await submit(queue, n=10, width=2048, height=2048, source_images=SourceImages([b"x"]), source_tokens=10**9)
-    assert (await claim(queue, budget=IDLE)).job_id == job_id
+    assert (await claim(queue, free=IDLE)).job_id == job_id
 
 
 @pytest.mark.parametrize("small_priority", ["interactive", "batch"])
-async def test_a_large_job_is_not_passed_over(queue: JobQueue, small_priority):
+async def test_a_large_job_is_not_overtaken(queue: JobQueue, small_priority):
     large = await submit(queue, n=10)
     small = await submit(queue, n=1, priority=small_priority)
     narrow = FreeCapacity(images=4, kv_tokens=10**9, source_tokens=0, idle=False)
@@ -83,20 +83,20 @@ async def test_a_large_job_is_not_passed_over(queue: JobQueue, small_priority):
     assert (await claim(queue, "engine-1", narrow)).job_id == small
 
 
-async def test_interactive_goes_first_and_batch_does_not_starve(queue: JobQueue):
+async def test_interactive_jobs_go_first_and_batch_jobs_do_not_starve(queue: JobQueue):
     for _ in range(20):
         await submit(queue, priority="batch", seed=1)
     for _ in range(20):
         await submit(queue, priority="interactive", seed=0)
-    drawn = [(await claim(queue)).spec.seed for _ in range(40)]
-    assert drawn[:24] == [0, 0, 0, 1] * 6
-    assert sum(drawn[:27]) == 7, "once the interactive jobs are out, batch jobs get every turn"
-    assert drawn[27:] == [1] * 13
+    claimed = [(await claim(queue)).spec.seed for _ in range(40)]
+    assert claimed[:24] == [0, 0, 0, 1] * 6
+    assert sum(claimed[:27]) == 7, "without interactive jobs, batch jobs get every turn"
+    assert claimed[27:] == [1] * 13
 
 
 @pytest.mark.parametrize("claims_before", range(4))
 async def test_a_batch_job_starts_within_four_claims_of_any_engines(queue: JobQueue, claims_before: int):
-    """However many interactive jobs come meanwhile, whenever it comes, and also when it is handed back."""
+    """For any number of interactive jobs, at any time, and after a requeue."""
     await submit(queue)
     for number in range(claims_before):
         await submit(queue)
@@ -110,18 +110,18 @@ async def test_a_batch_job_starts_within_four_claims_of_any_engines(queue: JobQu
             if granted.job_id == batch:
                 break
         else:
-            pytest.fail("passed over four times")
+            pytest.fail("overtaken four times")
         await queue.requeue(f"engine-{claims % 2}", granted)
 
 
 @pytest.mark.parametrize("priority", ["interactive", "batch"])
-@pytest.mark.parametrize("state", ["new", "handed back", "its engine died"])
+@pytest.mark.parametrize("state", ["new", "requeued", "engine died"])
 @pytest.mark.parametrize("alone", [True, False])
-async def test_nothing_starts_past_its_deadline(queue: JobQueue, priority: Priority, state: str, alone: bool):
+async def test_no_job_starts_after_its_deadline(queue: JobQueue, priority: Priority, state: str, alone: bool):
     late = await submit(queue, priority=priority)
-    if state == "handed back":
+    if state == "requeued":
         await queue.requeue("engine-1", await claim(queue))
-    elif state == "its engine died":
+    elif state == "engine died":
         await claim(queue)
         await queue.requeue_all("engine-1")
     other = None if alone else await submit(queue)
@@ -131,7 +131,7 @@ async def test_nothing_starts_past_its_deadline(queue: JobQueue, priority: Prior
     assert await queue.claim("engine-2", IDLE) is None
     record = await queue.get(late)
     assert record is not None
-    assert (record.state, record.runs) == (JobState.EXPIRED, int(state == "its engine died"))
+    assert (record.state, record.runs) == (JobState.EXPIRED, int(state == "engine died"))
 
 
 async def test_a_large_batch_job_gets_its_turn_under_interactive_load(queue: JobQueue):
@@ -143,13 +143,13 @@ async def test_a_large_batch_job_gets_its_turn_under_interactive_load(queue: Job
         if granted is None:
             break
         running.append(granted)
-    assert len(running) == 3, "at its turn the batch job holds the door until the engine has room"
+    assert len(running) == 3, "at its turn the batch job blocks the queue until the engine has room"
     for granted in running:
         await queue.commit(granted, RESULT)
     assert (await claim(queue, "engine-1", IDLE)).job_id == large
 
 
-async def test_cancelled_jobs_do_not_hide_the_next_one(queue: JobQueue, redis_client: redis.asyncio.Redis):
+async def test_cancelled_jobs_do_not_hide_the_next_job(queue: JobQueue, redis_client: redis.asyncio.Redis):
     for _ in range(200):
         await queue.cancel(await submit(queue))
     job_id = await submit(queue)
@@ -158,11 +158,11 @@ async def test_cancelled_jobs_do_not_hide_the_next_one(queue: JobQueue, redis_cl
     assert await redis_client.xlen("glimmer:queue:interactive") == 1
 
 
-async def test_an_entry_of_an_earlier_job_of_that_id_is_dead(redis_client: redis.asyncio.Redis):
+async def test_an_entry_of_an_earlier_job_with_the_same_id_is_stale(redis_client: redis.asyncio.Redis):
     queue = JobQueue(redis_client, result_ttl_s=1)
     await submit(queue, job_id="a")
     await queue.cancel("a")
-    await redis_client.delete("glimmer:job:a")  # as when its time is up before an engine draws the entry
+    await redis_client.delete("glimmer:job:a")  # as if it expired before an engine met the entry
     await submit(queue, job_id="a")
     assert (await claim(queue)).job_id == "a"
     assert await queue.claim("engine-2", IDLE) is None

@@ -1,7 +1,7 @@
-"""The queue against a small model of it: any calls by two engines and an API, in any order.
+"""Compare the queue with a model: any calls by two engines and an API, in any order.
 
-Time passes only where a rule says so: leases and lives are hours long, and a lapsed lease or a deadline that has come
-is written into Redis. `tests.jobs.planted_bugs` tries whether this finds bugs.
+Leases and TTLs are hours long; rules lapse a lease or pass a deadline by writing to Redis. `tests.jobs.planted_bugs`
+measures which bugs this finds.
 """
 
 import asyncio
@@ -30,8 +30,9 @@ from tests.jobs.helpers import IDLE, RESULT, ROOMY, pass_deadline, spec, submit
 from tests.jobs.queue_model import CAP, MAX_RUNS, OWNED_CAP, SOURCES_CAP, Job, Model
 
 LEASE_MS = 3_600_000
-LITTLE_KV = spec(n=3, num_sources=1, source_tokens=9).prompt_tokens_bound + 12  # for any edit here, and no generation
-BUDGETS = st.sampled_from(
+# For every edit here, but no generation.
+LITTLE_KV = spec(n=3, num_sources=1, source_tokens=9).prompt_tokens_bound + 12
+CAPACITIES = st.sampled_from(
     [
         IDLE,
         IDLE,
@@ -50,9 +51,9 @@ CALLS = (
     "expire",
     "time passes",
     "cancel",
-    "withdraw",
-    "withdraw a result",
-    "withdraw what comes later",
+    "discard",
+    "discard a result",
+    "discard before the submit",
 )
 PRIORITIES = st.sampled_from(["interactive", "batch"])
 RECENT = st.sampled_from([0, 0, 1, 2, 3, 3])  # how many jobs or claims to go back
@@ -68,7 +69,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.run = self.runner.run
         self.model = Model()
         self.claims: list[tuple[str, Job, Claim]] = []
-        self.touched: list[Job] = []  # by the last call, as far as it named a job
+        self.touched: list[Job] = []  # by the last call, where it named a job
         self.submits = 0
 
     @initialize()
@@ -87,7 +88,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.runner.close()
 
     async def _close(self):
-        """Every job that ended was announced as ended once, and no other."""
+        """Check that each ended job, and no other, published its end once."""
         ends = list[str]()
         while (message := await self.events.get_message(timeout=0.01)) is not None:
             event = orjson.loads(message["data"]) if message["type"] == "message" else {}
@@ -113,7 +114,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.submits += 1
         job = Job(f"job-{self.submits}", priority, images, late, sources, owner)
         if not self._submit(job, key, fingerprint) and key:
-            self._submit(job, key, "another")  # what was refused has not kept the key
+            self._submit(job, key, "another")  # a refused submit has not stored its key
 
     def _submit(self, job: Job, key: str, fingerprint: str) -> bool:
         call = submit(
@@ -131,14 +132,14 @@ class QueueMachine(RuleBasedStateMachine):
             fingerprint=fingerprint,
             n=job.images,
         )
-        answer = self.model.answer(job, key, fingerprint)
-        if isinstance(answer, Job):
-            assert self.run(call) == answer.id
-            self.touched = [answer]
+        expected = self.model.submit(job, key, fingerprint)
+        if isinstance(expected, Job):
+            assert self.run(call) == expected.id
+            self.touched = [expected]
             return True
-        with pytest.raises(answer) as raised:
+        with pytest.raises(expected) as raised:
             self.run(call)
-        assert raised.type is answer
+        assert raised.type is expected
         return False
 
     @precondition(lambda self: any(job.live or job.has_result for job in self.model.jobs))
@@ -147,8 +148,8 @@ class QueueMachine(RuleBasedStateMachine):
         live = [job for job in self.model.jobs if job.live]
         chosen = live if live and back < 3 else self.model.jobs
         job = chosen[-1 - back % len(chosen)]
-        if call == "withdraw a result":
-            call, job = "withdraw", next((job for job in reversed(self.model.jobs) if job.has_result), job)
+        if call == "discard a result":
+            call, job = "discard", next((job for job in reversed(self.model.jobs) if job.has_result), job)
         self.touched = [job]
         if call == "expire":
             assert self.run(self.queue.expire(job.id)) == (job.live and job.late)
@@ -156,7 +157,7 @@ class QueueMachine(RuleBasedStateMachine):
                 self.model.end(job, "expired")
         elif call == "submit again":
             self.run(submit(self.queue, job_id=job.id, max_queue=CAP, source_images=SourceImages([b"again"])))
-        elif call == "withdraw what comes later":
+        elif call == "discard before the submit":
             self.submits += 1
             late = f"job-{self.submits}"
             assert not self.run(self.queue.discard(late))
@@ -166,27 +167,27 @@ class QueueMachine(RuleBasedStateMachine):
             self._pass_deadline(job)
         else:
             assert self.run(self.queue.cancel(job.id) if call == "cancel" else self.queue.discard(job.id)) == job.live
-            if call == "withdraw":
+            if call == "discard":
                 job.has_result, job.partials = False, set()
             if job.live:
                 self.model.end(job, "cancelled")
 
     # --- engines ------------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.model.can_draw)
-    @rule(engine=ENGINES, budget=BUDGETS)
-    def claim(self, engine: str, budget: FreeCapacity):
-        self._claim(engine, budget)
+    @precondition(lambda self: self.model.can_claim)
+    @rule(engine=ENGINES, free=CAPACITIES)
+    def claim(self, engine: str, free: FreeCapacity):
+        self._claim(engine, free)
 
-    @precondition(lambda self: self.model.can_draw)
-    @rule(engine=ENGINES, budget=BUDGETS)
-    def claim_more(self, engine: str, budget: FreeCapacity):
-        """The same, so that it is done as often as jobs come."""
-        self._claim(engine, budget)
+    @precondition(lambda self: self.model.can_claim)
+    @rule(engine=ENGINES, free=CAPACITIES)
+    def claim_more(self, engine: str, free: FreeCapacity):
+        """Claim, so that claims are as frequent as submits."""
+        self._claim(engine, free)
 
-    def _claim(self, engine: str, budget: FreeCapacity):
-        granted = self.run(self.queue.claim(engine, budget))
-        job = self.model.draw(budget)
+    def _claim(self, engine: str, free: FreeCapacity):
+        granted = self.run(self.queue.claim(engine, free))
+        job = self.model.claim(free)
         self.touched = self.model.cleared
         if job is None:
             assert granted is None
@@ -274,16 +275,16 @@ class QueueMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model.count("running"))
     @rule(back=RECENT)
-    def release(self, back: int):
+    def requeue(self, back: int):
         engine, job, claim, holds = self._claim_back(back)
-        assert not self.run(self.queue.requeue("engine-3", claim)), "only its own engine can"
+        assert not self.run(self.queue.requeue("engine-3", claim)), "only its engine can"
         assert self.run(self.queue.requeue(engine, claim)) == holds
         if holds:
-            self.model.hand_back(job)
+            self.model.requeue(job)
             job.runs -= 1
 
     def _claim_back(self, back: int) -> tuple[str, Job, Claim, bool]:
-        """A recent claim, and whether it is still good; mostly it is, if there is such a one."""
+        """Return a recent claim, mostly one that holds, and whether it does."""
 
         def holds(job: Job, claim: Claim) -> bool:
             return job.state == "running" and job.epoch == claim.epoch
@@ -304,7 +305,7 @@ class QueueMachine(RuleBasedStateMachine):
         lost = [job for job in self.model.jobs if job.state == "running" and job.engine == engine]
         assert self.run(self.queue.requeue_all(engine)) == len(lost)
         for job in lost:
-            self.model.hand_back(job)
+            self.model.requeue(job)
         self.touched = lost
 
     # --- always -------------------------------------------------------------------------------------------------
@@ -330,12 +331,12 @@ class QueueMachine(RuleBasedStateMachine):
         for entries, group, jobs in zip(streams[::2], streams[1::2], model.streams.values(), strict=True):
             assert [fields[b"job"].decode() for _, fields in entries] == [job.id for job in jobs]
             pending = 0 if isinstance(group, ResponseError) else group["pending"]  # the first claim makes the group
-            assert pending == sum(job.drawn for job in jobs)
+            assert pending == sum(job.delivered for job in jobs)
         assert {name.decode() for name in annas} == model.owned("anna")
         assert {name.decode() for name in bobs} == model.owned("bob")
 
     async def _check_job(self, job: Job):
-        """The record, and what is kept beside it: only of live jobs for ever."""
+        """Check the record and the keys beside it, which have no TTL for live jobs only."""
         record, result = await self.queue.get(job.id), await self.queue.result(job.id)
         assert record is not None
         before = [other for other in self.model.jobs if other.state == "queued"]
@@ -344,7 +345,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert not job.live or record.progress == job.progress
         assert (record.error is not None) == (job.state == "failed")
         assert result == (RESULT if job.has_result else None)
-        if job.live and job.drawn:
+        if job.live and job.delivered:
             queue, entry = f"glimmer:queue:{job.priority}", await self._entry(job)
             lease: Any
             [lease] = await self.client.xpending_range(queue, "engines", entry, entry, 1)

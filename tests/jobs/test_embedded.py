@@ -1,4 +1,4 @@
-"""The server of one's own: it starts, keeps its data, is alone in its folder, and ends with its parent."""
+"""The embedded server starts, keeps its data, locks its folder, and ends with its parent."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import redis
 from engine.errors import QueueUnavailable
 from engine.jobs import embedded
 from engine.jobs.embedded import EmbeddedRedis, find_redis_server
-from tests.jobs.helpers import kill, restart
+from tests.jobs.helpers import TIMEOUT_S, kill, restart
 
 
 def client(server: EmbeddedRedis) -> redis.Redis:
@@ -33,10 +33,8 @@ def test_data_survives_a_stop_and_a_kill(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("chosen", "fsync"), [({}, "always"), ({"fsync": "no"}, "no")])
-def test_what_is_acknowledged_is_on_the_disk_unless_that_is_left_to_the_kernel(
-    tmp_path: Path, chosen: dict[str, Any], fsync: str
-):
-    """`everysec` is no choice: a slow disk would make it lose what it has acknowledged when the server is killed."""
+def test_acknowledged_writes_are_on_the_disk_unless_fsync_is_no(tmp_path: Path, chosen: dict[str, Any], fsync: str):
+    """With `everysec` and a slow disk, a killed server loses acknowledged writes."""
     with EmbeddedRedis(tmp_path, **chosen) as server, client(server) as connection:
         settings: Any = connection.config_get("append*")
         assert (settings["appendonly"], settings["appendfsync"]) == ("yes", fsync)
@@ -51,7 +49,7 @@ def test_a_restart_does_not_wait_for_the_server(tmp_path: Path):
         slow.chmod(0o755)
         started = time.monotonic()
         server.restart()
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < TIMEOUT_S
         assert server.alive
         assert not server.answers()
 
@@ -62,7 +60,7 @@ def test_it_listens_on_a_private_socket_only(tmp_path: Path):
         assert (tmp_path / "redis.sock").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_second_one_in_the_same_folder_is_refused(tmp_path: Path):
+def test_a_second_server_in_the_same_folder_is_refused(tmp_path: Path):
     with EmbeddedRedis(tmp_path) as server:
         with pytest.raises(QueueUnavailable, match="in use"):
             EmbeddedRedis(tmp_path)
@@ -72,7 +70,7 @@ def test_a_second_one_in_the_same_folder_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["d" * 120, "with space, % and ü"])
-def test_any_folder_will_do(tmp_path: Path, name: str):
+def test_any_folder_can_be_used(tmp_path: Path, name: str):
     with EmbeddedRedis(tmp_path / name) as server, client(server) as connection:
         connection.set("a", 1)
         socket = Path(str(connection.config_get("unixsocket")["unixsocket"]))
@@ -81,7 +79,7 @@ def test_any_folder_will_do(tmp_path: Path, name: str):
     assert socket.parent == tmp_path / name or not socket.parent.exists()
 
 
-def test_stopping_twice_is_fine(tmp_path: Path):
+def test_stop_can_be_called_twice(tmp_path: Path):
     server = EmbeddedRedis(tmp_path)
     server.stop()
     server.stop()
@@ -101,19 +99,19 @@ time.sleep(60)
         pid = int(parent.stdout.readline())
         os.kill(pid, 0)
         parent.kill()
-    EmbeddedRedis(tmp_path).stop()  # waits for the orphan to let go of the folder
+    EmbeddedRedis(tmp_path).stop()  # waits until the orphan has released the folder
     assert _gone(pid)
 
 
 def _gone(pid: int) -> bool:
-    """Ended, reaped or not: where nobody adopts orphans they stay zombies."""
+    """Return whether a process has ended, reaped or not."""
     try:
         return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return True
 
 
-def test_without_a_binary_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_binary_the_error_names_the_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QueueUnavailable, match=r"glimmer\[embedded\].*GLIMMER_REDIS_URL"):
@@ -123,7 +121,7 @@ def test_without_a_binary_the_error_says_what_to_do(tmp_path: Path, monkeypatch:
     assert find_redis_server() == tmp_path / "redis-server"
 
 
-def test_a_server_that_does_not_start_says_why_and_leaves_the_folder_free(tmp_path: Path):
+def test_a_server_that_does_not_start_raises_and_unlocks_the_folder(tmp_path: Path):
     (tmp_path / "appendonly.aof").mkdir()
     (tmp_path / "appendonlydir").write_text("not a folder")
     with pytest.raises(QueueUnavailable, match="did not start"):

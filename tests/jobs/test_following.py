@@ -1,4 +1,4 @@
-"""What travels beside a job: sources, notes, partial images, and files behind tokens; and how a job is followed."""
+"""Source images, notes, partial images and shared files of jobs, and their followers."""
 
 import asyncio
 from contextlib import aclosing
@@ -15,7 +15,7 @@ from tests.jobs.helpers import RESULT, claim, submit
 SOURCES = SourceImages([b"\x89PNG one", b"\x89PNG two"], b"overlay")
 
 
-async def test_sources_live_as_long_as_the_job(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+async def test_source_images_live_as_long_as_the_job(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
     await submit(queue, source_images=SOURCES)
     held = await claim(queue)
     assert await queue.source_images(held) == SOURCES
@@ -24,14 +24,14 @@ async def test_sources_live_as_long_as_the_job(queue: JobQueue, redis_client: re
     assert not await redis_client.keys("*sources*")
 
 
-async def test_owner_and_notes_are_found_again(queue: JobQueue) -> None:
+async def test_owner_and_notes_are_in_the_record(queue: JobQueue) -> None:
     await submit(queue, job_id="a", owner="me", notes={"quality": "low"})
     record = await queue.get("a")
     assert record is not None
     assert (record.owner, record.notes) == ("me", {"quality": "low"})
 
 
-async def test_the_position_is_that_in_the_queue(queue: JobQueue) -> None:
+async def test_the_position_counts_the_jobs_before(queue: JobQueue) -> None:
     for job_id in "abc":
         await submit(queue, job_id=job_id)
     await claim(queue)
@@ -41,10 +41,10 @@ async def test_the_position_is_that_in_the_queue(queue: JobQueue) -> None:
 
 async def test_a_job_is_followed_from_the_queue_to_its_end(queue: JobQueue) -> None:
     await submit(queue, job_id="a", partial_images=2)
-    told: list[JobRecord | PartialImage] = []
+    updates: list[JobRecord | PartialImage] = []
 
     async def follow() -> None:
-        told.extend([happened async for happened in queue.follow("a")])
+        updates.extend([update async for update in queue.follow("a")])
 
     following = asyncio.create_task(follow())
     await asyncio.sleep(0.1)
@@ -56,15 +56,15 @@ async def test_a_job_is_followed_from_the_queue_to_its_end(queue: JobQueue) -> N
     await queue.partial_image(held, partials[1])
     await queue.commit(held, RESULT)
     await asyncio.wait_for(following, 10)
-    records = [happened for happened in told if isinstance(happened, JobRecord)]
-    assert [happened for happened in told if isinstance(happened, PartialImage)] == partials
+    records = [update for update in updates if isinstance(update, JobRecord)]
+    assert [update for update in updates if isinstance(update, PartialImage)] == partials
     assert records[0].state is JobState.QUEUED
     assert records[-1].state is JobState.SUCCEEDED
     assert {"phase": "rendering", "step": 1, "steps": 2} in [record.progress for record in records]
-    assert told[-1] is records[-1]
+    assert updates[-1] is records[-1]
 
 
-async def test_partial_images_of_a_claim_that_is_lost_do_not_count(queue: JobQueue) -> None:
+async def test_partial_images_of_a_lost_claim_are_refused(queue: JobQueue) -> None:
     await submit(queue, job_id="a", partial_images=2)
     stale = await claim(queue)
     await queue.requeue_all("engine-1")
@@ -78,25 +78,25 @@ async def test_partial_images_of_a_claim_that_is_lost_do_not_count(queue: JobQue
 async def test_following_ends_at_the_deadline(queue: JobQueue) -> None:
     await submit(queue, job_id="a", timeout_s=0.2)
     async with asyncio.timeout(10):
-        told = [happened async for happened in queue.follow("a")]
-    assert isinstance(told[-1], JobRecord)
-    assert told[-1].state is JobState.EXPIRED
+        updates = [update async for update in queue.follow("a")]
+    assert isinstance(updates[-1], JobRecord)
+    assert updates[-1].state is JobState.EXPIRED
 
 
-async def test_nobody_can_be_followed(queue: JobQueue) -> None:
+async def test_an_unknown_job_cannot_be_followed(queue: JobQueue) -> None:
     with pytest.raises(QueueUnavailable):
         await anext(queue.follow("none"))
 
 
-async def test_a_follower_that_leaves_is_forgotten(queue: JobQueue) -> None:
+async def test_a_closed_follower_leaves_no_waiter(queue: JobQueue) -> None:
     await submit(queue, job_id="a", partial_images=2)
-    async with aclosing(queue.follow("a")) as happenings:
-        await anext(happenings)
+    async with aclosing(queue.follow("a")) as updates:
+        await anext(updates)
         assert queue.events._change_waiters
     assert not queue.events._change_waiters
 
 
-async def test_a_withdrawn_job_leaves_nothing(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+async def test_a_discarded_job_leaves_nothing(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
     await submit(queue, job_id="a", source_images=SOURCES, owner="me")
     held = await claim(queue)
     await queue.partial_image(held, PartialImage(0, 0, b"x"))
@@ -106,16 +106,16 @@ async def test_a_withdrawn_job_leaves_nothing(queue: JobQueue, redis_client: red
     assert left <= {"job", "counters", "queue"}
 
 
-async def test_files_behind_tokens(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
-    await queue.share_file("token", b"picture", "image/png")
-    await queue.share_file("token", b"another", "image/webp")  # it is there already
-    assert await queue.shared_file("token") == (b"picture", "image/png")
+async def test_shared_files(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+    await queue.share_file("token", b"image", "image/png")
+    await queue.share_file("token", b"another", "image/webp")  # the first stays
+    assert await queue.shared_file("token") == (b"image", "image/png")
     assert await queue.shared_file("other") is None
     [stored] = await redis_client.keys("*file*")
     assert 0 < await redis_client.pttl(stored) <= 1000 * queue.result_ttl_s
 
 
-async def test_a_key_leads_to_its_first_job(queue: JobQueue) -> None:
+async def test_an_idempotency_key_returns_its_first_job(queue: JobQueue) -> None:
     key: dict[str, Any] = {"idempotency_key": "k", "fingerprint": "f"}
     assert await submit(queue, job_id="a", **key) == "a"
     assert await submit(queue, job_id="b", **key, max_queue=0) == "a"
@@ -129,7 +129,7 @@ async def test_a_key_leads_to_its_first_job(queue: JobQueue) -> None:
     assert await submit(queue, job_id="f", **key) == "f"
 
 
-async def test_an_owner_has_so_many_jobs(queue: JobQueue) -> None:
+async def test_max_owned_limits_the_jobs_of_an_owner(queue: JobQueue) -> None:
     mine: dict[str, Any] = {"owner": "me", "max_owned": 2}
     for job_id in "ab":
         await submit(queue, job_id=job_id, **mine)

@@ -1,4 +1,4 @@
-"""Engines that die, freeze or leave: who may run a job, and whose word counts."""
+"""Engines die, freeze or leave: which may run a job, and which writes take effect."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,13 +17,13 @@ WRITES: dict[str, Callable[[JobQueue, Claim], Awaitable[bool]]] = {
     "checkpoint_plan": lambda queue, stale: queue.checkpoint_plan(stale, 0, Plan(1, 1, [1])),
     "commit": lambda queue, stale: queue.commit(stale, RESULT),
     "fail": lambda queue, stale: queue.fail(stale, JobError("stale")),
-    "release": lambda queue, stale: queue.requeue("engine-1", stale),
+    "requeue": lambda queue, stale: queue.requeue("engine-1", stale),
 }
 
 
 @pytest.fixture
-async def hasty(redis_client: redis.asyncio.Redis) -> AsyncIterator[JobQueue]:
-    """A queue with a lease short enough to wait for."""
+async def short_lease(redis_client: redis.asyncio.Redis) -> AsyncIterator[JobQueue]:
+    """Return a queue with a lease short enough to wait for."""
     queue = JobQueue(redis_client, lease_ms=LEASE_MS)
     yield queue
     await queue.close()
@@ -34,79 +34,79 @@ async def lapse() -> None:
 
 
 async def snapshot(client: redis.asyncio.Redis, job_id: str) -> list[object]:
-    """All that is stored about a job."""
+    """Read everything stored about a job."""
     keys = [f"glimmer:{kind}:{job_id}" for kind in ("job", "plans", "result")]
     pending = await client.xpending("glimmer:queue:interactive", "engines")
     return [*[await client.hgetall(key) for key in keys], pending["pending"], pending["consumers"]]
 
 
-async def test_a_lapsed_lease_is_taken_over_and_not_before(hasty: JobQueue):
-    job_id = await submit(hasty)
-    first = await claim(hasty, "engine-1")
-    assert await hasty.claim("engine-2", IDLE) is None
+async def test_a_lapsed_lease_is_taken_over_and_not_before(short_lease: JobQueue):
+    job_id = await submit(short_lease)
+    first = await claim(short_lease, "engine-1")
+    assert await short_lease.claim("engine-2", IDLE) is None
     await lapse()
-    second = await claim(hasty, "engine-2")
+    second = await claim(short_lease, "engine-2")
     assert (second.job_id, second.epoch, second.runs) == (job_id, first.epoch + 1, 2)
-    assert await hasty.stats() == QueueStats(waiting=0, running=1)
-    assert await hasty.claim("engine-3", IDLE) is None
+    assert await short_lease.stats() == QueueStats(waiting=0, running=1)
+    assert await short_lease.claim("engine-3", IDLE) is None
 
 
-async def test_lapsed_jobs_come_before_new_ones(hasty: JobQueue):
-    lapsed = await submit(hasty)
-    await claim(hasty, "engine-1")
-    await submit(hasty)
+async def test_lapsed_jobs_come_before_new_ones(short_lease: JobQueue):
+    lapsed = await submit(short_lease)
+    await claim(short_lease, "engine-1")
+    await submit(short_lease)
     await lapse()
-    assert (await claim(hasty, "engine-2")).job_id == lapsed
+    assert (await claim(short_lease, "engine-2")).job_id == lapsed
 
 
-async def test_renewing_keeps_a_lease(hasty: JobQueue):
-    await submit(hasty)
-    granted = await claim(hasty, "engine-1")
+async def test_renewing_keeps_a_lease(short_lease: JobQueue):
+    await submit(short_lease)
+    granted = await claim(short_lease, "engine-1")
     for _ in range(4):
         await asyncio.sleep(LEASE_MS / 1000 / 2)
-        assert await hasty.renew("engine-1", [granted]) == []
-        assert await hasty.claim("engine-2", IDLE) is None
+        assert await short_lease.renew("engine-1", [granted]) == []
+        assert await short_lease.claim("engine-2", IDLE) is None
     await lapse()
-    assert await hasty.claim("engine-2", IDLE) is not None
+    assert await short_lease.claim("engine-2", IDLE) is not None
 
 
-async def test_renew_tells_which_claims_are_lost(hasty: JobQueue):
+async def test_renew_returns_the_lost_claims(short_lease: JobQueue):
     for _ in range(3):
-        await submit(hasty)
-    kept, cancelled, taken = [await claim(hasty, "engine-1") for _ in range(3)]
-    await hasty.cancel(cancelled.job_id)
+        await submit(short_lease)
+    kept, cancelled, taken = [await claim(short_lease, "engine-1") for _ in range(3)]
+    await short_lease.cancel(cancelled.job_id)
     await lapse()
-    assert await hasty.renew("engine-1", [kept]) == []
-    assert (await claim(hasty, "engine-2")).job_id == taken.job_id
-    assert await hasty.renew("engine-1", [kept, cancelled, taken]) == [cancelled, taken]
-    assert await hasty.renew("engine-1", []) == []
+    assert await short_lease.renew("engine-1", [kept]) == []
+    assert (await claim(short_lease, "engine-2")).job_id == taken.job_id
+    assert await short_lease.renew("engine-1", [kept, cancelled, taken]) == [cancelled, taken]
+    assert await short_lease.renew("engine-1", []) == []
 
 
-async def test_nobody_else_can_renew_a_claim(hasty: JobQueue):
-    await submit(hasty)
-    granted = await claim(hasty, "engine-1")
+async def test_another_engine_cannot_renew_a_claim(short_lease: JobQueue):
+    await submit(short_lease)
+    granted = await claim(short_lease, "engine-1")
     await asyncio.sleep(LEASE_MS / 1000 * 0.7)
-    assert await hasty.renew("engine-2", [granted]) == [granted]
+    assert await short_lease.renew("engine-2", [granted]) == [granted]
     await asyncio.sleep(LEASE_MS / 1000 * 0.5)
-    assert await hasty.claim("engine-3", IDLE) is not None
+    assert await short_lease.claim("engine-3", IDLE) is not None
 
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("by", ["another engine", "the same engine"])
-async def test_stale_writes_are_refused(hasty: JobQueue, redis_client: redis.asyncio.Redis, write: str, by: str):
-    """A frozen engine wakes up after its job was taken over."""
-    job_id = await submit(hasty)
-    stale = await claim(hasty, "engine-1")
+async def test_stale_writes_are_refused(short_lease: JobQueue, redis_client: redis.asyncio.Redis, write: str, by: str):
+    """A frozen engine continues after its job was taken over."""
+    job_id = await submit(short_lease)
+    stale = await claim(short_lease, "engine-1")
     await lapse()
-    current = await claim(hasty, "engine-2" if by == "another engine" else "engine-1")
+    current = await claim(short_lease, "engine-2" if by == "another engine" else "engine-1")
     before = await snapshot(redis_client, job_id)
-    assert not await WRITES[write](hasty, stale)
+    assert not await WRITES[write](short_lease, stale)
     assert await snapshot(redis_client, job_id) == before
-    assert await hasty.commit(current, RESULT)
+    assert await short_lease.commit(current, RESULT)
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("end", ["commit", "fail", "cancel", "release", "surrender"])
+@pytest.mark.parametrize("end", ["commit", "fail", "cancel", "requeue", "requeue_all"])
 async def test_writes_after_the_claim_ended_are_refused(
     queue: JobQueue, redis_client: redis.asyncio.Redis, write: str, end: str
 ):
@@ -114,7 +114,7 @@ async def test_writes_after_the_claim_ended_are_refused(
     granted = await claim(queue, "engine-1")
     if end == "cancel":
         assert await queue.cancel(job_id)
-    elif end == "surrender":
+    elif end == "requeue_all":
         assert await queue.requeue_all("engine-1") == 1
     else:
         assert await WRITES[end](queue, granted)
@@ -124,21 +124,21 @@ async def test_writes_after_the_claim_ended_are_refused(
     assert await snapshot(redis_client, job_id) == before
 
 
-async def test_a_lapsed_claim_nobody_took_still_counts(hasty: JobQueue):
-    await submit(hasty)
-    granted = await claim(hasty, "engine-1")
+async def test_a_lapsed_claim_that_was_not_taken_over_still_holds(short_lease: JobQueue):
+    await submit(short_lease)
+    granted = await claim(short_lease, "engine-1")
     await lapse()
-    assert await hasty.commit(granted, RESULT)
-    assert await hasty.claim("engine-2", IDLE) is None
+    assert await short_lease.commit(granted, RESULT)
+    assert await short_lease.claim("engine-2", IDLE) is None
 
 
-async def test_a_job_that_brings_engines_down_runs_alone_and_is_given_up(queue: JobQueue):
+async def test_a_job_that_crashes_engines_is_quarantined_and_dead_lettered(queue: JobQueue):
     poison, neighbour = await submit(queue), await submit(queue)
     for runs in (1, 2):
         granted = await claim(queue, "engine-1", ROOMY)
         assert (granted.job_id, granted.runs, granted.quarantined) == (poison, runs, False)
         await queue.requeue_all("engine-1")
-    assert await queue.claim("engine-1", ROOMY) is None, "a suspect needs an idle engine, and is not passed over"
+    assert await queue.claim("engine-1", ROOMY) is None, "a quarantined job needs an idle engine, and is not overtaken"
     granted = await claim(queue, "engine-1", IDLE)
     assert (granted.job_id, granted.runs, granted.quarantined) == (poison, 3, True)
     await queue.requeue_all("engine-1")
@@ -152,7 +152,7 @@ async def test_a_job_that_brings_engines_down_runs_alone_and_is_given_up(queue: 
     assert (await queue.stats()).dead_lettered == 1
 
 
-async def test_a_suspect_that_was_only_a_neighbour_succeeds(queue: JobQueue):
+async def test_a_quarantined_job_can_succeed(queue: JobQueue):
     await submit(queue)
     for _ in range(2):
         await claim(queue, "engine-1", ROOMY)
@@ -162,7 +162,7 @@ async def test_a_suspect_that_was_only_a_neighbour_succeeds(queue: JobQueue):
     assert await queue.commit(granted, RESULT)
 
 
-async def test_a_released_job_is_back_in_its_place_and_unblamed(queue: JobQueue):
+async def test_a_requeued_job_keeps_its_place_and_its_run_does_not_count(queue: JobQueue):
     first, second = await submit(queue), await submit(queue)
     for _ in range(5):
         granted = await claim(queue, "engine-1")
@@ -178,7 +178,7 @@ async def test_a_released_job_is_back_in_its_place_and_unblamed(queue: JobQueue)
 
 
 @pytest.mark.parametrize("end", ["cancel", "expire"])
-async def test_a_released_job_can_be_ended(queue: JobQueue, redis_client: redis.asyncio.Redis, end: str):
+async def test_a_requeued_job_can_be_ended(queue: JobQueue, redis_client: redis.asyncio.Redis, end: str):
     job_id = await submit(queue, timeout_s=0.05)
     await queue.requeue("engine-1", await claim(queue, "engine-1"))
     if end == "expire":
@@ -189,7 +189,7 @@ async def test_a_released_job_can_be_ended(queue: JobQueue, redis_client: redis.
     assert (await redis_client.xpending("glimmer:queue:interactive", "engines"))["pending"] == 0
 
 
-async def test_surrender_hands_back_only_the_dead_engines_jobs(queue: JobQueue, redis_client: redis.asyncio.Redis):
+async def test_requeue_all_leaves_the_jobs_of_other_engines(queue: JobQueue, redis_client: redis.asyncio.Redis):
     dead = {await submit(queue), await submit(queue, priority="batch")}
     assert {(await claim(queue, "dead")).job_id for _ in range(2)} == dead
     await submit(queue)

@@ -1,4 +1,4 @@
-"""What a job goes through when nothing breaks, and what it leaves behind."""
+"""The states of a job without faults, and what it leaves in Redis."""
 
 import asyncio
 from dataclasses import replace
@@ -62,11 +62,11 @@ async def test_a_failed_job_keeps_its_error_and_has_no_result(queue: JobQueue):
     assert await queue.result(job_id) is None
 
 
-async def test_an_unknown_job_is_nobodys(queue: JobQueue):
-    assert await queue.get("nobody") is None
-    assert await queue.result("nobody") is None
-    assert not await queue.cancel("nobody")
-    assert not await queue.expire("nobody")
+async def test_an_unknown_job_can_neither_be_read_nor_ended(queue: JobQueue):
+    assert await queue.get("unknown") is None
+    assert await queue.result("unknown") is None
+    assert not await queue.cancel("unknown")
+    assert not await queue.expire("unknown")
 
 
 @pytest.mark.parametrize("ended", [False, True])
@@ -79,7 +79,7 @@ async def test_a_repeated_submit_changes_nothing(queue: JobQueue, ended: bool):
     assert (await queue.get("a"), await queue.stats()) == before
 
 
-async def test_jobs_come_in_the_order_they_were_submitted(queue: JobQueue):
+async def test_jobs_are_claimed_in_the_order_of_their_submits(queue: JobQueue):
     submitted = [await submit(queue) for _ in range(5)]
     assert [(await claim(queue)).job_id for _ in range(5)] == submitted
 
@@ -101,7 +101,7 @@ async def test_cancel_ends_a_job_once(queue: JobQueue, state: JobState):
 
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
-async def test_a_withdrawn_job_is_cancelled(queue: JobQueue, state: JobState):
+async def test_a_discarded_job_is_cancelled(queue: JobQueue, state: JobState):
     job_id = await submit(queue)
     granted = await claim(queue) if state == JobState.RUNNING else None
     assert await queue.discard(job_id)
@@ -113,7 +113,7 @@ async def test_a_withdrawn_job_is_cancelled(queue: JobQueue, state: JobState):
     assert granted is None or not await queue.commit(granted, RESULT)
 
 
-async def test_a_submit_that_arrives_after_its_withdrawal_takes_no_effect(queue: JobQueue):
+async def test_a_submit_that_arrives_after_its_discard_has_no_effect(queue: JobQueue):
     assert not await queue.discard("late")
     await submit(queue, job_id="late")
     assert await queue.get("late") is None
@@ -121,7 +121,7 @@ async def test_a_submit_that_arrives_after_its_withdrawal_takes_no_effect(queue:
     assert await queue.claim("engine-1", IDLE) is None
 
 
-async def test_a_withdrawn_job_leaves_no_result(queue: JobQueue):
+async def test_a_discarded_job_leaves_no_result(queue: JobQueue):
     job_id = await submit(queue)
     await queue.commit(await claim(queue), RESULT)
     assert not await queue.discard(job_id)
@@ -131,10 +131,10 @@ async def test_a_withdrawn_job_leaves_no_result(queue: JobQueue):
     assert record.state == JobState.SUCCEEDED
 
 
-async def test_a_delivered_result_lives_for_some_seconds_only(queue: JobQueue, redis_client: redis.asyncio.Redis):
+async def test_shorten_ttl_keeps_a_result_for_seconds_only(queue: JobQueue, redis_client: redis.asyncio.Redis):
     job_id = await submit(queue)
     granted = await claim(queue)
-    await queue.shorten_ttl(job_id)  # not yet: the record of a job that runs must not go
+    await queue.shorten_ttl(job_id)  # the record of a running job must not expire
     assert await redis_client.pttl(f"glimmer:job:{job_id}") == -1
     await queue.commit(granted, RESULT)
     await queue.shorten_ttl(job_id)
@@ -143,7 +143,7 @@ async def test_a_delivered_result_lives_for_some_seconds_only(queue: JobQueue, r
         assert 1000 < await redis_client.pttl(f"glimmer:{key}:{job_id}") <= 5000
 
 
-async def test_delivery_does_not_lengthen_a_life(redis_client: redis.asyncio.Redis):
+async def test_shorten_ttl_does_not_lengthen_a_ttl(redis_client: redis.asyncio.Redis):
     queue = JobQueue(redis_client, result_ttl_s=1)
     job_id = await submit(queue)
     await queue.commit(await claim(queue), RESULT)
@@ -166,27 +166,27 @@ async def test_expire_ends_a_job_from_its_deadline_on(queue: JobQueue, state: Jo
     assert await queue.stats() == QueueStats(0, 0)
 
 
-async def test_jobs_past_their_deadline_are_expired_where_they_are_met(queue: JobQueue):
-    """Nobody may be waiting for an asynchronous job, so the engine's own calls end it."""
-    renewed, drawn = await submit(queue), await submit(queue)
-    with_redis_timeout = await submit(queue)
+async def test_claim_and_renew_expire_jobs_past_their_deadline(queue: JobQueue):
+    """An asynchronous job may have no waiter, so the engine's calls end it."""
+    renewed, claimed = await submit(queue), await submit(queue)
+    in_time = await submit(queue)
     granted = await claim(queue)
     assert granted.job_id == renewed
-    for job_id in (renewed, drawn):
+    for job_id in (renewed, claimed):
         await pass_deadline(queue, job_id)
     assert await queue.renew("engine-1", [granted]) == [granted]
-    assert (await claim(queue)).job_id == with_redis_timeout
-    for job_id in (renewed, drawn):
+    assert (await claim(queue)).job_id == in_time
+    for job_id in (renewed, claimed):
         record = await queue.get(job_id)
         assert record is not None
         assert record.state == JobState.EXPIRED
 
 
-async def test_results_are_exact_to_the_byte(queue: JobQueue):
+async def test_results_are_returned_byte_for_byte(queue: JobQueue):
     plan = Plan(2, 2, [1, 2, 3, 4], TokenGrid(1, 1, [5])).to_dict()
-    pictures = [bytes(range(256)) * 4096, b"", b"\r\n\0$-1\r\n"]
+    images = [bytes(range(256)) * 4096, b"", b"\r\n\0$-1\r\n"]
     result = JobResult(
-        [ImageResult(data, seed, plan) for seed, data in enumerate(pictures)],
+        [ImageResult(data, seed, plan) for seed, data in enumerate(images)],
         prompt_tokens=12,
         plan_tokens=34,
         source_tokens=5,
@@ -196,7 +196,7 @@ async def test_results_are_exact_to_the_byte(queue: JobQueue):
     assert await queue.result(job_id) == result
 
 
-async def test_the_whole_spec_survives(queue: JobQueue):
+async def test_every_field_of_the_spec_is_returned(queue: JobQueue):
     rich = spec(
         prompt='Ein Schild: "Öffnungszeiten" 🕰\n', seed=2**63 - 1, temperature=0.0, top_p=0.5, plan={"tokens": [1]}
     )
@@ -204,7 +204,7 @@ async def test_the_whole_spec_survives(queue: JobQueue):
     assert (await claim(queue)).spec == rich
 
 
-async def test_checkpointed_plans_come_back_with_the_next_claim(queue: JobQueue):
+async def test_checkpointed_plans_are_in_the_next_claim(queue: JobQueue):
     first, second = Plan(2, 1, [1, 2], TokenGrid(1, 1, [3])), Plan(1, 1, [4])
     job_id = await submit(queue, n=3)
     granted = await claim(queue)
@@ -216,10 +216,10 @@ async def test_checkpointed_plans_come_back_with_the_next_claim(queue: JobQueue)
 
 
 async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis):
-    """Whatever way they end. What remains is a fixed set that does not grow with the number of jobs."""
+    """However they end. The keys that stay do not grow with the number of jobs."""
     queue = JobQueue(redis_client, lease_ms=1, result_ttl_s=1)
-    for end in ("commit", "fail", "cancel", "cancel queued", "withdraw", "withdraw unknown", "expire", "poison"):
-        if end == "withdraw unknown":
+    for end in ("commit", "fail", "cancel", "cancel queued", "discard", "discard unknown", "expire", "dead letter"):
+        if end == "discard unknown":
             assert not await queue.discard("unknown")
             continue
         job_id = await submit(queue)
@@ -235,13 +235,13 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
             assert await queue.fail(granted, JobError("no"))
         elif end == "cancel":
             assert await queue.cancel(job_id)
-        elif end == "withdraw":
+        elif end == "discard":
             assert await queue.discard(job_id)
         else:
             if end == "expire":
                 await pass_deadline(queue, job_id)
             for _ in range(3):
-                await asyncio.sleep(0.005)  # long past the lease
+                await asyncio.sleep(0.005)  # the lease has lapsed
                 await queue.claim("engine-1", IDLE)
         record = await queue.get(job_id)
         assert record is not None
@@ -253,7 +253,7 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
     assert left == {"glimmer:queue:interactive", "glimmer:queue:batch", "glimmer:counters"}
 
 
-async def test_engines_are_listed_while_their_heart_beats(queue: JobQueue, redis_client: redis.asyncio.Redis):
+async def test_engines_are_listed_until_their_heartbeat_expires(queue: JobQueue, redis_client: redis.asyncio.Redis):
     first, second = (
         EngineInfo(name, 1, "all", "ready", "nano", "512x512", 16384, 1024, images_running=3) for name in ("e1", "e2")
     )
@@ -269,8 +269,10 @@ async def test_engines_are_listed_while_their_heart_beats(queue: JobQueue, redis
     assert [key async for key in redis_client.scan_iter()] == []
 
 
-async def test_a_dead_engine_s_name_goes_once_its_jobs_are_others(queue: JobQueue, redis_client: redis.asyncio.Redis):
-    """Nobody surrenders for an engine that runs without a supervisor; its names must not pile up."""
+async def test_the_consumer_of_a_dead_engine_is_removed_after_its_jobs(
+    queue: JobQueue, redis_client: redis.asyncio.Redis
+):
+    """Without a supervisor there is no `requeue_all`; consumers must not pile up."""
 
     async def names() -> set[bytes]:
         queues = [f"glimmer:queue:{priority}" for priority in ("interactive", "batch")]
@@ -282,22 +284,22 @@ async def test_a_dead_engine_s_name_goes_once_its_jobs_are_others(queue: JobQueu
     await asyncio.sleep(0.06)
     assert await queue.engines() == []
     assert await names() == {b"dead"}
-    impatient = JobQueue(redis_client, lease_ms=0)
-    again = await claim(impatient, "another")
+    without_lease = JobQueue(redis_client, lease_ms=0)
+    again = await claim(without_lease, "another")
     assert again.job_id == job_id
     assert await queue.engines() == []
     assert await names() == {b"another"}
     assert await queue.commit(again, RESULT)
 
 
-async def test_engines_of_other_versions_are_understood(queue: JobQueue, redis_client: redis.asyncio.Redis):
-    """One that does not say yet what a request gets by default, and one that says more than is known here."""
+async def test_heartbeats_of_other_versions_can_be_read(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    """An older one without the defaults, and a newer one with an unknown field."""
     info = EngineInfo("e", 1, "all", "ready", "nano", "512x512", 16384, 1024, default_steps=12, default_guidance=3.0)
     await queue.heartbeat(info, "", ttl_s=60)
-    said = info.to_dict()
-    await redis_client.hset("glimmer:engine:e", "info", orjson.dumps({**said, "added_later": 1}))
+    fields = info.to_dict()
+    await redis_client.hset("glimmer:engine:e", "info", orjson.dumps({**fields, "added_later": 1}))
     assert await queue.engines() == [info]
-    older = {name: value for name, value in said.items() if name not in ("default_steps", "default_guidance")}
+    older = {name: value for name, value in fields.items() if name not in ("default_steps", "default_guidance")}
     await redis_client.hset("glimmer:engine:e", "info", orjson.dumps(older))
     assert await queue.engines() == [replace(info, default_steps=50, default_guidance=1.5)]
 

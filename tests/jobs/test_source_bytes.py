@@ -1,4 +1,4 @@
-"""The memory that the pictures of edits take in Redis: how much there may be, and that every end gives it back."""
+"""The limit on the memory of source images in Redis, which every end of a job frees."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -16,7 +16,7 @@ LEASE_MS = 1
 
 
 @pytest.fixture
-def hasty(redis_client: redis.asyncio.Redis) -> JobQueue:
+def short_lease(redis_client: redis.asyncio.Redis) -> JobQueue:
     return JobQueue(redis_client, lease_ms=LEASE_MS)
 
 
@@ -24,7 +24,7 @@ async def held(queue: JobQueue) -> int:
     return (await queue.stats()).source_bytes
 
 
-async def test_the_cap_is_exact_and_says_what_is_full(queue: JobQueue) -> None:
+async def test_max_source_bytes_is_exact(queue: JobQueue) -> None:
     first = await submit(queue, source_images=SOURCES, max_source_bytes=2000)
     await submit(queue, source_images=SOURCES, max_source_bytes=2000)
     assert await held(queue) == 2000
@@ -32,12 +32,12 @@ async def test_the_cap_is_exact_and_says_what_is_full(queue: JobQueue) -> None:
         await submit(queue, job_id="refused", source_images=SourceImages([b"1"]), max_source_bytes=2000)
     assert await queue.get("refused") is None
     assert await held(queue) == 2000
-    await submit(queue, max_source_bytes=2000)  # one without pictures
+    await submit(queue, max_source_bytes=2000)  # without source images
     await queue.cancel(first)
     await submit(queue, source_images=SOURCES, max_source_bytes=2000)
 
 
-async def test_the_cap_holds_when_all_come_at_once(queue: JobQueue) -> None:
+async def test_max_source_bytes_holds_for_concurrent_submits(queue: JobQueue) -> None:
     answers = await asyncio.gather(
         *(submit(queue, source_images=SOURCES, max_source_bytes=5999) for _ in range(30)), return_exceptions=True
     )
@@ -45,8 +45,8 @@ async def test_the_cap_holds_when_all_come_at_once(queue: JobQueue) -> None:
     assert await held(queue) == 5000
 
 
-async def test_one_edit_always_finds_room(queue: JobQueue) -> None:
-    """Otherwise it would be told for ever to come back later."""
+async def test_one_edit_always_fits(queue: JobQueue) -> None:
+    """Otherwise it would be refused for ever."""
     large = await submit(queue, source_images=SOURCES, max_source_bytes=10)
     with pytest.raises(SourcesFull):
         await submit(queue, source_images=SourceImages([b"1"]), max_source_bytes=10)
@@ -54,21 +54,21 @@ async def test_one_edit_always_finds_room(queue: JobQueue) -> None:
     await submit(queue, source_images=SOURCES, max_source_bytes=10)
 
 
-async def test_a_full_queue_comes_first(queue: JobQueue) -> None:
+async def test_max_queue_is_checked_before_max_source_bytes(queue: JobQueue) -> None:
     await submit(queue, source_images=SOURCES)
     with pytest.raises(QueueFull) as caught:
         await submit(queue, source_images=SOURCES, max_queue=1, max_source_bytes=10)
     assert not isinstance(caught.value, SourcesFull)
 
 
-async def test_pictures_count_once(queue: JobQueue) -> None:
-    """A submit that is repeated, or led to the job of an earlier one by its key, brings none of its own."""
+async def test_source_images_count_once(queue: JobQueue) -> None:
+    """A repeated submit, by id or by idempotency key, adds none."""
     for job_id in ("a", "a", "b"):
         assert await submit(queue, job_id=job_id, source_images=SOURCES, idempotency_key="k", fingerprint="f") == "a"
     assert await held(queue) == 1000
 
 
-async def test_a_job_that_is_handed_back_keeps_its_pictures(queue: JobQueue) -> None:
+async def test_a_requeued_job_keeps_its_source_images(queue: JobQueue) -> None:
     await submit(queue, source_images=SOURCES)
     assert await queue.requeue("engine-1", await claim(queue))
     assert await held(queue) == 1000
@@ -78,13 +78,13 @@ async def test_a_job_that_is_handed_back_keeps_its_pictures(queue: JobQueue) -> 
     assert await queue.source_images(await claim(queue)) == SOURCES
 
 
-async def _run_out(queue: JobQueue, job_id: str) -> object:
+async def _claim_late(queue: JobQueue, job_id: str) -> object:
     await pass_deadline(queue, job_id)
     await asyncio.sleep(3 * LEASE_MS / 1000)
     return await queue.claim("engine-2", IDLE)
 
 
-async def _give_up(queue: JobQueue, job_id: str) -> None:
+async def _dead_letter(queue: JobQueue, job_id: str) -> None:
     for _ in range(4):
         await asyncio.sleep(3 * LEASE_MS / 1000)
         await queue.claim("engine-2", IDLE)
@@ -92,37 +92,37 @@ async def _give_up(queue: JobQueue, job_id: str) -> None:
 
 ENDS: dict[str, Callable[[JobQueue, str], Awaitable[object]]] = {
     "cancelled": lambda queue, job_id: queue.cancel(job_id),
-    "withdrawn": lambda queue, job_id: queue.discard(job_id),
-    "expired where an engine meets it": _run_out,
-    "given up": _give_up,
+    "discarded": lambda queue, job_id: queue.discard(job_id),
+    "expired by a claim": _claim_late,
+    "dead-lettered": _dead_letter,
 }
 
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("state", ["queued", "running"])
-async def test_every_end_gives_the_memory_back(hasty: JobQueue, state: str, end: str) -> None:
-    job_id = await submit(hasty, source_images=SOURCES)
+async def test_every_end_frees_the_memory(short_lease: JobQueue, state: str, end: str) -> None:
+    job_id = await submit(short_lease, source_images=SOURCES)
     if state == "running":
-        await claim(hasty)
-    assert await held(hasty) == 1000
-    await ENDS[end](hasty, job_id)
-    await _all_is_given_back(hasty, job_id)
+        await claim(short_lease)
+    assert await held(short_lease) == 1000
+    await ENDS[end](short_lease, job_id)
+    await _assert_all_is_freed(short_lease, job_id)
 
 
-@pytest.mark.parametrize("end", ["done", "failed", "expired while it is renewed", "expired while it is waited for"])
-async def test_the_end_of_a_run_gives_the_memory_back_once(queue: JobQueue, end: str) -> None:
+@pytest.mark.parametrize("end", ["done", "failed", "expired by renew", "expired by wait"])
+async def test_the_end_of_a_run_frees_the_memory_once(queue: JobQueue, end: str) -> None:
     job_id = await submit(queue, source_images=SOURCES)
     granted = await claim(queue)
     if "expired" in end:
         await pass_deadline(queue, job_id)
-        await (queue.renew("engine-1", [granted]) if "renewed" in end else queue.wait(job_id))
-    for _ in range(2):  # what comes after the end changes nothing
+        await (queue.renew("engine-1", [granted]) if "renew" in end else queue.wait(job_id))
+    for _ in range(2):  # calls after the end have no effect
         await (queue.commit(granted, RESULT) if end == "done" else queue.fail(granted, JobError("no")))
         await queue.cancel(job_id)
-    await _all_is_given_back(queue, job_id)
+    await _assert_all_is_freed(queue, job_id)
 
 
-async def _all_is_given_back(queue: JobQueue, job_id: str) -> None:
+async def _assert_all_is_freed(queue: JobQueue, job_id: str) -> None:
     record = await queue.get(job_id)
     assert record is not None
     assert record.state.is_terminal

@@ -1,4 +1,4 @@
-"""What the scripts store, to the byte: processes of an older and a newer version share a queue."""
+"""The exact bytes in Redis: processes of an older and a newer version share a queue."""
 
 from typing import Any
 

@@ -27,7 +27,7 @@ from tests.checkpoints import small_engine
 from tests.engine.test_worker import working
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import kill, restart
-from tests.jobs.test_faults import CURES, TROUBLES
+from tests.jobs.test_faults import FAULTS, REPAIRS
 from tests.proxy import Proxy
 from tests.waiting import until
 
@@ -52,7 +52,7 @@ class Site:
         elif trouble == "silent":
             self.link.stall()
         else:
-            await TROUBLES[trouble](self.server, self.direct)
+            await FAULTS[trouble](self.server, self.direct)
 
     async def end(self, trouble: str) -> None:
         if trouble == "killed":
@@ -60,7 +60,7 @@ class Site:
         elif trouble == "silent":
             self.link.resume()
         else:
-            await CURES[trouble](self.direct)
+            await REPAIRS[trouble](self.direct)
 
     async def post(self, body: dict[str, Any]) -> httpx.Response:
         return await self.http.post(URL, json=body, timeout=60)
@@ -87,7 +87,7 @@ async def site(tmp_path: Path, model: GlmImage) -> AsyncIterator[Site]:
                 await closing
 
 
-@pytest.mark.parametrize("trouble", ["killed", "silent", *CURES])
+@pytest.mark.parametrize("trouble", ["killed", "silent", *REPAIRS])
 async def test_new_work_is_refused_and_what_runs_gets_its_picture(
     site: Site, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,10 +102,10 @@ async def test_new_work_is_refused_and_what_runs_gets_its_picture(
     error = refused.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "service_unavailable")
     assert error["message"].startswith(
-        f"The job queue {'does not accept jobs' if trouble in CURES else 'cannot be reached'}"
+        f"The job queue {'does not accept jobs' if trouble in REPAIRS else 'cannot be reached'}"
     )
     health = (await site.http.get("/health")).json()
-    assert (health["status"], "refuses writes" in health["reason"]) == ("unavailable", trouble in CURES)
+    assert (health["status"], "refuses writes" in health["reason"]) == ("unavailable", trouble in REPAIRS)
     assert 1 <= int(refused.headers["retry-after"]) <= 10
     await until(lambda: site.engine.is_idle, seconds=60)  # the work went on
     assert not posted.done()

@@ -1,4 +1,4 @@
-"""The project's own files, as the packaging tests read them."""
+"""Readers of the project's files for the packaging tests."""
 
 import re
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class BuildStage:
 
 
 def dockerfile() -> dict[str, BuildStage]:
-    """The stages by name, in order. Continued lines are joined, comments left out."""
+    """Return the stages by name, in order, with continued lines joined and without comments."""
     stages: dict[str, BuildStage] = {}
     for line in _logical_lines((ROOT / "Dockerfile").read_text()):
         instruction, rest = line.split(maxsplit=1)
@@ -43,25 +43,25 @@ def dockerfile() -> dict[str, BuildStage]:
 
 
 def image_steps(target: str) -> list[tuple[str, str]]:
-    """All instructions that shape the image of `target`: its own and those of the stages it starts from."""
+    """Return all instructions for the image of `target`, including those of the stages it is based on."""
     stages = dockerfile()
     stage = stages[target]
     return [*(image_steps(stage.base) if stage.base in stages else []), *stage.steps]
 
 
 def last(steps: list[tuple[str, str]], instruction: str) -> str | None:
-    """What the last such instruction says; Docker takes that one."""
+    """Return the arguments of the last such instruction, the one that counts."""
     return next((rest for name, rest in reversed(steps) if name == instruction), None)
 
 
 def image_environment(target: str) -> dict[str, str]:
-    """The variables that `ENV` sets."""
+    """Return the variables that `ENV` sets."""
     pairs = " ".join(rest for name, rest in image_steps(target) if name == "ENV")
     return dict(re.findall(r"(\w+)=(\S*)", pairs))
 
 
 def variables_of(command: str) -> set[str]:
-    """The environment variables that a `glimmer` command reads; those with an API also read all server settings."""
+    """Return the environment variables of a `glimmer` command, for `serve` and `api` with all server settings."""
     options = typer.main.get_command(app).commands[command].params  # pyright: ignore[reportAttributeAccessIssue]
     names = {option.envvar for option in options if option.envvar}
     return names | (server_variables() if command in ("serve", "api") else set())

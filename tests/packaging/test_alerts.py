@@ -1,4 +1,4 @@
-"""The alert rules: of metrics that are really there, each with a section of its own in the operator's document."""
+"""The alert rules: their metrics are exported, and each has a section in docs/operations.md."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Selector:
     name: str
     matchers: tuple[tuple[str, str, str], ...]  # label, operator, value
 
-    def finds(self, labels: Labels) -> bool:
+    def matches(self, labels: Labels) -> bool:
         return all(_matches(labels.get(label, ""), operator, value) for label, operator, value in self.matchers)
 
 
@@ -57,7 +57,7 @@ def grouped_by(expression: str) -> set[str]:
 
 @pytest.fixture
 async def exported(queue: JobQueue, model: GlmImage) -> dict[str, list[Labels]]:
-    """The labels of all samples of an API with an engine that has drawn a picture, by name."""
+    """Return the labels of all samples by name, for an API with an engine that has generated an image."""
     settings = ServerSettings(prompt_rewriter="http://127.0.0.1:1/v1")  # type: ignore[call-arg]
     app = create_app(settings, queue)
     transport = httpx.ASGITransport(app)
@@ -67,8 +67,8 @@ async def exported(queue: JobQueue, model: GlmImage) -> dict[str, list[Labels]]:
         httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60) as client,
     ):
         await until(lambda: _has_heartbeat(queue))
-        drawn = await client.post(URL, json={"prompt": "x", "size": "64x64", "num_inference_steps": 1})
-        assert drawn.status_code == 200
+        response = await client.post(URL, json={"prompt": "x", "size": "64x64", "num_inference_steps": 1})
+        assert response.status_code == 200
         await queue.heartbeat(worker._info, worker._engine.metrics.exposition(), 5)
         text = (await client.get("/metrics")).text
     found: dict[str, list[Labels]] = {}
@@ -88,19 +88,19 @@ async def test_every_metric_and_label_of_a_rule_is_exported(exported: dict[str, 
         assert named, alert["alert"]
         for selector in named:
             assert selector.name in exported, f"{alert['alert']}: there is no {selector.name}"
-            told = exported[selector.name]
-            # Which statuses there were is chance.
+            samples = exported[selector.name]
+            # A status is exported only once a response had it.
             wanted = Selector(selector.name, tuple(m for m in selector.matchers if m[0] != "status"))
-            assert any(map(wanted.finds, told)), f"{alert['alert']}: no sample of {selector}"
+            assert any(map(wanted.matches, samples)), f"{alert['alert']}: no sample of {selector}"
             for status in (value for label, _, value in selector.matchers if label == "status"):
                 assert HTTPStatus(int(status))
-                assert all("status" in labels for labels in told)
+                assert all("status" in labels for labels in samples)
         labels = {label for selector in named for sample in exported[selector.name] for label in sample}
         assert grouped_by(alert["expr"]) <= labels, alert["alert"]
 
 
-def test_expressions_are_closed() -> None:
-    """As far as can be seen without Prometheus."""
+def test_brackets_of_expressions_match() -> None:
+    """Check what can be checked without Prometheus."""
     for alert in alerts():
         bare = re.sub(r'"[^"]*"', "", alert["expr"])
         for opening, closing in ("()", "[]", "{}"):
@@ -108,7 +108,7 @@ def test_expressions_are_closed() -> None:
         assert re.search(r"absent\(|[<>=]", bare), f"{alert['alert']} compares nothing"
 
 
-def test_alerts_say_how_urgent_they_are_and_where_to_read_on() -> None:
+def test_alerts_have_a_severity_a_runbook_and_a_summary() -> None:
     names = [alert["alert"] for alert in alerts()]
     assert len(set(names)) == len(names)
     for alert in alerts():
@@ -121,7 +121,7 @@ def test_every_alert_has_a_section_and_every_section_an_alert() -> None:
     assert re.findall(r"^### (Glimmer\w+)$", PAGE, re.MULTILINE) == [alert["alert"] for alert in alerts()]
 
 
-def test_links_within_the_page_lead_somewhere() -> None:
+def test_links_within_the_page_exist() -> None:
     headings = re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= anchors

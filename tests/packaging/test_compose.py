@@ -1,4 +1,4 @@
-"""The compose files: the official schema, and that they agree with the project they run."""
+"""The compose files follow the official schema and agree with the project."""
 
 import os
 import re
@@ -26,7 +26,7 @@ BIN = Path(sys.executable).parent
 
 
 def validate(path: Path) -> subprocess.CompletedProcess[str]:
-    """Against the Compose Specification's schema, of which check-jsonschema has a copy."""
+    """Validate a file against the Compose Specification's schema, which check-jsonschema includes."""
     command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", path]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -42,12 +42,12 @@ def seconds(duration: str) -> float:
 
 
 def with_defaults(text: str) -> str:
-    """What compose makes of `${NAME:-default}` and of `${NAME:+other}` where no variable is set."""
+    """Replace `${NAME:-default}` and `${NAME:+other}` as compose does if no variable is set."""
     return re.sub(r"\$\{\w+:(?:-([^}]*)|\+[^}]*)\}", r"\1", str(text))
 
 
 def environment(service: str) -> dict[str, str]:
-    """What the process in the container sees of the image's and the service's variables."""
+    """Return the environment of the container's process: the image's and the service's variables."""
     given = services()[service]["environment"]
     set_here = {name: with_defaults(value) for name, value in given.items() if value is not None}
     return image_environment(service) | set_here
@@ -59,21 +59,21 @@ def test_compose_files_follow_the_specification(name: str) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_the_schema_would_find_something(tmp_path: Path) -> None:
+def test_the_schema_detects_an_unknown_key(tmp_path: Path) -> None:
     wrong = tmp_path / "compose.yml"
     wrong.write_text((ROOT / "docker-compose.yml").read_text().replace("stop_grace_period", "grace_period"))
     assert validate(wrong).returncode != 0
 
 
 def test_every_service_has_a_health_check() -> None:
-    """A service of ours may leave the command to its image."""
+    """Check each service; the command may come from its image."""
     for name, service in services().items():
         assert service["healthcheck"]["interval"], name
         if "test" not in service["healthcheck"]:
             assert last(dockerfile()[service["build"]["target"]].steps, "HEALTHCHECK"), name
 
 
-def test_our_services_are_built_from_targets_that_exist() -> None:
+def test_our_services_are_built_from_existing_targets() -> None:
     for name in OURS:
         assert services()[name]["build"]["target"] == name
         assert name in dockerfile()
@@ -92,8 +92,8 @@ def test_variables_are_real_settings(name: str) -> None:
     for service, definition in compose(name)["services"].items():
         ours = {variable for variable in definition.get("environment", {}) if variable.startswith("GLIMMER_")}
         assert ours <= (variables_of(service) if service in OURS else set()), service
-    asked = set(re.findall(r"\$\{(\w+)", (ROOT / name).read_text()))
-    assert asked <= variables_of("api") | variables_of("engine") | {"HF_TOKEN"}
+    referenced = set(re.findall(r"\$\{(\w+)", (ROOT / name).read_text()))
+    assert referenced <= variables_of("api") | variables_of("engine") | {"HF_TOKEN"}
 
 
 @pytest.mark.parametrize(
@@ -101,16 +101,16 @@ def test_variables_are_real_settings(name: str) -> None:
     [("api", {"GLIMMER_HOST", "GLIMMER_PORT"}), ("engine", {"GLIMMER_ENGINE_ID", "GLIMMER_STAGE"})],
 )
 def test_every_setting_can_be_set_from_outside(service: str, of_the_container: set[str]) -> None:
-    """But those that are of no use in a container, or that its image sets."""
+    """Except those that are useless in a container or set by its image."""
     ours = {name for name in services()[service]["environment"] if name.startswith("GLIMMER_")}
     assert ours == variables_of(service) - of_the_container
 
 
-def test_the_file_of_keys_is_mounted_where_the_api_looks_for_it() -> None:
-    """Without one there is nothing to look for, and nothing is mounted that could be read as keys."""
-    asked = services()["api"]["environment"]["GLIMMER_API_KEYS_FILE"]
+def test_the_key_file_is_mounted_where_the_api_reads_it() -> None:
+    """Without a key file the API reads none, and nothing that it could read as keys is mounted."""
+    setting = services()["api"]["environment"]["GLIMMER_API_KEYS_FILE"]
     [mount] = services()["api"]["volumes"]
-    assert asked == f"${{GLIMMER_API_KEYS_FILE:+{mount['target']}}}"
+    assert setting == f"${{GLIMMER_API_KEYS_FILE:+{mount['target']}}}"
     assert mount["source"] == "${GLIMMER_API_KEYS_FILE:-/dev/null}"
     assert (mount["type"], mount["read_only"], mount["bind"]["create_host_path"]) == ("bind", True, False)
 
@@ -130,24 +130,24 @@ def test_the_api_accepts_its_variables_and_listens_where_the_port_is_published(m
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_both_sides_use_the_one_redis_and_wait_for_it(name: str) -> None:
+def test_api_and_engine_use_the_same_redis_and_wait_for_it(name: str) -> None:
     url = urlsplit(environment(name)["GLIMMER_REDIS_URL"])
     assert (url.scheme, url.hostname, url.port) == ("redis", "redis", 6379)
     assert services()[name]["depends_on"]["redis"]["condition"] == "service_healthy"
 
 
-@pytest.mark.parametrize(("name", "rest_s"), [("api", LAST_BYTES_S), ("engine", HAND_BACK_S)])
-def test_containers_get_longer_to_stop_than_the_drain_takes(name: str, rest_s: float) -> None:
+@pytest.mark.parametrize(("name", "extra_s"), [("api", LAST_BYTES_S), ("engine", HAND_BACK_S)])
+def test_containers_get_more_time_to_stop_than_the_drain_takes(name: str, extra_s: float) -> None:
     grace = float(environment(name)["GLIMMER_GRACE_S"])
-    assert seconds(services()[name]["stop_grace_period"]) >= grace + rest_s
+    assert seconds(services()[name]["stop_grace_period"]) >= grace + extra_s
 
 
 @pytest.mark.parametrize("name", ["redis", *OURS])
-def test_services_come_back(name: str) -> None:
+def test_services_are_restarted(name: str) -> None:
     assert services()[name]["restart"] == "unless-stopped"
 
 
-def test_checkpoints_are_kept_where_the_hub_s_client_puts_them() -> None:
+def test_the_volume_contains_the_hub_client_s_cache() -> None:
     volume, mounted = services()["engine"]["volumes"][0].split(":")
     assert volume in compose()["volumes"]
     assert Path(environment("engine")["HF_HOME"]).is_relative_to(mounted)
@@ -172,7 +172,7 @@ def test_a_real_redis_accepts_the_command_and_keeps_jobs(tmp_path: Path) -> None
 
 
 def config(path: Path, name: str) -> str | None:
-    """What the server on a unix socket says to CONFIG GET, once it listens."""
+    """Return the response to CONFIG GET of the server on a unix socket, once it listens."""
     retry = Retry(ConstantBackoff(0.05), 200, supported_errors=(RedisError, OSError))
     with redis.Redis(unix_socket_path=str(path), decode_responses=True, retry=retry) as client:
         answer = client.config_get(name)

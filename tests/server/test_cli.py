@@ -36,7 +36,7 @@ def glimmer(*args: str, **environment: str) -> Result:
 
 
 async def generate(*args: str) -> Result:
-    """Runs the command in a thread, beside the server it asks."""
+    """Run the command in a thread beside the server."""
     return await asyncio.to_thread(glimmer, "generate", *args)
 
 
@@ -58,9 +58,25 @@ def test_every_flag_has_its_variable(command: str) -> None:
             assert f"GLIMMER_{flag.upper().replace('-', '_')}" in text
 
 
-def test_the_engine_flags_are_all_of_its_settings() -> None:
+def test_every_engine_setting_has_a_flag() -> None:
     flags = {flag.replace("-", "_") for flag in re.findall(r"(?m)^  --([a-z-]+)", glimmer("engine", "--help").output)}
     assert flags - {"help"} == EngineSettings.model_fields.keys()
+
+
+def test_a_wrong_value_gets_one_line() -> None:
+    for arguments, line in {
+        ("serve", "--port", "70000"): "GLIMMER_PORT: Input should be less than or equal to 65535",
+        ("serve", "--engines", "0"): "GLIMMER_ENGINES: Input should be greater than or equal to 1",
+        ("engine", "--redis-url", "x", "--lease-s", "0"): "GLIMMER_LEASE_S: Input should be greater than or equal to 1",
+    }.items():
+        answer = glimmer(*arguments)
+        assert (answer.exit_code, answer.output) == (2, f"glimmer: {line}\n")
+
+
+def test_limits_are_in_the_help() -> None:
+    text = re.sub(r"\s+", " ", glimmer("serve", "--help").output)
+    for limits in ("picks a free one (0..65535).", "one for each (1 or more)."):
+        assert limits in text
 
 
 def test_settings_are_checked_before_anything_starts() -> None:
@@ -73,7 +89,7 @@ def test_settings_are_checked_before_anything_starts() -> None:
     assert "GLIMMER_REDIS_URL" in empty.output
 
 
-async def test_several_pictures(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+async def test_several_images(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
     output = tmp_path / "new" / "fox.webp"
     options = ["--n", "2", "--size", "128x64", "--seed", "5", "--steps", "3", "--guidance", "2.5", "--top-p", "0.5"]
     answer = await generate("a fox", "-o", str(output), "--url", live_server.url, *options)
@@ -87,7 +103,7 @@ async def test_several_pictures(live_server: LiveServer, stub: StubEngine, tmp_p
         assert f"seed {seed}" in answer.output
 
 
-async def test_one_picture(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+async def test_one_image(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
     answer = await generate("a fox", "-o", str(tmp_path / "out.jpg"), "--url", live_server.url)
     assert answer.exit_code == 0, answer.output
     assert (tmp_path / "out.jpg").read_bytes().startswith(b"\xff\xd8")
@@ -99,17 +115,17 @@ async def test_refusals(live_server: LiveServer, stub: StubEngine, tmp_path: Pat
     assert refused.exit_code == 1
     assert "n takes a number of images, 1..10" in refused.output
     assert "(HTTP 400)" in refused.output
-    nobody = await generate("a fox", "-o", str(output), "--url", "http://127.0.0.1:9")
-    assert nobody.exit_code == 1
-    assert "is `glimmer serve` running?" in nobody.output
+    unreachable = await generate("a fox", "-o", str(output), "--url", "http://127.0.0.1:9")
+    assert unreachable.exit_code == 1
+    assert "is `glimmer serve` running?" in unreachable.output
     assert not output.exists()
 
 
 async def test_partial_images(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
-    options = ["--n", "2", "--seed", "5", "--partials", str(tmp_path / "on the way")]
+    options = ["--n", "2", "--seed", "5", "--partials", str(tmp_path / "partials of two")]
     answer = await generate("a fox", "-o", str(tmp_path / "fox.png"), "--url", live_server.url, *options)
     assert answer.exit_code == 0, answer.output
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "on the way").iterdir()}
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "partials of two").iterdir()}
     assert kept == {
         f"fox-{image + 1}-partial-{index + 1}.png": partial_image(stub.specs[0], image, index).data
         for image in (0, 1)
@@ -139,7 +155,7 @@ async def test_an_edit(live_server: LiveServer, stub: StubEngine, tmp_path: Path
     assert made.getpixel((90, 5)) != (255, 0, 0)
 
 
-async def test_a_plan_goes_out_and_comes_in_again(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+async def test_a_plan_can_be_saved_and_used_again(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
     to_server = ["-o", str(tmp_path / "out.png"), "--url", live_server.url]
     several = await generate(
         "a fox", *to_server, "--n", "2", "--seed", "5", "--plan-out", str(tmp_path / "a" / "p.json")
@@ -156,7 +172,7 @@ async def test_a_plan_goes_out_and_comes_in_again(live_server: LiveServer, stub:
 
 
 async def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    """One line says which and why, before any server is asked."""
+    """Check for one line with file and reason, printed before any request is sent."""
     (tmp_path / "plan.json").write_text("{")
     (tmp_path / "bytes.json").write_bytes(b"\xff")
     nowhere = ["-o", str(tmp_path / "out.png"), "--url", "http://127.0.0.1:9"]
@@ -179,7 +195,7 @@ async def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert (without_edit.exit_code, "--mask goes with --edit" in without_edit.output) == (2, True)
 
 
-async def test_a_failure_half_way(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
+async def test_a_failure_after_a_partial_image(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
     stub.failures = {"a fox": JobError("The engine cannot.", "server_error", "internal_error")}
     partials = ["--partials", str(tmp_path / "partials"), "--partial-images", "1"]
     answer = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", live_server.url, *partials)
@@ -188,7 +204,7 @@ async def test_a_failure_half_way(live_server: LiveServer, stub: StubEngine, tmp
     assert not (tmp_path / "out.png").exists()
 
 
-async def test_an_interrupt_takes_the_request_back(live_server: LiveServer, queue: JobQueue, tmp_path: Path) -> None:
+async def test_an_interrupt_cancels_the_job(live_server: LiveServer, queue: JobQueue, tmp_path: Path) -> None:
     async def are(waiting: int, running: int) -> bool:
         stats = await queue.stats()
         return (stats.waiting, stats.running) == (waiting, running)
@@ -207,25 +223,24 @@ async def test_an_interrupt_takes_the_request_back(live_server: LiveServer, queu
 
 
 @asynccontextmanager
-async def something_that_answers(*chunks: bytes) -> AsyncIterator[str]:
-    """The URL of a server that has one answer to all requests, sent in these pieces."""
-
-    over = asyncio.Event()
+async def fixed_response(*chunks: bytes) -> AsyncIterator[str]:
+    """Yield the URL of a server that answers all requests with these chunks."""
+    done = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"}")  # the end of what was sent
-        with suppress(ConnectionError):  # the client may have read enough
+        await reader.readuntil(b"}")  # the end of the request
+        with suppress(ConnectionError):  # the client may disconnect early
             for chunk in (b"HTTP/1.1 200 OK\r\nconnection: close\r\n", *chunks):
                 writer.write(chunk)
                 await writer.drain()
                 await asyncio.sleep(0.01)
             writer.close()
             await writer.wait_closed()
-        over.set()
+        done.set()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        await over.wait()
+        await done.wait()
 
 
 EVENTS = b"content-type: text/event-stream\r\n\r\n"
@@ -243,28 +258,28 @@ EVENTS = b"content-type: text/event-stream\r\n\r\n"
         (EVENTS, b": running {\n\n"),
     ],
 )
-async def test_an_answer_from_something_else(chunks: tuple[bytes, ...], tmp_path: Path) -> None:
+async def test_a_response_of_another_server(chunks: tuple[bytes, ...], tmp_path: Path) -> None:
     output = tmp_path / "out.png"
-    async with something_that_answers(*chunks) as url:
+    async with fixed_response(*chunks) as url:
         answered = await generate("a fox", "-o", str(output), "--url", url)
     assert answered.exit_code == 1
     assert "did not answer with images; is it a Glimmer server?" in answered.output
     assert not output.exists()
 
 
-async def test_an_answer_that_ends_early(tmp_path: Path) -> None:
-    async with something_that_answers(EVENTS, b": ping\n\n", b'event: image_generation.completed\ndata: {"b64') as url:
+async def test_a_response_that_ends_early(tmp_path: Path) -> None:
+    async with fixed_response(EVENTS, b": ping\n\n", b'event: image_generation.completed\ndata: {"b64') as url:
         answered = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", url)
     assert answered.exit_code == 1
     assert "ended after 0 of 1 images" in answered.output
 
 
-async def test_an_answer_in_pieces(tmp_path: Path) -> None:
-    """Cut anywhere, and with characters that some take for the end of a line."""
+async def test_a_response_in_pieces(tmp_path: Path) -> None:
+    """Split anywhere, with characters that some libraries take for line ends."""
     data = '{"b64_json": "AAEC", "seed": 1, "size": "64x64", "revised_prompt": "a\u2028fox\x85"}'.encode()
     event = b"event: image_generation.completed\ndata: " + data + b"\n\n"
     pieces = [event[start : start + 7] for start in range(0, len(event), 7)]
-    async with something_that_answers(EVENTS, *pieces) as url:
+    async with fixed_response(EVENTS, *pieces) as url:
         answered = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", url)
     assert answered.exit_code == 0, answered.output
     assert (tmp_path / "out.png").read_bytes() == bytes([0, 1, 2])
@@ -289,7 +304,7 @@ def test_a_terminal_shows_progress_and_draws() -> None:
             display.show_progress(comment)
 
 
-def test_elsewhere_nothing_is_drawn() -> None:
+def test_without_a_terminal_nothing_is_drawn() -> None:
     printed = io.StringIO()
     with Display(Console(file=printed)) as display:
         display.show_progress('queued {"position":2}')
@@ -299,7 +314,7 @@ def test_elsewhere_nothing_is_drawn() -> None:
 
 
 def test_half_blocks() -> None:
-    """Two pixels a character; wide and tall pictures keep their shape within the room."""
+    """Two pixels a character; wide and tall images keep their aspect ratio."""
     image = Image.new("RGB", (4, 4), (255, 0, 0))
     image.paste((0, 0, 255), (0, 2, 4, 4))
     drawing = half_blocks(source_images.png(image), columns=2, lines=9)
@@ -317,14 +332,14 @@ async def test_a_file_that_cannot_be_written(live_server: LiveServer, stub: Stub
     taken = await generate("a fox", "-o", str(folder), "--url", live_server.url)
     assert taken.exit_code == 1
     assert f"cannot write {folder} (Is a directory)" in taken.output
-    asked = len(stub.specs)
+    requests = len(stub.specs)
     nowhere = await generate("a fox", "-o", str(file / "out.png"), "--url", live_server.url)
     assert nowhere.exit_code == 1
     assert f"cannot write {file} (" in nowhere.output
-    assert len(stub.specs) == asked  # it is said before the picture is made
+    assert len(stub.specs) == requests  # refused before the request
 
 
-async def test_a_proxy_is_not_asked_for_a_server_on_this_machine(
+async def test_a_server_on_this_machine_is_reached_without_the_proxy(
     live_server: LiveServer, stub: StubEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
@@ -334,25 +349,25 @@ async def test_a_proxy_is_not_asked_for_a_server_on_this_machine(
 
 
 @pytest.mark.parametrize("url", ["http://:8000", "ftp://127.0.0.1", "nonsense", "http://[::1"])
-async def test_urls_that_are_none(url: str, tmp_path: Path) -> None:
+async def test_invalid_urls(url: str, tmp_path: Path) -> None:
     answer = await generate("a fox", "-o", str(tmp_path / "out.png"), "--url", url)
     assert answer.exit_code == 1
     assert f"cannot reach {url}" in answer.output
 
 
-async def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
+async def test_a_prompt_that_is_not_valid_text(tmp_path: Path) -> None:
     answer = await generate("a \udcff fox", "-o", str(tmp_path / "out.png"))
     assert answer.exit_code == 1
     assert "not valid text" in answer.output
 
 
-def test_stages_that_do_not_exist_are_refused() -> None:
+def test_unknown_stages_are_refused() -> None:
     for stage in ("plan", "render"):
         assert glimmer("engine", "--redis-url", "unix:///nowhere", "--stage", stage).exit_code == 2
 
 
 def test_no_progress_bars_in_the_engine_s_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables are set before anything that draws bars is imported."""
+    """The variables are set before the libraries that draw bars are imported."""
     seen: dict[str, str | None] = {}
 
     class Worker(ModuleType):
@@ -363,7 +378,7 @@ def test_no_progress_bars_in_the_engine_s_log(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(sys.modules, "engine.worker.process", Worker("engine.worker.process"))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # somebody's choice, and it stays
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # the user's choice, which stays
     answer = glimmer("engine", "--redis-url", "unix:///nowhere")
     monkeypatch.delenv("TQDM_DISABLE")
     assert answer.exit_code == 0, answer.output

@@ -1,4 +1,4 @@
-"""The API behind a real socket: clients that leave, and a drain by signal. `tests/clients` has what others send."""
+"""The API behind a real socket: clients that disconnect, and a drain by signal. `tests/clients` has real clients."""
 
 import asyncio
 import os
@@ -10,6 +10,7 @@ import pytest
 import redis.asyncio
 from starlette.requests import ClientDisconnect
 
+from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobRecord
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admitted
@@ -28,7 +29,7 @@ from tests.waiting import until
 URL = "/v1/images/generations"
 
 
-async def test_a_client_that_leaves_takes_its_job_along(live_server: LiveServer, queue: JobQueue) -> None:
+async def test_a_disconnect_cancels_the_job(live_server: LiveServer, queue: JobQueue) -> None:
     async with StubEngine(queue, step_s=10, slots=1), httpx.AsyncClient(base_url=live_server.url) as client:
         posts = [asyncio.create_task(client.post(URL, json={"prompt": "x"}, timeout=60)) for _ in range(3)]
         await until(lambda: _stats_are(queue, waiting=2, running=1))
@@ -41,29 +42,29 @@ async def test_a_client_that_leaves_takes_its_job_along(live_server: LiveServer,
     assert 'route="/v1/images/generations",status="499"} 3.0' in metrics
 
 
-async def test_a_delivered_picture_does_not_stay_in_redis(
+async def test_a_delivered_result_is_deleted_soon(
     live_server: LiveServer, stub: StubEngine, redis_client: redis.asyncio.Redis
 ) -> None:
     async with httpx.AsyncClient(base_url=live_server.url) as client:
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
     (key,) = await redis_client.keys("glimmer:result:*")
 
-    async def goes_soon() -> bool:
+    async def expires_soon() -> bool:
         return await redis_client.pttl(key) <= 5000
 
-    await until(goes_soon)
+    await until(expires_soon)
 
 
-async def test_a_picture_whose_client_left_does_not_stay_in_redis(
+async def test_the_result_of_a_disconnected_client_is_deleted(
     live_server: LiveServer, queue: JobQueue, redis_client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job ends before its client's leaving is seen."""
+    """The job ends before the disconnect is noticed."""
 
-    wait = queue.wait
+    wait = JobFollower.wait
 
-    async def slow(job_id: str) -> JobRecord:
+    async def slow(follower: JobFollower) -> JobRecord:
         await asyncio.sleep(60)
-        return await wait(job_id)
+        return await wait(follower)
 
     async def results() -> int:
         return len(await redis_client.keys("glimmer:result:*"))
@@ -71,7 +72,7 @@ async def test_a_picture_whose_client_left_does_not_stay_in_redis(
     async def no_results() -> bool:
         return await results() == 0
 
-    monkeypatch.setattr(queue, "wait", slow)
+    monkeypatch.setattr(JobFollower, "wait", slow)
     async with StubEngine(queue), httpx.AsyncClient(base_url=live_server.url) as client:
         posted = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
         await until(results)
@@ -85,7 +86,7 @@ async def _stats_are(queue: JobQueue, waiting: int, running: int) -> bool:
     return (stats.waiting, stats.running) == (waiting, running)
 
 
-async def test_a_picture_whose_client_left_just_as_it_was_done_does_not_stay_either(
+async def test_the_result_is_deleted_if_the_client_disconnects_on_completion(
     queue: JobQueue, stub: StubEngine, redis_client: redis.asyncio.Redis
 ) -> None:
     metrics = Metrics()
@@ -93,19 +94,19 @@ async def test_a_picture_whose_client_left_just_as_it_was_done_does_not_stay_eit
     job = Admitted(await submit(queue))
     outcomes = JobOutcomes(queue, metrics, Throughput())
 
-    async def wait_and_leave() -> None:
+    async def wait_and_disconnect() -> None:
         with JobWait(queue, job, detached=False, abandoned_jobs=abandoned_jobs, outcomes=outcomes) as job_wait:
             await job_wait.end()
             assert await redis_client.keys("glimmer:result:*")
             raise ClientDisconnect
 
     with pytest.raises(ClientDisconnect):
-        await wait_and_leave()
+        await wait_and_disconnect()
     await abandoned_jobs.close()
     assert not await redis_client.keys("glimmer:result:*")
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body(live_server: LiveServer, queue: JobQueue) -> None:
+async def test_a_disconnect_in_the_middle_of_the_body(live_server: LiveServer, queue: JobQueue) -> None:
     host, port = live_server.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST " + URL.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
@@ -113,14 +114,14 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body(live_server: LiveS
     writer.close()
     await writer.wait_closed()
     async with httpx.AsyncClient(base_url=live_server.url) as client:
-        await until(lambda: _counts_a_departure(client))
+        await until(lambda: _counts_a_disconnect(client))
 
 
-async def _counts_a_departure(client: httpx.AsyncClient) -> bool:
+async def _counts_a_disconnect(client: httpx.AsyncClient) -> bool:
     return 'status="499"} 1.0' in (await client.get("/metrics")).text
 
 
-async def test_sigterm_finishes_what_runs(queue: JobQueue) -> None:
+async def test_sigterm_finishes_running_requests(queue: JobQueue) -> None:
     server = LiveServer(queue, ServerSettings(grace_s=10))
     async with StubEngine(queue, step_s=0.5), httpx.AsyncClient(base_url=server.url, timeout=20) as client:
         running = asyncio.create_task(client.post(URL, json={"prompt": "x", "num_inference_steps": 1}))
@@ -145,7 +146,7 @@ async def test_the_grace_period_bounds_the_drain(queue: JobQueue) -> None:
         await until(lambda: _stats_are(queue, waiting=0, running=0))
 
 
-def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
+def test_small_responses_do_not_wait_for_an_acknowledgement() -> None:
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:

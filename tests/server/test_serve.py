@@ -1,4 +1,4 @@
-"""`glimmer serve` as a process: it survives a dead engine and a dead Redis, and leaves nobody behind."""
+"""`glimmer serve` as a process: it survives a dead engine and a dead Redis, and leaves no process behind."""
 
 import asyncio
 import os
@@ -54,7 +54,7 @@ class Serving:
         self.url = match[1]
 
     async def end(self, seconds: float = 10.0) -> tuple[int, str]:
-        """The exit code and what was written to stderr."""
+        """Return the exit code and stderr."""
         assert self.process.stderr is not None
         async with asyncio.timeout(seconds):
             log = (await self.process.stderr.read()).decode()
@@ -87,12 +87,12 @@ def client(serve: Serving) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=serve.url, headers={"authorization": "Bearer k"}, timeout=20)
 
 
-async def test_sigterm_finishes_what_runs_and_leaves_nobody(tmp_path: Path) -> None:
+async def test_sigterm_finishes_running_requests_and_leaves_no_process(tmp_path: Path) -> None:
     async with serving(tmp_path, "serve", step_s=0.5) as serve:
         await serve.ready()
         children = serve.children()
         async with client(serve) as http:
-            body = {"prompt": "tell-no-one", "num_inference_steps": 1}
+            body = {"prompt": "secret-prompt", "num_inference_steps": 1}
             running = asyncio.create_task(http.post(URL, json=body))
             await until(lambda: _running(http, 1))
             serve.process.terminate()
@@ -101,22 +101,22 @@ async def test_sigterm_finishes_what_runs_and_leaves_nobody(tmp_path: Path) -> N
         assert code == 0
         assert len(children) == 2  # the engine and Redis
         assert not any(alive(pid) for pid in children)
-        assert "tell-no-one" not in log
+        assert "secret-prompt" not in log
         assert "route=/v1/images/generations status=200" in log
-        assert serve.starts.lines()[0][-1] == "-"  # the engine was not told the key
+        assert serve.starts.lines()[0][-1] == "-"  # the engine did not get the key
 
 
-async def test_the_end_takes_one_grace_period_in_all(
+async def test_the_stop_takes_one_grace_period_in_all(
     tmp_path: Path, redis_server: EmbeddedRedis, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though neither a request nor the engine comes to an end by itself."""
+    """Neither a request nor the engine ends by itself."""
     monkeypatch.setattr(supervisor, "HAND_BACK_S", 1.0)
     monkeypatch.setattr(serving_module, "LAST_BYTES_S", 1)
     starts = Starts(tmp_path / "starts")
     environment = {"FAKE_ENGINE_LOG": str(starts.path), "FAKE_ENGINE_STEP_S": "60"}
-    plan = EngineProcesses(1, tmp_path, environment=environment, command=[sys.executable, FAKE_ENGINE, "busy"])
+    engines = EngineProcesses(1, tmp_path, environment=environment, command=[sys.executable, FAKE_ENGINE, "busy"])
     listener = listen("127.0.0.1", 0)
-    serve = asyncio.create_task(launch._serve(ServerSettings(grace_s=1.5), plan, redis_server.url, listener))
+    serve = asyncio.create_task(launch._serve(ServerSettings(grace_s=1.5), engines, redis_server.url, listener))
     async with httpx.AsyncClient(base_url=url_of(listener), timeout=20) as http:
         await until(lambda: _healthy(http), seconds=20)
         posted = asyncio.create_task(http.post(URL, json={"prompt": "x"}))
@@ -127,12 +127,10 @@ async def test_the_end_takes_one_grace_period_in_all(
         assert 2.4 < time.monotonic() - started < 4.0
         await asyncio.wait([posted])
     assert not any(alive(pid) for pid in starts.pids())
-    assert await queue.stats() == QueueStats(0, 0)  # the job whose client was cut off was withdrawn
+    assert await queue.stats() == QueueStats(0, 0)  # the job of the disconnected client was cancelled
 
 
-async def test_a_redis_that_takes_its_time_to_come_back_holds_up_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_redis_that_restarts_slowly_blocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "REDIS_POLL_INTERVAL_S", 0.05)
     loading = tmp_path / "loading"
     loading.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -159,7 +157,7 @@ async def _running(http: httpx.AsyncClient, count: int) -> bool:
     return (await http.get("/health")).json()["queue"]["running"] == count
 
 
-async def test_a_killed_engine_and_a_killed_redis_come_back(tmp_path: Path) -> None:
+async def test_a_killed_engine_and_a_killed_redis_are_restarted(tmp_path: Path) -> None:
     async with serving(tmp_path, "serve") as serve:
         await serve.ready()
         engine_pid = serve.starts.pids()[0]
@@ -179,7 +177,7 @@ async def _healthy(http: httpx.AsyncClient) -> bool:
     return (await http.get("/health")).status_code == 200
 
 
-async def test_a_killed_serve_leaves_nobody(tmp_path: Path) -> None:
+async def test_a_killed_serve_leaves_no_process(tmp_path: Path) -> None:
     async with serving(tmp_path, "serve") as serve:
         await serve.ready()
         children = serve.children()
@@ -187,7 +185,7 @@ async def test_a_killed_serve_leaves_nobody(tmp_path: Path) -> None:
         await until(lambda: not any(alive(pid) for pid in children), seconds=5)
 
 
-async def test_a_misconfigured_engine_ends_serve_with_its_message(tmp_path: Path) -> None:
+async def test_a_misconfigured_engine_stops_serve_with_its_message(tmp_path: Path) -> None:
     async with serving(tmp_path, "misconfigured") as serve:
         code, log = await serve.end()
     assert code == 2
@@ -195,7 +193,7 @@ async def test_a_misconfigured_engine_ends_serve_with_its_message(tmp_path: Path
     assert len(serve.starts.lines()) == 1
 
 
-async def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+async def test_a_taken_port_is_reported_before_anything_starts(tmp_path: Path) -> None:
     with listen("127.0.0.1", 0) as taken:
         port = url_of(taken).rsplit(":", 1)[1]
         process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""Engines that die, are misconfigured, do not want to stop or would be orphaned."""
+"""Engines that die, are misconfigured or ignore SIGTERM."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
 
 
 class Starts:
-    """What the fake engines wrote when they started."""
+    """The lines that fake engines write when they start."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,7 +33,7 @@ class Starts:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits to be collected does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def make(queue: JobQueue, starts: Starts, mode: str, *, count: int = 1) -> Super
     )
 
 
-def test_backoff_doubles_up_to_a_limit_and_starts_over() -> None:
+def test_backoff_doubles_up_to_a_maximum_and_is_reset() -> None:
     backoff = Backoff(initial=1, maximum=5, reset_after=60)
     delays = [0.0]
     for _ in range(5):
@@ -63,7 +63,7 @@ def test_backoff_doubles_up_to_a_limit_and_starts_over() -> None:
     assert backoff.next_delay(5, uptime=61) == 1
 
 
-async def test_a_dying_engine_is_started_again_under_a_new_name(queue: JobQueue, starts: Starts) -> None:
+async def test_a_dead_engine_is_restarted_with_a_new_id(queue: JobQueue, starts: Starts) -> None:
     supervisor = make(queue, starts, "die")
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) >= 3)
@@ -83,7 +83,7 @@ async def test_a_dead_engine_s_jobs_are_free_at_once(
     engine_id, pid = starts.lines()[0][:2]
     assert await queue.claim(engine_id, IDLE) is not None
     os.kill(int(pid), 9)
-    await until(lambda: len(starts.lines()) == 2, seconds=3)  # well before the lease of 10 s runs out
+    await until(lambda: len(starts.lines()) == 2, seconds=3)  # well before the lease of 10 s ends
     claim = await queue.claim("another", IDLE)
     assert claim is not None
     assert claim.runs == 2
@@ -92,7 +92,7 @@ async def test_a_dead_engine_s_jobs_are_free_at_once(
     await asyncio.wait_for(running, 1)
 
 
-async def test_a_misconfigured_engine_is_not_started_again(
+async def test_a_misconfigured_engine_is_not_restarted(
     queue: JobQueue, starts: Starts, capfd: pytest.CaptureFixture[str]
 ) -> None:
     supervisor = make(queue, starts, "misconfigured", count=2)
@@ -103,7 +103,7 @@ async def test_a_misconfigured_engine_is_not_started_again(
     assert "no checkpoint there" in capfd.readouterr().err
 
 
-async def test_stop_kills_what_outlives_the_grace_period_and_frees_its_jobs(
+async def test_stop_kills_engines_that_outlive_the_grace_period_and_frees_their_jobs(
     queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "HAND_BACK_S", 0.5)
@@ -114,14 +114,14 @@ async def test_stop_kills_what_outlives_the_grace_period_and_frees_its_jobs(
     assert await queue.claim(starts.lines()[0][0], IDLE) is not None
     started = time.monotonic()
     await supervisor.stop(0.3)
-    # Engines get longer than the grace period itself: only at its end do they hand back what is not done.
+    # Engines get more than the grace period: they hand back unfinished jobs only at its end.
     assert 0.8 <= time.monotonic() - started < 2
     assert not any(alive(pid) for pid in starts.pids())
     assert await queue.claim("another", IDLE) is not None
     await asyncio.wait_for(running, 1)
 
 
-async def test_stop_before_the_end_of_a_pause(queue: JobQueue, starts: Starts) -> None:
+async def test_stop_during_the_delay_before_a_restart(queue: JobQueue, starts: Starts) -> None:
     supervisor = Supervisor(
         [sys.executable, FAKE_ENGINE, "die"], [starts.environment], queue, backoff=Backoff(initial=60)
     )
@@ -133,7 +133,7 @@ async def test_stop_before_the_end_of_a_pause(queue: JobQueue, starts: Starts) -
 
 
 class TestEnvironments:
-    def test_one_engine_is_left_alone(self) -> None:
+    def test_one_engine_keeps_the_environment(self) -> None:
         assert engine_environments({"A": "1"}, 1, "auto") == [{"A": "1"}]
 
     def test_threads_are_divided(self) -> None:
@@ -141,7 +141,7 @@ class TestEnvironments:
         assert [e["OMP_NUM_THREADS"] for e in engine_environments({}, 2, "cpu")] == [str(max(1, cores // 2))] * 2
         assert engine_environments({"OMP_NUM_THREADS": "7"}, 2, "cpu")[1]["OMP_NUM_THREADS"] == "7"
 
-    def test_gpus_are_dealt_out(self) -> None:
-        dealt = engine_environments({"CUDA_VISIBLE_DEVICES": "4,6"}, 3, "cuda")
-        assert [e["CUDA_VISIBLE_DEVICES"] for e in dealt] == ["4", "6", "4"]
+    def test_gpus_are_assigned_in_turn(self) -> None:
+        environments = engine_environments({"CUDA_VISIBLE_DEVICES": "4,6"}, 3, "cuda")
+        assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["4", "6", "4"]
         assert "CUDA_VISIBLE_DEVICES" not in engine_environments({}, 2, "cpu")[0]

@@ -1,4 +1,4 @@
-"""The benchmark's own code: that it runs, and that its arithmetic is that of the published sizes."""
+"""The benchmarks run, and their arithmetic is that of the published sizes."""
 
 import asyncio
 import itertools
@@ -45,7 +45,7 @@ def test_floors_are_those_of_the_published_sizes() -> None:
     assert renderer_flop(RendererConfig()) == pytest.approx(5.77e15, rel=0.02)
 
 
-def test_the_full_size_asks_for_a_gpu() -> None:
+def test_full_size_requires_a_gpu() -> None:
     with pytest.raises(SystemExit, match="CUDA"):
         run_full_size(torch.device("cpu"))
 
@@ -67,7 +67,7 @@ async def test_streams_with_and_without_partial_images(queue: JobQueue, capsys: 
     assert "first partial" in printed
 
 
-def test_admission_counts_what_got_in_and_what_did_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_admission_counts_accepted_and_refused_requests(capsys: pytest.CaptureFixture[str]) -> None:
     profile = admission.LoadProfile(connections=2, seconds=0.5, warm_up=0.0, rates=(None, 40.0), max_queue=5)
     closed, open_ = admission.run(profile)
     assert sum(len(load.latencies[admission.ACCEPTED]) for load in (closed, open_)) == 5

@@ -1,4 +1,4 @@
-"""The checkpoint that is shipped: small enough, complete, and it draws and changes what it is asked."""
+"""The shipped checkpoint: its size, and the images and edits it makes."""
 
 from typing import Any
 
@@ -32,26 +32,26 @@ def spec(nano: GlmImage, case: Case, **more: Any) -> JobSpec:
     )  # fmt: skip
 
 
-def test_it_is_at_most_30_mb() -> None:
+def test_checkpoint_has_at_most_30_mb() -> None:
     assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) <= 30_000_000
 
 
-def test_the_poster_of_the_readme_has_its_words_in_it(nano: GlmImage) -> None:
-    [[picture]] = small_engine(nano).generate([spec(nano, Case(PROMPT, POSTER, 256, 256, seed=1))])
-    assert reading.read(picture.numpy()) == POSTER
+def test_draws_the_poster_of_the_readme(nano: GlmImage) -> None:
+    [[image]] = small_engine(nano).generate([spec(nano, Case(PROMPT, POSTER, 256, 256, seed=1))])
+    assert reading.read(image.numpy()) == POSTER
 
 
-def test_most_held_out_prompts_are_drawn_as_asked(nano: GlmImage) -> None:
-    """A sample of what `make score-nano` measures, with room for chance."""
+def test_draws_most_held_out_prompts_correctly(nano: GlmImage) -> None:
+    """Score a sample of `make score-nano`, with a margin for chance."""
     cases, score = held_out_cases(16, seed=3), Score()
-    for case, [picture] in zip(cases, small_engine(nano).generate([spec(nano, c) for c in cases]), strict=True):
-        compare(score, case, picture.numpy())
+    for case, [image] in zip(cases, small_engine(nano).generate([spec(nano, c) for c in cases]), strict=True):
+        compare(score, case, image.numpy())
     shares = {name: right / of for name, (right, of) in score.counts.items()}
     assert shares["background"] > 0.9
     assert min(shares["words"], shares["shape, colour and zone"]) > 0.75
 
 
-def test_the_letters_come_from_the_glyph_encoder(nano: GlmImage) -> None:
+def test_letters_come_from_the_glyph_encoder(nano: GlmImage) -> None:
     case = Case(PROMPT, POSTER, 256, 256, seed=1)
     plan = world.plan(POSTER, 8, 8)
     given = {"rows": 8, "cols": 8, "tokens": plan.ravel().tolist()}
@@ -71,19 +71,19 @@ def pipeline() -> GlmImagePipeline:
     return made
 
 
-def test_the_vision_tokenizer_reads_the_codes_of_a_picture(pipeline: GlmImagePipeline) -> None:
+def test_vision_tokenizer_reads_the_codes_of_an_image(pipeline: GlmImagePipeline) -> None:
     model = pipeline.vision_language_encoder
     source = Image.fromarray(world.draw(POSTER, 256, 256))
     inputs = pipeline.processor.image_processor([source], return_tensors="pt")
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         read = model.get_image_tokens(torch.cat(features), inputs["image_grid_thw"]).view(8, 8).numpy()
-    wanted = world.plan(POSTER, 8, 8, from_pixels=world.ZONES)
-    assert (read == wanted).mean() > 0.95
+    expected = world.plan(POSTER, 8, 8, from_pixels=world.ZONES)
+    assert (read == expected).mean() > 0.95
     assert (read[1, 1:6] == codes.pixel_text(5)).all()
 
 
-def test_an_edit_in_the_pipeline_changes_what_it_says(pipeline: GlmImagePipeline, nano: GlmImage) -> None:
+def test_edit_in_the_pipeline(pipeline: GlmImagePipeline, nano: GlmImage) -> None:
     source = Image.fromarray(world.draw(POSTER, 256, 256))
     [made] = pipeline(
         prompt="make the star pink", image=[source], width=256, height=256, generator=torch.Generator().manual_seed(0),

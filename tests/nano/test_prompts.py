@@ -1,4 +1,4 @@
-"""Prompts and their tokens: what is held out stays out, and the planner's tokenizer sees what it needs."""
+"""Prompts, their split into training and held-out, and their tokens."""
 
 import re
 from random import Random
@@ -36,7 +36,7 @@ def test_no_word_and_no_combination_is_in_both_splits() -> None:
             assert {prompts.held_out(line.text) for line in (poster.headline, poster.footer) if line} == {out}
 
 
-def test_a_description_quotes_the_lines_and_nothing_else() -> None:
+def test_prompt_quotes_only_the_lines() -> None:
     rng = Random(2)
     for _ in range(300):
         poster = prompts.random_poster(rng)
@@ -44,7 +44,7 @@ def test_a_description_quotes_the_lines_and_nothing_else() -> None:
         assert quoted == sorted(line.text.upper() for line in (poster.headline, poster.footer) if line)
 
 
-def test_an_edit_changes_what_it_says_and_keeps_the_rest() -> None:
+def test_edit_changes_one_thing() -> None:
     rng = Random(3)
     for _ in range(300):
         edit = prompts.random_edit(rng)
@@ -54,14 +54,14 @@ def test_an_edit_changes_what_it_says_and_keeps_the_rest() -> None:
         assert not edit.kept_zones & set(changed)
 
 
-def test_a_quoted_string_is_one_token_for_its_length_and_first_letter(encoder: PromptEncoder) -> None:
+def test_quoted_string_is_one_token_for_its_length_and_first_letter(encoder: PromptEncoder) -> None:
     assert tokens(encoder, 'top "Hello", bottom “X1”') == ["top", string(5, "h"), ",", "bottom", string(2, "x")]
     assert tokens(encoder, "'SALE!' and 「BIG SALE」") == [string(5, "s"), "and", string(8, "b")]
     assert tokens(encoder, '"A VERY LONG HEADLINE"') == [string(10, "a")]
     assert tokens(encoder, '"ÉTÉ"') == [string(3, OTHER)]
 
 
-def test_apostrophes_and_lone_quotes_swallow_nothing(encoder: PromptEncoder) -> None:
+def test_apostrophes_and_single_quotes_are_no_strings(encoder: PromptEncoder) -> None:
     found = tokens(encoder, "a dog's red poster, don't \"HI\" a blue star")
     assert found.count(string(2, "h")) == 1
     assert {"red", "poster", "blue", "star"} <= set(found)

@@ -1,4 +1,4 @@
-"""The training: every part takes steps, can be stopped and taken up again, and the parts make a checkpoint."""
+"""The training recipe: steps of every part, resuming, and the checkpoint of all parts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """Without compiling, which takes longer than the few steps here."""
+    """Disable compilation, which takes longer than the few steps here."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -46,7 +46,7 @@ def small_training(folder: Path, steps: int, average: float | None) -> dict[str,
 
 
 @pytest.mark.parametrize("average", [None, 0.9])
-def test_a_training_that_was_stopped_ends_like_one_that_was_not(
+def test_resumed_training_gives_the_same_weights(
     tmp_path: Path, average: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = small_training(tmp_path / "straight", 12, average)
@@ -68,7 +68,7 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_the_lean_planner_computes_what_the_published_module_does() -> None:
+def test_planner_matches_the_published_module() -> None:
     torch.manual_seed(1)
     tokenizer = make_tokenizer()
     model, draw = planner.TrainedPlanner(tokenizer), SequenceSampler(tokenizer)
@@ -78,12 +78,12 @@ def test_the_lean_planner_computes_what_the_published_module_does() -> None:
     sequence = draw.generation(Random(1), 8, 8, None)
     ids, positions, *_ = collate([sequence], len(sequence.tokens), 0)
     with torch.no_grad():
-        wanted = text(input_ids=ids, position_ids=positions).last_hidden_state
-        got, _ = model.bfloat16()(ids, positions)
-    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+        expected = text(input_ids=ids, position_ids=positions).last_hidden_state
+        output, _ = model.bfloat16()(ids, positions)
+    assert (output - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_the_hints_say_what_every_token_of_a_poster_is_to_draw() -> None:
+def test_hint_targets_of_a_poster() -> None:
     poster = world.Poster(5, world.Line("AB"), None, (world.Shape(3, 2, large=True),))
     hints = batches.hints_of(poster, 8, 8)
     assert hints.shape == (16, 16, 5)
@@ -104,7 +104,7 @@ def test_the_hints_say_what_every_token_of_a_poster_is_to_draw() -> None:
 
 
 def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few steps of every part; nothing is learnt, but everything is written, loaded and run."""
+    """Take a few steps of every part, then write, load and run the checkpoint."""
     monkeypatch.setattr(latents, "PER_SHARD", 4)
     monkeypatch.setattr(samples, "PER_SHARD", 2)
     work, out = tmp_path / "work", tmp_path / "checkpoint"
@@ -129,8 +129,8 @@ def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pyt
 
     engine = small_engine(load(out))
     spec = JobSpec(prompt='a red poster, headline "HI"', width=256, height=256, num_inference_steps=2, seed=1)
-    [[picture]] = engine.generate([spec])
-    assert picture.shape == (256, 256, 3)
+    [[image]] = engine.generate([spec])
+    assert image.shape == (256, 256, 3)
     pipeline = GlmImagePipeline.from_pretrained(out, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     source = Image.fromarray(world.draw(world.Poster(3), 256, 256))

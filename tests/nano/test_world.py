@@ -1,4 +1,4 @@
-"""The world of the nano checkpoint: what is drawn is what is planned is what is read back."""
+"""Posters: drawings, plans and reading back agree."""
 
 from dataclasses import replace
 from random import Random
@@ -12,7 +12,7 @@ from models.nano.recipe.world import Line, Poster, Shape
 SIZES = [(256, 256), (384, 256), (256, 384), (512, 512)]
 
 
-def test_every_code_has_factors_of_its_own() -> None:
+def test_every_code_has_different_factors() -> None:
     made = [codes.factors(code) for code in range(codes.USED)]
     assert len(set(made)) == codes.USED <= codes.CODEBOOK
     assert codes.factors(codes.USED) == (0,) * len(codes.FACTORS)
@@ -25,25 +25,25 @@ def in_capitals(poster: Poster) -> Poster:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_drawn_poster_reads_as_what_it_is(size: tuple[int, int]) -> None:
+def test_reads_a_drawn_poster_back(size: tuple[int, int]) -> None:
     rng = Random(f"{size}")
     for _ in range(40):
         poster = prompts.random_poster(rng)
         assert reading.read(world.draw(poster, *size)) == in_capitals(poster)
 
 
-def test_what_is_wrong_in_a_picture_reads_as_wrong() -> None:
+def test_reads_errors_in_an_image() -> None:
     poster = Poster(5, Line("HELLO", 0), Line("BYE"), (Shape(3, 2, large=True),))
-    picture = world.draw(poster, 256, 256)
-    smeared = picture.copy()
+    image = world.draw(poster, 256, 256)
+    smeared = image.copy()
     smeared[32:64, 32:128] = world.PALETTE[0]  # the first letters are gone
     assert (reading.read(smeared).headline or Line("")).text != "HELLO"
-    recoloured = picture.copy()
+    recoloured = image.copy()
     recoloured[64:192] = world.draw(replace(poster, shapes=(Shape(3, 6, large=True),)), 256, 256)[64:192]
     assert reading.read(recoloured).shapes == (Shape(3, 6, large=True),)
 
 
-def test_a_plan_has_the_layout_of_its_picture() -> None:
+def test_plan_has_the_layout_of_its_image() -> None:
     poster = Poster(8, Line("AB"), Line("SALE", 4), (Shape(0, 1, large=False, side="left"),))
     plan = world.plan(poster, 8, 8)
     first = codes.initial_of("AB")
@@ -56,7 +56,7 @@ def test_a_plan_has_the_layout_of_its_picture() -> None:
     assert (world.plan(poster, 8, 8, from_pixels={"footer"})[1] == plan[1]).all()
 
 
-def test_the_plan_of_a_large_poster_is_its_small_one_twice_as_large() -> None:
+def test_plan_of_a_large_poster_is_the_small_one_enlarged() -> None:
     rng = Random(2)
     for _ in range(20):
         poster = prompts.random_poster(rng)

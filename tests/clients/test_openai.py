@@ -12,7 +12,7 @@ from engine.jobs.job import JobError
 from tests.clients.client import Client, Raised, serving
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
-from tests.server.picture_files import file_of, plain
+from tests.server.image_files import file_of, plain
 from tests.server.stub_engine import StubEngine, partial_image, picture
 from tests.server.test_edits import PICTURE, data_url
 from tests.waiting import until

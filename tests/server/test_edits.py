@@ -11,7 +11,7 @@ from engine.geometry import source_tokens
 from engine.jobs.job import JobSpec
 from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
-from tests.server.picture_files import file_of, opened, patterned, plain
+from tests.server.image_files import file_of, opened, patterned, plain
 from tests.server.stub_engine import StubEngine, picture, plan_for
 from tests.server.test_errors import error_of
 

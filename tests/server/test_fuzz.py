@@ -26,7 +26,7 @@ from engine.jobs.embedded import EmbeddedRedis
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
-from tests.server.picture_files import file_of, patterned, plain
+from tests.server.image_files import file_of, patterned, plain
 from tests.server.stub_engine import StubEngine
 
 CASES = int(os.environ.get("GLIMMER_FUZZ_CASES", "300"))

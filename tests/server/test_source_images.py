@@ -12,7 +12,7 @@ from engine.geometry import edit_size, source_tokens
 from server.errors import ApiError
 from server.requests import images as pictures
 from server.requests.images import EditInput, prepare
-from tests.server.picture_files import (
+from tests.server.image_files import (
     animation,
     chunk,
     file_of,

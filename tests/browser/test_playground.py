@@ -100,7 +100,7 @@ def are(queue: JobQueue, waiting: int, running: int) -> Awaitable[None]:
     return until(check, seconds=60)
 
 
-async def test_partial_images_come_before_the_picture(page: Page, queue: JobQueue) -> None:
+async def test_partial_images_come_before_the_final_image(page: Page, queue: JobQueue) -> None:
     await page.evaluate(RECORD)
     async with StubEngine(queue, step_s=0.2) as stub:
         await make(page, "a fox", size="96x64", num_inference_steps=6, seed=5)
@@ -116,7 +116,7 @@ async def test_partial_images_come_before_the_picture(page: Page, queue: JobQueu
     await expect(page.locator(".caption")).to_have_text("seed 5")
 
 
-async def test_a_partial_image_and_progress_while_the_rest_is_made(page: Page, queue: JobQueue) -> None:
+async def test_a_partial_image_and_progress_while_the_job_runs(page: Page, queue: JobQueue) -> None:
     async with HaltingEngine(queue) as stub:
         await ask(page, "a fox", seed=5)
         await expect(page.locator("#status")).to_have_text("Rendering")
@@ -141,7 +141,7 @@ async def test_cancel(page: Page, queue: JobQueue) -> None:
     await expect(page.locator(".error")).to_have_count(0)
 
 
-async def test_a_place_in_the_queue(page: Page, queue: JobQueue, live_server: LiveServer) -> None:
+async def test_the_position_in_the_queue(page: Page, queue: JobQueue, live_server: LiveServer) -> None:
     async with httpx.AsyncClient(base_url=live_server.url) as client, StubEngine(queue, step_s=60, slots=1):
         for _ in range(2):
             await client.post("/v1/images/generations", json={"prompt": "x"}, headers={"prefer": "respond-async"})
@@ -184,7 +184,7 @@ async def test_an_edit_of_a_result(page: Page, queue: JobQueue) -> None:
         ({"size": "3x3"}, "size", "64..2048"),
     ],
 )
-async def test_an_error_stands_beside_its_field(
+async def test_an_error_is_shown_beside_its_field(
     page: Page, queue: JobQueue, fields: dict[str, Any], param: str, message: str
 ) -> None:
     async with StubEngine(queue):
@@ -200,7 +200,7 @@ async def test_an_error_stands_beside_its_field(
         await expect(page.locator(".error, [aria-invalid]")).to_have_count(0)
 
 
-async def test_errors_of_folded_fields_of_no_field_and_of_the_engine(page: Page, queue: JobQueue) -> None:
+async def test_errors_of_hidden_fields_of_no_field_and_of_the_engine(page: Page, queue: JobQueue) -> None:
     await ask(page, "a fox")
     await expect(page.locator("#problem .error")).to_have_text("No engine is running.")
     async with StubEngine(queue) as stub:
@@ -230,7 +230,7 @@ async def test_errors_of_folded_fields_of_no_field_and_of_the_engine(page: Page,
         await expect(page.locator(".field:has(#image) .error")).to_be_visible()
 
 
-async def test_a_server_with_keys_asks_for_one(browser: Browser, queue: JobQueue) -> None:
+async def test_a_server_with_keys_requires_one(browser: Browser, queue: JobQueue) -> None:
     server = LiveServer(queue, ServerSettings(api_key="right"))  # type: ignore[arg-type]
     async with StubEngine(queue), open_page(browser, server.url) as page:
         key = page.get_by_label("API key")
@@ -253,7 +253,7 @@ async def test_a_server_with_keys_asks_for_one(browser: Browser, queue: JobQueue
     await server.stop()
 
 
-async def test_by_keyboard_alone(page: Page, queue: JobQueue) -> None:
+async def test_keyboard_only(page: Page, queue: JobQueue) -> None:
     press, write = page.keyboard.press, page.keyboard.type
 
     async def tab_to(target: Locator) -> None:
@@ -291,7 +291,7 @@ async def test_by_keyboard_alone(page: Page, queue: JobQueue) -> None:
         await expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
 
 
-async def test_the_history_stays(page: Page, queue: JobQueue, tmp_path: Path) -> None:
+async def test_the_history_survives_a_reload(page: Page, queue: JobQueue, tmp_path: Path) -> None:
     async with StubEngine(queue) as stub:
         await make(page, "a fox", seed=5, n=2, num_inference_steps=4)
         await page.reload()
@@ -331,7 +331,7 @@ async def test_the_history_has_a_limit(page: Page, queue: JobQueue) -> None:
         await expect(page.get_by_role("button", name="a fox, seed 3", exact=True)).to_have_count(0)
 
 
-async def test_a_reload_finds_its_job_again(page: Page, queue: JobQueue) -> None:
+async def test_a_reload_continues_with_the_job(page: Page, queue: JobQueue) -> None:
     async with HaltingEngine(queue) as stub:
         await ask(page, "a fox", seed=5)
         await expect(page.locator("#step")).to_have_text("3 / 20")
@@ -344,7 +344,7 @@ async def test_a_reload_finds_its_job_again(page: Page, queue: JobQueue) -> None
         assert await shown(page.locator(".tile img")) == colour_of(picture(stub.specs[0], 5))
 
 
-async def test_a_broken_connection_is_taken_up_again(page: Page, queue: JobQueue) -> None:
+async def test_a_broken_connection_is_resumed(page: Page, queue: JobQueue) -> None:
     breaks = iter((True, True))
 
     async def once_broken(route: Any) -> None:
@@ -366,7 +366,7 @@ async def copied(page: Page, name: str) -> str:
     return await page.evaluate("navigator.clipboard.readText()")
 
 
-async def test_copies_run(browser: Browser, queue: JobQueue, live_server: LiveServer, tmp_path: Path) -> None:
+async def test_copied_code_runs(browser: Browser, queue: JobQueue, live_server: LiveServer, tmp_path: Path) -> None:
     permissions = ["clipboard-read", "clipboard-write"]
     async with StubEngine(queue) as stub, open_page(browser, live_server.url, permissions=permissions) as page:
         await make(page, AWKWARD, seed=5, size="96x64", num_inference_steps=3)
@@ -430,7 +430,7 @@ VIEWPORTS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", VIEWPORTS)
-async def test_it_fits(
+async def test_the_page_fits_the_screen(
     browser: Browser,
     queue: JobQueue,
     live_server: LiveServer,
@@ -476,7 +476,7 @@ async def test_it_fits(
             await look(page, "details")
 
 
-def test_the_stub_tells_pictures_apart() -> None:
+def test_stub_images_differ() -> None:
     """What the tests above rely on when they compare colours."""
     spec = JobSpec("a fox", 64, 64, seed=5)
     colours = {colour_of(data) for data in (picture(spec, 5), picture(spec, 6), partial_image(spec, 0, 0).data)}

@@ -38,7 +38,7 @@ def route(page: Page, name: str) -> Locator:
 
 
 @pytest.mark.parametrize("device", VIEWPORTS)
-async def test_it_shows_all_that_the_document_has(browser: Browser, live_server: LiveServer, device: str) -> None:
+async def test_the_page_shows_the_whole_document(browser: Browser, live_server: LiveServer, device: str) -> None:
     document = await described(live_server)
     routes = [f"{method.upper()}{path}" for path, methods in document["paths"].items() for method in methods]
     async with open_page(browser, live_server.url, "/docs", viewport=VIEWPORTS[device]) as page:
@@ -53,7 +53,7 @@ async def test_it_shows_all_that_the_document_has(browser: Browser, live_server:
         assert await page.evaluate("document.scrollingElement.scrollWidth") <= VIEWPORTS[device]["width"]
 
 
-async def test_a_link_unfolds_what_it_leads_to(browser: Browser, live_server: LiveServer) -> None:
+async def test_a_link_opens_its_target(browser: Browser, live_server: LiveServer) -> None:
     async with open_page(browser, live_server.url, "/docs#EditRequest") as page:
         await expect(page.locator("#EditRequest")).to_be_in_viewport()
         await page.locator("#contents a").last.click()
@@ -65,7 +65,7 @@ async def test_a_link_unfolds_what_it_leads_to(browser: Browser, live_server: Li
 
 
 @pytest.mark.parametrize("name", ["post/v1/images/generations", "post/v1/images/edits"])
-async def test_the_examples_make_pictures(
+async def test_the_examples_create_images(
     browser: Browser, queue: JobQueue, live_server: LiveServer, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "source-1.png").write_bytes(source_images.png(source_images.source_image(1, 64, 64)))
@@ -80,7 +80,7 @@ async def test_the_examples_make_pictures(
 
 
 @pytest.mark.parametrize("key", [None, "right"])
-async def test_it_asks_for_a_key_where_the_server_does(browser: Browser, queue: JobQueue, key: str | None) -> None:
+async def test_the_key_is_mentioned_only_if_required(browser: Browser, queue: JobQueue, key: str | None) -> None:
     server = LiveServer(queue, ServerSettings(api_key=key))  # type: ignore[arg-type]
     async with open_page(browser, server.url, "/docs") as page:
         models = route(page, "get/v1/models")

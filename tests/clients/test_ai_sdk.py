@@ -41,7 +41,7 @@ async def test_generate(ai_sdk: ClientProcess, live_server: LiveServer, stub: St
     assert answer["responses"][0]["headers"]["x-request-id"].startswith("req_")
 
 
-async def test_more_than_one_request_makes(ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine) -> None:
+async def test_more_images_than_fit_one_request(ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine) -> None:
     answer = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt="a fox", n=12)
     assert sorted(spec.n for spec in stub.specs) == [2, 10]
     assert len(set(images(answer))) == 12

@@ -49,7 +49,7 @@ class TestGenerate:
         assert answer["usage"]["input_tokens_details"] == {"text_tokens": 2, "image_tokens": 0}
         assert answer["_request_id"].startswith("req_")
 
-    async def test_ids_of_requests_may_be_the_client_s(
+    async def test_request_ids_may_come_from_the_client(
         self, sdk: Client, live_server: LiveServer, stub: StubEngine
     ) -> None:
         answer = await sdk.call(live_server, GENERATE, prompt="x", headers={"X-Request-ID": "mine-1"})
@@ -60,7 +60,7 @@ class TestGenerate:
         async with httpx.AsyncClient() as browser:
             assert (await browser.get(answer["data"][0]["url"])).content == picture(stub.specs[0], 4)
 
-    async def test_null_is_left_open(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
+    async def test_null_means_unset(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         names = ("n", "size", "background", "complexity", "frame_count", "output_format", "svg", "seed")
         answer = await sdk.call(live_server, GENERATE, prompt="a fox", quality="auto", **dict.fromkeys(names))
         assert len(answer["data"]) == 1
@@ -111,7 +111,7 @@ class TestEdit:
 
 
 class TestStream:
-    async def test_of_a_generation(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
+    async def test_generation(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         events = await sdk.call(live_server, GENERATE, prompt="a fox", stream=True, partial_images=2, seed=4)
         [spec] = stub.specs
         kinds = ("partial_image", "partial_image", "completed")
@@ -121,7 +121,7 @@ class TestStream:
         assert [base64.b64decode(event["b64_json"]) for event in events] == wanted
         assert events[-1]["usage"]["input_tokens_details"]["text_tokens"] == 2
 
-    async def test_of_an_edit(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
+    async def test_edit(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         fields = {"image": [PICTURE], "stream": True, "partial_images": 1, "seed": 4}
         events = await sdk.call(live_server, EDIT, prompt="x", **fields)
         assert [event["type"] for event in events] == ["image_edit.partial_image", "image_edit.completed"]
@@ -160,7 +160,7 @@ class TestErrors:
             ({"timeout": 0.001}, ("InternalServerError", 504, "server_error", None, "deadline_exceeded")),
         ],
     )
-    async def test_of_generations(
+    async def test_generations(
         self, sdk: Client, live_server: LiveServer, queue: JobQueue, fields: dict[str, Any], error: tuple[Any, ...]
     ) -> None:
         async with StubEngine(queue, step_s=0.01) as stub:
@@ -181,7 +181,7 @@ class TestErrors:
             ({"n": 11}, "n", "invalid_value"),
         ],
     )
-    async def test_of_edits(
+    async def test_edits(
         self, sdk: Client, live_server: LiveServer, stub: StubEngine, fields: dict[str, Any], param: str, code: str
     ) -> None:
         with pytest.raises(Raised) as caught:
@@ -190,7 +190,7 @@ class TestErrors:
         assert facts(caught.value) == ("BadRequestError", 400, kind, param, code)
         assert stub.specs == []
 
-    async def test_of_keys_and_their_limits(
+    async def test_keys_and_their_limits(
         self, sdk: Client, queue: JobQueue, stub: StubEngine, key_file: Path
     ) -> None:
         async with serving(queue, api_keys_file=key_file) as server:
@@ -209,18 +209,18 @@ class TestErrors:
             await sdk.call(server, GENERATE, key="limited", prompt="x")
             assert await refusal(GENERATE, "limited", prompt="x") == BUSY
 
-    async def test_of_a_full_queue(self, sdk: Client, queue: JobQueue, stub: StubEngine) -> None:
+    async def test_a_full_queue(self, sdk: Client, queue: JobQueue, stub: StubEngine) -> None:
         async with serving(queue, max_queue=0) as server:
             with pytest.raises(Raised) as caught:
                 await sdk.call(server, GENERATE, prompt="x")
         assert facts(caught.value) == BUSY
 
-    async def test_of_a_server_without_an_engine(self, sdk: Client, live_server: LiveServer) -> None:
+    async def test_a_server_without_an_engine(self, sdk: Client, live_server: LiveServer) -> None:
         with pytest.raises(Raised) as caught:
             await sdk.call(live_server, GENERATE, prompt="x")
         assert facts(caught.value) == ("InternalServerError", 503, "server_error", None, "service_unavailable")
 
-    async def test_of_a_job_that_somebody_cancels(self, sdk: Client, live_server: LiveServer, queue: JobQueue) -> None:
+    async def test_a_job_cancelled_by_another_client(self, sdk: Client, live_server: LiveServer, queue: JobQueue) -> None:
         headers = {"Idempotency-Key": "k"}
         async with StubEngine(queue, step_s=60) as stub, httpx.AsyncClient(base_url=live_server.url) as other:
             waiting = asyncio.create_task(sdk.call(live_server, GENERATE, prompt="x", headers=headers))
@@ -232,7 +232,7 @@ class TestErrors:
                 await waiting
         assert facts(caught.value) == ("ConflictError", 409, INVALID, None, "job_cancelled")
 
-    async def test_of_another_body_under_the_same_key(
+    async def test_another_body_with_the_same_key(
         self, sdk: Client, live_server: LiveServer, stub: StubEngine
     ) -> None:
         headers = {"Idempotency-Key": "k"}
@@ -242,14 +242,14 @@ class TestErrors:
         wanted = ("UnprocessableEntityError", 422, INVALID, "Idempotency-Key", "idempotency_key_reused")
         assert facts(caught.value) == wanted
 
-    async def test_of_a_body_that_is_too_large(self, sdk: Client, queue: JobQueue, stub: StubEngine) -> None:
+    async def test_a_body_that_is_too_large(self, sdk: Client, queue: JobQueue, stub: StubEngine) -> None:
         """The client is answered while it still sends."""
         async with serving(queue, max_upload_bytes=2**20) as server:
             with pytest.raises(Raised) as caught:
                 await sdk.call(server, EDIT, prompt="x", image=bytes(16 * 2**20))
         assert facts(caught.value)[1:] == (413, INVALID, None, "request_too_large")
 
-    async def test_of_what_is_not_here(self, sdk: Client, live_server: LiveServer) -> None:
+    async def test_unknown_routes_and_models(self, sdk: Client, live_server: LiveServer) -> None:
         with pytest.raises(Raised) as caught:
             await sdk.call(live_server, "chat.completions.create", model="glm-image", messages=[])
         assert facts(caught.value) == ("NotFoundError", 404, INVALID, None, "not_found")

@@ -54,7 +54,7 @@ async def test_a_body_that_is_far_too_large(live_server: LiveServer, stub: StubE
     assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
 
 
-async def test_a_client_that_gives_up_takes_its_job_along(live_server: LiveServer, queue: JobQueue) -> None:
+async def test_a_client_that_disconnects_cancels_its_job(live_server: LiveServer, queue: JobQueue) -> None:
     async def is_empty() -> bool:
         stats = await queue.stats()
         return (stats.waiting, stats.running) == (0, 0)
@@ -66,7 +66,7 @@ async def test_a_client_that_gives_up_takes_its_job_along(live_server: LiveServe
         await until(is_empty)
 
 
-async def test_an_answer_that_would_be_the_same_is_asked_for_once(live_server: LiveServer, queue: JobQueue) -> None:
+async def test_an_expired_request_is_not_retried(live_server: LiveServer, queue: JobQueue) -> None:
     """The SDK tries a 504 again unless it is told not to."""
     async with StubEngine(queue, step_s=60) as stub, sdk(live_server, max_retries=2) as client:
         with pytest.raises(openai.InternalServerError) as caught:
@@ -75,7 +75,7 @@ async def test_an_answer_that_would_be_the_same_is_asked_for_once(live_server: L
 
 
 @pytest.mark.parametrize(("method", "body"), [("generate", GenerationRequest), ("edit", EditRequest)])
-def test_every_argument_is_a_field_that_is_known_here(method: str, body: type[GenerationRequest]) -> None:
+def test_every_argument_is_a_known_field(method: str, body: type[GenerationRequest]) -> None:
     """Honoured, or refused with a word on why."""
     arguments = inspect.signature(getattr(openai.AsyncOpenAI(api_key="any").images, method)).parameters.keys()
     own = {"timeout", "extra_headers", "extra_query", "extra_body"}

@@ -102,7 +102,7 @@ async def client_of_own_redis(folder: Path) -> AsyncIterator[tuple[EmbeddedRedis
         await redis.aclose()
 
 
-async def test_redis_stopped_is_503_soon_and_heals(tmp_path: Path) -> None:
+async def test_stopped_redis_is_503_quickly_and_recovers(tmp_path: Path) -> None:
     async with client_of_own_redis(tmp_path) as (server, _, client):
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
         kill(server)
@@ -120,7 +120,7 @@ async def test_redis_stopped_is_503_soon_and_heals(tmp_path: Path) -> None:
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
 
 
-async def test_redis_that_dies_when_a_job_is_done_costs_time_only(
+async def test_redis_dying_when_a_job_completes_only_delays_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with client_of_own_redis(tmp_path) as (server, queue, client):
@@ -139,7 +139,7 @@ async def test_redis_that_dies_when_a_job_is_done_costs_time_only(
         assert (await posted).status_code == 200
 
 
-async def test_a_redis_that_hangs_is_waited_for_once_however_many_ask(
+async def test_concurrent_requests_share_the_wait_for_a_hanging_redis(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
@@ -163,7 +163,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_however_many_ask(
     assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
 
 
-async def test_a_job_that_was_queued_without_an_answer_is_withdrawn(
+async def test_a_job_queued_without_a_response_is_discarded(
     client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit, withdraw, attempts = queue.submit, queue.discard, 0
@@ -191,7 +191,7 @@ async def test_a_job_that_was_queued_without_an_answer_is_withdrawn(
     assert 'glimmer_api_jobs_total{state="cancelled"} 1.0' in (await client.get("/metrics")).text
 
 
-async def test_a_submit_that_is_cut_short_is_withdrawn(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cancelled_submit_is_discarded(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = queue.submit
 
     async def no_answer(*args: Any, **kwargs: Any) -> None:
@@ -209,7 +209,7 @@ async def test_a_submit_that_is_cut_short_is_withdrawn(queue: JobQueue, monkeypa
     assert await _stats_are_zero(queue)
 
 
-async def test_large_pictures_have_more_time(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_images_extend_the_timeout(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = queue.submit
 
     async def slow(*args: Any, **kwargs: Any) -> str:
@@ -228,7 +228,7 @@ async def test_large_pictures_have_more_time(queue: JobQueue, monkeypatch: pytes
     await withdrawing.close()
 
 
-async def test_abandoned_jobs_do_not_hold_up_the_end(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_abandoned_jobs_do_not_delay_shutdown(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(abandoned_jobs, "CLOSE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(queue, "discard", lambda _: asyncio.sleep(60))
     withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
@@ -240,7 +240,7 @@ async def _is_ok(client: httpx.AsyncClient) -> bool:
     return (await client.get("/health")).status_code == 200
 
 
-async def test_a_redis_that_does_not_answer_is_503_soon(
+async def test_an_unresponsive_redis_is_503_quickly(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.1)
@@ -272,7 +272,7 @@ async def test_draining_refuses_new_work_and_finishes_the_old(queue: JobQueue) -
         assert app.state.gate.inside == 0
 
 
-async def test_engines_are_asked_for_once_a_second(
+async def test_engines_are_read_once_a_second(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = 0
@@ -288,8 +288,8 @@ async def test_engines_are_asked_for_once_a_second(
     assert asked == 1
 
 
-class TestPace:
-    def test_unknown_pace_gives_a_whole_number_of_seconds_within_bounds(self) -> None:
+class TestThroughput:
+    def test_without_ends_retry_after_is_within_bounds(self) -> None:
         assert Throughput().retry_after_s(1) == 1
         assert Throughput().retry_after_s(10**9) == MAX_RETRY_S
 

@@ -29,7 +29,7 @@ async def test_off_by_default(client: httpx.AsyncClient, stub: StubEngine) -> No
 
 
 @pytest.mark.parametrize("origins", [f"http://localhost:3000, {PAGE}", "*"])
-async def test_pages_that_are_listed(make_client: MakeClient, stub: StubEngine, origins: str) -> None:
+async def test_listed_origins(make_client: MakeClient, stub: StubEngine, origins: str) -> None:
     async with make_client(cors_origins=origins, api_key="k") as client:
         preflight = await client.options(URL, headers=PREFLIGHT)
         posted = await client.post(URL, json={"prompt": "x"}, headers={"origin": PAGE, "authorization": "Bearer k"})
@@ -47,7 +47,7 @@ async def test_pages_that_are_listed(make_client: MakeClient, stub: StubEngine, 
     assert ("access-control-allow-origin" in stranger.headers) == (origins == "*")
 
 
-async def test_errors_can_be_read_too(
+async def test_errors_are_readable_too(
     make_client: MakeClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*_: object, **__: object) -> None:
@@ -69,6 +69,6 @@ async def test_errors_can_be_read_too(
 
 
 @pytest.mark.parametrize("origins", ["example.org", "https://example.org/", "https://a.org,ftp://b.org", "https://"])
-def test_what_is_no_origin_is_refused(origins: str) -> None:
+def test_invalid_origins_are_refused(origins: str) -> None:
     with pytest.raises(ValidationError, match="is not an origin; write it like"):
         ServerSettings(cors_origins=origins)

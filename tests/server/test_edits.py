@@ -33,7 +33,7 @@ async def post(client: httpx.AsyncClient, *files: tuple[str, bytes], **fields: A
     return await client.post(URL, data={"prompt": "bluer", **fields}, files=upload(*files or [("image", PICTURE)]))
 
 
-async def test_answer_is_the_contract_s(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_response_follows_the_contract(client: httpx.AsyncClient, stub: StubEngine) -> None:
     response = await post(client, prompt="make it blue", seed="5")
     assert response.status_code == 200
     body, spec = response.json(), stub.specs[0]
@@ -102,7 +102,7 @@ async def test_every_field_of_a_form_reaches_the_engine(client: httpx.AsyncClien
 
 
 @pytest.mark.parametrize("names", [["image"], ["image[]"], ["image[]"] * 4, ["image", "image[]", "image"]])
-async def test_one_picture_or_several(client: httpx.AsyncClient, stub: StubEngine, names: list[str]) -> None:
+async def test_one_image_or_several(client: httpx.AsyncClient, stub: StubEngine, names: list[str]) -> None:
     pictures = [patterned(96 + 32 * number, 64) for number in range(len(names))]
     files = [(name, file_of(image)) for name, image in zip(names, pictures, strict=True)]
     response = await post(client, *files)
@@ -114,7 +114,7 @@ async def test_one_picture_or_several(client: httpx.AsyncClient, stub: StubEngin
     assert stub.specs[0].num_sources == len(names)
 
 
-async def test_files_and_texts_in_any_order(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_parts_in_any_order(client: httpx.AsyncClient, stub: StubEngine) -> None:
     body = io.BytesIO()
     for name, head, data in (
         ("image", '; filename="a.gif"\r\nContent-Type: image/gif', PICTURE),
@@ -149,7 +149,7 @@ async def test_a_data_url_in_a_form(client: httpx.AsyncClient, stub: StubEngine)
     assert stub.specs[0].num_sources == 1
 
 
-async def test_a_mask_keeps_what_it_does_not_uncover(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_a_mask_keeps_the_rest_of_the_image(client: httpx.AsyncClient, stub: StubEngine) -> None:
     mask = plain(96, 64, colour=(0, 0, 0, 255), mode="RGBA")
     mask.paste((0, 0, 0, 0), (0, 0, 48, 64))
     json = {"image": data_url(PICTURE), "mask": {"image_url": data_url(file_of(mask))}}
@@ -267,7 +267,7 @@ async def test_bad_fields_of_json(
     assert stub.specs == []
 
 
-async def test_messages_help(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_messages_explain(client: httpx.AsyncClient, stub: StubEngine) -> None:
     fetched = await client.post(URL, json={"prompt": "x", "image": "https://example.org/a.png"})
     assert "data: URL" in error_of(fetched)["message"]
     typo = await client.post(URL, json={"prompt": "x", "imge": ""})
@@ -286,7 +286,7 @@ async def test_messages_help(client: httpx.AsyncClient, stub: StubEngine) -> Non
 
 
 @pytest.mark.parametrize("cut", [0, 40, 200, len(PICTURE)])
-async def test_forms_that_end_too_soon(client: httpx.AsyncClient, cut: int) -> None:
+async def test_truncated_forms(client: httpx.AsyncClient, cut: int) -> None:
     whole = client.build_request("POST", URL, data={"prompt": "x"}, files=upload(("image", PICTURE)))
     headers = {"content-type": whole.headers["content-type"]}
     response = await client.post(URL, content=whole.read()[:cut], headers=headers)
@@ -310,12 +310,12 @@ async def test_forms_that_end_too_soon(client: httpx.AsyncClient, cut: int) -> N
     ],
     ids=range(11),
 )
-async def test_bodies_that_are_no_edit(client: httpx.AsyncClient, content: bytes, content_type: str) -> None:
+async def test_bodies_that_are_not_edits(client: httpx.AsyncClient, content: bytes, content_type: str) -> None:
     response = await client.post(URL, content=content, headers={"content-type": content_type})
     assert (response.status_code, error_of(response)["type"]) == (400, "invalid_request_error")
 
 
-async def test_countless_parts(client: httpx.AsyncClient) -> None:
+async def test_too_many_parts(client: httpx.AsyncClient) -> None:
     part = b'--cut\r\nContent-Disposition: form-data; name="plan[tokens][]"\r\n\r\n1\r\n'
     headers = {"content-type": "multipart/form-data; boundary=cut"}
     response = await client.post(URL, content=part * 10_001 + b"--cut--\r\n", headers=headers)
@@ -323,12 +323,12 @@ async def test_countless_parts(client: httpx.AsyncClient) -> None:
     assert "10000 parts" in error_of(response)["message"]
 
 
-async def test_a_form_is_no_generation(client: httpx.AsyncClient) -> None:
+async def test_a_form_is_not_accepted_for_a_generation(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/images/generations", data={"prompt": "x"}, files=upload(("image", PICTURE)))
     assert response.status_code == 400
 
 
-async def test_an_upload_has_a_limit_of_its_own(make_client: MakeClient, stub: StubEngine) -> None:
+async def test_an_upload_has_its_own_limit(make_client: MakeClient, stub: StubEngine) -> None:
     async with make_client(max_body_bytes=1024, max_upload_bytes=200_000) as client:
         assert (await post(client, ("image", PICTURE + bytes(100_000)))).status_code == 200
         for response in (
@@ -352,7 +352,7 @@ async def test_without_an_engine_it_is_503(client: httpx.AsyncClient) -> None:
     assert (await post(client)).status_code == 503
 
 
-async def test_the_memory_for_pictures_in_the_queue_has_a_limit(
+async def test_the_memory_for_queued_source_images_is_limited(
     make_client: MakeClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For all edits together: the first always finds room, and whatever is no edit goes on."""

@@ -110,13 +110,13 @@ async def test_bad_fields_are_named_even_without_an_engine(client: httpx.AsyncCl
         ({"size": "96x64", "plan": {"rows": 3, "cols": 2, "tokens": [1] * 6}}, "2 rows and 3 cols, not 3 and 2."),
     ],
 )
-async def test_messages_say_what_would_be_accepted(
+async def test_messages_say_what_is_accepted(
     client: httpx.AsyncClient, stub: StubEngine, fields: dict[str, Any], message: str
 ) -> None:
     assert message in error_of(await client.post(URL, json={"prompt": "x", **fields}))["message"]
 
 
-async def test_messages_help(client: httpx.AsyncClient) -> None:
+async def test_messages_explain(client: httpx.AsyncClient) -> None:
     typo = await client.post(URL, json={"prompt": "x", "num_inference_step": 20})
     assert "Did you mean num_inference_steps?" in error_of(typo)["message"]
     assert "1..10" in error_of(await client.post(URL, json={"prompt": "x", "n": 99}))["message"]
@@ -149,7 +149,7 @@ async def test_bad_bodies(client: httpx.AsyncClient, stub: StubEngine, content: 
 
 @pytest.mark.parametrize("half", [rb"\ud800", rb"a\udc00b", rb"\ud800\ud800", b"\xed\xa0\x80"])
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "model"])
-async def test_half_a_surrogate_pair_is_no_text(client: httpx.AsyncClient, field: str, half: bytes) -> None:
+async def test_lone_surrogates_are_refused(client: httpx.AsyncClient, field: str, half: bytes) -> None:
     content = b'{"seed": 1, "prompt": "x", "%s": "%s"}' % (field.encode(), half)
     response = await client.post(URL, content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
@@ -157,7 +157,7 @@ async def test_half_a_surrogate_pair_is_no_text(client: httpx.AsyncClient, field
 
 
 @pytest.mark.parametrize("content", [rb'{"\ud800": 1}', rb'["\ud800"]', rb'{"prompt": "\ud800", "n": '])
-async def test_half_a_surrogate_pair_elsewhere(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_lone_surrogates_outside_of_fields(client: httpx.AsyncClient, content: bytes) -> None:
     response = await client.post(URL, content=content, headers={"content-type": "application/json"})
     assert (response.status_code, error_of(response)["param"]) == (400, None)
 
@@ -199,12 +199,12 @@ async def test_body_size_is_bounded_while_reading(
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
     ],
 )
-async def test_no_such_route(client: httpx.AsyncClient, method: str, path: str, status: int, code: str) -> None:
+async def test_unknown_routes(client: httpx.AsyncClient, method: str, path: str, status: int, code: str) -> None:
     response = await client.request(method, path)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
 
 
-async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_method_lists_the_allowed_ones(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/jobs/x")
     assert response.headers["allow"] == "GET, DELETE"
     assert error_of(response)["message"] == "/v1/jobs/x does not accept POST; it accepts GET and DELETE."
@@ -250,7 +250,7 @@ async def test_keys(make_client: MakeClient, stub: StubEngine) -> None:
         assert [(await client.get(path)).status_code for path in ("/health", "/live", "/metrics")] == [200, 200, 200]
 
 
-async def test_an_unexpected_exception_says_nothing_of_the_inside(
+async def test_an_unexpected_exception_reveals_nothing(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*_: object, **__: object) -> None:

@@ -89,7 +89,7 @@ def schema(url: str) -> OpenApiSchema:
     return schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
-def test_every_operation_is_here(url: str) -> None:
+def test_every_operation_is_tested(url: str) -> None:
     paths = requests.get(f"{url}/openapi.json", timeout=60).json()["paths"]
     assert {(method.upper(), path) for path, found in paths.items() for method in found} == set(OPERATIONS)
 
@@ -100,7 +100,7 @@ def test_every_operation_is_here(url: str) -> None:
     [(*operation, GenerationMode.POSITIVE) for operation in OPERATIONS]
     + [("POST", path, GenerationMode.NEGATIVE) for method, path in OPERATIONS if method == "POST"],
 )
-def test_answers_are_those_of_the_document(schema: OpenApiSchema, method: str, path: str, mode: GenerationMode) -> None:
+def test_responses_follow_the_document(schema: OpenApiSchema, method: str, path: str, mode: GenerationMode) -> None:
     operation = schema[path][method]
 
     @hypothesis.settings(

@@ -50,7 +50,7 @@ OPTIONAL_FIELDS = [
 ]
 
 
-async def test_answer_is_the_contract_s(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_response_follows_the_contract(client: httpx.AsyncClient, stub: StubEngine) -> None:
     before = int(time.time())
     response = await client.post(URL, json={"prompt": "a red fox", "size": "128x64", "seed": 42})
     body = response.json()
@@ -118,7 +118,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, stub: S
     ]
 
 
-async def test_null_stands_for_an_absent_field(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_null_means_absent(client: httpx.AsyncClient, stub: StubEngine) -> None:
     nulls = dict.fromkeys((*OPTIONAL_FIELDS, *UNSUPPORTED))
     without_effect = {"moderation": "low", "style": "vivid", "user": "me", "input_fidelity": "high"}
     answers = [
@@ -137,7 +137,7 @@ async def test_the_list_of_optional_fields_is_complete(client: httpx.AsyncClient
 
 
 @pytest.mark.parametrize("n", [1, 4, 10])
-async def test_n_pictures_with_consecutive_seeds(client: httpx.AsyncClient, stub: StubEngine, n: int) -> None:
+async def test_n_images_with_consecutive_seeds(client: httpx.AsyncClient, stub: StubEngine, n: int) -> None:
     data = (await client.post(URL, json={"prompt": "foxes", "n": n, "seed": 5})).json()["data"]
     assert [image["seed"] for image in data] == list(range(5, 5 + n))
     assert len({image["b64_json"] for image in data}) == n
@@ -174,7 +174,7 @@ async def test_quality_is_a_number_of_steps(
         ({"guidance_scale": 1.5}, 7, 1.5),
     ],
 )
-async def test_what_a_request_leaves_open_is_the_checkpoint_s(
+async def test_defaults_are_the_checkpoint_s(
     client: httpx.AsyncClient, queue: JobQueue, fields: dict[str, object], steps: int, guidance: float
 ) -> None:
     stub = StubEngine(queue)
@@ -184,7 +184,7 @@ async def test_what_a_request_leaves_open_is_the_checkpoint_s(
     assert (stub.specs[0].num_inference_steps, stub.specs[0].guidance_scale) == (steps, guidance)
 
 
-async def test_an_engine_that_does_not_say_gets_the_published_model_s(
+async def test_an_engine_without_defaults_uses_the_published_model_s(
     client: httpx.AsyncClient, stub: StubEngine
 ) -> None:
     assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
@@ -217,7 +217,7 @@ async def test_output_formats(client: httpx.AsyncClient, stub: StubEngine, outpu
     assert Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"]))).format == output_format.upper()
 
 
-async def test_a_plan_comes_back_and_can_be_sent_again(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_a_returned_plan_can_be_sent_again(client: httpx.AsyncClient, stub: StubEngine) -> None:
     first = await client.post(URL, json={"prompt": "x", "size": "128x64", "seed": 3, "return_plan": True})
     plan = first.json()["data"][0]["plan"]
     assert plan == plan_for(stub.specs[0], 3).to_dict()
@@ -248,7 +248,7 @@ async def test_plans_that_do_not_fit(
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-async def test_large_answers_are_whole(
+async def test_large_responses_are_complete(
     client: httpx.AsyncClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.responses.images.LARGE_RESPONSE_BYTES", 10)
@@ -295,7 +295,7 @@ async def test_the_deadline_ends_a_request(client: httpx.AsyncClient, queue: Job
     assert time.monotonic() - started < 2
 
 
-async def test_a_job_cancelled_by_somebody_else(
+async def test_a_job_cancelled_by_another_client(
     client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wait = queue.wait
@@ -310,7 +310,7 @@ async def test_a_job_cancelled_by_somebody_else(
     assert (response.status_code, response.json()["error"]["code"]) == (409, "job_cancelled")
 
 
-async def test_a_result_that_is_gone_is_our_fault(
+async def test_a_missing_result_is_an_internal_error(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def gone(job_id: str) -> None:

@@ -61,7 +61,7 @@ async def _running(queue: JobQueue, count: int) -> bool:
 
 
 class TestJobs:
-    async def test_a_job_that_cannot_be_told_of_is_not_made(
+    async def test_a_job_whose_id_cannot_be_returned_is_discarded(
         self, client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its client would never learn its id. With an idempotency key it would, by asking again."""
@@ -106,7 +106,7 @@ class TestJobs:
         assert done["result"] == answer
         assert (await client.get(response.headers["location"])).json()["result"]["data"] == answer["data"]
 
-    async def test_it_stays_after_it_was_fetched(
+    async def test_a_result_stays_after_it_was_fetched(
         self, client: httpx.AsyncClient, stub: StubEngine, redis_client: redis.asyncio.Redis
     ) -> None:
         await ended(client, await submitted(client))
@@ -122,7 +122,7 @@ class TestJobs:
         assert data == picture(stub.specs[0], stub.specs[0].seed, stub.sources[0])
 
     @pytest.mark.parametrize("prefer", ["respond-async, wait=10", "wait=10;x, Respond-Async", "respond-async;foo=1"])
-    async def test_ways_to_ask_for_one(self, client: httpx.AsyncClient, stub: StubEngine, prefer: str) -> None:
+    async def test_forms_of_the_prefer_header(self, client: httpx.AsyncClient, stub: StubEngine, prefer: str) -> None:
         response = await client.post(URL, json={"prompt": "x"}, headers={"prefer": prefer})
         assert response.status_code == 202
 
@@ -130,7 +130,7 @@ class TestJobs:
         response = await client.post(URL, json={"prompt": "x"}, headers={"prefer": "return=minimal, respond-asynch"})
         assert response.status_code == 200
 
-    async def test_what_is_wrong_with_the_request_is_said_at_once(
+    async def test_invalid_requests_are_refused_at_once(
         self, make_client: MakeClient, queue: JobQueue
     ) -> None:
         async with make_client() as client:
@@ -165,7 +165,7 @@ class TestJobs:
                 assert (job["id"], job["status"], job["error"]["code"]) == (job_id, "cancelled", "job_cancelled")
             await until(lambda: _running(queue, 0))
 
-    async def test_cancelling_what_has_ended_changes_nothing(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
+    async def test_cancelling_an_ended_job_changes_nothing(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
         job = await ended(client, await submitted(client))
         assert (await client.delete(f"/v1/jobs/{job['id']}")).json() == job
 
@@ -180,7 +180,7 @@ class TestJobs:
         job = await ended(client, await submitted(client, timeout=0.2))
         assert (job["status"], job["error"]["code"]) == ("expired", "deadline_exceeded")
 
-    async def test_a_job_lives_on_without_its_client(self, live_server: LiveServer, queue: JobQueue) -> None:
+    async def test_a_job_goes_on_without_its_client(self, live_server: LiveServer, queue: JobQueue) -> None:
         async with StubEngine(queue, step_s=0.3):
             async with httpx.AsyncClient(base_url=live_server.url, timeout=60) as client:
                 job_id = await submitted(client, num_inference_steps=1)
@@ -191,7 +191,7 @@ class TestJobs:
         await submitted(client)
         await until(lambda: _counted(client, "succeeded"))
 
-    async def test_a_job_that_nobody_asks_after_expires_and_is_counted(
+    async def test_a_forgotten_job_expires_and_is_counted(
         self, client: httpx.AsyncClient, queue: JobQueue
     ) -> None:
         await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
@@ -199,12 +199,12 @@ class TestJobs:
         await until(lambda: _counted(client, "expired"))
         assert (await queue.stats()).waiting == 0
 
-    async def test_nobody_s_job(self, client: httpx.AsyncClient) -> None:
+    async def test_an_unknown_job(self, client: httpx.AsyncClient) -> None:
         for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
             response = await client.request(method, f"/v1/jobs/job_none{path}")
             assert (response.status_code, error_of(response)["code"]) == (404, "job_not_found")
 
-    async def test_somebody_else_s_job(self, make_client: MakeClient, stub: StubEngine, queue: JobQueue) -> None:
+    async def test_another_caller_s_job(self, make_client: MakeClient, stub: StubEngine, queue: JobQueue) -> None:
         mine = {"authorization": "Bearer mine"}
         async with make_client(api_key="mine") as client, make_client() as other:
             job_id = await submitted(client, mine)
@@ -228,7 +228,7 @@ async def _counted(client: httpx.AsyncClient, state: str) -> bool:
 
 
 class TestJobEvents:
-    async def test_from_queue_to_end(self, client: httpx.AsyncClient, queue: JobQueue) -> None:
+    async def test_events_from_queue_to_end(self, client: httpx.AsyncClient, queue: JobQueue) -> None:
         fields = {"num_inference_steps": 8, "partial_images": 2, "seed": 1, "return_plan": True}
         await queue.heartbeat(StubEngine(queue).info, "", 10)
         job_id = await submitted(client, **fields)
@@ -246,7 +246,7 @@ class TestJobEvents:
         assert events.names[-1] == "completed"
         assert events.of("completed") == [job]
 
-    async def test_after_the_end(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
+    async def test_events_after_the_end(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
         job_id = await submitted(client, partial_images=2)
         job = await ended(client, job_id)
         for _ in range(2):
@@ -264,7 +264,7 @@ class TestJobEvents:
         assert events.names[-1] == "failed"
         assert events.named[-1][1]["error"]["code"] == "job_cancelled"
 
-    async def test_a_follower_may_leave(self, live_server: LiveServer, queue: JobQueue) -> None:
+    async def test_a_follower_may_disconnect(self, live_server: LiveServer, queue: JobQueue) -> None:
         async with (
             StubEngine(queue, step_s=0.5),
             httpx.AsyncClient(base_url=live_server.url, timeout=60) as client,
@@ -287,7 +287,7 @@ class TestIdempotency:
         assert len(stub.specs) == 1
         assert 'glimmer_api_jobs_total{state="succeeded"} 1.0' in (await client.get("/metrics")).text
 
-    async def test_a_repetition_gets_the_same_answer(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
+    async def test_a_repetition_gets_the_same_response(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
         first = await client.post(URL, json={"prompt": "x", "n": None}, headers=key("k"))
         again = await client.post(URL, json={"n": 1, "prompt": "x"}, headers=key("k"))
         other = await client.post(URL, json={"prompt": "x"}, headers=key("l"))
@@ -303,7 +303,7 @@ class TestIdempotency:
         again = await client.post(URL, json={"prompt": "x"}, headers=key("k"))
         assert (again.status_code, again.content) == (200, first.content)
 
-    async def test_every_way_of_answering_finds_the_job(self, client: httpx.AsyncClient, queue: JobQueue) -> None:
+    async def test_every_kind_of_response_finds_the_job(self, client: httpx.AsyncClient, queue: JobQueue) -> None:
         async with StubEngine(queue, step_s=0.5) as stub:
             fields = {"prompt": "x", "num_inference_steps": 1}
             waiting = asyncio.create_task(client.post(URL, json=fields, headers=key("k")))
@@ -339,18 +339,18 @@ class TestIdempotency:
         response = await client.post(URL, json={"prompt": "y"}, headers=key("k"))
         assert (response.status_code, error_of(response)["code"]) == (422, "idempotency_key_reused")
 
-    async def test_a_failure_is_tried_again(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
+    async def test_a_failed_job_can_be_repeated(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
         stub.failures = {"x": JobError("Out of memory.", code="out_of_memory")}
         assert (await client.post(URL, json={"prompt": "x"}, headers=key("k"))).status_code == 500
         stub.failures = {}
         assert (await client.post(URL, json={"prompt": "x"}, headers=key("k"))).status_code == 200
 
     @pytest.mark.parametrize("value", [b"", b"a" * 256, b"a\tb", b"\xe9"])
-    async def test_keys_that_are_none(self, client: httpx.AsyncClient, stub: StubEngine, value: bytes) -> None:
+    async def test_invalid_keys(self, client: httpx.AsyncClient, stub: StubEngine, value: bytes) -> None:
         response = await client.post(URL, json={"prompt": "x"}, headers={b"idempotency-key": value})
         assert (response.status_code, error_of(response)["param"]) == (400, "Idempotency-Key")
 
-    async def test_a_client_that_leaves_leaves_the_job_to_others(
+    async def test_a_client_that_disconnects_leaves_the_job_to_others(
         self, live_server: LiveServer, queue: JobQueue
     ) -> None:
         fields = {"prompt": "x", "num_inference_steps": 1}
@@ -365,7 +365,7 @@ class TestIdempotency:
 
 
 class TestUrls:
-    async def test_a_picture_by_its_url(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
+    async def test_an_image_by_its_url(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
         fields = {"prompt": "x", "seed": 1, "n": 2, "response_format": "url"}
         data = (await client.post(URL, json=fields)).json()["data"]
         assert [set(image) for image in data] == [{"url", "seed"}] * 2
@@ -386,7 +386,7 @@ class TestUrls:
         assert image["url"].endswith(f".{output_format}")
         assert (await client.get(image["url"])).headers["content-type"] == f"image/{output_format}"
 
-    async def test_no_key_is_needed_and_no_job_either(
+    async def test_neither_key_nor_job_is_needed(
         self, make_client: MakeClient, stub: StubEngine, queue: JobQueue
     ) -> None:
         headers = {"authorization": "Bearer k"}
@@ -396,7 +396,7 @@ class TestUrls:
         async with make_client(api_key="k") as replica:
             assert (await replica.get(image["url"])).status_code == 200
 
-    async def test_it_expires(
+    async def test_files_expire(
         self, client: httpx.AsyncClient, stub: StubEngine, redis_client: redis.asyncio.Redis
     ) -> None:
         [image] = (await client.post(URL, json={"prompt": "x", "response_format": "url"})).json()["data"]
@@ -416,7 +416,7 @@ class TestUrls:
         assert answers[0].json() == answers[1].json() == job["result"] == (await ended(client, job["id"]))["result"]
         assert len(await redis_client.keys("glimmer:file:*")) == 1
 
-    async def test_the_server_s_default_and_its_public_address(self, make_client: MakeClient, stub: StubEngine) -> None:
+    async def test_the_server_s_default_and_its_public_url(self, make_client: MakeClient, stub: StubEngine) -> None:
         settings = {"default_response_format": "url", "public_url": "https://images.example.org/api/"}
         async with make_client(**settings) as client:
             [image] = (await client.post(URL, json={"prompt": "x"})).json()["data"]
@@ -426,7 +426,7 @@ class TestUrls:
         assert "url" not in encoded
         assert job.headers["location"].startswith("https://images.example.org/api/v1/jobs/job_")
 
-    async def test_the_address_the_client_used(self, queue: JobQueue, stub: StubEngine) -> None:
+    async def test_the_url_the_client_used(self, queue: JobQueue, stub: StubEngine) -> None:
         server = LiveServer(queue, ServerSettings())
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             [image] = (await client.post(URL, json={"prompt": "x", "response_format": "url"})).json()["data"]
@@ -435,11 +435,11 @@ class TestUrls:
         await server.stop()
 
     @pytest.mark.parametrize("name", ["nothing", "nothing.png", ".png", "%00", "a" * 5000])
-    async def test_nothing_there(self, client: httpx.AsyncClient, name: str) -> None:
+    async def test_unknown_files(self, client: httpx.AsyncClient, name: str) -> None:
         assert (await client.get(f"/v1/files/{name}")).status_code == 404
 
 
-async def test_answers_are_as_the_document_says(client: httpx.AsyncClient, queue: JobQueue) -> None:
+async def test_responses_match_the_document(client: httpx.AsyncClient, queue: JobQueue) -> None:
     document = (await client.get("/openapi.json")).json()
 
     def check(body: object, name: str) -> None:

@@ -74,7 +74,7 @@ class TestFile:
             parse_key_file(text)
         assert hash_key("a").hex() not in str(caught.value)
 
-    def test_a_new_key_opens_what_its_table_says(self) -> None:
+    def test_a_new_key_matches_its_table(self) -> None:
         first, second = new_key(), new_key()
         assert first != second
         assert parse_key_file(key_table("alice", first) + key_table("bob", second)) == {
@@ -84,7 +84,7 @@ class TestFile:
         assert first not in key_table("alice", first)
 
     @pytest.mark.parametrize("content", [None, b"\xff", b"[alice"])
-    def test_a_file_that_cannot_be_used_stops_the_start(self, tmp_path: Path, content: bytes | None) -> None:
+    def test_an_invalid_file_prevents_the_start(self, tmp_path: Path, content: bytes | None) -> None:
         path = tmp_path / "keys.toml"
         if content is not None:
             path.write_bytes(content)
@@ -97,7 +97,7 @@ class TestFile:
 
 class TestRing:
     @pytest.fixture(autouse=True)
-    def _look_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _check_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(keys, "POLL_INTERVAL_S", 0.0)
 
     @pytest.fixture
@@ -115,7 +115,7 @@ class TestRing:
         assert ring.find("b") is None
         assert not ring.open_to_all  # a file without keys lets nobody in
 
-    def test_a_broken_change_is_logged_once_and_changes_nothing(
+    def test_an_invalid_change_is_logged_once_and_ignored(
         self, path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         ring = KeyRing(ServerSettings(api_keys_file=path))
@@ -132,7 +132,7 @@ class TestRing:
         monkeypatch.setattr(keys, "_read", lambda _: pytest.fail("it was read"))
         assert ring.find("a") == Caller("alice")
 
-    def test_looks_are_rare(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_file_is_checked_rarely(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(keys, "POLL_INTERVAL_S", 60.0)
         ring = KeyRing(ServerSettings(api_keys_file=path))
         path.write_text("")
@@ -156,7 +156,7 @@ class TestRing:
             assert compared == 3
 
 
-async def test_keys_of_the_file_and_the_one_key_get_in(
+async def test_keys_of_the_file_and_the_single_key_are_accepted(
     make_client: MakeClient, stub: StubEngine, queue: JobQueue, redis_client: redis.asyncio.Redis, tmp_path: Path
 ) -> None:
     path = tmp_path / "keys.toml"
@@ -180,7 +180,7 @@ async def test_keys_of_the_file_and_the_one_key_get_in(
     assert owners == ["--api-key", "alice", "bob"]
 
 
-async def test_the_log_names_the_key_s_owner_and_not_the_key(
+async def test_the_log_contains_the_owner_and_not_the_key(
     make_client: MakeClient, stub: StubEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -203,7 +203,7 @@ async def test_the_log_names_the_key_s_owner_and_not_the_key(
         ("0.0.0.0", {"api_keys_file": os.devnull}, False),
     ],
 )
-def test_a_server_that_is_open_to_others_says_so(
+def test_a_server_without_keys_warns_about_it(
     host: str, settings: dict[str, str], warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server((host, 0)) as listener:
@@ -212,7 +212,7 @@ def test_a_server_that_is_open_to_others_says_so(
 
 
 class TestCommand:
-    def test_the_key_and_its_table_come_apart(self) -> None:
+    def test_the_key_and_its_table_are_printed_separately(self) -> None:
         made = glimmer("key", "alice")
         assert made.exit_code == 0, made.output
         (key,) = (word for word in made.stderr.split() if word.startswith("glm-"))
@@ -220,7 +220,7 @@ class TestCommand:
         assert "glm-" not in made.stdout
 
     @pytest.mark.parametrize("name", ["", "al ice", "-x", "a.b", "ä"])
-    def test_names_that_no_table_can_have(self, name: str) -> None:
+    def test_invalid_names(self, name: str) -> None:
         refused = glimmer("key", "--", name)
         assert refused.exit_code == 2
         assert "letters, digits" in refused.output

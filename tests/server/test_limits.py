@@ -75,7 +75,7 @@ class TestRate:
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         assert 55 <= int(refused.headers["retry-after"]) <= 60
 
-    async def test_a_minute_later_they_count_no_more(
+    async def test_requests_expire_after_a_minute(
         self, limits: RateLimits, redis_client: redis.asyncio.Redis
     ) -> None:
         first = await limits.charge(FAST, 1)
@@ -92,7 +92,7 @@ class TestRate:
         answers = await asyncio.gather(*(limits.charge(FAST, 1) for _ in range(30)), return_exceptions=True)
         assert sum(isinstance(answer, ApiError) for answer in answers) == 27
 
-    async def test_callers_do_not_share(self, limits: RateLimits) -> None:
+    async def test_callers_have_separate_limits(self, limits: RateLimits) -> None:
         for _ in range(3):
             await limits.charge(FAST, 1)
         await limits.charge(Caller("bob", requests_per_minute=1), 1)
@@ -100,7 +100,7 @@ class TestRate:
 
 
 class TestQuota:
-    async def test_what_fits_may_still_come(self, limits: RateLimits) -> None:
+    async def test_a_job_that_still_fits_is_accepted(self, limits: RateLimits) -> None:
         assert (await limits.charge(FRUGAL, 600)).headers == {}
         refused = await refusal(limits, FRUGAL, 401)
         assert (refused.type, refused.code) == ("insufficient_quota", "insufficient_quota")
@@ -147,7 +147,7 @@ async def test_a_refund_undoes_the_charge_and_no_more(limits: RateLimits, redis_
     assert (await used(redis_client))[1] == 0
 
 
-async def test_counts_go_by_themselves(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
+async def test_counts_expire(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
     await limits.charge(BOTH, 1)
     left = [await redis_client.pttl(key) for key in sorted(await redis_client.keys())]
     assert 0 < left[0] <= 86_400_000
@@ -155,7 +155,7 @@ async def test_counts_go_by_themselves(limits: RateLimits, redis_client: redis.a
     assert await redis_client.ttl("glimmer:rate:alice") > 0
 
 
-async def test_callers_without_such_limits_leave_no_trace(
+async def test_callers_without_limits_are_not_counted(
     limits: RateLimits, redis_client: redis.asyncio.Redis
 ) -> None:
     for caller in (ANONYMOUS, Caller("alice", max_concurrent=1)):
@@ -165,7 +165,7 @@ async def test_callers_without_such_limits_leave_no_trace(
     assert await redis_client.keys() == []
 
 
-async def test_a_redis_that_forgot_the_scripts_gets_them_again(
+async def test_scripts_are_loaded_again_after_a_flush(
     limits: RateLimits, redis_client: redis.asyncio.Redis
 ) -> None:
     charge = await limits.charge(BOTH, 1)
@@ -176,7 +176,7 @@ async def test_a_redis_that_forgot_the_scripts_gets_them_again(
     assert await used(redis_client) == (1, 1)
 
 
-async def test_a_redis_without_memory_charges_all_or_nothing(
+async def test_a_redis_without_memory_charges_everything_or_nothing(
     limits: RateLimits, redis_client: redis.asyncio.Redis
 ) -> None:
     await limits.charge(BOTH, 1)
@@ -190,7 +190,7 @@ async def test_a_redis_without_memory_charges_all_or_nothing(
 
 
 class TestAdmission:
-    async def test_what_the_queue_refuses_is_given_back(
+    async def test_a_job_refused_by_the_queue_is_refunded(
         self, queue: JobQueue, redis_client: redis.asyncio.Redis
     ) -> None:
         door = Admission(queue, RateLimits(queue), 0, AbandonedJobs(queue, Metrics()))
@@ -200,7 +200,7 @@ class TestAdmission:
             await door.submit(SPEC, 9.0, "batch", charge)
         assert await used(redis_client) == (0, 0)
 
-    async def test_jobs_at_once(self, door: Admission, queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+    async def test_concurrent_jobs(self, door: Admission, queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
         alice = Caller("alice", 2, 9, 100 * STEPS)
         jobs = [await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC)) for _ in range(2)]
         charge = await door.charge(alice, SPEC)
@@ -213,7 +213,7 @@ class TestAdmission:
         await queue.cancel(jobs[0].job_id)
         await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC))
 
-    async def test_a_repeated_request_costs_nothing(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
+    async def test_a_repeated_request_is_not_charged(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
         alice, again = Caller("alice", 1, 5, 100 * STEPS), Idempotency("once", "f1")
         assert await door.find_by_idempotency_key(alice, again) is None
         first = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
@@ -254,7 +254,7 @@ class TestAdmission:
         await door.submit(SPEC, 9.0, "batch", await door.charge(bob, SPEC), idempotency=other)
 
     @pytest.mark.parametrize("again", [None, Idempotency("once", "f1")])
-    async def test_a_job_that_a_repeated_request_may_ask_for_is_not_withdrawn(
+    async def test_a_job_with_an_idempotency_key_is_not_discarded(
         self,
         queue: JobQueue,
         redis_client: redis.asyncio.Redis,
@@ -369,7 +369,7 @@ class TestOfficialSdk:
         assert fast.value.code == "rate_limit_exceeded"
         assert int(fast.value.response.headers["retry-after"]) > 0
 
-    async def test_an_empty_quota_is_not_asked_again(self, server: LiveServer) -> None:
+    async def test_an_exhausted_quota_is_not_retried(self, server: LiveServer) -> None:
         async with self.client(server, "q", max_retries=2) as client:
             with pytest.raises(openai.RateLimitError) as caught:
                 await client.images.generate(prompt="x")
@@ -377,7 +377,7 @@ class TestOfficialSdk:
         async with httpx.AsyncClient(base_url=server.url) as client:
             assert f'{{method="POST",route="{URL}",status="429"}} 1.0' in (await client.get("/metrics")).text
 
-    async def test_one_job_at_once(self, server: LiveServer, queue: JobQueue, stub: StubEngine) -> None:
+    async def test_one_concurrent_job(self, server: LiveServer, queue: JobQueue, stub: StubEngine) -> None:
         stub._step_s = 0.2
         async with self.client(server, "s") as client:
             first = asyncio.create_task(client.images.generate(prompt="x", extra_body={"num_inference_steps": 5}))

@@ -103,7 +103,7 @@ async def test_metrics_are_one_valid_exposition(make_client: MakeClient, queue: 
     assert value("glimmer_step_seconds_count", engine="stub-engine") == 1
 
 
-def test_engines_share_families_and_a_broken_one_harms_nobody() -> None:
+def test_engines_share_families_and_an_unreadable_one_is_skipped() -> None:
     own = CollectorRegistry()
     Counter("glimmer_steps", "Steps.", ("kind",), registry=own).labels("api").inc()
     other_type = CollectorRegistry()
@@ -168,14 +168,14 @@ class TestLogLines:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
         assert line == {"level": "warning", "logger": "glimmer.t", "event": "went", "ms": 1.25, "path": "/a b"}
 
-    def test_json_of_what_others_log(self) -> None:
+    def test_json_of_other_loggers(self) -> None:
         try:
             raise ValueError("secret")
         except ValueError:
             record = logging.LogRecord("x", logging.ERROR, "", 0, "a\n%s", ("b",), sys.exc_info())
         line = json.loads(logs.JsonFormatter().format(record))
         assert (line["message"], line["error"]) == ("a\nb", "ValueError")
-        assert line["where"].endswith(":test_json_of_what_others_log")
+        assert line["where"].endswith(":test_json_of_other_loggers")
         assert "secret" not in str(line)
 
     async def test_bound_fields_are_in_the_lines_of_a_task_and_of_those_it_starts(
@@ -196,13 +196,13 @@ class TestLogLines:
         told = {record.getMessage() for record in caplog.records if record.name == "t"}
         assert told == {"inside request=r job=j n=1", "in_thread request=r job=j n=1", "outside n=1"}
 
-    def test_values_are_quoted_where_a_reader_would_split_them(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_ambiguous_values_are_quoted(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
         logs.event(logging.getLogger("t"), "went", id="a-1", reason='no "way" out', left_out=None, ms=1.25, empty="")
         assert caplog.records[-1].getMessage() == 'went id=a-1 reason="no \\"way\\" out" ms=1.2 empty=""'
 
 
-def test_request_ids_that_could_break_a_log_are_replaced() -> None:
+def test_unsafe_request_ids_are_replaced() -> None:
     for sent in ("", "a b", "x" * 129, "a\nb", "é"):
         assert _request_id({"x-request-id": sent}).startswith("req_")  # type: ignore[arg-type]
 
@@ -242,7 +242,7 @@ async def test_openapi_describes_the_request(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("key", [None, "k"])
-async def test_openapi_asks_for_a_key_where_the_server_does(make_client: MakeClient, key: str | None) -> None:
+async def test_openapi_has_security_only_with_keys(make_client: MakeClient, key: str | None) -> None:
     async with make_client(api_key=key) as client:
         paths = (await client.get("/openapi.json")).json()["paths"]
     asking = {
@@ -278,7 +278,7 @@ async def test_openapi_describes_both_bodies_of_an_edit(client: httpx.AsyncClien
         jsonschema.validate({**encoded, "image": 5}, {**json, "components": document["components"]})
 
 
-async def test_openapi_has_the_validation_error_of_no_framework(client: httpx.AsyncClient) -> None:
+async def test_openapi_has_no_validation_error_of_the_framework(client: httpx.AsyncClient) -> None:
     response = await client.get("/openapi.json")
     assert "ValidationError" not in response.text
     for path, operations in response.json()["paths"].items():
@@ -286,7 +286,7 @@ async def test_openapi_has_the_validation_error_of_no_framework(client: httpx.As
             assert ("422" in operation["responses"]) == path.startswith("/v1/images/")
 
 
-async def test_openapi_describes_what_probes_get(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_openapi_describes_health(client: httpx.AsyncClient, stub: StubEngine) -> None:
     document = (await client.get("/openapi.json")).json()
     health = document["paths"]["/health"]["get"]["responses"]
     for status in ("200", "503"):

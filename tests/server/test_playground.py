@@ -53,30 +53,30 @@ async def test_files(client: httpx.AsyncClient, address: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2Fapp.py", "%2e%2e%2fapp.py", "index.htm", "__init__.py"])
-async def test_there_is_nothing_else(client: httpx.AsyncClient, name: str) -> None:
+async def test_other_files_are_not_served(client: httpx.AsyncClient, name: str) -> None:
     answer = await client.get(f"/playground/{name}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
-async def test_the_pages_are_open_where_the_api_asks_for_a_key(make_client: MakeClient) -> None:
+async def test_the_pages_need_no_key(make_client: MakeClient) -> None:
     async with make_client(api_key="right") as client:
         for address in ADDRESSES:
             assert (await client.get(address)).status_code == 200
         assert (await client.get("/v1/models")).status_code == 401
 
 
-async def test_the_api_s_document_does_not_list_them(client: httpx.AsyncClient) -> None:
+async def test_the_openapi_document_does_not_list_them(client: httpx.AsyncClient) -> None:
     assert not {*ADDRESSES, "/playground/{name}"} & set((await client.get("/openapi.json")).json()["paths"])
 
 
 @pytest.mark.parametrize("name", [*PAGES.values(), *PARTS])
-def test_nothing_comes_from_elsewhere(name: str) -> None:
+def test_nothing_is_loaded_from_other_servers(name: str) -> None:
     text = (FOLDER / name).read_text().replace(SVG_NAMESPACE, "")
     assert not re.findall(r"""https?:|data:\w+/|@import|["'(]//""", text)
 
 
 @pytest.mark.parametrize("name", PAGES.values())
-async def test_what_a_page_refers_to_is_there(client: httpx.AsyncClient, name: str) -> None:
+async def test_references_of_a_page_exist(client: httpx.AsyncClient, name: str) -> None:
     """Relative to the page, so that a proxy may have it all in a folder."""
     used = {attributes.get("src") or attributes.get("href") or "" for _, attributes in elements(name)} - {""}
     assert used
@@ -85,14 +85,14 @@ async def test_what_a_page_refers_to_is_there(client: httpx.AsyncClient, name: s
         assert (await client.get(f"/{address.removeprefix('.')}")).status_code == 200
 
 
-def test_every_part_is_used() -> None:
+def test_every_file_is_used() -> None:
     in_pages = "".join((FOLDER / name).read_text() for name in PAGES.values())
     imported = {name for part in PARTS for name in re.findall(r'from "\./(.*?)"', (FOLDER / part).read_text())}
     assert {part for part in PARTS if f'"playground/{part}"' in in_pages} | imported == set(PARTS)
 
 
 @pytest.mark.parametrize("name", PAGES.values())
-def test_a_page_obeys_its_own_policy(name: str) -> None:
+def test_a_page_obeys_its_policy(name: str) -> None:
     """Nothing inline: the policy would block it, and only a browser would say so."""
     for tag, attributes in elements(name):
         assert tag not in ("style", "base", "iframe", "object")
@@ -100,7 +100,7 @@ def test_a_page_obeys_its_own_policy(name: str) -> None:
         assert not [name for name in attributes if name == "style" or name.startswith("on")]
 
 
-def test_every_field_is_one_of_the_api_s_and_has_a_label() -> None:
+def test_every_control_is_a_field_of_the_api_and_has_a_label() -> None:
     page = elements("index.html")
     labelled = {attributes["for"] for tag, attributes in page if tag == "label"}
     controls = [attributes for tag, attributes in page if tag in ("input", "select", "textarea")]

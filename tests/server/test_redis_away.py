@@ -88,7 +88,7 @@ async def site(tmp_path: Path, model: GlmImage) -> AsyncIterator[Site]:
 
 
 @pytest.mark.parametrize("trouble", ["killed", "silent", *REPAIRS])
-async def test_new_work_is_refused_and_what_runs_gets_its_picture(
+async def test_new_jobs_are_refused_and_running_jobs_complete(
     site: Site, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.5)
@@ -113,18 +113,18 @@ async def test_new_work_is_refused_and_what_runs_gets_its_picture(
     answer = await asyncio.wait_for(posted, 60)
     assert answer.status_code == 200, answer.text
     assert answer.json()["data"] == undisturbed.json()["data"]
-    await _work_is_taken_again(site)
+    await _accepts_jobs_again(site)
     assert await site.queue.stats() == QueueStats(0, 0)
 
 
-async def _work_is_taken_again(site: Site) -> None:
+async def _accepts_jobs_again(site: Site) -> None:
     async with asyncio.timeout(60):
         while (answer := await site.post({"prompt": "later", "num_inference_steps": 1})).status_code == 503:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert answer.status_code == 200, answer.text
 
 
-async def test_a_slow_redis_only_makes_things_slow(site: Site) -> None:
+async def test_a_slow_redis_only_delays(site: Site) -> None:
     undisturbed = await site.post(LONG)
     site.link.delay_s = 0.03
     slow = await site.post(LONG)
@@ -132,7 +132,7 @@ async def test_a_slow_redis_only_makes_things_slow(site: Site) -> None:
     assert slow.json()["data"] == undisturbed.json()["data"]
 
 
-async def test_a_submit_that_redis_answers_too_late_leaves_no_job(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_submit_that_times_out_leaves_no_job(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client has been told to come back, and will."""
     await site.post({"prompt": "x", "num_inference_steps": 1})
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.2)
@@ -140,7 +140,7 @@ async def test_a_submit_that_redis_answers_too_late_leaves_no_job(site: Site, mo
     refused = await site.post(LONG)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
     site.link.delay_s = 0.0
-    await _work_is_taken_again(site)
+    await _accepts_jobs_again(site)
     async with asyncio.timeout(20):
         while await site.queue.stats() != QueueStats(0, 0):  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -15,7 +15,7 @@ from tests.server.test_rewriter import PROMPT, RICH, Endpoint, completion, servi
 URL, EDITS = "/v1/images/generations", "/v1/images/edits"
 
 
-async def test_every_answer_tells_the_prompt_that_was_drawn(make_client: MakeClient, stub: StubEngine) -> None:
+async def test_every_response_contains_the_revised_prompt(make_client: MakeClient, stub: StubEngine) -> None:
     async with serving(Endpoint(completion(RICH))) as endpoint, make_client(prompt_rewriter=endpoint.url) as client:
         answer = await client.post(URL, json={"prompt": PROMPT, "n": 2})
         assert [image["revised_prompt"] for image in answer.json()["data"]] == [RICH, RICH]
@@ -35,7 +35,7 @@ async def test_every_answer_tells_the_prompt_that_was_drawn(make_client: MakeCli
         (completion(RICH), {"plan": {"rows": 2, "cols": 3, "tokens": [0] * 6}}),
     ],
 )
-async def test_the_prompt_as_it_is(
+async def test_the_prompt_stays_as_it_is(
     make_client: MakeClient, stub: StubEngine, answer: bytes, fields: dict[str, Any]
 ) -> None:
     async with serving(Endpoint(answer)) as endpoint, make_client(prompt_rewriter=endpoint.url) as client:
@@ -45,7 +45,7 @@ async def test_the_prompt_as_it_is(
     assert len(endpoint.requests) == (0 if fields else 1)
 
 
-async def test_an_edit_is_rewritten_only_if_it_asks_to_be(make_client: MakeClient, stub: StubEngine) -> None:
+async def test_an_edit_is_rewritten_only_on_request(make_client: MakeClient, stub: StubEngine) -> None:
     async with serving(Endpoint(completion(RICH))) as endpoint, make_client(prompt_rewriter=endpoint.url) as client:
         answers = [
             await client.post(EDITS, data={"prompt": PROMPT, **fields}, files=upload(("image", PICTURE)))
@@ -61,7 +61,7 @@ async def test_a_repetition_is_not_rewritten_again(make_client: MakeClient, stub
     assert len(endpoint.requests) == 1
 
 
-async def test_the_fields_are_checked_before_the_rewriter_is_asked(make_client: MakeClient, stub: StubEngine) -> None:
+async def test_fields_are_checked_before_rewriting(make_client: MakeClient, stub: StubEngine) -> None:
     async with serving(Endpoint(completion(RICH))) as endpoint, make_client(prompt_rewriter=endpoint.url) as client:
         for fields in ({"n": 0}, {"plan": {"rows": 1, "cols": 1, "tokens": [0]}}):
             assert (await client.post(URL, json={"prompt": PROMPT, **fields})).status_code == 400

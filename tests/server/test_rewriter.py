@@ -80,7 +80,7 @@ async def outcome_of(answer: bytes, prompt: str = PROMPT, **how: float | bool) -
     return rewritten, next(iter(counts))
 
 
-async def test_the_question() -> None:
+async def test_the_request() -> None:
     async with (
         serving(Endpoint(completion(RICH))) as endpoint,
         asking(endpoint.url + "/", prompt_rewriter_key="s3cret", prompt_rewriter_model="glm-4.7") as opened,
@@ -94,7 +94,7 @@ async def test_the_question() -> None:
     assert body["messages"][1]["content"] == PROMPT
 
 
-async def test_the_question_without_key_and_model() -> None:
+async def test_the_request_without_key_and_model() -> None:
     async with serving(Endpoint(completion(RICH))) as endpoint, asking(endpoint.url) as opened:
         await opened.rewrite(PROMPT)
     ((_, headers, body),) = endpoint.requests
@@ -102,14 +102,14 @@ async def test_the_question_without_key_and_model() -> None:
     assert "model" not in body
 
 
-async def test_a_proxy_is_not_asked_for_an_endpoint_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_proxy_is_used_for_an_endpoint_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     assert await outcome_of(completion(RICH)) == (RICH, "rewritten")
 
 
 @pytest.mark.parametrize("text", [f"\n{RICH} \n", f"<think>a sign, 'OPEN'?</think>\n\n{RICH}"])
-async def test_only_the_prompt_is_taken(text: str) -> None:
+async def test_only_the_prompt_is_used(text: str) -> None:
     assert await outcome_of(completion(text)) == (RICH, "rewritten")
 
 
@@ -129,7 +129,7 @@ async def test_only_the_prompt_is_taken(text: str) -> None:
         "<think>a sign that says 'OPEN', and",
     ],
 )
-async def test_answers_that_cannot_be_used_are_dropped(text: str) -> None:
+async def test_unusable_responses_are_dropped(text: str) -> None:
     assert await outcome_of(completion(text)) == (None, "dropped")
 
 
@@ -152,24 +152,24 @@ async def test_answers_that_cannot_be_used_are_dropped(text: str) -> None:
         completion(["a sign"]),
     ],
 )
-async def test_an_endpoint_that_fails_is_no_failure(answer: bytes) -> None:
+async def test_a_failing_endpoint_keeps_the_prompt(answer: bytes) -> None:
     assert await outcome_of(answer) == (None, "failed")
 
 
-async def test_a_slow_endpoint_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_endpoint_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rewriter.REWRITE_TIMEOUT_S == 5
     monkeypatch.setattr(rewriter, "REWRITE_TIMEOUT_S", 0.3)
     async with asyncio.timeout(3):
         assert await outcome_of(completion(RICH), delay_s=2) == (None, "failed")
 
 
-async def test_an_endless_answer_is_cut_off() -> None:
+async def test_an_endless_response_is_cut_off() -> None:
     head = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
     async with asyncio.timeout(4):  # before the time is up
         assert await outcome_of(head, endless=True) == (None, "failed")
 
 
-async def test_nobody_there() -> None:
+async def test_an_unreachable_endpoint() -> None:
     async with asking("http://127.0.0.1:9/v1") as opened:
         assert await opened.rewrite(PROMPT) is None
 
@@ -182,7 +182,7 @@ async def test_failures_are_logged_without_the_prompt(caplog: pytest.LogCaptureF
     assert lines == ["rewrite_failed error=HTTPStatusError status=500", "rewrite_failed error=TypeError"]
 
 
-def test_the_quotes_are_the_renderer_s() -> None:
+def test_quotes_are_parsed_as_in_the_renderer() -> None:
     prompt = "\"double\" 'single' \u201ccurly\u201d \u300ccorner\u300d"
     assert is_usable(prompt, f"a poster: {prompt}")
     assert is_usable(prompt, "\u300ccorner\u300d \u201ccurly\u201d, 'single' and \"double\" in another order")
@@ -207,6 +207,6 @@ async def test_off_by_default() -> None:
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "ftp://a/v1", "http://", "http://[::1", "http://a/v1/chat/completions"]
 )
-def test_what_is_no_base_url_is_refused(url: str) -> None:
+def test_invalid_base_urls_are_refused(url: str) -> None:
     with pytest.raises(ValidationError, match="write it like http"):
         ServerSettings(prompt_rewriter=url)

@@ -101,7 +101,7 @@ STORED_AS = {
 
 
 @pytest.mark.parametrize(("orientation", "turn"), STORED_AS.items())
-def test_photos_are_put_upright(orientation: int, turn: Transpose | None) -> None:
+def test_photos_are_turned_upright(orientation: int, turn: Transpose | None) -> None:
     stored = patterned() if turn is None else patterned().transpose(turn)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -112,11 +112,11 @@ def test_photos_are_put_upright(orientation: int, turn: Transpose | None) -> Non
     assert source(file_of(stored, "WEBP", exif=exif)).size == (96, 64)
 
 
-def test_broken_exif_harms_no_picture() -> None:
+def test_invalid_exif_is_ignored() -> None:
     assert source(file_of(patterned(), exif=b"Exif\0\0MM\0*\0\0\xff\xff")).tobytes() == patterned().tobytes()
 
 
-def test_nothing_but_pixels_goes_on() -> None:
+def test_metadata_is_removed() -> None:
     exif = Image.Exif()
     exif[0x010E] = "taken at home"
     file = file_of(plain(), exif=exif, icc_profile=b"\0" * 200, dpi=(300, 300))
@@ -127,18 +127,18 @@ def test_nothing_but_pixels_goes_on() -> None:
     ("size", "edit"),
     [((96, 64), (96, 64)), ((100, 70), (96, 64)), ((95, 380), (96, 384)), ((64, 256), (64, 256))],
 )
-def test_the_size_of_the_edit_is_the_first_picture_s(size: tuple[int, int], edit: tuple[int, int]) -> None:
+def test_the_default_size_is_the_first_image_s(size: tuple[int, int], edit: tuple[int, int]) -> None:
     found = prepared(file_of(plain(*size)), file_of(plain(200, 200)))
     assert found.size == edit == edit_size(*size)
     assert found.tokens == source_tokens(*size) + source_tokens(200, 200)
     assert [opened(file).size for file in found.source_images.files] == [size, (200, 200)]
 
 
-def test_a_size_that_is_named_wins() -> None:
+def test_an_explicit_size_wins() -> None:
     assert prepared(file_of(plain()), size=(300, 100)).size == (300, 100)
 
 
-def test_large_pictures_are_made_as_small_as_what_is_made_here() -> None:
+def test_large_images_are_scaled_down() -> None:
     found = prepared(file_of(plain(3000, 1000), "JPEG"))
     assert opened(found.source_images.files[0]).size == (2048, 682)
     assert found.size == (2048, 672)
@@ -166,11 +166,11 @@ def test_large_pictures_are_made_as_small_as_what_is_made_here() -> None:
     ],
     ids=range(11),
 )
-def test_what_is_no_picture(file: bytes) -> None:
+def test_files_that_are_not_images(file: bytes) -> None:
     assert refusal(file).param == "image"
 
 
-def test_another_format_is_told_by_name() -> None:
+def test_the_message_names_the_accepted_formats() -> None:
     assert "PNG, JPEG or WEBP" in refusal(file_of(plain(), "BMP")).message
 
 
@@ -187,7 +187,7 @@ def test_animations(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(63, 64), (1, 1), (64, 257), (1000, 249)])
-def test_pictures_of_a_shape_that_cannot_be_edited(size: tuple[int, int]) -> None:
+def test_shapes_that_cannot_be_edited(size: tuple[int, int]) -> None:
     assert f"{size[0]}x{size[1]}" in refusal(file_of(plain(*size))).message
 
 
@@ -197,12 +197,12 @@ def test_the_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "96x65" in refusal(file_of(plain(96, 65))).message
 
 
-def test_the_picture_at_fault_is_named() -> None:
+def test_the_invalid_image_is_named() -> None:
     good = file_of(plain())
     assert refusal(good, good, good[:60]).message.startswith("Image 3 of 3")
 
 
-def test_a_jpeg_of_countless_scans() -> None:
+def test_a_jpeg_with_too_many_scans() -> None:
     file = file_of(patterned(), "JPEG", progressive=True)
     scans = file[file.index(b"\xff\xda") : -2]
     assert "scans" in refusal(file[:-2] + scans * 30 + file[-2:]).message
@@ -223,7 +223,7 @@ except ApiError as error:
 
 
 @pytest.mark.parametrize("bomb", ["PNG", "JPEG", "WEBP", "text"])
-def test_bombs_are_refused_before_they_go_off(bomb: str, tmp_path: Path) -> None:
+def test_decompression_bombs_are_refused(bomb: str, tmp_path: Path) -> None:
     """In a process of its own, which tells how much time and memory it took."""
     path = tmp_path / "bomb"
     path.write_bytes(text_bomb() if bomb == "text" else pixel_bomb(bomb))
@@ -242,7 +242,7 @@ class TestMasks:
         mask.putalpha(alpha)
         return file_of(mask)
 
-    def test_it_says_what_of_the_first_picture_is_kept(self) -> None:
+    def test_the_mask_keeps_parts_of_the_first_image(self) -> None:
         alpha = plain(colour=255, mode="L")
         alpha.paste(0, (0, 0, 48, 64))
         found = prepared(file_of(patterned()), file_of(plain()), mask=self.mask(alpha))
@@ -252,7 +252,7 @@ class TestMasks:
         assert overlay.getchannel("A").tobytes() == alpha.tobytes()
         assert overlay.convert("RGB").tobytes() == patterned().tobytes()
 
-    def test_it_is_cut_and_scaled_as_the_picture_is(self) -> None:
+    def test_the_mask_is_fitted_like_the_image(self) -> None:
         picture, alpha = plain(200, 100, colour=(0, 0, 255)), plain(200, 100, colour=0, mode="L")
         picture.paste((255, 0, 0), (100, 0, 200, 100))
         alpha.paste(255, (100, 0, 200, 100))
@@ -268,7 +268,7 @@ class TestMasks:
         assert found.source_images.overlay is not None
         assert opened(found.source_images.overlay).getchannel("A").getextrema() == (0, 0)
 
-    def test_it_is_put_upright_as_the_picture_is(self) -> None:
+    def test_the_mask_is_turned_upright_like_the_image(self) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6
         photo = file_of(patterned().transpose(Transpose.ROTATE_90), "JPEG", exif=exif)
@@ -287,7 +287,7 @@ class TestMasks:
         ],
         ids=range(6),
     )
-    def test_masks_that_cannot_be_honoured(self, mask: bytes) -> None:
+    def test_invalid_masks(self, mask: bytes) -> None:
         error = refusal(file_of(plain()), mask=mask)
         assert error.param == "mask"
         assert error.message.startswith("The mask")

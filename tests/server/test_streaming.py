@@ -34,7 +34,7 @@ def encoded(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("operation", ["image_generation", "image_edit"])
-async def test_events_are_the_contract_s(client: httpx.AsyncClient, stub: StubEngine, operation: str) -> None:
+async def test_events_follow_the_contract(client: httpx.AsyncClient, stub: StubEngine, operation: str) -> None:
     before = int(time.time())
     fields = {"prompt": "a red fox", "seed": 42, "size": "128x64", "quality": "low"}
     fields |= {"stream": True, "partial_images": 2}
@@ -90,7 +90,7 @@ async def test_several_images_of_a_request(client: httpx.AsyncClient, stub: Stub
         assert sum(data["usage"][count] for data in completed) == whole[count]
 
 
-async def test_plans_come_along_if_asked_for(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_events_contain_plans_on_request(client: httpx.AsyncClient, stub: StubEngine) -> None:
     fields = {"prompt": "x", "seed": 1, "stream": True, "partial_images": 2, "return_plan": True}
     events = events_of(await client.post(URL, json=fields))
     plan = plan_for(stub.specs[0], 1).to_dict()
@@ -107,7 +107,7 @@ async def test_without_partial_images(client: httpx.AsyncClient, stub: StubEngin
     assert events.names == ["image_generation.completed"]
 
 
-async def test_a_stream_carries_data_whatever_the_server_s_default(make_client: MakeClient, stub: StubEngine) -> None:
+async def test_a_stream_contains_data_whatever_the_default(make_client: MakeClient, stub: StubEngine) -> None:
     async with make_client(default_response_format="url") as client:
         events = events_of(await client.post(URL, json={"prompt": "x", "stream": True}))
     [completed] = events.of("image_generation.completed")
@@ -115,7 +115,7 @@ async def test_a_stream_carries_data_whatever_the_server_s_default(make_client: 
     assert "url" not in completed
 
 
-async def test_progress_comes_as_comments(client: httpx.AsyncClient, queue: JobQueue) -> None:
+async def test_progress_is_sent_as_comments(client: httpx.AsyncClient, queue: JobQueue) -> None:
     async with StubEngine(queue, step_s=0.1):
         fields = {"prompt": "x", "stream": True, "partial_images": 3, "num_inference_steps": 8}
         events = events_of(await client.post(URL, json=fields))
@@ -136,14 +136,14 @@ async def test_a_silent_stream_is_kept_alive(
     ("fields", "param"),
     [({"n": 0}, "n"), ({"size": "9x9"}, "size"), ({"stream": "yes"}, "stream"), ({"strem": True}, "strem")],
 )
-async def test_what_is_wrong_with_the_request_is_a_status(
+async def test_invalid_requests_get_a_status(
     client: httpx.AsyncClient, stub: StubEngine, fields: dict[str, object], param: str
 ) -> None:
     response = await client.post(URL, json={"prompt": "x", "stream": True, **fields})
     assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
-async def test_what_the_queue_says_is_a_status(make_client: MakeClient, queue: JobQueue) -> None:
+async def test_a_full_queue_gets_a_status(make_client: MakeClient, queue: JobQueue) -> None:
     async with make_client() as client:
         assert (await client.post(URL, json={"prompt": "x", "stream": True})).status_code == 503
     async with make_client(max_queue=0) as client:
@@ -152,7 +152,7 @@ async def test_what_the_queue_says_is_a_status(make_client: MakeClient, queue: J
     assert (full.status_code, error_of(full)["code"]) == (429, "rate_limit_exceeded")
 
 
-async def test_a_failure_on_the_way_is_the_last_event(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_a_failure_is_the_last_event(client: httpx.AsyncClient, stub: StubEngine) -> None:
     stub.failures = {"x": JobError("Too long.", "invalid_request_error", "invalid_value", "prompt")}
     events = events_of(await client.post(URL, json={"prompt": "x", "stream": True, "partial_images": 1}))
     assert events.names == ["image_generation.partial_image", None]
@@ -160,7 +160,7 @@ async def test_a_failure_on_the_way_is_the_last_event(client: httpx.AsyncClient,
     assert events.named[-1][1] == {"error": error}
 
 
-async def test_a_deadline_on_the_way(client: httpx.AsyncClient, queue: JobQueue) -> None:
+async def test_an_expired_job_is_the_last_event(client: httpx.AsyncClient, queue: JobQueue) -> None:
     async with StubEngine(queue, step_s=10):
         events = events_of(await client.post(URL, json={"prompt": "x", "stream": True, "timeout": 0.3}))
     [(name, data)] = events.named
@@ -170,7 +170,7 @@ async def test_a_deadline_on_the_way(client: httpx.AsyncClient, queue: JobQueue)
 @pytest.mark.parametrize(
     ("raised", "code"), [(QueueUnavailable("gone"), "service_unavailable"), (RuntimeError("secret"), "internal_error")]
 )
-async def test_trouble_on_the_way_is_told(
+async def test_unexpected_errors_are_the_last_event(
     client: httpx.AsyncClient,
     stub: StubEngine,
     queue: JobQueue,
@@ -207,22 +207,22 @@ async def test_a_partial_image_comes_long_before_the_last(live_server: LiveServe
     assert last - first > 1.5
 
 
-async def test_a_client_that_leaves_a_stream_takes_its_job_along(live_server: LiveServer, queue: JobQueue) -> None:
+async def test_disconnecting_from_a_stream_cancels_its_job(live_server: LiveServer, queue: JobQueue) -> None:
     gate = live_server.server._gate
     async with StubEngine(queue, step_s=60), httpx.AsyncClient(base_url=live_server.url, timeout=60) as client:
         async with client.stream("POST", URL, json={"prompt": "x", "stream": True}) as response:
             assert response.status_code == 200
             assert gate.inside == 1
-        await until(lambda: _nothing_is_left(queue))
+        await until(lambda: _nothing_remains(queue))
         assert gate.inside == 0
 
 
-async def _nothing_is_left(queue: JobQueue) -> bool:
+async def _nothing_remains(queue: JobQueue) -> bool:
     stats = await queue.stats()
     return (stats.waiting, stats.running) == (0, 0)
 
 
-async def test_a_client_that_leaves_before_the_first_event(live_server: LiveServer, queue: JobQueue) -> None:
+async def test_disconnecting_before_the_first_event(live_server: LiveServer, queue: JobQueue) -> None:
     """Nothing is sent while the job waits: the leaving has to be seen all the same."""
     await queue.heartbeat(StubEngine(queue).info, "", 60)
     host, port = live_server.url.removeprefix("http://").split(":")
@@ -233,14 +233,14 @@ async def test_a_client_that_leaves_before_the_first_event(live_server: LiveServ
     await until(lambda: _one_waits(queue))
     writer.close()
     await writer.wait_closed()
-    await until(lambda: _nothing_is_left(queue))
+    await until(lambda: _nothing_remains(queue))
 
 
 async def _one_waits(queue: JobQueue) -> bool:
     return (await queue.stats()).waiting == 1
 
 
-async def test_a_streamed_picture_does_not_stay_in_redis(
+async def test_a_streamed_image_does_not_stay_in_redis(
     live_server: LiveServer, stub: StubEngine, redis_client: redis.asyncio.Redis
 ) -> None:
     async with httpx.AsyncClient(base_url=live_server.url, timeout=60) as client:
@@ -253,7 +253,7 @@ async def test_a_streamed_picture_does_not_stay_in_redis(
     await until(goes_soon)
 
 
-async def test_a_stream_rides_out_a_redis_that_is_away_at_its_start(
+async def test_a_stream_survives_a_redis_outage_at_its_start(
     client: httpx.AsyncClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unharmed, failures = Pipeline.execute, iter([redis.ConnectionError("planted")] * 2)
@@ -269,13 +269,13 @@ async def test_a_stream_rides_out_a_redis_that_is_away_at_its_start(
     assert next(failures, None) is None
 
 
-async def test_every_stream_that_has_ended_is_counted(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_every_ended_stream_is_counted(client: httpx.AsyncClient, stub: StubEngine) -> None:
     for _ in range(2):
         await client.post(URL, json={"prompt": "x", "stream": True})
     assert 'glimmer_api_jobs_total{state="succeeded"} 2.0' in (await client.get("/metrics")).text
 
 
-async def test_partial_images_are_made_only_for_those_who_look(client: httpx.AsyncClient, stub: StubEngine) -> None:
+async def test_partial_images_are_made_only_for_streams_and_jobs(client: httpx.AsyncClient, stub: StubEngine) -> None:
     await client.post(URL, json={"prompt": "x", "partial_images": 2})
     await client.post(URL, json={"prompt": "x", "partial_images": 2, "stream": True})
     await client.post(URL, json={"prompt": "x", "partial_images": 2}, headers={"prefer": "respond-async"})
@@ -283,7 +283,7 @@ async def test_partial_images_are_made_only_for_those_who_look(client: httpx.Asy
     assert [spec.partial_images for spec in stub.specs] == [0, 2, 2]
 
 
-async def test_follow_tells_partial_images_before_the_end(queue: JobQueue, stub: StubEngine) -> None:
+async def test_partial_images_come_before_the_end(queue: JobQueue, stub: StubEngine) -> None:
     """What the stream relies on."""
     job_id = await submit(queue, partial_images=3, n=2)
     told = [happened async for happened in queue.follow(job_id)]
@@ -292,7 +292,7 @@ async def test_follow_tells_partial_images_before_the_end(queue: JobQueue, stub:
     assert isinstance(told[-1], JobRecord)
 
 
-async def test_what_was_made_is_let_go_even_if_its_client_has_just_left() -> None:
+async def test_the_result_is_freed_even_after_a_disconnect() -> None:
     """It would be kept for ten minutes otherwise, for nobody."""
     let_go: list[str] = []
 

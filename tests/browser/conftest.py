@@ -1,4 +1,4 @@
-"""Our pages in a real Chromium, headless, before a live server with a stub engine behind it."""
+"""The pages in a headless Chromium, from a live server with a stub engine."""
 
 import shutil
 from collections.abc import AsyncIterator
@@ -13,9 +13,9 @@ from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.conftest import _no_settings_from_outside as _no_settings_from_outside
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")  # as `make browser` looks for them
+NAMES = ("chromium", "chromium-browser", "google-chrome")  # as in `make browser`
 ARGUMENTS = (
-    "--no-sandbox",  # a container has no rights to make one
+    "--no-sandbox",  # a container may not create one
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -23,18 +23,18 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE_MS = 60_000
+TIMEOUT_MS = 60_000
 
-expect.set_options(timeout=PATIENCE_MS)
+expect.set_options(timeout=TIMEOUT_MS)
 
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip("there is no Chromium: `make browser` installs it, or says what to install")
+    executable = next(filter(None, map(shutil.which, NAMES)), None)
+    if executable is None:
+        pytest.skip("Chromium is missing: run `make browser`")
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=found, args=ARGUMENTS, timeout=PATIENCE_MS)
+        browser = await playwright.chromium.launch(executable_path=executable, args=ARGUMENTS, timeout=TIMEOUT_MS)
         yield browser
         await browser.close()
 
@@ -48,20 +48,20 @@ async def live_server(queue: JobQueue) -> AsyncIterator[LiveServer]:
 
 @asynccontextmanager
 async def open_page(browser: Browser, url: str, path: str = "", **options: Any) -> AsyncIterator[Page]:
-    """A page of the server at `url` in a profile of its own; at the end nothing may have failed in it, nor been asked
-    of others.
+    """Open a page in its own profile; at the end, check that nothing failed and no other server was used.
 
     Args:
-        path: of the page; the playground's by default.
+        url: of the server.
+        path: of the page; by default the playground.
         options: of the profile: `viewport`, `color_scheme`, ...
     """
     context = await browser.new_context(**options)
     page = await context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
+    page.set_default_timeout(TIMEOUT_MS)
     failures: list[str] = []
     page.on("pageerror", lambda error: failures.append(f"{error.name}: {error.message}"))
     page.on("console", lambda message: failures.append(message.text) if is_failure(message) else None)
-    page.on("request", lambda request: None if is_own(request.url, url) else failures.append(request.url))
+    page.on("request", lambda request: None if is_same_server(request.url, url) else failures.append(request.url))
     await page.goto(url + path)
     yield page
     await context.close()
@@ -69,11 +69,11 @@ async def open_page(browser: Browser, url: str, path: str = "", **options: Any) 
 
 
 def is_failure(message: ConsoleMessage) -> bool:
-    """Answers of 4xx are what some tests are about; the console names those as well."""
+    """Return whether a console message is a failure; the 4xx responses that some tests expect are not."""
     return message.type in ("error", "warning") and not message.text.startswith("Failed to load resource")
 
 
-def is_own(address: str, url: str) -> bool:
+def is_same_server(address: str, url: str) -> bool:
     return address.removeprefix("blob:").startswith(url)
 
 

@@ -1,4 +1,4 @@
-"""What a person does on the playground."""
+"""Using the playground."""
 
 import asyncio
 import io
@@ -24,13 +24,12 @@ from tests import source_images
 from tests.browser.conftest import open_page
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
-from tests.server.stub_engine import StubEngine, partial_image, picture
+from tests.server.stub_engine import StubEngine, partial_image, stub_image
 from tests.waiting import until
 
 Colour = tuple[int, int, int]
 
-# Takes down what the first tile shows, whenever that changes: how many partial images it had, whether it is done, the
-# shape of its plan.
+# Records every change of the first tile: number of partial images, whether it is done, shape of its plan.
 RECORD = """
 window.seen = [];
 new MutationObserver(() => {
@@ -64,7 +63,7 @@ async def shown(image: Locator) -> Colour:
 
 
 class HaltingEngine(StubEngine):
-    """Goes no further than the first partial image of each picture until it may."""
+    """Stops after the first partial image of each image until `may_go_on` is set."""
 
     def __init__(self, queue: JobQueue):
         super().__init__(queue)
@@ -86,7 +85,7 @@ async def ask(page: Page, prompt: str, **fields: Any) -> None:
 
 
 async def make(page: Page, prompt: str, **fields: Any) -> None:
-    """Asks for a picture and waits until it is there and in the history."""
+    """Request an image and wait until it is in the history."""
     before = await page.locator("#thumbs li").count()
     await ask(page, prompt, **fields)
     await expect(page.locator("#thumbs li")).to_have_count(before + int(fields.get("n", 1)))
@@ -111,7 +110,7 @@ async def test_partial_images_come_before_the_final_image(page: Page, queue: Job
     plan = f"{geometry.plan.cols},{geometry.plan.rows}"
     seen = await page.evaluate("window.seen")
     assert seen == [f"1,false,{preview}", f"2,false,{plan}", f"2,true,{plan}"]
-    assert await shown(page.locator(".tile img")) == colour_of(picture(spec, 5))
+    assert await shown(page.locator(".tile img")) == colour_of(stub_image(spec, 5))
     await expect(page.locator("#status")).to_have_text("Done")
     await expect(page.locator(".caption")).to_have_text("seed 5")
 
@@ -171,9 +170,9 @@ async def test_an_edit_of_a_result(page: Page, queue: JobQueue) -> None:
         await expect(page.locator("#thumbs li")).to_have_count(2)
     spec, sources = stub.specs[1], stub.sources[1]
     assert sources is not None
-    assert [colour_of(data) for data in sources.files] == [colour_of(picture(stub.specs[0], 5)), (0, 0, 255)]
+    assert [colour_of(data) for data in sources.files] == [colour_of(stub_image(stub.specs[0], 5)), (0, 0, 255)]
     assert (spec.prompt, spec.seed, spec.width, spec.height, spec.partial_images) == ("a red fox", 5, 128, 64, 2)
-    assert await shown(page.locator(".tile img")) == colour_of(picture(spec, 5, sources))
+    assert await shown(page.locator(".tile img")) == colour_of(stub_image(spec, 5, sources))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ async def test_errors_of_hidden_fields_of_no_field_and_of_the_engine(page: Page,
         await ask(page, " ")
         await expect(page.locator(".field:has(#prompt) .error")).to_have_text("The field prompt is required.")
         await page.get_by_label("Add images to edit").set_input_files(
-            {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}
+            {"name": "a.png", "mimeType": "image/png", "buffer": b"not an image"}
         )
         await page.get_by_label("Prompt", exact=True).fill("a fox")
         await page.locator("#submit").click()
@@ -297,15 +296,15 @@ async def test_the_history_survives_a_reload(page: Page, queue: JobQueue, tmp_pa
         await page.reload()
         thumbs = page.locator("#thumbs button")
         await expect(thumbs).to_have_count(2)
-        await thumbs.first.click()  # the newest: the second of the two
+        await thumbs.first.click()  # the newest
         await expect(page.locator("#viewer-prompt")).to_have_text("a fox")
-        assert await shown(page.locator("#viewer img")) == colour_of(picture(stub.specs[0], 6))
+        assert await shown(page.locator("#viewer img")) == colour_of(stub_image(stub.specs[0], 6))
         async with page.expect_download() as download:
             await page.get_by_role("dialog").get_by_role("link", name="Save").click()
         saved = await download.value
         assert saved.suggested_filename == "glimmer-6.png"
         await saved.save_as(tmp_path / "saved.png")
-        assert (tmp_path / "saved.png").read_bytes() == picture(stub.specs[0], 6)
+        assert (tmp_path / "saved.png").read_bytes() == stub_image(stub.specs[0], 6)
         await page.get_by_role("button", name="Reuse settings").click()
         await expect(page.locator("#seed")).to_have_value("6")
         await page.get_by_role("button", name="Generate", exact=True).click()
@@ -341,7 +340,7 @@ async def test_a_reload_continues_with_the_job(page: Page, queue: JobQueue) -> N
         stub.may_go_on.set()
         await expect(page.locator(".tile.done")).to_have_count(1)
         await expect(page.locator("#thumbs li")).to_have_count(1)
-        assert await shown(page.locator(".tile img")) == colour_of(picture(stub.specs[0], 5))
+        assert await shown(page.locator(".tile img")) == colour_of(stub_image(stub.specs[0], 5))
 
 
 async def test_a_broken_connection_is_resumed(page: Page, queue: JobQueue) -> None:
@@ -371,19 +370,19 @@ async def test_copied_code_runs(browser: Browser, queue: JobQueue, live_server: 
     async with StubEngine(queue) as stub, open_page(browser, live_server.url, permissions=permissions) as page:
         await make(page, AWKWARD, seed=5, size="96x64", num_inference_steps=3)
         await run_python(await copied(page, "Copy as Python"), tmp_path)
-        assert (tmp_path / "image-1.png").read_bytes() == picture(stub.specs[0], 5)
+        assert (tmp_path / "image-1.png").read_bytes() == stub_image(stub.specs[0], 5)
         await run_curl(await copied(page, "Copy as curl"), tmp_path)
         original = replace(stub.specs[0], partial_images=0, return_plan=False)
         assert stub.specs[1:] == [original, original]
 
-        (tmp_path / "source-1.png").write_bytes(picture(stub.specs[0], 5))
+        (tmp_path / "source-1.png").write_bytes(stub_image(stub.specs[0], 5))
         await page.locator(".tile").get_by_role("button", name="Edit").click()
         await run_python(await copied(page, "Copy as Python"), tmp_path)
         await run_curl(await copied(page, "Copy as curl"), tmp_path)
         assert [spec.prompt for spec in stub.specs] == [AWKWARD] * 5
         for sources in stub.sources[3:]:
             assert sources is not None
-            assert [colour_of(data) for data in sources.files] == [colour_of(picture(stub.specs[0], 5))]
+            assert [colour_of(data) for data in sources.files] == [colour_of(stub_image(stub.specs[0], 5))]
 
 
 async def run_python(code: str, folder: Path) -> None:
@@ -395,9 +394,9 @@ async def run_python(code: str, folder: Path) -> None:
 
 
 async def run_curl(command: str, folder: Path) -> None:
-    """Does what the command says; there may be no curl."""
+    """Do what the command does, without curl."""
     lines = command.partition(" \\\n  | jq ")[0]
-    words = shlex.split(lines.replace(" \\\n  --", " --"))  # which a shell takes for one line, and shlex does not
+    words = shlex.split(lines.replace(" \\\n  --", " --"))  # shlex does not join continued lines
     assert words[:2] == ["curl", "--fail-with-body"]
     url, *options = words[2:]
     headers: dict[str, str] = {}
@@ -419,10 +418,10 @@ async def run_curl(command: str, folder: Path) -> None:
             files.append((name, (rest[1:], (folder / rest[1:]).read_bytes())))
     async with httpx.AsyncClient() as client:
         if content is None:
-            answer = await client.post(url, headers=headers, data=texts, files=files)
+            response = await client.post(url, headers=headers, data=texts, files=files)
         else:
-            answer = await client.post(url, headers=headers, content=content.encode())
-    assert answer.status_code == 200, answer.text
+            response = await client.post(url, headers=headers, content=content.encode())
+    assert response.status_code == 200, response.text
 
 
 VIEWPORTS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
@@ -438,7 +437,7 @@ async def test_the_page_fits_the_screen(
     device: str,
     scheme: Literal["light", "dark"],
 ) -> None:
-    """Never wider than the screen, in any of its states. The screenshots stay in pytest's folder, to be looked at."""
+    """The page is never wider than the screen. Screenshots are kept in pytest's folder."""
 
     async def look(page: Page, state: str) -> None:
         await page.wait_for_timeout(300)
@@ -457,7 +456,7 @@ async def test_the_page_fits_the_screen(
             await ask(page, long, size="512x256", n=2)
             await expect(page.locator(".tile[data-partials='1']")).to_have_count(2)
             await expect(page.locator("#step")).to_have_text("3 / 20")
-            await look(page, "on the way")
+            await look(page, "running")
             engine.may_go_on.set()
             await expect(page.locator("#thumbs li")).to_have_count(2)
         async with StubEngine(queue):
@@ -477,7 +476,7 @@ async def test_the_page_fits_the_screen(
 
 
 def test_stub_images_differ() -> None:
-    """What the tests above rely on when they compare colours."""
+    """The tests above compare images by colour."""
     spec = JobSpec("a fox", 64, 64, seed=5)
-    colours = {colour_of(data) for data in (picture(spec, 5), picture(spec, 6), partial_image(spec, 0, 0).data)}
+    colours = {colour_of(data) for data in (stub_image(spec, 5), stub_image(spec, 6), partial_image(spec, 0, 0).data)}
     assert len(colours) == 3

@@ -1,4 +1,4 @@
-"""The API reference in a browser. `open_page` sees to it that nothing is asked of another server."""
+"""The API reference in a browser. `open_page` checks that no other server is used."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
 
-# The fields in the table below the place that links to a kind of object lead to.
+# The fields in the table below an object's heading.
 FIELDS = """
 (name) => [...document.getElementById(name).nextElementSibling.querySelectorAll("td:first-child > code")]
   .map((cell) => cell.textContent)
@@ -28,7 +28,7 @@ LOST_LINKS = """
 """
 
 
-async def described(server: LiveServer) -> dict[str, Any]:
+async def openapi_document(server: LiveServer) -> dict[str, Any]:
     async with httpx.AsyncClient() as client:
         return (await client.get(f"{server.url}/openapi.json")).json()
 
@@ -39,7 +39,7 @@ def route(page: Page, name: str) -> Locator:
 
 @pytest.mark.parametrize("device", VIEWPORTS)
 async def test_the_page_shows_the_whole_document(browser: Browser, live_server: LiveServer, device: str) -> None:
-    document = await described(live_server)
+    document = await openapi_document(live_server)
     routes = [f"{method.upper()}{path}" for path, methods in document["paths"].items() for method in methods]
     async with open_page(browser, live_server.url, "/docs", viewport=VIEWPORTS[device]) as page:
         await expect(page.locator("#routes > section")).to_have_count(len(routes))

@@ -1,12 +1,12 @@
-// The Vercel AI SDK with its provider for OpenAI-compatible servers. A method is a function of the SDK, and the fields
-// are its options, with the model by its name.
+// The Vercel AI SDK with its provider for OpenAI-compatible servers. A method is a function of the SDK, the fields are
+// its options, with the model's name.
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import * as ai from "ai";
 
-import { answerCalls } from "./calls.mjs";
+import { serveCalls } from "./calls.mjs";
 
-globalThis.AI_SDK_LOG_WARNINGS = false; // they are in the answer
+globalThis.AI_SDK_LOG_WARNINGS = false; // they are in the result
 
 async function call({ url, key, headers, method, fields }) {
   const provider = createOpenAICompatible({ name: "glimmer", baseURL: `${url}/v1`, apiKey: key });
@@ -15,4 +15,4 @@ async function call({ url, key, headers, method, fields }) {
   return { images: images.map(({ base64, mediaType }) => ({ base64, mediaType })), warnings, usage, responses };
 }
 
-await answerCalls(call, { bytes: (buffer) => buffer });
+await serveCalls(call, { bytes: (buffer) => buffer });

@@ -1,24 +1,24 @@
-// How the tests call a client in a process of its own: each line of standard input is a call as JSON, and the line of
-// standard output that answers it says what came of it.
+// Calls from the tests to a client in its own process: each line of standard input is a call as JSON, each line of
+// standard output its result.
 
 import { createInterface } from "node:readline";
 
 /**
- * Answers calls until standard input ends.
+ * Serves calls until standard input ends.
  *
- * @param call makes one, {url, key, headers, method, positional, fields}; what it resolves to is the answer, and where
- *   that is an async iterable, the list of what it gives
- * @param files makes the client's own of a file, from a Buffer (`bytes`) or from its path (`path`)
+ * @param call makes one call, {url, key, headers, method, positional, fields}, and resolves to its result; an async
+ *   iterable is returned as a list
+ * @param files convert a Buffer (`bytes`) or a path (`path`) to the client's type of a file
  */
-export async function answerCalls(call, files) {
+export async function serveCalls(call, files) {
   for await (const line of createInterface({ input: process.stdin })) {
-    let answer;
+    let result;
     try {
-      answer = { value: await collected(await call(await withFiles(JSON.parse(line), files))) };
+      result = { value: await collected(await call(await withFiles(JSON.parse(line), files))) };
     } catch (error) {
-      answer = { error: { ...error, kind: error.constructor.name, message: error.message } };
+      result = { error: { ...error, kind: error.constructor.name, message: error.message } };
     }
-    console.log(JSON.stringify(answer));
+    console.log(JSON.stringify(result));
   }
 }
 

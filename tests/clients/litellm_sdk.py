@@ -1,4 +1,4 @@
-"""LiteLLM, called as `calls.mjs` says. A method is a function of the package, and the fields are its arguments."""
+"""LiteLLM as a client process (see `calls.mjs`). A method is a function of the package, the fields its arguments."""
 
 import asyncio
 import base64
@@ -18,24 +18,24 @@ def file_or(value: dict[str, Any]) -> Any:
 
 
 def call(line: str) -> Any:
-    asked = json.loads(line, object_hook=file_or)
-    connection = {"api_base": f"{asked['url']}/v1", "api_key": asked["key"], "max_retries": 0}
-    headers = {"extra_headers": asked["headers"]} if asked["headers"] else {}
-    value = getattr(litellm, asked["method"])(**connection, **headers, **asked["fields"])
+    request = json.loads(line, object_hook=file_or)
+    connection = {"api_base": f"{request['url']}/v1", "api_key": request["key"], "max_retries": 0}
+    headers = {"extra_headers": request["headers"]} if request["headers"] else {}
+    value = getattr(litellm, request["method"])(**connection, **headers, **request["fields"])
     if inspect.iscoroutine(value):
         value = asyncio.run(value)
     return value.model_dump(mode="json")
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # LiteLLM prints advice
+    results, sys.stdout = sys.stdout, sys.stderr  # LiteLLM prints hints
     for line in sys.stdin:
         try:
-            outcome = {"value": call(line)}
+            result = {"value": call(line)}
         except Exception as error:
             fields = {name: getattr(error, name, None) for name in ("status_code", "message")}
-            outcome = {"error": {"kind": type(error).__name__, **fields}}
-        print(json.dumps(outcome), file=answers, flush=True)
+            result = {"error": {"kind": type(error).__name__, **fields}}
+        print(json.dumps(result), file=results, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-// The official SDK. A method is called by its path, `images.generate`.
+// The official SDK. A method is named by its path, such as `images.generate`.
 
 import { createReadStream } from "node:fs";
 
 import OpenAI, { toFile } from "openai";
 
-import { answerCalls } from "./calls.mjs";
+import { serveCalls } from "./calls.mjs";
 
 async function call({ url, key, headers, method, positional, fields }) {
   const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: key, maxRetries: 0 });
@@ -17,4 +17,4 @@ async function call({ url, key, headers, method, positional, fields }) {
   return { ...value, _request_id: value._request_id }; // the SDK hides it from JSON
 }
 
-await answerCalls(call, { bytes: (buffer) => toFile(buffer, "upload"), path: createReadStream });
+await serveCalls(call, { bytes: (buffer) => toFile(buffer, "upload"), path: createReadStream });

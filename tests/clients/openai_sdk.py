@@ -13,32 +13,31 @@ from tests.server.conftest import LiveServer
 
 
 class OpenAiPython:
-    """The official SDK, told to check every answer against its own types. What a method has no argument for goes into
-    `extra_body`."""
+    """The official SDK, which validates every response. Unknown fields of a method are sent in `extra_body`."""
 
     async def call(
         self, server: LiveServer, method: str, *positional: str, key: str = "any", headers: Any = None, **fields: Any
     ) -> Any:
-        """As `Client.call`."""
+        """Call as `Client.call`."""
         with ExitStack() as opened:
             try:
                 async with openai.AsyncOpenAI(
                     base_url=f"{server.url}/v1", api_key=key, max_retries=0, _strict_response_validation=True
                 ) as client:
                     function = attrgetter(method)(client)
-                    named = _sorted_out(function, {name: _with_open_files(fields[name], opened) for name in fields})
+                    named = _arguments(function, {name: _with_open_files(fields[name], opened) for name in fields})
                     value = await function(*positional, **named, extra_headers=headers)
                     if hasattr(value, "__aiter__"):
                         return [item.model_dump(mode="json") async for item in value]
                     return {**value.model_dump(mode="json"), "_request_id": value._request_id}
             except openai.APIError as error:
-                raise Raised(_described(error)) from error
+                raise Raised(_attributes(error)) from error
 
 
-def _sorted_out(function: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    own = inspect.signature(function).parameters.keys() - {"timeout"}  # the SDK's own, not the field
-    extra = {name: value for name, value in fields.items() if name not in own}
-    return {**{name: value for name, value in fields.items() if name in own}, "extra_body": extra or None}
+def _arguments(function: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(function).parameters.keys() - {"timeout"}  # that of the SDK
+    extra = {name: value for name, value in fields.items() if name not in known}
+    return {**{name: value for name, value in fields.items() if name in known}, "extra_body": extra or None}
 
 
 def _with_open_files(value: Any, opened: ExitStack) -> Any:
@@ -47,8 +46,8 @@ def _with_open_files(value: Any, opened: ExitStack) -> Any:
     return opened.enter_context(value.open("rb")) if isinstance(value, Path) else value
 
 
-def _described(error: openai.APIError) -> dict[str, Any]:
-    """Its fields, by their names in the Node SDK."""
+def _attributes(error: openai.APIError) -> dict[str, Any]:
+    """Return the error's attributes under their names in the Node SDK."""
     names = {"message": "message", "type": "type", "param": "param", "code": "code", "body": "error"}
     names |= {"status_code": "status", "request_id": "requestID"}
     return {"kind": type(error).__name__} | {names[name]: getattr(error, name, None) for name in names}

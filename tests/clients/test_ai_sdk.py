@@ -10,63 +10,65 @@ from tests.clients.client import ClientProcess, Raised, serving
 from tests.clients.test_openai import MASK
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
-from tests.server.stub_engine import StubEngine, picture
-from tests.server.test_edits import PICTURE, data_url
+from tests.server.stub_engine import StubEngine, stub_image
+from tests.server.test_edits import IMAGE, data_url
 
 GENERATE = "generateImage"
 MODEL = "zai-org/GLM-Image"
 
 
 def options(**fields: Any) -> dict[str, Any]:
-    """Our fields, as the SDK passes them on."""
+    """Return the extension fields in the form that the SDK sends."""
     return {"glimmer": fields}
 
 
-def images(answer: dict[str, Any]) -> list[bytes]:
-    return [base64.b64decode(image["base64"]) for image in answer["images"]]
+def images(response: dict[str, Any]) -> list[bytes]:
+    return [base64.b64decode(image["base64"]) for image in response["images"]]
 
 
 async def test_generate(ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine) -> None:
     ours = options(seed=4, quality="low", output_format="jpeg")
-    answer = await ai_sdk.call(
+    response = await ai_sdk.call(
         live_server, GENERATE, model=MODEL, prompt="a fox", n=2, size="160x96", providerOptions=ours
     )
     [spec] = stub.specs
     assert (spec.width, spec.height, spec.num_inference_steps, spec.model) == (160, 96, 12, MODEL)
-    assert images(answer) == [picture(spec, seed) for seed in (4, 5)]
-    assert {image["mediaType"] for image in answer["images"]} == {"image/jpeg"}
-    assert answer["warnings"] == []
-    assert answer["usage"]["inputTokens"] == 2
-    assert answer["usage"]["outputTokens"] == spec.plan_tokens
-    assert answer["responses"][0]["headers"]["x-request-id"].startswith("req_")
+    assert images(response) == [stub_image(spec, seed) for seed in (4, 5)]
+    assert {image["mediaType"] for image in response["images"]} == {"image/jpeg"}
+    assert response["warnings"] == []
+    assert response["usage"]["inputTokens"] == 2
+    assert response["usage"]["outputTokens"] == spec.plan_tokens
+    assert response["responses"][0]["headers"]["x-request-id"].startswith("req_")
 
 
-async def test_more_images_than_fit_one_request(ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine) -> None:
-    answer = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt="a fox", n=12)
+async def test_more_images_than_fit_one_request(
+    ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine
+) -> None:
+    response = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt="a fox", n=12)
     assert sorted(spec.n for spec in stub.specs) == [2, 10]
-    assert len(set(images(answer))) == 12
+    assert len(set(images(response))) == 12
 
 
 async def test_urls(ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine) -> None:
-    """It fetches the pictures itself, with the key that it has."""
+    """The SDK fetches the images itself, with its key."""
     ours = options(response_format="url", seed=4)
-    answer = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt="a fox", providerOptions=ours)
-    assert images(answer) == [picture(stub.specs[0], 4)]
+    response = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt="a fox", providerOptions=ours)
+    assert images(response) == [stub_image(stub.specs[0], 4)]
 
 
-@pytest.mark.parametrize("pictures", [[PICTURE], [PICTURE, data_url(PICTURE)]])
+@pytest.mark.parametrize("source_images", [[IMAGE], [IMAGE, data_url(IMAGE)]])
 async def test_edit(
-    ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine, pictures: list[bytes | str]
+    ai_sdk: ClientProcess, live_server: LiveServer, stub: StubEngine, source_images: list[bytes | str]
 ) -> None:
-    """One picture goes out as `image`, several as `image[]`."""
-    prompt = {"text": "bluer", "images": pictures, "mask": MASK}
+    """One image is sent as `image`, several as `image[]`."""
+    prompt = {"text": "bluer", "images": source_images, "mask": MASK}
     ours = options(seed=4, num_inference_steps=3)
-    answer = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt=prompt, n=2, providerOptions=ours)
+    response = await ai_sdk.call(live_server, GENERATE, model=MODEL, prompt=prompt, n=2, providerOptions=ours)
     [spec], [sources] = stub.specs, stub.sources
-    assert (spec.num_sources, spec.num_inference_steps) == (len(pictures), 3)
+    assert (spec.num_sources, spec.num_inference_steps) == (len(source_images), 3)
     assert sources
     assert sources.overlay
-    assert images(answer) == [picture(spec, seed, sources) for seed in (4, 5)]
+    assert images(response) == [stub_image(spec, seed, sources) for seed in (4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ async def test_errors(
     param: str | None,
     code: str,
 ) -> None:
-    """The message is the server's, to the letter."""
+    """The message is the server's, unchanged."""
     async with StubEngine(queue, step_s=0.01) as stub:
         stub.failures = {"broken": JobError("Broken.", "server_error", "internal_error")}
         with pytest.raises(Raised) as caught:

@@ -11,29 +11,29 @@ from tests.clients.client import ClientProcess, Raised, serving
 from tests.clients.test_openai import MASK
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
-from tests.server.stub_engine import StubEngine, picture
-from tests.server.test_edits import PICTURE
+from tests.server.stub_engine import StubEngine, stub_image
+from tests.server.test_edits import IMAGE
 
-MODEL = "openai/zai-org/GLM-Image"  # LiteLLM takes off what is before the first slash
+MODEL = "openai/zai-org/GLM-Image"  # LiteLLM removes the part before the first slash
 
 
-def images(answer: dict[str, Any]) -> list[bytes]:
-    return [base64.b64decode(image["b64_json"]) for image in answer["data"]]
+def images(response: dict[str, Any]) -> list[bytes]:
+    return [base64.b64decode(image["b64_json"]) for image in response["data"]]
 
 
 @pytest.mark.parametrize("method", ["image_generation", "aimage_generation"])
 async def test_generate(litellm: ClientProcess, live_server: LiveServer, stub: StubEngine, method: str) -> None:
     fields = {"n": 2, "size": "160x96", "quality": "low", "output_format": "webp", "seed": 4}
-    answer = await litellm.call(live_server, method, model=MODEL, prompt="a fox", **fields)
+    response = await litellm.call(live_server, method, model=MODEL, prompt="a fox", **fields)
     [spec] = stub.specs
     assert (spec.width, spec.height, spec.num_inference_steps, spec.output_format) == (160, 96, 12, "webp")
     assert spec.model == "zai-org/GLM-Image"
-    assert images(answer) == [picture(spec, seed) for seed in (4, 5)]
-    assert answer["usage"]["input_tokens_details"] == {"text_tokens": 2, "image_tokens": 0}
+    assert images(response) == [stub_image(spec, seed) for seed in (4, 5)]
+    assert response["usage"]["input_tokens_details"] == {"text_tokens": 2, "image_tokens": 0}
 
 
 async def test_headers(litellm: ClientProcess, live_server: LiveServer, stub: StubEngine) -> None:
-    calls = [("image_generation", {}), ("image_edit", {"image": PICTURE})]
+    calls = [("image_generation", {}), ("image_edit", {"image": IMAGE})]
     for method, fields in calls:
         first, again = [
             await litellm.call(
@@ -48,17 +48,17 @@ async def test_headers(litellm: ClientProcess, live_server: LiveServer, stub: St
 @pytest.mark.parametrize("method", ["image_edit", "aimage_edit"])
 @pytest.mark.parametrize("shape", ["file", "bytes", "list"])
 async def test_edit(
-    litellm: ClientProcess, live_server: LiveServer, stub: StubEngine, picture_file: Path, method: str, shape: str
+    litellm: ClientProcess, live_server: LiveServer, stub: StubEngine, image_file: Path, method: str, shape: str
 ) -> None:
-    image = {"file": picture_file, "bytes": PICTURE, "list": [PICTURE, picture_file]}[shape]
+    image = {"file": image_file, "bytes": IMAGE, "list": [IMAGE, image_file]}[shape]
     fields = {"n": 2, "quality": "low", "response_format": "b64_json", "extra_body": {"seed": 4}}
-    answer = await litellm.call(live_server, method, model=MODEL, prompt="bluer", image=image, mask=MASK, **fields)
+    response = await litellm.call(live_server, method, model=MODEL, prompt="bluer", image=image, mask=MASK, **fields)
     [spec], [sources] = stub.specs, stub.sources
     assert (spec.num_sources, spec.num_inference_steps) == (2 if shape == "list" else 1, 12)
     assert sources
     assert sources.overlay
-    assert images(answer) == [picture(spec, seed, sources) for seed in (4, 5)]
-    assert answer["usage"]["input_tokens_details"]["image_tokens"] == spec.source_tokens
+    assert images(response) == [stub_image(spec, seed, sources) for seed in (4, 5)]
+    assert response["usage"]["input_tokens_details"]["image_tokens"] == spec.source_tokens
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ async def test_errors(
     assert (caught.value.kind, caught.value["status_code"]) == (kind, status)
 
 
-@pytest.mark.parametrize(("method", "fields"), [("image_generation", {}), ("image_edit", {"image": PICTURE})])
+@pytest.mark.parametrize(("method", "fields"), [("image_generation", {}), ("image_edit", {"image": IMAGE})])
 async def test_keys_and_their_limits(
     litellm: ClientProcess, queue: JobQueue, stub: StubEngine, key_file: Path, method: str, fields: dict[str, Any]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the official SDKs for Python and for Node do alike."""
+"""What the official SDKs for Python and for Node have in common."""
 
 import asyncio
 import base64
@@ -13,8 +13,8 @@ from tests.clients.client import Client, Raised, serving
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.image_files import file_of, plain
-from tests.server.stub_engine import StubEngine, partial_image, picture
-from tests.server.test_edits import PICTURE, data_url
+from tests.server.stub_engine import StubEngine, partial_image, stub_image
+from tests.server.test_edits import IMAGE, data_url
 from tests.waiting import until
 
 GENERATE, EDIT = "images.generate", "images.edit"
@@ -27,43 +27,43 @@ INVALID = "invalid_request_error"
 BUSY = ("RateLimitError", 429, "rate_limit_error", None, "rate_limit_exceeded")
 
 
-def image(answer: dict[str, Any], index: int = 0) -> bytes:
-    return base64.b64decode(answer["data"][index]["b64_json"])
+def image(response: dict[str, Any], index: int = 0) -> bytes:
+    return base64.b64decode(response["data"][index]["b64_json"])
 
 
 def facts(error: Raised) -> tuple[str, int, str, str | None, str | None]:
-    """Class, status, type, param and code of an error that says what is wrong and names its request."""
+    """Return class, status, type, param and code of an error, after checking its message and request id."""
     assert error["error"]["message"] in error["message"]
     assert error["requestID"].startswith("req_")
     return error.kind, error["status"], error["type"], error["param"], error["code"]
 
 
 class TestGenerate:
-    async def test_pictures(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
+    async def test_images(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         fields = {"n": 2, "size": "160x96", "quality": "low", "output_format": "webp", "seed": 4}
-        answer = await sdk.call(live_server, GENERATE, prompt="a fox", **fields)
+        response = await sdk.call(live_server, GENERATE, prompt="a fox", **fields)
         [spec] = stub.specs
         assert (spec.width, spec.height, spec.num_inference_steps, spec.output_format) == (160, 96, 12, "webp")
-        assert [image(answer, index) for index in (0, 1)] == [picture(spec, seed) for seed in (4, 5)]
-        assert [item["seed"] for item in answer["data"]] == [4, 5]
-        assert answer["usage"]["input_tokens_details"] == {"text_tokens": 2, "image_tokens": 0}
-        assert answer["_request_id"].startswith("req_")
+        assert [image(response, index) for index in (0, 1)] == [stub_image(spec, seed) for seed in (4, 5)]
+        assert [item["seed"] for item in response["data"]] == [4, 5]
+        assert response["usage"]["input_tokens_details"] == {"text_tokens": 2, "image_tokens": 0}
+        assert response["_request_id"].startswith("req_")
 
     async def test_request_ids_may_come_from_the_client(
         self, sdk: Client, live_server: LiveServer, stub: StubEngine
     ) -> None:
-        answer = await sdk.call(live_server, GENERATE, prompt="x", headers={"X-Request-ID": "mine-1"})
-        assert answer["_request_id"] == "mine-1"
+        response = await sdk.call(live_server, GENERATE, prompt="x", headers={"X-Request-ID": "mine-1"})
+        assert response["_request_id"] == "mine-1"
 
     async def test_urls(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
-        answer = await sdk.call(live_server, GENERATE, prompt="a fox", response_format="url", seed=4)
+        response = await sdk.call(live_server, GENERATE, prompt="a fox", response_format="url", seed=4)
         async with httpx.AsyncClient() as browser:
-            assert (await browser.get(answer["data"][0]["url"])).content == picture(stub.specs[0], 4)
+            assert (await browser.get(response["data"][0]["url"])).content == stub_image(stub.specs[0], 4)
 
     async def test_null_means_unset(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         names = ("n", "size", "background", "complexity", "frame_count", "output_format", "svg", "seed")
-        answer = await sdk.call(live_server, GENERATE, prompt="a fox", quality="auto", **dict.fromkeys(names))
-        assert len(answer["data"]) == 1
+        response = await sdk.call(live_server, GENERATE, prompt="a fox", quality="auto", **dict.fromkeys(names))
+        assert len(response["data"]) == 1
 
     async def test_repetitions(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         headers = {"Idempotency-Key": "k"}
@@ -74,29 +74,29 @@ class TestGenerate:
 
 class TestEdit:
     @pytest.mark.parametrize("shape", ["file", "bytes", "one file", "one of bytes", "two files", "both"])
-    async def test_pictures(
-        self, sdk: Client, live_server: LiveServer, stub: StubEngine, picture_file: Path, shape: str
+    async def test_images(
+        self, sdk: Client, live_server: LiveServer, stub: StubEngine, image_file: Path, shape: str
     ) -> None:
         images = {
-            "file": picture_file,
-            "bytes": PICTURE,
-            "one file": [picture_file],
-            "one of bytes": [PICTURE],
-            "two files": [picture_file, picture_file],
-            "both": [PICTURE, picture_file, PICTURE, PICTURE],
+            "file": image_file,
+            "bytes": IMAGE,
+            "one file": [image_file],
+            "one of bytes": [IMAGE],
+            "two files": [image_file, image_file],
+            "both": [IMAGE, image_file, IMAGE, IMAGE],
         }[shape]
-        answer = await sdk.call(live_server, EDIT, prompt="bluer", image=images, n=2, seed=4)
+        response = await sdk.call(live_server, EDIT, prompt="bluer", image=images, n=2, seed=4)
         [spec], [sources] = stub.specs, stub.sources
         assert spec.num_sources == (len(images) if isinstance(images, list) else 1)
-        assert [image(answer, index) for index in (0, 1)] == [picture(spec, seed, sources) for seed in (4, 5)]
-        assert answer["usage"]["input_tokens_details"]["image_tokens"] == spec.source_tokens > 0
+        assert [image(response, index) for index in (0, 1)] == [stub_image(spec, seed, sources) for seed in (4, 5)]
+        assert response["usage"]["input_tokens_details"]["image_tokens"] == spec.source_tokens > 0
 
     async def test_data_urls(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
-        answer = await sdk.call(live_server, EDIT, prompt="bluer", image=data_url(PICTURE).encode(), seed=4)
-        assert image(answer) == picture(stub.specs[0], 4, stub.sources[0])
+        response = await sdk.call(live_server, EDIT, prompt="bluer", image=data_url(IMAGE).encode(), seed=4)
+        assert image(response) == stub_image(stub.specs[0], 4, stub.sources[0])
 
-    async def test_masks(self, sdk: Client, live_server: LiveServer, stub: StubEngine, picture_file: Path) -> None:
-        await sdk.call(live_server, EDIT, prompt="bluer", image=picture_file, mask=MASK, size="1024x1024")
+    async def test_masks(self, sdk: Client, live_server: LiveServer, stub: StubEngine, image_file: Path) -> None:
+        await sdk.call(live_server, EDIT, prompt="bluer", image=image_file, mask=MASK, size="1024x1024")
         [sources] = stub.sources
         assert sources
         assert sources.overlay
@@ -104,10 +104,10 @@ class TestEdit:
     async def test_extensions(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         plan = {"rows": 2, "cols": 3, "tokens": [0, 1, 2, 3, 4, 5]}
         extensions = {"plan": plan, "num_inference_steps": 3, "guidance_scale": 2.5, "return_plan": True}
-        answer = await sdk.call(live_server, EDIT, prompt="x", image=PICTURE, **extensions)
+        response = await sdk.call(live_server, EDIT, prompt="x", image=IMAGE, **extensions)
         [spec] = stub.specs
         assert {name: getattr(spec, name) for name in extensions} == extensions
-        assert answer["data"][0]["plan"] == plan
+        assert response["data"][0]["plan"] == plan
 
 
 class TestStream:
@@ -117,18 +117,18 @@ class TestStream:
         kinds = ("partial_image", "partial_image", "completed")
         assert [event["type"] for event in events] == [f"image_generation.{kind}" for kind in kinds]
         assert [event["partial_image_index"] for event in events[:2]] == [0, 1]
-        wanted = [partial_image(spec, 0, 0).data, partial_image(spec, 0, 1).data, picture(spec, 4)]
+        wanted = [partial_image(spec, 0, 0).data, partial_image(spec, 0, 1).data, stub_image(spec, 4)]
         assert [base64.b64decode(event["b64_json"]) for event in events] == wanted
         assert events[-1]["usage"]["input_tokens_details"]["text_tokens"] == 2
 
     async def test_edit(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
-        fields = {"image": [PICTURE], "stream": True, "partial_images": 1, "seed": 4}
+        fields = {"image": [IMAGE], "stream": True, "partial_images": 1, "seed": 4}
         events = await sdk.call(live_server, EDIT, prompt="x", **fields)
         assert [event["type"] for event in events] == ["image_edit.partial_image", "image_edit.completed"]
-        assert base64.b64decode(events[-1]["b64_json"]) == picture(stub.specs[0], 4, stub.sources[0])
+        assert base64.b64decode(events[-1]["b64_json"]) == stub_image(stub.specs[0], 4, stub.sources[0])
 
     async def test_errors(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
-        """Before the first event they have a status, and a class by it; after that they have the rest."""
+        """An error before the first event has a status and its class; a later one has the other fields."""
         stub.failures = {"refused": REFUSED}
         with pytest.raises(Raised) as early:
             await sdk.call(live_server, GENERATE, prompt="x", stream=True, n=11)
@@ -173,10 +173,10 @@ class TestErrors:
         ("fields", "param", "code"),
         [
             ({"image": b"GIF89a"}, "image", "invalid_image_file"),
-            ({"image": [PICTURE, PICTURE[:50]]}, "image", "invalid_image_file"),
-            ({"image": [PICTURE] * 5}, "image", "invalid_value"),
-            ({"mask": PICTURE}, "mask", "invalid_image_file"),
-            ({"markup": PICTURE}, "markup", "unsupported_parameter"),
+            ({"image": [IMAGE, IMAGE[:50]]}, "image", "invalid_image_file"),
+            ({"image": [IMAGE] * 5}, "image", "invalid_value"),
+            ({"mask": IMAGE}, "mask", "invalid_image_file"),
+            ({"markup": IMAGE}, "markup", "unsupported_parameter"),
             ({"svg": {"model": "x"}}, "svg", "unsupported_parameter"),
             ({"n": 11}, "n", "invalid_value"),
         ],
@@ -185,14 +185,12 @@ class TestErrors:
         self, sdk: Client, live_server: LiveServer, stub: StubEngine, fields: dict[str, Any], param: str, code: str
     ) -> None:
         with pytest.raises(Raised) as caught:
-            await sdk.call(live_server, EDIT, **{"prompt": "x", "image": PICTURE, **fields})
+            await sdk.call(live_server, EDIT, **{"prompt": "x", "image": IMAGE, **fields})
         kind = "image_generation_user_error" if code == "invalid_image_file" else INVALID
         assert facts(caught.value) == ("BadRequestError", 400, kind, param, code)
         assert stub.specs == []
 
-    async def test_keys_and_their_limits(
-        self, sdk: Client, queue: JobQueue, stub: StubEngine, key_file: Path
-    ) -> None:
+    async def test_keys_and_their_limits(self, sdk: Client, queue: JobQueue, stub: StubEngine, key_file: Path) -> None:
         async with serving(queue, api_keys_file=key_file) as server:
 
             async def refusal(method: str, key: str, **fields: Any) -> tuple[Any, ...]:
@@ -203,7 +201,7 @@ class TestErrors:
             unknown = ("AuthenticationError", 401, INVALID, None, "invalid_api_key")
             assert await refusal("models.list", "wrong") == unknown
             assert await refusal(GENERATE, "wrong", prompt="x") == unknown
-            assert await refusal(EDIT, "wrong", prompt="x", image=PICTURE) == unknown
+            assert await refusal(EDIT, "wrong", prompt="x", image=IMAGE) == unknown
             large = await refusal(GENERATE, "limited", prompt="x", size="1024x1024")
             assert large == ("RateLimitError", 429, "insufficient_quota", None, "insufficient_quota")
             await sdk.call(server, GENERATE, key="limited", prompt="x")
@@ -220,7 +218,9 @@ class TestErrors:
             await sdk.call(live_server, GENERATE, prompt="x")
         assert facts(caught.value) == ("InternalServerError", 503, "server_error", None, "service_unavailable")
 
-    async def test_a_job_cancelled_by_another_client(self, sdk: Client, live_server: LiveServer, queue: JobQueue) -> None:
+    async def test_a_job_cancelled_by_another_client(
+        self, sdk: Client, live_server: LiveServer, queue: JobQueue
+    ) -> None:
         headers = {"Idempotency-Key": "k"}
         async with StubEngine(queue, step_s=60) as stub, httpx.AsyncClient(base_url=live_server.url) as other:
             waiting = asyncio.create_task(sdk.call(live_server, GENERATE, prompt="x", headers=headers))
@@ -232,9 +232,7 @@ class TestErrors:
                 await waiting
         assert facts(caught.value) == ("ConflictError", 409, INVALID, None, "job_cancelled")
 
-    async def test_another_body_with_the_same_key(
-        self, sdk: Client, live_server: LiveServer, stub: StubEngine
-    ) -> None:
+    async def test_another_body_with_the_same_key(self, sdk: Client, live_server: LiveServer, stub: StubEngine) -> None:
         headers = {"Idempotency-Key": "k"}
         await sdk.call(live_server, GENERATE, prompt="x", headers=headers)
         with pytest.raises(Raised) as caught:
@@ -243,7 +241,7 @@ class TestErrors:
         assert facts(caught.value) == wanted
 
     async def test_a_body_that_is_too_large(self, sdk: Client, queue: JobQueue, stub: StubEngine) -> None:
-        """The client is answered while it still sends."""
+        """The client gets the response while it is still sending."""
         async with serving(queue, max_upload_bytes=2**20) as server:
             with pytest.raises(Raised) as caught:
                 await sdk.call(server, EDIT, prompt="x", image=bytes(16 * 2**20))

@@ -1,4 +1,4 @@
-"""What the official SDK for Python has of its own."""
+"""What only the official SDK for Python does."""
 
 import asyncio
 import base64
@@ -12,8 +12,8 @@ import pytest
 from server.requests.schemas import UNSUPPORTED, EditRequest, GenerationRequest
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
-from tests.server.stub_engine import StubEngine, picture
-from tests.server.test_edits import PICTURE
+from tests.server.stub_engine import StubEngine, stub_image
+from tests.server.test_edits import IMAGE
 from tests.waiting import until
 
 
@@ -24,30 +24,30 @@ def sdk(server: LiveServer, **options: Any) -> openai.AsyncOpenAI:
 async def test_without_asyncio(live_server: LiveServer, stub: StubEngine) -> None:
     def generate() -> bytes:
         with openai.OpenAI(base_url=f"{live_server.url}/v1", api_key="any", max_retries=0) as client:
-            answer = client.images.generate(prompt="a fox", extra_body={"seed": 4})
-        assert answer.data
-        return base64.b64decode(answer.data[0].b64_json or "")
+            response = client.images.generate(prompt="a fox", extra_body={"seed": 4})
+        assert response.data
+        return base64.b64decode(response.data[0].b64_json or "")
 
-    assert await asyncio.to_thread(generate) == picture(stub.specs[0], 4)
+    assert await asyncio.to_thread(generate) == stub_image(stub.specs[0], 4)
 
 
 @pytest.mark.parametrize("shape", ["path", "named", "of a kind", "list"])
-async def test_files(live_server: LiveServer, stub: StubEngine, picture_file: Path, shape: str) -> None:
+async def test_files(live_server: LiveServer, stub: StubEngine, image_file: Path, shape: str) -> None:
     shapes: dict[str, Any] = {
-        "path": picture_file,
-        "named": ("photo.jpg", PICTURE),
-        "of a kind": ("photo.jpg", PICTURE, "image/jpeg"),
-        "list": [picture_file, ("photo.jpg", PICTURE), PICTURE],
+        "path": image_file,
+        "named": ("photo.jpg", IMAGE),
+        "of a kind": ("photo.jpg", IMAGE, "image/jpeg"),
+        "list": [image_file, ("photo.jpg", IMAGE), IMAGE],
     }
     async with sdk(live_server) as client:
-        answer = await client.images.edit(prompt="bluer", image=shapes[shape], extra_body={"seed": 4})
-    assert answer.data
-    assert base64.b64decode(answer.data[0].b64_json or "") == picture(stub.specs[0], 4, stub.sources[0])
+        response = await client.images.edit(prompt="bluer", image=shapes[shape], extra_body={"seed": 4})
+    assert response.data
+    assert base64.b64decode(response.data[0].b64_json or "") == stub_image(stub.specs[0], 4, stub.sources[0])
     assert stub.specs[0].num_sources == (3 if shape == "list" else 1)
 
 
 async def test_a_body_that_is_far_too_large(live_server: LiveServer, stub: StubEngine) -> None:
-    """The client sends on and on before it looks at the answer, and finds it all the same."""
+    """The client reads the response only after it has sent everything."""
     async with sdk(live_server) as client:
         with pytest.raises(openai.APIStatusError) as caught:
             await client.images.edit(prompt="x", image=bytes(200 * 2**20))
@@ -67,7 +67,7 @@ async def test_a_client_that_disconnects_cancels_its_job(live_server: LiveServer
 
 
 async def test_an_expired_request_is_not_retried(live_server: LiveServer, queue: JobQueue) -> None:
-    """The SDK tries a 504 again unless it is told not to."""
+    """The SDK retries a 504 unless a header says otherwise."""
     async with StubEngine(queue, step_s=60) as stub, sdk(live_server, max_retries=2) as client:
         with pytest.raises(openai.InternalServerError) as caught:
             await client.images.generate(prompt="x", extra_body={"timeout": 0.3})
@@ -76,7 +76,7 @@ async def test_an_expired_request_is_not_retried(live_server: LiveServer, queue:
 
 @pytest.mark.parametrize(("method", "body"), [("generate", GenerationRequest), ("edit", EditRequest)])
 def test_every_argument_is_a_known_field(method: str, body: type[GenerationRequest]) -> None:
-    """Honoured, or refused with a word on why."""
+    """Each is honoured, or refused with a reason."""
     arguments = inspect.signature(getattr(openai.AsyncOpenAI(api_key="any").images, method)).parameters.keys()
     own = {"timeout", "extra_headers", "extra_query", "extra_body"}
     assert {"prompt", "size", "stream"} < arguments

@@ -1,4 +1,4 @@
-"""The API over a real Redis, with a stub engine on the other side."""
+"""The API with a real Redis and a stub engine."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ async def stub(queue: JobQueue) -> AsyncIterator[StubEngine]:
 
 @pytest.fixture
 def make_client(queue: JobQueue) -> MakeClient:
-    """Makes a client of an app with the given settings, without a socket in between."""
+    """Return a factory of clients for an app with the given settings, without a socket."""
 
     @asynccontextmanager
     async def make(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
@@ -67,5 +67,5 @@ class LiveServer:
 @pytest.fixture
 async def live_server(queue: JobQueue) -> AsyncIterator[LiveServer]:
     server = LiveServer(queue, ServerSettings(served_model_name="glm-image,zai-org/GLM-Image"))
-    yield server  # its socket listens already, so a client that comes too early only waits
+    yield server  # its socket is listening already: early clients wait
     await server.stop()

@@ -1,4 +1,4 @@
-"""Reading server-sent events in tests, as strictly as a client may."""
+"""A strict parser of server-sent events."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import httpx
 
 @dataclass
 class Events:
-    """`named` are the events with their data in order, `comments` the comments."""
+    """`named`: the events and their data, in order. `comments`: the comments."""
 
     named: list[tuple[str | None, dict[str, Any]]] = field(default_factory=list)
     comments: list[str] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Events:
 
 
 def parse(text: str) -> Events:
-    """The events of a whole stream, each of which is either one comment or one line of data, with a name or without."""
+    """Parse a whole stream. Each event is one comment, or one line of data with or without a name."""
     events = Events()
     assert text.endswith("\n\n")
     for block in text.removesuffix("\n\n").split("\n\n"):
@@ -41,7 +41,7 @@ def parse(text: str) -> Events:
 
 
 def events_of(response: httpx.Response) -> Events:
-    """The events of an answer that is a stream."""
+    """Return the events of a streaming response."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["cache-control"] == "no-store"

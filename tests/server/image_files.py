@@ -1,4 +1,4 @@
-"""PreprocessedImage files of every kind, good and bad, for tests of what is uploaded."""
+"""Image files of every kind, valid and invalid, for tests of uploads."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **save: Any) -> bytes:
-    """The image as a file."""
+    """Encode the image."""
     file = io.BytesIO()
     image.save(file, kind, **save)
     return file.getvalue()
@@ -20,7 +20,7 @@ def plain(width: int = 96, height: int = 64, colour: Any = (200, 30, 40), mode: 
 
 
 def patterned(width: int = 96, height: int = 64) -> Image.Image:
-    """A picture of which no two pixels in a row or a column are alike, and that looks different from every side."""
+    """Return an image without equal neighbours, which looks different from every side."""
     image = Image.new("RGB", (width, height))
     image.putdata([(255 * x // width, 255 * y // height, (x * y) % 256) for y in range(height) for x in range(width)])
     return image
@@ -33,7 +33,7 @@ def opened(file: bytes) -> Image.Image:
 
 
 def png(width: int, height: int, depth: int, colour_type: int, row: bytes, extra: bytes = b"") -> bytes:
-    """A PNG whose rows are all `row`, of a kind that Pillow reads but does not write.
+    """Return a PNG with all rows equal to `row`, of a mode that Pillow reads but does not write.
 
     Args:
         extra: chunks before the pixels (see `chunk`).
@@ -45,7 +45,7 @@ def png(width: int, height: int, depth: int, colour_type: int, row: bytes, extra
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """A PNG chunk."""
+    """Return a PNG chunk."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
@@ -54,13 +54,13 @@ def animation(kind: str) -> bytes:
 
 
 def text_bomb() -> bytes:
-    """A small PNG with 60 MB of text in it."""
+    """Return a small PNG with 60 MB of text."""
     text = chunk(b"zTXt", b"comment\0\0" + zlib.compress(b" " * (PngImagePlugin.MAX_TEXT_CHUNK - 1)))
     return png(64, 64, 8, 0, b"\0" * 64, extra=text * 60)
 
 
 def pixel_bomb(kind: str) -> bytes:
-    """A small file that says it has between 144 and 4,000 million pixels."""
+    """Return a small file whose header declares 144 to 4,000 million pixels."""
     if kind == "PNG":
         return png(20_000, 20_000, 1, 0, b"\0" * 2500)
     if kind == "JPEG":

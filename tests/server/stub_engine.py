@@ -1,5 +1,4 @@
-"""An engine without a model. It claims and commits through the real queue; its pictures follow from the prompt, the
-seed and the pictures to edit."""
+"""An engine without a model, for the real queue. An image follows from the prompt, the seed and the source images."""
 
 import asyncio
 import hashlib
@@ -32,16 +31,16 @@ DEFAULT_SIZE = "96x64"
 HEARTBEAT_TTL_S = 2.0
 
 
-def picture(spec: JobSpec, seed: int, sources: SourceImages | None = None, stage: str = "") -> bytes:
-    """The stub's picture: one colour, so that a test can tell whose it is. Under the overlay of an edit, if it has one.
+def stub_image(spec: JobSpec, seed: int, sources: SourceImages | None = None, stage: str = "") -> bytes:
+    """Return the stub's image: one colour per request, below the overlay of an edit.
 
     Args:
-        stage: of a partial image, which has a colour of its own.
+        stage: of a partial image, which has its own colour.
     """
-    known = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode())
+    digest = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode())
     for source in sources.files if sources else ():
-        known.update(source)
-    red, green, blue = known.digest()[:3]
+        digest.update(source)
+    red, green, blue = digest.digest()[:3]
     image, buffer = Image.new("RGB", (spec.width, spec.height), (red, green, blue)), io.BytesIO()
     if sources and sources.overlay:
         overlay = Image.open(io.BytesIO(sources.overlay))
@@ -55,22 +54,22 @@ def _tokens(grid: Grid, seed: int) -> TokenGrid:
 
 
 def plan_for(spec: JobSpec, seed: int) -> Plan:
-    """The stub's plan: counts up from the seed."""
+    """Return the stub's plan, which counts up from the seed."""
     *preview, plan = (_tokens(grid, seed) for grid in spec.grids)
     return Plan(plan.rows, plan.cols, plan.tokens, preview[0] if preview else None)
 
 
 def partial_image(spec: JobSpec, image: int, index: int, sources: SourceImages | None = None) -> PartialImage:
-    """The stub's partial images: the first is of what the planner writes first, the others of the plan."""
+    """Return a partial image: the first of the first grid the planner writes, the others of the plan."""
     seed = spec.seed + image
     grid = _tokens(spec.grids[0 if index == 0 else -1], seed)
-    return PartialImage(image, index, picture(spec, seed, sources, f"partial {index}"), grid.to_dict())
+    return PartialImage(image, index, stub_image(spec, seed, sources, f"partial {index}"), grid.to_dict())
 
 
 class StubEngine:
-    """Works on up to `slots` jobs at once, `step_s` seconds a denoising step.
+    """Runs up to `slots` jobs at once, with `step_s` seconds per denoising step.
 
-    `failures` maps a prompt to the error that its jobs fail with, after their partial images; `specs` and `sources`
+    `failures` maps a prompt to the error with which its jobs fail, after their partial images; `specs` and `sources`
     collect what was claimed.
     """
 
@@ -90,7 +89,7 @@ class StubEngine:
 
     async def __aexit__(self, *raised: object) -> None:
         pending: set[asyncio.Task[None]] = {*self._loops, *self._running.values()}
-        while pending:  # again, because Python 3.11's `wait_for`, which the Redis client uses, can lose a cancellation
+        while pending:  # repeatedly: Python 3.11's `wait_for`, which the Redis client uses, can lose a cancellation
             for task in pending:
                 task.cancel()
             _ended, pending = await asyncio.wait(pending, timeout=0.05)
@@ -105,8 +104,8 @@ class StubEngine:
         while True:
             free = self._slots - len(self._running)
             try:
-                budget = FreeCapacity(free, 10**9, 10**9, not self._running)
-                claim = await self._queue.claim(self.info.id, budget) if free else None
+                capacity = FreeCapacity(free, 10**9, 10**9, not self._running)
+                claim = await self._queue.claim(self.info.id, capacity) if free else None
             except QueueUnavailable:
                 claim = None
             if claim is None:
@@ -144,4 +143,4 @@ class StubEngine:
     @staticmethod
     def _image(spec: JobSpec, seed: int, sources: SourceImages | None) -> ImageResult:
         plan = spec.plan or plan_for(spec, seed).to_dict()
-        return ImageResult(picture(spec, seed, sources), seed, plan if spec.return_plan else None)
+        return ImageResult(stub_image(spec, seed, sources), seed, plan if spec.return_plan else None)

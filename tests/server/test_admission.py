@@ -1,4 +1,4 @@
-"""Who gets in: the cap, missing engines, a Redis that is away, and the drain."""
+"""Admission: the limit of the queue, missing engines, Redis outages, and draining."""
 
 import asyncio
 import dataclasses
@@ -18,7 +18,8 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo, JobRecord, JobSpec, SourceImages
 from server import redis_timeout
-from server.admission import abandoned_jobs, admission
+from server.admission import abandoned_jobs
+from server.admission.admission import Admission
 from server.admission.rate_limits import RateLimits
 from server.admission.throughput import MAX_RETRY_S, Throughput
 from server.app import create_app
@@ -48,7 +49,7 @@ async def test_over_the_cap_is_429_with_retry_after(make_client: MakeClient, que
         assert refused.status_code == 429
         assert error_of(refused)["code"] == "rate_limit_exceeded"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert {answer.status_code for answer in await asyncio.gather(*accepted)} == {504}
+        assert {response.status_code for response in await asyncio.gather(*accepted)} == {504}
 
 
 async def _jobs(queue: JobQueue, count: int) -> bool:
@@ -63,11 +64,11 @@ async def _stats_are(queue: JobQueue, waiting: int, running: int) -> bool:
 
 async def test_the_cap_holds_for_a_burst(make_client: MakeClient, queue: JobQueue) -> None:
     async with make_client(max_queue=5) as client:
-        # The engine says it is ready and takes nothing, so that the queue only fills.
+        # The engine is ready but claims nothing, so the queue fills.
         info = StubEngine(queue).info
         await queue.heartbeat(info, "", 10)
         posts = [client.post(URL, json={"prompt": "x", "timeout": 0.5}) for _ in range(40)]
-        statuses = [answer.status_code for answer in await asyncio.gather(*posts)]
+        statuses = [response.status_code for response in await asyncio.gather(*posts)]
     assert (statuses.count(504), statuses.count(429)) == (5, 35)
 
 
@@ -120,9 +121,7 @@ async def test_stopped_redis_is_503_quickly_and_recovers(tmp_path: Path) -> None
         assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
 
 
-async def test_redis_dying_when_a_job_completes_only_delays_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_redis_dying_when_a_job_completes_only_delays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with client_of_own_redis(tmp_path) as (server, queue, client):
         wait = queue.wait
 
@@ -156,8 +155,8 @@ async def test_concurrent_requests_share_the_wait_for_a_hanging_redis(
         started = time.monotonic()
         posts = [asyncio.create_task(client.post(URL, json={"prompt": "x"})) for _ in range(100)]
         await until(lambda: asked)
-        posts.pop(0).cancel()  # the one whose request had Redis asked may leave
-        assert {answer.status_code for answer in await asyncio.gather(*posts)} == {503}
+        posts.pop(0).cancel()  # cancel the request that started the call to Redis
+        assert {response.status_code for response in await asyncio.gather(*posts)} == {503}
         assert time.monotonic() - started < 1.5
         assert asked == 1
     assert (await client.post(URL, json={"prompt": "x"})).status_code == 200
@@ -166,7 +165,7 @@ async def test_concurrent_requests_share_the_wait_for_a_hanging_redis(
 async def test_a_job_queued_without_a_response_is_discarded(
     client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit, withdraw, attempts = queue.submit, queue.discard, 0
+    submit, discard, attempts = queue.submit, queue.discard, 0
 
     async def no_answer(*args: Any, **kwargs: Any) -> None:
         await submit(*args, **kwargs)
@@ -178,13 +177,13 @@ async def test_a_job_queued_without_a_response_is_discarded(
         if attempts == 1:
             assert await _stats_are(queue, 1, 0)
             raise QueueUnavailable("away")
-        return await withdraw(job_id)
+        return await discard(job_id)
 
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.2)
     monkeypatch.setattr(connection, "RETRY_INTERVAL_S", 0.05)
     monkeypatch.setattr(queue, "submit", no_answer)
     monkeypatch.setattr(queue, "discard", away_at_first)
-    await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
+    await queue.heartbeat(StubEngine(queue).info, "", 10)  # ready, but claims nothing
     assert (await client.post(URL, json={"prompt": "x"})).status_code == 503
     await until(lambda: _stats_are_zero(queue))
     assert attempts == 2
@@ -199,13 +198,13 @@ async def test_a_cancelled_submit_is_discarded(queue: JobQueue, monkeypatch: pyt
         await asyncio.sleep(60)
 
     monkeypatch.setattr(queue, "submit", no_answer)
-    withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
-    door = admission.Admission(queue, RateLimits(queue), 10, withdrawing)
-    submitting = asyncio.create_task(door.submit(JobSpec("x", 64, 64, 1), 60.0, "batch"))
+    abandoned = abandoned_jobs.AbandonedJobs(queue, Metrics())
+    admission = Admission(queue, RateLimits(queue), 10, abandoned)
+    submitting = asyncio.create_task(admission.submit(JobSpec("x", 64, 64, 1), 60.0, "batch"))
     await until(lambda: _stats_are(queue, 1, 0))
     submitting.cancel()
     await asyncio.wait([submitting])
-    await withdrawing.close()  # waits for it, as the end of the server does
+    await abandoned.close()  # waits for the discard, as in shutdown
     assert await _stats_are_zero(queue)
 
 
@@ -219,21 +218,21 @@ async def test_large_images_extend_the_timeout(queue: JobQueue, monkeypatch: pyt
     monkeypatch.setattr(queue, "submit", slow)
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.1)
     monkeypatch.setattr(redis_timeout, "SOURCE_BYTES_PER_S", 1.0)
-    withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
-    door = admission.Admission(queue, RateLimits(queue), 10, withdrawing)
+    abandoned = abandoned_jobs.AbandonedJobs(queue, Metrics())
+    admission = Admission(queue, RateLimits(queue), 10, abandoned)
     edit = JobSpec("x", 64, 64, 1, num_sources=1)
-    assert not (await door.submit(edit, 60.0, "batch", source_images=SourceImages([b"a picture"]))).attached
+    assert not (await admission.submit(edit, 60.0, "batch", source_images=SourceImages([b"an image"]))).attached
     with pytest.raises(QueueUnavailable, match=r"within 0\.1 s"):
-        await door.submit(JobSpec("x", 64, 64, 1), 60.0, "batch")
-    await withdrawing.close()
+        await admission.submit(JobSpec("x", 64, 64, 1), 60.0, "batch")
+    await abandoned.close()
 
 
 async def test_abandoned_jobs_do_not_delay_shutdown(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(abandoned_jobs, "CLOSE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(queue, "discard", lambda _: asyncio.sleep(60))
-    withdrawing = abandoned_jobs.AbandonedJobs(queue, Metrics())
-    withdrawing.discard("a")
-    await asyncio.wait_for(withdrawing.close(), 1)
+    abandoned = abandoned_jobs.AbandonedJobs(queue, Metrics())
+    abandoned.discard("a")
+    await asyncio.wait_for(abandoned.close(), 1)
 
 
 async def _is_ok(client: httpx.AsyncClient) -> bool:
@@ -314,8 +313,8 @@ class TestThroughput:
 
 async def test_a_job_id_is_never_used_twice(queue: JobQueue) -> None:
     spec = JobSpec("x", 64, 64, 1)
-    door = admission.Admission(queue, RateLimits(queue), 10, abandoned_jobs.AbandonedJobs(queue, Metrics()))
-    ids = {(await door.submit(spec, 1.0, "batch")).job_id for _ in range(5)}
+    admission = Admission(queue, RateLimits(queue), 10, abandoned_jobs.AbandonedJobs(queue, Metrics()))
+    ids = {(await admission.submit(spec, 1.0, "batch")).job_id for _ in range(5)}
     assert len(ids) == 5
 
 
@@ -324,4 +323,4 @@ async def test_queue_unavailable_is_not_mistaken_for_a_timeout() -> None:
         raise QueueUnavailable("gone")
 
     with pytest.raises(QueueUnavailable, match="gone"):
-        await admission.with_redis_timeout(away())
+        await redis_timeout.with_redis_timeout(away())

@@ -27,7 +27,7 @@ from tests import source_images
 from tests.job_queue import JobQueue
 from tests.packaging.files import ROOT
 from tests.server.conftest import LiveServer
-from tests.server.stub_engine import StubEngine, partial_image, picture, plan_for
+from tests.server.stub_engine import StubEngine, partial_image, plan_for, stub_image
 from tests.waiting import until
 
 
@@ -98,7 +98,7 @@ async def test_several_images(live_server: LiveServer, stub: StubEngine, tmp_pat
     assert (spec.n, spec.num_inference_steps, spec.guidance_scale, spec.top_p) == (2, 3, 2.5, 0.5)
     for index, seed in ((1, 5), (2, 6)):
         data = (output.parent / f"fox-{index}.webp").read_bytes()
-        assert data == picture(spec, seed)
+        assert data == stub_image(spec, seed)
         assert Image.open(io.BytesIO(data)).size == (128, 64)
         assert f"seed {seed}" in answer.output
 

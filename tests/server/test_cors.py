@@ -1,4 +1,4 @@
-"""Pages from elsewhere: off by default, by list, and with everything a script has to see, errors included."""
+"""Cross-origin requests: off by default, by list, and with all headers that scripts need, errors included."""
 
 import httpx
 import pytest
@@ -20,12 +20,12 @@ PREFLIGHT = {
 
 
 async def test_off_by_default(client: httpx.AsyncClient, stub: StubEngine) -> None:
-    answers = (
+    responses = (
         await client.options(URL, headers=PREFLIGHT),
         await client.post(URL, json={"prompt": "x"}, headers={"origin": PAGE}),
     )
-    assert [answer.status_code for answer in answers] == [405, 200]
-    assert not any(name.startswith("access-control") for answer in answers for name in answer.headers)
+    assert [response.status_code for response in responses] == [405, 200]
+    assert not any(name.startswith("access-control") for response in responses for name in response.headers)
 
 
 @pytest.mark.parametrize("origins", [f"http://localhost:3000, {PAGE}", "*"])
@@ -42,8 +42,8 @@ async def test_listed_origins(make_client: MakeClient, stub: StubEngine, origins
     assert posted.status_code == 200
     exposed = {name.strip() for name in posted.headers["access-control-expose-headers"].split(",")}
     assert {"x-request-id", "retry-after", "x-ratelimit-remaining-requests"} <= exposed
-    for answer in (preflight, posted):
-        assert answer.headers["access-control-allow-origin"] == ("*" if origins == "*" else PAGE)
+    for response in (preflight, posted):
+        assert response.headers["access-control-allow-origin"] == ("*" if origins == "*" else PAGE)
     assert ("access-control-allow-origin" in stranger.headers) == (origins == "*")
 
 
@@ -56,16 +56,16 @@ async def test_errors_are_readable_too(
     monkeypatch.setattr(queue, "submit", broken)
     async with make_client(cors_origins=PAGE, api_key="k") as client:
         client.headers = httpx.Headers({"origin": PAGE, "authorization": "Bearer k"})
-        answers = (
+        responses = (
             await client.post(URL, json={"prompt": "x"}, headers={"authorization": "Bearer no"}),
             await client.get("/nothing/here"),
             await client.post(URL, json={"prompt": ""}),
             await client.post(URL, json={"prompt": "x"}),
         )
-    assert [answer.status_code for answer in answers] == [401, 404, 400, 500]
-    for answer in answers:
-        assert error_of(answer)
-        assert answer.headers["access-control-allow-origin"] == PAGE
+    assert [response.status_code for response in responses] == [401, 404, 400, 500]
+    for response in responses:
+        assert error_of(response)
+        assert response.headers["access-control-allow-origin"] == PAGE
 
 
 @pytest.mark.parametrize("origins", ["example.org", "https://example.org/", "https://a.org,ftp://b.org", "https://"])

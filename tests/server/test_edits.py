@@ -1,4 +1,4 @@
-"""POST /v1/images/edits: forms and JSON, pictures and masks."""
+"""POST /v1/images/edits: forms and JSON, images and masks."""
 
 import base64
 import io
@@ -12,16 +12,16 @@ from engine.jobs.job import JobSpec
 from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 from tests.server.image_files import file_of, opened, patterned, plain
-from tests.server.stub_engine import StubEngine, picture, plan_for
+from tests.server.stub_engine import StubEngine, plan_for, stub_image
 from tests.server.test_errors import error_of
 
 URL = "/v1/images/edits"
 ASYNC = {"prefer": "respond-async"}
-PICTURE = file_of(patterned())
+IMAGE = file_of(patterned())
 
 
 def upload(*files: tuple[str, bytes]) -> list[tuple[str, tuple[str, bytes, str]]]:
-    """Files as httpx takes them; the type says nothing, as in the official SDK's raw bytes."""
+    """Return files for httpx, with a meaningless type as for raw bytes in the official SDK."""
     return [(name, ("upload", data, "application/octet-stream")) for name, data in files]
 
 
@@ -30,7 +30,7 @@ def data_url(file: bytes, kind: str = "image/png") -> str:
 
 
 async def post(client: httpx.AsyncClient, *files: tuple[str, bytes], **fields: Any) -> httpx.Response:
-    return await client.post(URL, data={"prompt": "bluer", **fields}, files=upload(*files or [("image", PICTURE)]))
+    return await client.post(URL, data={"prompt": "bluer", **fields}, files=upload(*files or [("image", IMAGE)]))
 
 
 async def test_response_follows_the_contract(client: httpx.AsyncClient, stub: StubEngine) -> None:
@@ -44,7 +44,7 @@ async def test_response_follows_the_contract(client: httpx.AsyncClient, stub: St
         "output_format": "png",
         "quality": "high",
         "size": "96x64",
-        "data": [{"b64_json": base64.b64encode(picture(spec, 5, stub.sources[0])).decode(), "seed": 5}],
+        "data": [{"b64_json": base64.b64encode(stub_image(spec, 5, stub.sources[0])).decode(), "seed": 5}],
         "usage": {
             "total_tokens": 3 + tokens + spec.plan_tokens,
             "input_tokens": 3 + tokens,
@@ -103,21 +103,21 @@ async def test_every_field_of_a_form_reaches_the_engine(client: httpx.AsyncClien
 
 @pytest.mark.parametrize("names", [["image"], ["image[]"], ["image[]"] * 4, ["image", "image[]", "image"]])
 async def test_one_image_or_several(client: httpx.AsyncClient, stub: StubEngine, names: list[str]) -> None:
-    pictures = [patterned(96 + 32 * number, 64) for number in range(len(names))]
-    files = [(name, file_of(image)) for name, image in zip(names, pictures, strict=True)]
+    source_images = [patterned(96 + 32 * number, 64) for number in range(len(names))]
+    files = [(name, file_of(image)) for name, image in zip(names, source_images, strict=True)]
     response = await post(client, *files)
     assert response.status_code == 200
     assert response.json()["size"] == "96x64"
     [sources] = stub.sources
     assert sources is not None
-    assert [opened(file).tobytes() for file in sources.files] == [image.tobytes() for image in pictures]
+    assert [opened(file).tobytes() for file in sources.files] == [image.tobytes() for image in source_images]
     assert stub.specs[0].num_sources == len(names)
 
 
 async def test_parts_in_any_order(client: httpx.AsyncClient, stub: StubEngine) -> None:
     body = io.BytesIO()
     for name, head, data in (
-        ("image", '; filename="a.gif"\r\nContent-Type: image/gif', PICTURE),
+        ("image", '; filename="a.gif"\r\nContent-Type: image/gif', IMAGE),
         ("prompt", "", "größer".encode()),
         ("seed", "\r\nContent-Type: text/plain; charset=utf-8", b"3"),
     ):
@@ -131,11 +131,11 @@ async def test_parts_in_any_order(client: httpx.AsyncClient, stub: StubEngine) -
 async def test_json_with_data_urls(client: httpx.AsyncClient, stub: StubEngine) -> None:
     jpeg = data_url(file_of(plain(), "JPEG"), "image/jpeg")
     for fields in (
-        {"image": data_url(PICTURE)},
-        {"image": [data_url(PICTURE, "text/plain;charset=x")]},
-        {"image": {"image_url": data_url(PICTURE)}},
-        {"images": [{"image_url": data_url(PICTURE)}]},
-        {"image": [data_url(PICTURE), jpeg], "mask": None, "n": 1, "seed": None},
+        {"image": data_url(IMAGE)},
+        {"image": [data_url(IMAGE, "text/plain;charset=x")]},
+        {"image": {"image_url": data_url(IMAGE)}},
+        {"images": [{"image_url": data_url(IMAGE)}]},
+        {"image": [data_url(IMAGE), jpeg], "mask": None, "n": 1, "seed": None},
     ):
         response = await client.post(URL, json={"prompt": "bluer", **fields})
         assert response.status_code == 200, fields.keys()
@@ -144,7 +144,7 @@ async def test_json_with_data_urls(client: httpx.AsyncClient, stub: StubEngine) 
 
 
 async def test_a_data_url_in_a_form(client: httpx.AsyncClient, stub: StubEngine) -> None:
-    response = await client.post(URL, data={"prompt": "x"}, files={"image": (None, data_url(PICTURE))})
+    response = await client.post(URL, data={"prompt": "x"}, files={"image": (None, data_url(IMAGE))})
     assert response.status_code == 200
     assert stub.specs[0].num_sources == 1
 
@@ -152,16 +152,16 @@ async def test_a_data_url_in_a_form(client: httpx.AsyncClient, stub: StubEngine)
 async def test_a_mask_keeps_the_rest_of_the_image(client: httpx.AsyncClient, stub: StubEngine) -> None:
     mask = plain(96, 64, colour=(0, 0, 0, 255), mode="RGBA")
     mask.paste((0, 0, 0, 0), (0, 0, 48, 64))
-    json = {"image": data_url(PICTURE), "mask": {"image_url": data_url(file_of(mask))}}
+    json = {"image": data_url(IMAGE), "mask": {"image_url": data_url(file_of(mask))}}
     for request in (
-        post(client, ("image", PICTURE), ("mask", file_of(mask)), seed="1"),
-        post(client, ("image[]", PICTURE), ("mask[]", file_of(mask)), seed="1"),
+        post(client, ("image", IMAGE), ("mask", file_of(mask)), seed="1"),
+        post(client, ("image[]", IMAGE), ("mask[]", file_of(mask)), seed="1"),
         client.post(URL, json={"prompt": "bluer", "seed": 1, **json}),
     ):
         body = (await request).json()
         edited = opened(base64.b64decode(body["data"][0]["b64_json"]))
         assert edited.crop((48, 0, 96, 64)).tobytes() == patterned().crop((48, 0, 96, 64)).tobytes()
-        assert edited.getpixel((10, 10)) == opened(picture(stub.specs[0], 1, stub.sources[0])).getpixel((0, 0))
+        assert edited.getpixel((10, 10)) == opened(stub_image(stub.specs[0], 1, stub.sources[0])).getpixel((0, 0))
         assert edited.getpixel((10, 10)) != patterned().getpixel((10, 10))
 
 
@@ -245,17 +245,17 @@ async def test_bad_fields_of_a_form(
         ({"image": "data:image/png;base64,*"}, "image", "invalid_image_file"),
         ({"image": "data:image/png;base64,é"}, "image", "invalid_image_file"),
         ({"image": "data:image/png;base64,"}, "image", "invalid_image_file"),
-        ({"image": data_url(b"no picture")}, "image", "invalid_image_file"),
+        ({"image": data_url(b"not an image")}, "image", "invalid_image_file"),
         ({"image": 5}, "image", "invalid_value"),
         ({"image": {"file_id": "file-1"}}, "image", "invalid_value"),
-        ({"image": [data_url(PICTURE)] * 17}, "image", "invalid_value"),
-        ({"image": data_url(PICTURE), "images": [data_url(PICTURE)]}, "images", "invalid_value"),
-        ({"image": data_url(PICTURE), "mask": "https://example.org/a.png"}, "mask", "invalid_value"),
-        ({"image": data_url(PICTURE), "mask": [data_url(PICTURE)]}, "mask", "invalid_value"),
-        ({"image": data_url(PICTURE), "mask": data_url(PICTURE)}, "mask", "invalid_image_file"),
-        ({"image": data_url(PICTURE), "n": "2"}, "n", "invalid_value"),
-        ({"image": data_url(PICTURE), "markup": data_url(PICTURE)}, "markup", "unsupported_parameter"),
-        ({"image": data_url(PICTURE), "imag": 1}, "imag", "unknown_parameter"),
+        ({"image": [data_url(IMAGE)] * 17}, "image", "invalid_value"),
+        ({"image": data_url(IMAGE), "images": [data_url(IMAGE)]}, "images", "invalid_value"),
+        ({"image": data_url(IMAGE), "mask": "https://example.org/a.png"}, "mask", "invalid_value"),
+        ({"image": data_url(IMAGE), "mask": [data_url(IMAGE)]}, "mask", "invalid_value"),
+        ({"image": data_url(IMAGE), "mask": data_url(IMAGE)}, "mask", "invalid_image_file"),
+        ({"image": data_url(IMAGE), "n": "2"}, "n", "invalid_value"),
+        ({"image": data_url(IMAGE), "markup": data_url(IMAGE)}, "markup", "unsupported_parameter"),
+        ({"image": data_url(IMAGE), "imag": 1}, "imag", "unknown_parameter"),
     ],
 )
 async def test_bad_fields_of_json(
@@ -272,22 +272,22 @@ async def test_messages_explain(client: httpx.AsyncClient, stub: StubEngine) -> 
     assert "data: URL" in error_of(fetched)["message"]
     typo = await client.post(URL, json={"prompt": "x", "imge": ""})
     assert "Did you mean image?" in error_of(typo)["message"]
-    many = await post(client, *[("image[]", PICTURE)] * 17)
+    many = await post(client, *[("image[]", IMAGE)] * 17)
     assert (many.status_code, error_of(many)["param"]) == (400, "image")
     assert "1..4" in error_of(many)["message"]
-    masks = await post(client, ("image", PICTURE), ("mask", PICTURE), ("mask", PICTURE))
+    masks = await post(client, ("image", IMAGE), ("mask", IMAGE), ("mask", IMAGE))
     assert error_of(masks)["param"] == "mask"
     url_in_form = await post(client, ("image", b"https://example.org/a.png"))
     assert "does not fetch URLs" in error_of(url_in_form)["message"]
-    file_as_text = await post(client, ("image", PICTURE), ("quality", b"low"))
+    file_as_text = await post(client, ("image", IMAGE), ("quality", b"low"))
     assert error_of(file_as_text)["param"] == "quality"
-    no_text = await client.post(URL, files=[*upload(("image", PICTURE)), ("prompt", (None, b"\xff"))])
-    assert error_of(no_text)["param"] == "prompt"
+    invalid_text = await client.post(URL, files=[*upload(("image", IMAGE)), ("prompt", (None, b"\xff"))])
+    assert error_of(invalid_text)["param"] == "prompt"
 
 
-@pytest.mark.parametrize("cut", [0, 40, 200, len(PICTURE)])
+@pytest.mark.parametrize("cut", [0, 40, 200, len(IMAGE)])
 async def test_truncated_forms(client: httpx.AsyncClient, cut: int) -> None:
-    whole = client.build_request("POST", URL, data={"prompt": "x"}, files=upload(("image", PICTURE)))
+    whole = client.build_request("POST", URL, data={"prompt": "x"}, files=upload(("image", IMAGE)))
     headers = {"content-type": whole.headers["content-type"]}
     response = await client.post(URL, content=whole.read()[:cut], headers=headers)
     assert (response.status_code, error_of(response)["param"]) == (400, None)
@@ -304,7 +304,7 @@ async def test_truncated_forms(client: httpx.AsyncClient, cut: int) -> None:
         (b"--cut\r\nno header\r\n\r\nx\r\n--cut--\r\n", "multipart/form-data; boundary=cut"),
         (b"--cut\r\n" + b"a" * 100_000 + b": x\r\n\r\nx\r\n--cut--\r\n", "multipart/form-data; boundary=cut"),
         (b"prompt=x", "application/x-www-form-urlencoded"),
-        (PICTURE, "image/png"),
+        (IMAGE, "image/png"),
         (b"[]", "application/json"),
         (b"", "application/json"),
     ],
@@ -324,16 +324,16 @@ async def test_too_many_parts(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_form_is_not_accepted_for_a_generation(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/images/generations", data={"prompt": "x"}, files=upload(("image", PICTURE)))
+    response = await client.post("/v1/images/generations", data={"prompt": "x"}, files=upload(("image", IMAGE)))
     assert response.status_code == 400
 
 
 async def test_an_upload_has_its_own_limit(make_client: MakeClient, stub: StubEngine) -> None:
     async with make_client(max_body_bytes=1024, max_upload_bytes=200_000) as client:
-        assert (await post(client, ("image", PICTURE + bytes(100_000)))).status_code == 200
+        assert (await post(client, ("image", IMAGE + bytes(100_000)))).status_code == 200
         for response in (
-            await post(client, ("image", PICTURE + bytes(200_000))),
-            await client.post(URL, json={"prompt": "x", "image": data_url(PICTURE + bytes(200_000))}),
+            await post(client, ("image", IMAGE + bytes(200_000))),
+            await client.post(URL, json={"prompt": "x", "image": data_url(IMAGE + bytes(200_000))}),
         ):
             assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
 
@@ -355,9 +355,9 @@ async def test_without_an_engine_it_is_503(client: httpx.AsyncClient) -> None:
 async def test_the_memory_for_queued_source_images_is_limited(
     make_client: MakeClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For all edits together: the first always finds room, and whatever is no edit goes on."""
-    await queue.heartbeat(StubEngine(queue).info, "", 10)  # of an engine that takes nothing
-    edit = {"data": {"prompt": "x"}, "files": upload(("image", PICTURE)), "headers": ASYNC}
+    """The limit is for all edits together: the first is always accepted, other requests are not affected."""
+    await queue.heartbeat(StubEngine(queue).info, "", 10)  # of an engine that claims nothing
+    edit = {"data": {"prompt": "x"}, "files": upload(("image", IMAGE)), "headers": ASYNC}
     async with make_client(max_source_bytes=1) as client:
         first = await client.post(URL, **edit)
         assert first.status_code == 202
@@ -365,7 +365,7 @@ async def test_the_memory_for_queued_source_images_is_limited(
         async with make_client(max_source_bytes=held + 1) as with_a_byte_left:
             refused_with_it = await with_a_byte_left.post(URL, **edit)
         with monkeypatch.context() as patch:
-            patch.setattr("server.routes.images.prepare", None)  # nothing is decoded where nothing is left
+            patch.setattr("server.routes.images.prepare", None)  # nothing is decoded without room
             refused = await client.post(URL, **edit)
         for response in (refused_with_it, refused):
             assert (response.status_code, error_of(response)["code"]) == (429, "rate_limit_exceeded")

@@ -1,4 +1,4 @@
-"""Every error of the contract, through HTTP, in its envelope."""
+"""Every error of the contract, over HTTP."""
 
 import asyncio
 from typing import Any
@@ -14,7 +14,7 @@ URL = "/v1/images/generations"
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error of an answer, after checking that the envelope is complete and says something."""
+    """Return the error of a response, after checking that it is complete."""
     body = response.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
@@ -186,7 +186,7 @@ async def test_body_size_is_bounded_while_reading(
     for response in (declared, streamed):
         assert response.status_code == 413
         assert error_of(response)["code"] == "request_too_large"
-    assert sent <= 200_000  # what came while it lingered was dropped
+    assert sent <= 200_000  # the rest of the body was dropped
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ async def test_aliases_are_accepted(make_client: MakeClient, stub: StubEngine) -
 async def test_keys(make_client: MakeClient, stub: StubEngine) -> None:
     async with make_client(api_key="s3cret") as client:
         for headers in ({}, {"authorization": "Bearer no"}, {"authorization": "Basic s3cret"}):
-            # The body is not looked at before the key.
+            # The key is checked before the body.
             for response in (
                 await client.post(URL, content=b"{", headers=headers),
                 await client.get("/v1/models", headers=headers),

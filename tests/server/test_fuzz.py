@@ -1,5 +1,7 @@
-"""Requests made up from the OpenAPI document, good ones and bad ones: no 5xx, and no answer that the document does not
-have. GLIMMER_FUZZ_CASES sets how many for each operation and kind."""
+"""Generated requests from the OpenAPI document, valid and invalid: no 5xx, and no response outside of the document.
+
+GLIMMER_FUZZ_CASES sets the number of cases per operation and kind.
+"""
 
 import asyncio
 import os
@@ -51,14 +53,14 @@ OPERATIONS = [
 ]
 WITHOUT_INPUT = {"/v1/models", "/health", "/live", "/metrics"}
 
-# Of random bytes none are a picture.
-PICTURES = [file_of(patterned()), file_of(plain(), "JPEG"), file_of(plain(64, 64, (0, 0, 0, 0), "RGBA")), b"none"]
-schemathesis.openapi.format("binary", strategies.sampled_from(PICTURES).map(Binary))
+# Random bytes are never an image.
+FILES = [file_of(patterned()), file_of(plain(), "JPEG"), file_of(plain(64, 64, (0, 0, 0, 0), "RGBA")), b"none"]
+schemathesis.openapi.format("binary", strategies.sampled_from(FILES).map(Binary))
 
 
 @pytest.fixture(scope="module")
 def url(redis_server: EmbeddedRedis) -> Iterator[str]:
-    """The URL of a server with a stub engine, on a thread of their own."""
+    """Run a server with a stub engine in a thread and return its URL."""
     urls: list[str] = []
     started, stopped = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
@@ -95,7 +97,7 @@ def test_every_operation_is_tested(url: str) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(  # only a body can be a bad one: any path is good
+@pytest.mark.parametrize(  # only bodies can be invalid: any path is valid
     ("method", "path", "mode"),
     [(*operation, GenerationMode.POSITIVE) for operation in OPERATIONS]
     + [("POST", path, GenerationMode.NEGATIVE) for method, path in OPERATIONS if method == "POST"],
@@ -112,7 +114,7 @@ def test_responses_follow_the_document(schema: OpenApiSchema, method: str, path:
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
         response = case.call()
-        # A `timeout` of a nanosecond is as good as any other.
+        # A `timeout` of a nanosecond is valid.
         assert response.status_code < 500 or response.status_code == 504, response.text
         case.validate_response(response, checks=CHECKS)
 

@@ -1,4 +1,4 @@
-"""POST /v1/images/generations, where it succeeds: every field reaches the engine, and the answer is the contract's."""
+"""POST /v1/images/generations when it succeeds: every field reaches the engine; the response follows the contract."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from engine.jobs.job import JobError, JobRecord, JobSpec
 from server.requests.schemas import UNSUPPORTED
 from server.requests.validation import STEPS_BY_QUALITY
 from tests.job_queue import JobQueue
-from tests.server.stub_engine import CODEBOOK_SIZE, DEFAULT_SIZE, StubEngine, picture, plan_for
+from tests.server.stub_engine import CODEBOOK_SIZE, DEFAULT_SIZE, StubEngine, plan_for, stub_image
 
 URL = "/v1/images/generations"
 OPTIONAL_FIELDS = [
@@ -62,7 +62,7 @@ async def test_response_follows_the_contract(client: httpx.AsyncClient, stub: St
         "output_format": "png",
         "quality": "high",
         "size": "128x64",
-        "data": [{"b64_json": base64.b64encode(picture(spec, 42)).decode(), "seed": 42}],
+        "data": [{"b64_json": base64.b64encode(stub_image(spec, 42)).decode(), "seed": 42}],
         "usage": {
             "total_tokens": 3 + spec.plan_tokens,
             "input_tokens": 3,
@@ -111,7 +111,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, stub: S
             return_plan=True,
             output_format="webp",
             output_compression=80,
-            partial_images=0,  # nobody would see them
+            partial_images=0,  # the client cannot receive them
             model="glm-image",
             embed_prompt=True,
         )
@@ -121,11 +121,11 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, stub: S
 async def test_null_means_absent(client: httpx.AsyncClient, stub: StubEngine) -> None:
     nulls = dict.fromkeys((*OPTIONAL_FIELDS, *UNSUPPORTED))
     without_effect = {"moderation": "low", "style": "vivid", "user": "me", "input_fidelity": "high"}
-    answers = [
+    responses = [
         await client.post(URL, json={"prompt": "a fox", **extra, "seed": 1})
         for extra in ({}, nulls, {**without_effect, "extra_headers": {"x-a": "b"}})
     ]
-    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert [response.status_code for response in responses] == [200, 200, 200]
     assert stub.specs[0] == stub.specs[1] == stub.specs[2]
 
 
@@ -254,7 +254,7 @@ async def test_large_responses_are_complete(
     monkeypatch.setattr("server.responses.images.LARGE_RESPONSE_BYTES", 10)
     body = (await client.post(URL, json={"prompt": "x", "n": 3, "seed": 1})).json()
     assert [base64.b64decode(image["b64_json"]) for image in body["data"]] == [
-        picture(stub.specs[0], seed) for seed in (1, 2, 3)
+        stub_image(stub.specs[0], seed) for seed in (1, 2, 3)
     ]
 
 

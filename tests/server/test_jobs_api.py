@@ -1,4 +1,4 @@
-"""Asynchronous jobs, idempotency keys, and pictures handed out by URL."""
+"""Asynchronous jobs, idempotency keys, and images by URL."""
 
 import asyncio
 import base64
@@ -15,8 +15,8 @@ from server.settings import ServerSettings
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer, MakeClient
 from tests.server.events import events_of
-from tests.server.stub_engine import StubEngine, partial_image, picture
-from tests.server.test_edits import PICTURE, upload
+from tests.server.stub_engine import StubEngine, partial_image, stub_image
+from tests.server.test_edits import IMAGE, upload
 from tests.server.test_errors import error_of
 from tests.waiting import until
 
@@ -29,14 +29,14 @@ def key(value: str) -> dict[str, str]:
 
 
 async def submitted(client: httpx.AsyncClient, headers: dict[str, str] | None = None, **fields: Any) -> str:
-    """The id of a new job."""
+    """Submit a job and return its id."""
     response = await client.post(URL, json={"prompt": "x", **fields}, headers={**ASYNC, **(headers or {})})
     assert response.status_code == 202, response.text
     return response.json()["id"]
 
 
 async def ended(client: httpx.AsyncClient, job_id: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    """The job once it has ended."""
+    """Wait until the job has ended and return it."""
     job: dict[str, Any] = {}
 
     async def has_ended() -> bool:
@@ -64,7 +64,7 @@ class TestJobs:
     async def test_a_job_whose_id_cannot_be_returned_is_discarded(
         self, client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its client would never learn its id. With an idempotency key it would, by asking again."""
+        """The client never learns its id. With an idempotency key it can, by repeating the request."""
         await queue.heartbeat(StubEngine(queue).info, "", 10)
         monkeypatch.setattr(JobQueue, "get", _unavailable)
         response = await client.post(URL, json={"prompt": "x"}, headers=ASYNC)
@@ -100,11 +100,11 @@ class TestJobs:
         }
         async with StubEngine(queue):
             done = await ended(client, job["id"])
-            answer = (await client.post(URL, json=fields)).json()
+            direct = (await client.post(URL, json=fields)).json()
         assert (done["status"], done["position"], done["error"]) == ("succeeded", None, None)
-        assert done["result"].pop("created") <= answer.pop("created")
-        assert done["result"] == answer
-        assert (await client.get(response.headers["location"])).json()["result"]["data"] == answer["data"]
+        assert done["result"].pop("created") <= direct.pop("created")
+        assert done["result"] == direct
+        assert (await client.get(response.headers["location"])).json()["result"]["data"] == direct["data"]
 
     async def test_a_result_stays_after_it_was_fetched(
         self, client: httpx.AsyncClient, stub: StubEngine, redis_client: redis.asyncio.Redis
@@ -115,11 +115,11 @@ class TestJobs:
         assert await redis_client.pttl(result) > 500_000
 
     async def test_edits(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
-        response = await client.post(EDITS, data={"prompt": "x"}, files=upload(("image", PICTURE)), headers=ASYNC)
+        response = await client.post(EDITS, data={"prompt": "x"}, files=upload(("image", IMAGE)), headers=ASYNC)
         assert (response.status_code, response.json()["operation"]) == (202, "edit")
         done = await ended(client, response.json()["id"])
         data = base64.b64decode(done["result"]["data"][0]["b64_json"])
-        assert data == picture(stub.specs[0], stub.specs[0].seed, stub.sources[0])
+        assert data == stub_image(stub.specs[0], stub.specs[0].seed, stub.sources[0])
 
     @pytest.mark.parametrize("prefer", ["respond-async, wait=10", "wait=10;x, Respond-Async", "respond-async;foo=1"])
     async def test_forms_of_the_prefer_header(self, client: httpx.AsyncClient, stub: StubEngine, prefer: str) -> None:
@@ -130,9 +130,7 @@ class TestJobs:
         response = await client.post(URL, json={"prompt": "x"}, headers={"prefer": "return=minimal, respond-asynch"})
         assert response.status_code == 200
 
-    async def test_invalid_requests_are_refused_at_once(
-        self, make_client: MakeClient, queue: JobQueue
-    ) -> None:
+    async def test_invalid_requests_are_refused_at_once(self, make_client: MakeClient, queue: JobQueue) -> None:
         async with make_client() as client:
             assert (await client.post(URL, json={"prompt": "x", "n": 0}, headers=ASYNC)).status_code == 400
             assert (await client.post(URL, json={"prompt": "x"}, headers=ASYNC)).status_code == 503
@@ -191,10 +189,8 @@ class TestJobs:
         await submitted(client)
         await until(lambda: _counted(client, "succeeded"))
 
-    async def test_a_forgotten_job_expires_and_is_counted(
-        self, client: httpx.AsyncClient, queue: JobQueue
-    ) -> None:
-        await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
+    async def test_a_forgotten_job_expires_and_is_counted(self, client: httpx.AsyncClient, queue: JobQueue) -> None:
+        await queue.heartbeat(StubEngine(queue).info, "", 10)  # ready, but claims nothing
         await submitted(client, timeout=0.2)
         await until(lambda: _counted(client, "expired"))
         assert (await queue.stats()).waiting == 0
@@ -281,9 +277,9 @@ class TestIdempotency:
             posts = [
                 client.post(URL, json={"prompt": "x", "num_inference_steps": 1}, headers=key("k")) for _ in range(20)
             ]
-            answers = await asyncio.gather(*posts)
-        assert {answer.status_code for answer in answers} == {200}
-        assert len({answer.content for answer in answers}) == 1
+            responses = await asyncio.gather(*posts)
+        assert {response.status_code for response in responses} == {200}
+        assert len({response.content for response in responses}) == 1
         assert len(stub.specs) == 1
         assert 'glimmer_api_jobs_total{state="succeeded"} 1.0' in (await client.get("/metrics")).text
 
@@ -323,12 +319,10 @@ class TestIdempotency:
         assert len(stub.specs) == 1
 
     async def test_edits(self, client: httpx.AsyncClient, stub: StubEngine) -> None:
-        encoded = f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
-        form = await client.post(EDITS, data={"prompt": "x"}, files=upload(("image", PICTURE)), headers=key("k"))
+        encoded = f"data:image/png;base64,{base64.b64encode(IMAGE).decode()}"
+        form = await client.post(EDITS, data={"prompt": "x"}, files=upload(("image", IMAGE)), headers=key("k"))
         json = await client.post(EDITS, json={"prompt": "x", "image": encoded}, headers=key("k"))
-        other = await client.post(
-            EDITS, data={"prompt": "x"}, files=upload(("image", PICTURE + b"x")), headers=key("k")
-        )
+        other = await client.post(EDITS, data={"prompt": "x"}, files=upload(("image", IMAGE + b"x")), headers=key("k"))
         generation = await client.post(URL, json={"prompt": "x"}, headers=key("k"))
         assert form.content == json.content
         assert [other.status_code, generation.status_code] == [422, 422]
@@ -359,8 +353,8 @@ class TestIdempotency:
             await until(lambda: _running(queue, 1))
             leaving.cancel()
             await asyncio.wait([leaving])
-            answer = await client.post(URL, json=fields, headers=key("k"), timeout=60)
-            assert answer.status_code == 200
+            response = await client.post(URL, json=fields, headers=key("k"), timeout=60)
+            assert response.status_code == 200
         assert len(stub.specs) == 1
 
 
@@ -376,7 +370,7 @@ class TestUrls:
             file = await client.get(image["url"])
             assert (file.status_code, file.headers["content-type"]) == (200, "image/png")
             assert file.headers["cache-control"] == "private, max-age=600, immutable"
-            assert file.content == picture(stub.specs[0], image["seed"])
+            assert file.content == stub_image(stub.specs[0], image["seed"])
         assert data[0]["url"] != data[1]["url"]
 
     @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
@@ -391,8 +385,8 @@ class TestUrls:
     ) -> None:
         headers = {"authorization": "Bearer k"}
         async with make_client(api_key="k") as client:
-            answer = await client.post(URL, json={"prompt": "x", "response_format": "url"}, headers=headers)
-            [image] = answer.json()["data"]
+            response = await client.post(URL, json={"prompt": "x", "response_format": "url"}, headers=headers)
+            [image] = response.json()["data"]
         async with make_client(api_key="k") as replica:
             assert (await replica.get(image["url"])).status_code == 200
 
@@ -411,9 +405,9 @@ class TestUrls:
         self, client: httpx.AsyncClient, stub: StubEngine, redis_client: redis.asyncio.Redis
     ) -> None:
         fields = {"prompt": "x", "response_format": "url"}
-        answers = [await client.post(URL, json=fields, headers=key("k")) for _ in range(2)]
+        responses = [await client.post(URL, json=fields, headers=key("k")) for _ in range(2)]
         job = (await client.post(URL, json=fields, headers={**key("k"), **ASYNC})).json()
-        assert answers[0].json() == answers[1].json() == job["result"] == (await ended(client, job["id"]))["result"]
+        assert responses[0].json() == responses[1].json() == job["result"] == (await ended(client, job["id"]))["result"]
         assert len(await redis_client.keys("glimmer:file:*")) == 1
 
     async def test_the_server_s_default_and_its_public_url(self, make_client: MakeClient, stub: StubEngine) -> None:

@@ -1,4 +1,4 @@
-"""API keys: the file, what becomes of a change in it, and who gets in."""
+"""API keys: the file, changes of it, and which keys are accepted."""
 
 import hmac
 import logging
@@ -113,11 +113,9 @@ class TestRing:
         assert (ring.find("a"), ring.find("b")) == (None, Caller("bob", 3))
         path.write_text("")
         assert ring.find("b") is None
-        assert not ring.open_to_all  # a file without keys lets nobody in
+        assert not ring.open_to_all  # a file without keys accepts no key
 
-    def test_an_invalid_change_is_logged_once_and_ignored(
-        self, path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_an_invalid_change_is_logged_once_and_ignored(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
         ring = KeyRing(ServerSettings(api_keys_file=path))
         path.write_text("[alice")
         assert [ring.find("a") for _ in range(3)] == [Caller("alice")] * 3

@@ -1,4 +1,4 @@
-"""What a key may use: counted once, across replicas, given back where nothing came of it."""
+"""The limits of a key: counted once, across replicas, and refunded if no job results."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -46,7 +46,7 @@ def limits(queue: JobQueue) -> RateLimits:
 
 
 @pytest.fixture
-def door(queue: JobQueue) -> Admission:
+def admission(queue: JobQueue) -> Admission:
     return Admission(queue, RateLimits(queue), 100, AbandonedJobs(queue, Metrics()))
 
 
@@ -58,7 +58,7 @@ async def refusal(limits: RateLimits, caller: Caller, pixel_steps: int = 1) -> A
 
 
 async def used(client: redis.asyncio.Redis) -> tuple[int, int]:
-    """Requests in the minute and pixel-steps of the day that stand against alice."""
+    """Return the requests of the minute and the pixel-steps of the day charged to alice."""
     (quota,) = await client.keys("glimmer:quota:alice:*") or [b""]
     return await client.zcard("glimmer:rate:alice"), int(await client.get(quota) or 0)
 
@@ -75,9 +75,7 @@ class TestRate:
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         assert 55 <= int(refused.headers["retry-after"]) <= 60
 
-    async def test_requests_expire_after_a_minute(
-        self, limits: RateLimits, redis_client: redis.asyncio.Redis
-    ) -> None:
+    async def test_requests_expire_after_a_minute(self, limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
         first = await limits.charge(FAST, 1)
         for _ in range(2):
             await limits.charge(FAST, 1)
@@ -89,8 +87,8 @@ class TestRate:
         assert await redis_client.zscore("glimmer:rate:alice", first.ticket) is None
 
     async def test_a_burst_gets_exactly_the_limit(self, limits: RateLimits) -> None:
-        answers = await asyncio.gather(*(limits.charge(FAST, 1) for _ in range(30)), return_exceptions=True)
-        assert sum(isinstance(answer, ApiError) for answer in answers) == 27
+        responses = await asyncio.gather(*(limits.charge(FAST, 1) for _ in range(30)), return_exceptions=True)
+        assert sum(isinstance(response, ApiError) for response in responses) == 27
 
     async def test_callers_have_separate_limits(self, limits: RateLimits) -> None:
         for _ in range(3):
@@ -155,9 +153,7 @@ async def test_counts_expire(limits: RateLimits, redis_client: redis.asyncio.Red
     assert await redis_client.ttl("glimmer:rate:alice") > 0
 
 
-async def test_callers_without_limits_are_not_counted(
-    limits: RateLimits, redis_client: redis.asyncio.Redis
-) -> None:
+async def test_callers_without_limits_are_not_counted(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
     for caller in (ANONYMOUS, Caller("alice", max_concurrent=1)):
         charge = await limits.charge(caller, 10**9)
         assert charge.headers == {}
@@ -165,9 +161,7 @@ async def test_callers_without_limits_are_not_counted(
     assert await redis_client.keys() == []
 
 
-async def test_scripts_are_loaded_again_after_a_flush(
-    limits: RateLimits, redis_client: redis.asyncio.Redis
-) -> None:
+async def test_scripts_are_loaded_again_after_a_flush(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
     charge = await limits.charge(BOTH, 1)
     await redis_client.script_flush()
     await limits.charge(BOTH, 1)
@@ -193,65 +187,71 @@ class TestAdmission:
     async def test_a_job_refused_by_the_queue_is_refunded(
         self, queue: JobQueue, redis_client: redis.asyncio.Redis
     ) -> None:
-        door = Admission(queue, RateLimits(queue), 0, AbandonedJobs(queue, Metrics()))
-        charge = await door.charge(Caller("alice", None, 2, 10 * STEPS), SPEC)
+        admission = Admission(queue, RateLimits(queue), 0, AbandonedJobs(queue, Metrics()))
+        charge = await admission.charge(Caller("alice", None, 2, 10 * STEPS), SPEC)
         assert await used(redis_client) == (1, STEPS)
         with pytest.raises(ApiError, match="queue is full"):
-            await door.submit(SPEC, 9.0, "batch", charge)
+            await admission.submit(SPEC, 9.0, "batch", charge)
         assert await used(redis_client) == (0, 0)
 
-    async def test_concurrent_jobs(self, door: Admission, queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
+    async def test_concurrent_jobs(
+        self, admission: Admission, queue: JobQueue, redis_client: redis.asyncio.Redis
+    ) -> None:
         alice = Caller("alice", 2, 9, 100 * STEPS)
-        jobs = [await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC)) for _ in range(2)]
-        charge = await door.charge(alice, SPEC)
+        jobs = [await admission.submit(SPEC, 9.0, "batch", await admission.charge(alice, SPEC)) for _ in range(2)]
+        charge = await admission.charge(alice, SPEC)
         with pytest.raises(ApiError, match="2 jobs waiting and running") as refused:
-            await door.submit(SPEC, 9.0, "batch", charge)
+            await admission.submit(SPEC, 9.0, "batch", charge)
         assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
         assert int(refused.value.headers["retry-after"]) >= 1
         assert await used(redis_client) == (2, 2 * STEPS)
-        await door.submit(SPEC, 9.0, "batch", await door.charge(Caller("bob", 1), SPEC))
+        await admission.submit(SPEC, 9.0, "batch", await admission.charge(Caller("bob", 1), SPEC))
         await queue.cancel(jobs[0].job_id)
-        await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC))
+        await admission.submit(SPEC, 9.0, "batch", await admission.charge(alice, SPEC))
 
-    async def test_a_repeated_request_is_not_charged(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
+    async def test_a_repeated_request_is_not_charged(
+        self, admission: Admission, redis_client: redis.asyncio.Redis
+    ) -> None:
         alice, again = Caller("alice", 1, 5, 100 * STEPS), Idempotency("once", "f1")
-        assert await door.find_by_idempotency_key(alice, again) is None
-        first = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
+        assert await admission.find_by_idempotency_key(alice, again) is None
+        first = await admission.submit(SPEC, 9.0, "batch", await admission.charge(alice, SPEC), idempotency=again)
         assert not first.attached
-        # Whether it was looked for before or only found by the submit: at the limit of jobs at once, too.
-        assert await door.find_by_idempotency_key(alice, again) == first.job_id
-        second = await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
+        # Both when found before and when found by the submit, also at the limit of concurrent jobs.
+        assert await admission.find_by_idempotency_key(alice, again) == first.job_id
+        second = await admission.submit(SPEC, 9.0, "batch", await admission.charge(alice, SPEC), idempotency=again)
         assert (second.job_id, second.attached) == (first.job_id, True)
         assert await used(redis_client) == (1, STEPS)
 
-    async def test_a_burst_of_one_key_is_one_job(self, door: Admission, redis_client: redis.asyncio.Redis) -> None:
+    async def test_a_burst_of_one_key_is_one_job(self, admission: Admission, redis_client: redis.asyncio.Redis) -> None:
         alice, again = Caller("alice", None, 50, 100 * STEPS), Idempotency("once", "f1")
 
         async def post() -> str:
-            charge = await door.charge(alice, SPEC)
-            return (await door.submit(SPEC, 9.0, "batch", charge, idempotency=again)).job_id
+            charge = await admission.charge(alice, SPEC)
+            return (await admission.submit(SPEC, 9.0, "batch", charge, idempotency=again)).job_id
 
         assert len(set(await asyncio.gather(*(post() for _ in range(20))))) == 1
         assert await used(redis_client) == (1, STEPS)
 
     async def test_a_key_with_another_request_is_refused(
-        self, door: Admission, redis_client: redis.asyncio.Redis
+        self, admission: Admission, redis_client: redis.asyncio.Redis
     ) -> None:
         alice = Caller("alice", None, 5, 100 * STEPS)
-        await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=Idempotency("once", "f1"))
+        await admission.submit(
+            SPEC, 9.0, "batch", await admission.charge(alice, SPEC), idempotency=Idempotency("once", "f1")
+        )
         other = Idempotency("once", "f2")
         with pytest.raises(ApiError, match="Idempotency-Key") as looked:
-            await door.find_by_idempotency_key(alice, other)
-        charge = await door.charge(alice, SPEC)
+            await admission.find_by_idempotency_key(alice, other)
+        charge = await admission.charge(alice, SPEC)
         with pytest.raises(ApiError, match="Idempotency-Key") as refused:
-            await door.submit(SPEC, 9.0, "batch", charge, idempotency=other)
+            await admission.submit(SPEC, 9.0, "batch", charge, idempotency=other)
         for error in (looked.value, refused.value):
             assert (error.status, error.code) == (422, "idempotency_key_reused")
         assert await used(redis_client) == (1, STEPS)
-        # It is another key when it is another caller's.
+        # Equal keys of different callers are different keys.
         bob = Caller("bob")
-        assert await door.find_by_idempotency_key(bob, other) is None
-        await door.submit(SPEC, 9.0, "batch", await door.charge(bob, SPEC), idempotency=other)
+        assert await admission.find_by_idempotency_key(bob, other) is None
+        await admission.submit(SPEC, 9.0, "batch", await admission.charge(bob, SPEC), idempotency=other)
 
     @pytest.mark.parametrize("again", [None, Idempotency("once", "f1")])
     async def test_a_job_with_an_idempotency_key_is_not_discarded(
@@ -261,7 +261,7 @@ class TestAdmission:
         monkeypatch: pytest.MonkeyPatch,
         again: Idempotency | None,
     ) -> None:
-        """A job that is withdrawn costs nothing, one that is not costs what it costs, once."""
+        """A discarded job is refunded, any other is charged once."""
         alice, submit = Caller("alice", None, 5, 100 * STEPS), queue.submit
 
         async def no_answer(*args: object, **kwargs: object) -> None:
@@ -270,22 +270,24 @@ class TestAdmission:
 
         monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.5)
         abandoned_jobs = AbandonedJobs(queue, Metrics())
-        door = Admission(queue, RateLimits(queue), 100, abandoned_jobs)
+        admission = Admission(queue, RateLimits(queue), 100, abandoned_jobs)
         with monkeypatch.context() as patch:
             patch.setattr(queue, "submit", no_answer)
             with pytest.raises(QueueUnavailable):
-                await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)
+                await admission.submit(SPEC, 9.0, "batch", await admission.charge(alice, SPEC), idempotency=again)
         await abandoned_jobs.close()
         assert (await queue.stats()).waiting == (0 if again is None else 1)
         assert await used(redis_client) == ((0, 0) if again is None else (1, STEPS))
         if again is not None:
-            assert (await door.submit(SPEC, 9.0, "batch", await door.charge(alice, SPEC), idempotency=again)).attached
+            assert (
+                await admission.submit(SPEC, 9.0, "batch", await admission.charge(alice, SPEC), idempotency=again)
+            ).attached
             assert await used(redis_client) == (1, STEPS)
 
 
 @asynccontextmanager
 async def replica(url: str, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    """An API process' app, with a Redis client of its own."""
+    """Open another replica of the API with its own Redis client."""
     app = create_app(ServerSettings(redis_url=url, **settings))  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app)
     async with (
@@ -300,11 +302,11 @@ async def test_replicas_share_the_limits(redis_server: EmbeddedRedis, stub: Stub
     path.write_text(table("alice", "a", requests_per_minute=2))
     async with AsyncExitStack() as stack:
         one, two = [await stack.enter_async_context(replica(redis_server.url, api_keys_file=path)) for _ in range(2)]
-        answers = [await client.post(URL, json={"prompt": "x"}) for client in (one, two, one, two)]
+        responses = [await client.post(URL, json={"prompt": "x"}) for client in (one, two, one, two)]
         models = await one.get("/v1/models")
-    assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
-    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0", "0"]
-    assert {error_of(answer)["code"] for answer in answers[2:]} == {"rate_limit_exceeded"}
+    assert [response.status_code for response in responses] == [200, 200, 429, 429]
+    assert [response.headers["x-ratelimit-remaining-requests"] for response in responses] == ["1", "0", "0", "0"]
+    assert {error_of(response)["code"] for response in responses[2:]} == {"rate_limit_exceeded"}
     assert models.status_code == 200  # only jobs are counted
 
 
@@ -319,7 +321,7 @@ async def test_the_headers_are_on_errors_after_the_charge(
     assert full.status_code == 429
     assert full.headers["x-ratelimit-limit-requests"] == "9"
     assert int(full.headers["retry-after"]) > 0
-    assert "x-ratelimit-limit-requests" not in wrong.headers  # it was never counted
+    assert "x-ratelimit-limit-requests" not in wrong.headers  # the request was not counted
 
 
 async def test_without_redis_it_is_503(tmp_path: Path) -> None:
@@ -332,7 +334,7 @@ async def test_without_redis_it_is_503(tmp_path: Path) -> None:
             async with StubEngine(queue):
                 assert (await asking.post(URL, json={"prompt": "x"})).status_code == 200
                 kill(server)
-            # The engines are still known from the last look, so it is the charge that finds Redis away.
+            # The list of engines is cached, so the charge is the first call to fail.
             response = await asking.post(URL, json={"prompt": "x"})
         await queue.close()
         await client.aclose()
@@ -362,8 +364,8 @@ class TestOfficialSdk:
                 await client.images.generate(prompt="x")
         assert unknown.value.code == "invalid_api_key"
         async with self.client(server, "f") as client:
-            answer = await client.images.with_raw_response.generate(prompt="x")
-            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+            response = await client.images.with_raw_response.generate(prompt="x")
+            assert response.headers["x-ratelimit-remaining-requests"] == "0"
             with pytest.raises(openai.RateLimitError) as fast:
                 await client.images.generate(prompt="x")
         assert fast.value.code == "rate_limit_exceeded"

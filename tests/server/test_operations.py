@@ -1,4 +1,4 @@
-"""/health, /live, /metrics, the logs, and what importing the API brings in."""
+"""/health, /live, /metrics, logs, OpenAPI, and what importing the API loads."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ async def test_health_without_an_engine(client: httpx.AsyncClient) -> None:
 
 
 async def test_health_with_a_full_queue(make_client: MakeClient, queue: JobQueue) -> None:
-    await queue.heartbeat(StubEngine(queue).info, "", 10)  # it says it is ready and takes nothing
+    await queue.heartbeat(StubEngine(queue).info, "", 10)  # ready, but claims nothing
     async with make_client(max_queue=1) as client:
         assert (await client.get("/health")).status_code == 200
         await queue.submit(JobSpec("x", 64, 64, 1), job_id="a", timeout_s=9, priority="batch", max_queue=1)
@@ -60,7 +60,7 @@ async def test_health_with_a_full_queue(make_client: MakeClient, queue: JobQueue
 
 
 def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """All samples of an exposition, after checking that no family and no sample comes twice."""
+    """Return all samples of an exposition, after checking that families and samples are unique."""
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
     found = [(sample.name, frozenset(sample.labels.items()), sample.value) for f in families for sample in f.samples]
@@ -129,7 +129,7 @@ async def test_no_prompt_and_no_image_in_the_logs(
     caplog.set_level(logging.DEBUG)
     secret = "tell-no-one"
     fields = {"prompt": secret, "negative_prompt": secret, "user": secret, "safety_identifier": secret}
-    answer = await client.post(URL, json=fields, headers={"x-request-id": "request-7"})
+    response = await client.post(URL, json=fields, headers={"x-request-id": "request-7"})
     await client.post(URL, json={**fields, "n": secret})
     await client.post(URL, json={secret: secret})
     await client.get(f"/{secret}")
@@ -138,7 +138,7 @@ async def test_no_prompt_and_no_image_in_the_logs(
     lines = [f"{record.getMessage()} {record.exc_text}" for record in caplog.records]
     glimmer = [record.getMessage() for record in caplog.records if record.name.startswith("glimmer")]
     assert not any(secret in line for line in lines if not line.startswith("HTTP Request:"))  # httpx logs the URL
-    assert not any(answer.json()["data"][0]["b64_json"][:40] in line for line in lines)
+    assert not any(response.json()["data"][0]["b64_json"][:40] in line for line in lines)
     assert any(
         re.match("request request=request-7 job=job_[0-9a-f]+ method=POST route=/v1/im", line) for line in glimmer
     )
@@ -193,8 +193,8 @@ class TestLogLines:
 
         await asyncio.create_task(with_ids())
         await tell("outside")
-        told = {record.getMessage() for record in caplog.records if record.name == "t"}
-        assert told == {"inside request=r job=j n=1", "in_thread request=r job=j n=1", "outside n=1"}
+        lines = {record.getMessage() for record in caplog.records if record.name == "t"}
+        assert lines == {"inside request=r job=j n=1", "in_thread request=r job=j n=1", "outside n=1"}
 
     def test_ambiguous_values_are_quoted(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
@@ -261,9 +261,9 @@ async def test_openapi_describes_both_bodies_of_an_edit(client: httpx.AsyncClien
         "application/json": "EditRequest",
     }
     form, json = schemas["EditForm"], schemas["EditRequest"]
-    pictures = {"image", "images", "image[]", "mask"}
-    assert set(json["properties"]) - pictures == set(schemas["GenerationRequest"]["properties"])
-    assert set(form["properties"]) - pictures == set(schemas["GenerationRequest"]["properties"])
+    files = {"image", "images", "image[]", "mask"}
+    assert set(json["properties"]) - files == set(schemas["GenerationRequest"]["properties"])
+    assert set(form["properties"]) - files == set(schemas["GenerationRequest"]["properties"])
     assert form["properties"]["n"] == {
         "type": "integer",
         "minimum": 1,

@@ -1,5 +1,4 @@
-"""The files of the playground and of the API reference as they are served. What they do in a browser is in
-`tests.browser`."""
+"""The files of the playground and of the API reference as they are served. `tests.browser` tests them in a browser."""
 
 import re
 from html.parser import HTMLParser
@@ -15,11 +14,11 @@ PAGES = {"/": "index.html", "/docs": "reference.html"}
 PARTS = sorted(path.name for path in FOLDER.iterdir() if path.name not in PAGES.values())
 ADDRESSES = [*PAGES, *(f"/playground/{name}" for name in PARTS)]
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-SVG_NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # a name, not an address that anything loads
+SVG_NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # a name that is never loaded
 
 
 class Elements(HTMLParser):
-    """Every tag of a page with its attributes."""
+    """Collects every tag with its attributes."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -36,26 +35,26 @@ def elements(name: str) -> list[tuple[str, dict[str, str | None]]]:
 
 @pytest.mark.parametrize("address", ADDRESSES)
 async def test_files(client: httpx.AsyncClient, address: str) -> None:
-    answer = await client.get(address)
+    response = await client.get(address)
     name = PAGES.get(address) or address.rpartition("/")[2]
-    assert (answer.status_code, answer.content) == (200, (FOLDER / name).read_bytes())
-    assert answer.headers["content-type"].startswith(KINDS[name.rpartition(".")[2]])
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["referrer-policy"] == "no-referrer"
-    assert answer.headers["cache-control"] == "no-cache"
-    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert (response.status_code, response.content) == (200, (FOLDER / name).read_bytes())
+    assert response.headers["content-type"].startswith(KINDS[name.rpartition(".")[2]])
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["cache-control"] == "no-cache"
+    policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
     assert policy["frame-ancestors"] == "'none'"
     assert set(" ".join(policy.values()).split()) <= {"'none'", "'self'", "blob:", "'script'"}
-    unchanged = await client.get(address, headers={"if-none-match": answer.headers["etag"]})
+    unchanged = await client.get(address, headers={"if-none-match": response.headers["etag"]})
     assert (unchanged.status_code, unchanged.content) == (304, b"")
-    assert unchanged.headers["content-security-policy"] == answer.headers["content-security-policy"]
+    assert unchanged.headers["content-security-policy"] == response.headers["content-security-policy"]
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2Fapp.py", "%2e%2e%2fapp.py", "index.htm", "__init__.py"])
 async def test_other_files_are_not_served(client: httpx.AsyncClient, name: str) -> None:
-    answer = await client.get(f"/playground/{name}")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    response = await client.get(f"/playground/{name}")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
 async def test_the_pages_need_no_key(make_client: MakeClient) -> None:
@@ -77,7 +76,7 @@ def test_nothing_is_loaded_from_other_servers(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES.values())
 async def test_references_of_a_page_exist(client: httpx.AsyncClient, name: str) -> None:
-    """Relative to the page, so that a proxy may have it all in a folder."""
+    """References are relative to the page, so that a proxy may serve all of it in a folder."""
     used = {attributes.get("src") or attributes.get("href") or "" for _, attributes in elements(name)} - {""}
     assert used
     for address in used:
@@ -93,7 +92,7 @@ def test_every_file_is_used() -> None:
 
 @pytest.mark.parametrize("name", PAGES.values())
 def test_a_page_obeys_its_policy(name: str) -> None:
-    """Nothing inline: the policy would block it, and only a browser would say so."""
+    """No inline scripts or styles: the policy would block them, visibly only in a browser."""
     for tag, attributes in elements(name):
         assert tag not in ("style", "base", "iframe", "object")
         assert tag != "script" or attributes["src"]
@@ -107,6 +106,6 @@ def test_every_control_is_a_field_of_the_api_and_has_a_label() -> None:
     assert len(controls) >= 12
     for control in controls:
         assert control["id"] in labelled
-        # An error names a field by its name, and the page finds it by its id.
+        # The page finds the field of an error by its id.
         assert control.get("name", control["id"]) == control["id"]
         assert control["id"] in {*EditRequest.model_fields, "key"}

@@ -1,7 +1,7 @@
-"""A Redis that refuses, dies, or does not answer, seen over HTTP, with a worker and its engine on the other side.
+"""A Redis that refuses, dies, or does not respond, seen over HTTP, with a worker and its engine.
 
-Whatever it is: a new request hears soon that it should come back, what runs goes on, and whoever waits for it gets the
-picture of an undisturbed run once Redis is back.
+In every case new requests are refused quickly, running jobs continue, and waiting clients get the image of an
+undisturbed run once Redis is back.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ LONG = {"prompt": 'a poster "HELLO"', "size": "128x128", "seed": 3, "num_inferen
 
 @dataclass
 class Site:
-    """API and engine share a link to a Redis of their own; `direct` is another way to it."""
+    """API and engine, which share a link to their own Redis; `direct` is a separate connection to it."""
 
     server: EmbeddedRedis
     direct: redis.asyncio.Redis
@@ -107,21 +107,21 @@ async def test_new_jobs_are_refused_and_running_jobs_complete(
     health = (await site.http.get("/health")).json()
     assert (health["status"], "refuses writes" in health["reason"]) == ("unavailable", trouble in REPAIRS)
     assert 1 <= int(refused.headers["retry-after"]) <= 10
-    await until(lambda: site.engine.is_idle, seconds=60)  # the work went on
+    await until(lambda: site.engine.is_idle, seconds=60)  # the job went on
     assert not posted.done()
     await site.end(trouble)
-    answer = await asyncio.wait_for(posted, 60)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["data"] == undisturbed.json()["data"]
+    response = await asyncio.wait_for(posted, 60)
+    assert response.status_code == 200, response.text
+    assert response.json()["data"] == undisturbed.json()["data"]
     await _accepts_jobs_again(site)
     assert await site.queue.stats() == QueueStats(0, 0)
 
 
 async def _accepts_jobs_again(site: Site) -> None:
     async with asyncio.timeout(60):
-        while (answer := await site.post({"prompt": "later", "num_inference_steps": 1})).status_code == 503:  # noqa: ASYNC110
+        while (response := await site.post({"prompt": "later", "num_inference_steps": 1})).status_code == 503:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
 
 
 async def test_a_slow_redis_only_delays(site: Site) -> None:
@@ -133,7 +133,7 @@ async def test_a_slow_redis_only_delays(site: Site) -> None:
 
 
 async def test_a_submit_that_times_out_leaves_no_job(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client has been told to come back, and will."""
+    """Its client will retry."""
     await site.post({"prompt": "x", "num_inference_steps": 1})
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.2)
     site.link.delay_s = 0.3

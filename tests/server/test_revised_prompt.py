@@ -1,4 +1,4 @@
-"""What the routes make of the prompt rewriter: when it is asked, and that the answer says what was drawn instead."""
+"""The routes and the prompt rewriter: when it is used, and the revised prompt in responses."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 from tests.server.conftest import MakeClient
 from tests.server.events import events_of
 from tests.server.stub_engine import StubEngine
-from tests.server.test_edits import PICTURE, upload
+from tests.server.test_edits import IMAGE, upload
 from tests.server.test_jobs_api import ASYNC, ended, key
 from tests.server.test_rewriter import PROMPT, RICH, Endpoint, completion, serving
 
@@ -48,7 +48,7 @@ async def test_the_prompt_stays_as_it_is(
 async def test_an_edit_is_rewritten_only_on_request(make_client: MakeClient, stub: StubEngine) -> None:
     async with serving(Endpoint(completion(RICH))) as endpoint, make_client(prompt_rewriter=endpoint.url) as client:
         answers = [
-            await client.post(EDITS, data={"prompt": PROMPT, **fields}, files=upload(("image", PICTURE)))
+            await client.post(EDITS, data={"prompt": PROMPT, **fields}, files=upload(("image", IMAGE)))
             for fields in ({}, {"rewrite_prompt": "true"})
         ]
     assert [answer.json()["data"][0].get("revised_prompt") for answer in answers] == [None, RICH]

@@ -1,4 +1,4 @@
-"""The prompt rewriter against a real HTTP endpoint: what it asks, what it takes for an answer, that it never harms."""
+"""The prompt rewriter with a real HTTP endpoint: its requests, the responses it accepts, and its failures."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ def completion(text: object) -> bytes:
 
 
 class Endpoint:
-    """A chat endpoint that gives one answer, `delay_s` after the question; for ever if `endless`."""
+    """A chat endpoint that sends one response, `delay_s` after the request; forever if `endless`."""
 
     def __init__(self, answer: bytes, *, delay_s: float = 0.0, endless: bool = False):
         self._answer, self._delay_s, self._endless = answer, delay_s, endless
@@ -66,7 +66,7 @@ async def asking(url: str, metrics: Metrics | None = None, **settings: str) -> A
 
 
 async def outcome_of(answer: bytes, prompt: str = PROMPT, **how: float | bool) -> tuple[str | None, str]:
-    """What the rewriter makes of an endpoint's answer, and what it counts that as."""
+    """Return the rewritten prompt for an endpoint's response, and the outcome that is counted."""
     metrics = Metrics()
     async with serving(Endpoint(answer, **how)) as endpoint, asking(endpoint.url, metrics) as opened:  # type: ignore[arg-type]
         rewritten = await opened.rewrite(prompt)
@@ -165,7 +165,7 @@ async def test_a_slow_endpoint_times_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 async def test_an_endless_response_is_cut_off() -> None:
     head = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
-    async with asyncio.timeout(4):  # before the time is up
+    async with asyncio.timeout(4):  # before the timeout
         assert await outcome_of(head, endless=True) == (None, "failed")
 
 

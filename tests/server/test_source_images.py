@@ -1,4 +1,4 @@
-"""What is uploaded for an edit: the right picture comes of it, or a clear refusal, at little cost."""
+"""Uploads for an edit: the correct source image or a clear error, at little cost."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from PIL.Image import Transpose
 
 from engine.geometry import edit_size, source_tokens
 from server.errors import ApiError
-from server.requests import images as pictures
+from server.requests import images as request_images
 from server.requests.images import EditInput, prepare
 from tests.server.image_files import (
     animation,
@@ -32,12 +32,12 @@ def prepared(*images: bytes, mask: bytes | None = None, size: tuple[int, int] | 
 
 
 def source(file: bytes) -> Image.Image:
-    """The picture that an engine gets."""
+    """Return the image that an engine gets."""
     edit = prepared(file)
     [sent] = edit.source_images.files
-    picture = opened(sent)
-    assert (picture.format, picture.mode, picture.info) == ("PNG", "RGB", {})
-    return picture
+    image = opened(sent)
+    assert (image.format, image.mode, image.info) == ("PNG", "RGB", {})
+    return image
 
 
 def refusal(*images: bytes, mask: bytes | None = None) -> ApiError:
@@ -50,9 +50,9 @@ def refusal(*images: bytes, mask: bytes | None = None) -> ApiError:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_every_format(kind: str) -> None:
-    picture = source(file_of(plain(), kind))
-    assert picture.size == (96, 64)
-    assert all(abs(is_ - was) < 8 for is_, was in zip(picture.getpixel((50, 30)), (200, 30, 40), strict=True))  # type: ignore[arg-type]
+    image = source(file_of(plain(), kind))
+    assert image.size == (96, 64)
+    assert all(abs(is_ - was) < 8 for is_, was in zip(image.getpixel((50, 30)), (200, 30, 40), strict=True))  # type: ignore[arg-type]
 
 
 def test_a_png_keeps_every_pixel() -> None:
@@ -192,7 +192,7 @@ def test_shapes_that_cannot_be_edited(size: tuple[int, int]) -> None:
 
 
 def test_the_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 96 * 64)
+    monkeypatch.setattr(request_images, "MAX_PIXELS", 96 * 64)
     assert prepared(file_of(plain(96, 64))).size == (96, 64)
     assert "96x65" in refusal(file_of(plain(96, 65))).message
 
@@ -224,7 +224,7 @@ except ApiError as error:
 
 @pytest.mark.parametrize("bomb", ["PNG", "JPEG", "WEBP", "text"])
 def test_decompression_bombs_are_refused(bomb: str, tmp_path: Path) -> None:
-    """In a process of its own, which tells how much time and memory it took."""
+    """Runs in its own process, which reports its time and memory."""
     path = tmp_path / "bomb"
     path.write_bytes(text_bomb() if bomb == "text" else pixel_bomb(bomb))
     assert path.stat().st_size < 300_000
@@ -253,10 +253,10 @@ class TestMasks:
         assert overlay.convert("RGB").tobytes() == patterned().tobytes()
 
     def test_the_mask_is_fitted_like_the_image(self) -> None:
-        picture, alpha = plain(200, 100, colour=(0, 0, 255)), plain(200, 100, colour=0, mode="L")
-        picture.paste((255, 0, 0), (100, 0, 200, 100))
+        image, alpha = plain(200, 100, colour=(0, 0, 255)), plain(200, 100, colour=0, mode="L")
+        image.paste((255, 0, 0), (100, 0, 200, 100))
         alpha.paste(255, (100, 0, 200, 100))
-        found = prepare([file_of(picture)], self.mask(alpha), (64, 64), MAX_PIXELS)
+        found = prepare([file_of(image)], self.mask(alpha), (64, 64), MAX_PIXELS)
         assert found.source_images.overlay is not None
         overlay = opened(found.source_images.overlay)
         assert overlay.size == (64, 64)
@@ -282,7 +282,7 @@ class TestMasks:
             file_of(plain(colour=(0, 0, 0, 0), mode="RGBA"), "WEBP"),
             file_of(plain(95, 64, colour=(0, 0, 0, 0), mode="RGBA")),
             file_of(plain(colour=(0, 0, 0, 0), mode="RGBA"))[:60],
-            b"no picture",
+            b"not an image",
             chunk(b"IHDR", b""),
         ],
         ids=range(6),

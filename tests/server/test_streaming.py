@@ -21,8 +21,8 @@ from tests.job_queue import JobQueue
 from tests.jobs.helpers import submit
 from tests.server.conftest import LiveServer, MakeClient
 from tests.server.events import events_of
-from tests.server.stub_engine import StubEngine, partial_image, picture, plan_for
-from tests.server.test_edits import PICTURE, upload
+from tests.server.stub_engine import StubEngine, partial_image, plan_for, stub_image
+from tests.server.test_edits import IMAGE, upload
 from tests.server.test_errors import error_of
 from tests.waiting import until
 
@@ -40,7 +40,7 @@ async def test_events_follow_the_contract(client: httpx.AsyncClient, stub: StubE
     fields |= {"stream": True, "partial_images": 2}
     if operation == "image_edit":
         form = {name: str(value).lower() for name, value in fields.items()}
-        response = await client.post(EDITS, data=form, files=upload(("image", PICTURE)))
+        response = await client.post(EDITS, data=form, files=upload(("image", IMAGE)))
     else:
         response = await client.post(URL, json=fields)
     events = events_of(response)
@@ -62,7 +62,7 @@ async def test_events_follow_the_contract(client: httpx.AsyncClient, stub: StubE
     assert events.of(f"{operation}.completed") == [
         {
             "type": f"{operation}.completed",
-            "b64_json": encoded(picture(spec, 42, sources)),
+            "b64_json": encoded(stub_image(spec, 42, sources)),
             "seed": 42,
             "usage": {
                 "total_tokens": words + image_tokens + spec.plan_tokens,
@@ -84,7 +84,7 @@ async def test_several_images_of_a_request(client: httpx.AsyncClient, stub: Stub
     assert [data["image_index"] for data in partials] == [0, 1, 2]
     assert [data["b64_json"] for data in partials] == [encoded(partial_image(spec, i, 0).data) for i in range(3)]
     assert [(data["image_index"], data["seed"]) for data in completed] == [(0, 5), (1, 6), (2, 7)]
-    assert [data["b64_json"] for data in completed] == [encoded(picture(spec, seed)) for seed in (5, 6, 7)]
+    assert [data["b64_json"] for data in completed] == [encoded(stub_image(spec, seed)) for seed in (5, 6, 7)]
     whole = (await client.post(URL, json={**fields, "stream": False})).json()["usage"]
     for count in ("total_tokens", "input_tokens", "output_tokens"):
         assert sum(data["usage"][count] for data in completed) == whole[count]
@@ -223,7 +223,7 @@ async def _nothing_remains(queue: JobQueue) -> bool:
 
 
 async def test_disconnecting_before_the_first_event(live_server: LiveServer, queue: JobQueue) -> None:
-    """Nothing is sent while the job waits: the leaving has to be seen all the same."""
+    """Nothing is sent while the job waits, but the disconnect must be noticed."""
     await queue.heartbeat(StubEngine(queue).info, "", 60)
     host, port = live_server.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
@@ -284,16 +284,16 @@ async def test_partial_images_are_made_only_for_streams_and_jobs(client: httpx.A
 
 
 async def test_partial_images_come_before_the_end(queue: JobQueue, stub: StubEngine) -> None:
-    """What the stream relies on."""
+    """Streams rely on this."""
     job_id = await submit(queue, partial_images=3, n=2)
-    told = [happened async for happened in queue.follow(job_id)]
-    partials = [(happened.index, happened.image) for happened in told if isinstance(happened, PartialImage)]
+    updates = [update async for update in queue.follow(job_id)]
+    partials = [(update.index, update.image) for update in updates if isinstance(update, PartialImage)]
     assert partials == [(index, image) for index in range(3) for image in range(2)]
-    assert isinstance(told[-1], JobRecord)
+    assert isinstance(updates[-1], JobRecord)
 
 
 async def test_the_result_is_freed_even_after_a_disconnect() -> None:
-    """It would be kept for ten minutes otherwise, for nobody."""
+    """Otherwise it would be kept for ten minutes."""
     let_go: list[str] = []
 
     async def endless() -> AsyncGenerator[bytes]:

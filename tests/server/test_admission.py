@@ -16,6 +16,7 @@ from engine.errors import QueueUnavailable
 from engine.jobs import connection
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.follower import JobFollower
 from engine.jobs.job import EngineInfo, JobRecord, JobSpec, SourceImages
 from server import redis_timeout
 from server.admission import abandoned_jobs
@@ -122,15 +123,15 @@ async def test_stopped_redis_is_503_quickly_and_recovers(tmp_path: Path) -> None
 
 
 async def test_redis_dying_when_a_job_completes_only_delays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with client_of_own_redis(tmp_path) as (server, queue, client):
-        wait = queue.wait
+    async with client_of_own_redis(tmp_path) as (server, _, client):
+        wait = JobFollower.wait
 
-        async def wait_then_die(job_id: str) -> JobRecord:
-            record = await wait(job_id)
+        async def wait_then_die(self: JobFollower) -> JobRecord:
+            record = await wait(self)
             kill(server)
             return record
 
-        monkeypatch.setattr(queue, "wait", wait_then_die)
+        monkeypatch.setattr(JobFollower, "wait", wait_then_die)
         posted = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
         await until(lambda: not server.alive)
         await asyncio.sleep(0.5)

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobError, JobRecord, JobSpec
 from server.requests.schemas import UNSUPPORTED
 from server.requests.validation import STEPS_BY_QUALITY
@@ -298,13 +299,13 @@ async def test_the_deadline_ends_a_request(client: httpx.AsyncClient, queue: Job
 async def test_a_job_cancelled_by_another_client(
     client: httpx.AsyncClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = queue.wait
+    wait = JobFollower.wait
 
-    async def cancelled(job_id: str) -> JobRecord:
-        await queue.cancel(job_id)
-        return await wait(job_id)
+    async def cancelled(self: JobFollower) -> JobRecord:
+        await queue.cancel(self._job_id)
+        return await wait(self)
 
-    monkeypatch.setattr(queue, "wait", cancelled)
+    monkeypatch.setattr(JobFollower, "wait", cancelled)
     async with StubEngine(queue, step_s=10):
         response = await client.post(URL, json={"prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (409, "job_cancelled")

@@ -1,4 +1,4 @@
-"""Loading of weights: safetensors only (never pickle), single files or shards, straight to device and dtype."""
+"""Loading of weights: safetensors only, never pickle."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -15,15 +15,15 @@ from models.errors import CheckpointError
 from models.json_files import read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-FINGERPRINT_CHUNK = 1 << 24  # values summed at once; each takes 16 bytes
-MAX_LISTED_KEYS = 5  # of a kind, in an error message
+FINGERPRINT_CHUNK = 1 << 24  # values, 16 bytes each
+MAX_LISTED_KEYS = 5
 
 
 def find_checkpoint(model: str) -> Path:
-    """Return the folder `model`, or the snapshot of the hub id `model`.
+    """Return a folder, or a hub id's snapshot.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be downloaded.
+        CheckpointError: neither a folder nor downloadable.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -53,13 +53,10 @@ def load_weights(
     device: torch.device,
     rename: Callable[[str], str | None] = lambda key: key,
 ) -> None:
-    """Fill `module`, built on the meta device, with the weights in `folder`.
-
-    Args:
-        rename: maps a key of the files to one of the module; None skips the tensor.
+    """Fill `module`, built on the meta device; `rename` maps a file's keys, None skips.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen keys, or unreadable files; the message names them.
+        CheckpointError: missing, unexpected or misshapen keys, or unreadable files.
     """
     wanted = dict(module.state_dict(keep_vars=True))
     loaded: dict[str, torch.Tensor] = {}
@@ -85,10 +82,7 @@ def load_weights(
 
 
 def _sums(tensor: torch.Tensor) -> list[int]:
-    """Return sums of a tensor's bits as integers, weighted by position.
-
-    They are computed on the tensor's device and wrap at 64 bits, so that the order of summation does not matter.
-    """
+    """Sum a tensor's bits by position, modulo 2**64: the same in any order."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     sums = []
     for part in tensor.flatten().view(integers).split(FINGERPRINT_CHUNK):
@@ -98,7 +92,6 @@ def _sums(tensor: torch.Tensor) -> list[int]:
 
 
 def _tensors(folder: Path, device: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Yield every key in the folder's safetensors files, with a function that reads its tensor."""
     files = _files(folder)
     with tqdm(
         total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc=folder.name, disable=None
@@ -129,7 +122,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _fill_ties(wanted: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
-    """Fill keys that share a parameter with another one: the files have only one of them."""
+    """Fill keys that share a parameter, of which files have one."""
     by_parameter = {id(wanted[name]): tensor for name, tensor in loaded.items()}
     for name, parameter in wanted.items():
         if name not in loaded and id(parameter) in by_parameter:

@@ -1,13 +1,13 @@
-"""Errors of checkpoints and of model inputs."""
+"""Errors of checkpoints and, for clients, of inputs."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be loaded; the message names files or keys."""
+    """A checkpoint cannot be loaded."""
 
 
 class PromptError(ValueError):
-    """The model cannot take a prompt; the message is for the client."""
+    """A prompt is not accepted."""
 
 
 class SourceImageError(ValueError):
-    """The model cannot take a source image; the message is for the client."""
+    """A source image is not accepted."""

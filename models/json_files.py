@@ -11,7 +11,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
     Raises:
-        CheckpointError: it is missing or not a JSON object.
+        CheckpointError: there is none.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -1,29 +1,25 @@
-"""Sampling of the next image code: a pure function of a row's scores, its uniform number and its settings, so that a
-sequence's tokens do not depend on the batch. No generator is kept and nothing is read back from the device."""
+"""Sampling of image codes: a pure function of a row, independent of the batch, without reads from the device."""
 
 import torch
 from torch import Tensor
 
-PLAN_STREAM = 0x506C616E  # keeps a plan's uniforms apart from the noise, which uses the seed itself
+PLAN_STREAM = 0x506C616E  # keeps uniforms apart from the noise, which uses the seed itself
 
 
 def uniforms(seed: int, tokens: int) -> Tensor:
-    """Return uniform numbers [tokens] float32 in [0, 1): all that a plan needs, drawn from its seed in advance."""
+    """Draw a plan's uniform numbers [tokens] in [0, 1) from its seed."""
     generator = torch.Generator("cpu").manual_seed((seed ^ PLAN_STREAM) & 0xFFFFFFFFFFFFFFFF)
     return torch.rand(tokens, generator=generator, dtype=torch.float32)
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: int | None) -> Tensor:
-    """Sample one code [B] per row by inverting the cumulative distribution of its nucleus.
-
-    Of equally likely codes the lowest comes first.
+    """Sample a code per row by inverting its nucleus's cumulative distribution; ties go to the lowest code.
 
     Args:
-        logits: [B, V] float32 scores of the image codes.
-        uniform: [B] numbers in [0, 1).
-        temperature: [B]; 0 is greedy.
-        top_p: [B] in (0, 1]; keeps the smallest set of likeliest codes that has this much probability.
-        top_k: keeps this many of the likeliest codes, before `top_p`; None keeps all.
+        logits: [B, V] float32; other tensors are [B].
+        temperature: 0 is greedy.
+        top_p: in (0, 1]; keeps the smallest set of likeliest codes with this probability.
+        top_k: keeps so many codes, before `top_p`; None keeps all.
     """
     greedy = temperature == 0
     code = _likeliest(logits, top_k)
@@ -39,9 +35,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, 
 
 
 def _likeliest(logits: Tensor, count: int | None) -> Tensor:
-    """Return the codes [B, count] of the highest scores, in order."""
     if count is None or count >= logits.shape[-1]:
         return logits.sort(dim=-1, descending=True, stable=True).indices
-    # Sorting a whole row takes many times as long as `topk`, which leaves the order of equal scores undefined.
+    # Sorting a row takes many times as long as `topk`, which leaves equal scores unordered.
     code = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
     return code.gather(-1, logits.gather(-1, code).sort(dim=-1, descending=True, stable=True).indices)

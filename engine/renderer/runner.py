@@ -1,4 +1,4 @@
-"""Build the renderer's tensors and run it on what the scheduler has picked."""
+"""Build the renderer's tensors and run it."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,22 +18,20 @@ from models.glm_image.model import GlmImage
 from models.glm_image.renderer import TEMB_TILE_HEIGHT, RendererBatch, patchify, rotary_angles, unpatchify
 
 TILE_HEIGHT = 256  # on CPU
-PREVIEW_STEPS = 4  # without guidance: a preview is early, not finished
+PREVIEW_STEPS = 4  # without guidance: a preview is early
 
 
 @dataclass(frozen=True)
 class PackedRenderings:
-    """A set of images and their batch, reused while the set stays the same."""
+    """Reused while the set of images stays the same."""
 
     renderings: list[Rendering]
     batch: RendererBatch
-    patch_spans: list[list[tuple[int, int]]]  # (start, end) in the packed tensor, for every branch of every image
-    size: int  # packed tokens, padding included
+    patch_spans: list[list[tuple[int, int]]]  # (start, end) by image and branch
+    size: int  # T
 
 
 class RendererRunner:
-    """Prepares images, advances sets of them by one step, and decodes the finished ones."""
-
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer
         self.tile_height = choose_tile_height(TILE_HEIGHT, model.device)
@@ -46,7 +44,7 @@ class RendererRunner:
             self._no_plan = self.renderer.no_plan()
 
     def prepare(self, image: Image) -> Rendering:
-        """Compute what an image's steps share. Its plan must be known."""
+        """Compute what an image's steps share."""
         spec, plan = image.request.spec, image.plan
         assert plan is not None
         partial_after = partial_steps(spec.num_inference_steps, spec.partial_images - (image.preview is not None))
@@ -56,7 +54,7 @@ class RendererRunner:
         )
 
     def prepare_preview(self, image: Image) -> Rendering:
-        """Compute the same for the image's preview, on a canvas of the preview's grid."""
+        """Prepare the preview, on a canvas of its grid."""
         grid = image.preview
         assert grid is not None
         geometry = Geometry(grid.cols * CELL, grid.rows * CELL)
@@ -98,14 +96,14 @@ class RendererRunner:
         )
 
     def release(self, request: Request) -> None:
-        """Free the source images' keys and values, and a layout with the request's images."""
+        """Free the request's keys, values and layout."""
         self.source_kv.release(request)
         if self._packed is not None and any(r.request is request for r in self._packed.renderings):
             self._packed = None
 
     @torch.inference_mode()
     def advance(self, renderings: list[Rendering]) -> None:
-        """Advance every image by one denoising step, each at its own timestep. If it raises, no image has changed."""
+        """Advance every image by one step. If it raises, no image has changed."""
         packed = self._pack(renderings)
         velocity = self.renderer(self._inputs(packed), self._time_embeddings(packed), packed.batch)
         guided = [self._guided(r, velocity, spans) for r, spans in zip(renderings, packed.patch_spans, strict=True)]
@@ -115,15 +113,12 @@ class RendererRunner:
             rendering.step += 1
 
     def padding(self, tokens: int) -> int:
-        """Return the padding of so many packed tokens."""
+        """Return the padding of packed tokens."""
         return padded(tokens, self.tile_height) - tokens
 
     @torch.inference_mode()
     def decode(self, rendering: Rendering) -> Tensor:
-        """Return pixels [height, width, 3] uint8, on the CPU, cropped to the requested size.
-
-        Between steps the expected image is decoded: without the noise that the last step predicted.
-        """
+        """Decode to cropped pixels [height, width, 3] uint8 on the CPU; between steps, without the predicted noise."""
         geometry, sigma = rendering.geometry, rendering.sigmas[rendering.step]
         latents = rendering.latents
         if rendering.steps_left and rendering.velocity is not None:
@@ -133,12 +128,11 @@ class RendererRunner:
         return decoded[top:bottom, left:right].contiguous()
 
     def _inputs(self, packed: PackedRenderings) -> Tensor:
-        """Return [T, dim]: every branch's glyph tokens, then its patches with its plan added."""
         latents = torch.cat([r.latents for r in packed.renderings]).to(self.model.dtype)
         size = padded(latents.shape[0], self.tile_height)
         latents = torch.nn.functional.pad(latents, (0, 0, 0, size - latents.shape[0]))
         patches = self.renderer.patches(latents, self.tile_height)
-        x = patches.new_zeros(packed.size, patches.shape[1])
+        x = patches.new_zeros(packed.size, patches.shape[1])  # [T, dim]
         first = 0
         for rendering, spans in zip(packed.renderings, packed.patch_spans, strict=True):
             image_patches = patches[first : first + rendering.patches]
@@ -154,7 +148,6 @@ class RendererRunner:
         return torch.nn.functional.pad(temb, (0, 0, 0, padded(len(temb), self.temb_tile_height) - len(temb)))
 
     def _guided(self, rendering: Rendering, velocity: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-        """Return the image's velocity [patches, P] float32, guided if it has two branches."""
         parts = [velocity[start:end].float() for start, end in spans]
         if len(parts) == 1:
             return parts[0]
@@ -162,12 +155,10 @@ class RendererRunner:
         return unconditional + rendering.request.spec.guidance_scale * (conditional - unconditional)
 
     def _euler_step(self, rendering: Rendering, velocity: Tensor) -> Tensor:
-        """Return the image's next latents, float32."""
         distance = rendering.sigmas[rendering.step + 1] - rendering.sigmas[rendering.step]
         return rendering.latents + distance.to(velocity.device) * velocity
 
     def _pack(self, renderings: list[Rendering]) -> PackedRenderings:
-        """Lay the images out, or reuse the last layout: a set of images mostly stays together."""
         last = self._packed
         if last is None or len(last.renderings) != len(renderings) or any(
             old is not new for old, new in zip(last.renderings, renderings, strict=True)

@@ -1,8 +1,4 @@
-"""Keys and values of an edit's source images, in every layer.
-
-They are computed when a request's first image is about to be rendered, shared by all its images and freed when the
-request ends. `EngineLimits.source_patches` limits, at admission, how many there are.
-"""
+"""Keys and values of source images, shared by a request's images; `EngineLimits.source_patches` bounds them."""
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +13,7 @@ from models.glm_image.source_images import EncodedImage
 
 
 class SourceKVCache:
-    """Keys and values [layers, 2, heads, S, D] of requests with source images.
-
-    Args:
-        tile_height, temb_tile_height: see `RendererBatch`.
-    """
+    """Holds [layers, 2, heads, S, D] by request."""
 
     def __init__(self, model: GlmImage, tile_height: int | None, temb_tile_height: int | None):
         self._renderer, self._device, self._dtype = model.renderer, model.device, model.dtype
@@ -29,18 +21,17 @@ class SourceKVCache:
         self._by_request: dict[Request, Tensor] = {}
 
     def __len__(self) -> int:
-        """Return the number of requests held."""
         return len(self._by_request)
 
     @torch.inference_mode()
     def of(self, request: Request) -> Tensor | None:
-        """Return the request's keys and values, in the order of its sources; None if it has no sources."""
+        """Return a request's keys and values, computed on first use, in source order; None without sources."""
         if request.encoded and request not in self._by_request:
             self._by_request[request] = self._read(request.encoded)
         return self._by_request.get(request)
 
     def release(self, request: Request) -> None:
-        """Free the request's keys and values, if any."""
+        """Free a request's keys and values."""
         self._by_request.pop(request, None)
 
     def _read(self, sources: list[EncodedImage]) -> Tensor:
@@ -52,7 +43,7 @@ class SourceKVCache:
         return source_kv
 
     def _read_one(self, source: EncodedImage, kv_out: Tensor) -> None:
-        """Fill `kv_out` from one source, independent of the others; its positions start at 0."""
+        """Fill `kv_out`; every source's positions start at 0."""
         renderer, (rows, cols), patches = self._renderer, source.codes.shape, source.patches
         latents = patchify(source.latents, renderer.config.patch_size).to(self._dtype)
         padding = padded(patches, self._tile_height) - patches
@@ -64,7 +55,6 @@ class SourceKVCache:
         renderer.read_source(x, temb, self._batch(rows, cols, padding, kv_out))
 
     def _batch(self, rows: int, cols: int, padding: int, kv_out: Tensor) -> RendererBatch:
-        """Lay out one sequence of 2 x 2 patches per code, without glyph tokens."""
         angles = F.pad(rotary_angles(2 * rows, 2 * cols, self._renderer.config.attention_head_dim), (0, 0, 0, padding))
         cos, sin = (elementwise(function, angles).to(self._device) for function in (torch.cos, torch.sin))
         modulation_index = torch.zeros(len(angles), dtype=torch.long, device=self._device)

@@ -1,1 +1,1 @@
-"""GLM-Image: a planner that generates image codes and a renderer that turns them into pixels."""
+"""GLM-Image: a planner generates image codes, a renderer turns them into pixels."""

@@ -1,4 +1,4 @@
-"""All parts of GLM-Image together, loaded from a checkpoint."""
+"""All parts of GLM-Image."""
 
 import hashlib
 from collections.abc import Callable
@@ -35,7 +35,7 @@ VAE_FIELDS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": 
 
 @dataclass
 class GlmImage:
-    """A model ready to serve; all networks have the same device and dtype."""
+    """All networks have the same device and dtype."""
 
     prompts: PromptEncoder
     preprocessor: ImagePreprocessor
@@ -52,10 +52,10 @@ class GlmImage:
 
     @classmethod
     def load(cls, model: str, device: torch.device, dtype: torch.dtype) -> "GlmImage":
-        """Load a checkpoint in the published layout from a folder or a hub id.
+        """Load from a folder or a hub id.
 
         Raises:
-            CheckpointError: files or keys are missing or do not match; the message names them.
+            CheckpointError: files or keys are missing or do not match.
         """
         folder = find_checkpoint(model)
         read_json(folder / "model_index.json")
@@ -95,7 +95,7 @@ class GlmImage:
         )
 
     def planning_fingerprint(self) -> str:
-        """Return a digest of everything that decides a request's plan. Reads the weights of those parts once."""
+        """Return a digest of what decides a plan. Reads the weights."""
         parts = [
             self.prompts.settings, self.preprocessor.settings, self.vision.settings, fingerprint(self.vision),
             repr(self.planner.config), fingerprint(self.planner), repr(self.sampling), self.device.type,
@@ -104,12 +104,12 @@ class GlmImage:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def encode_source(self, image: PreprocessedImage) -> EncodedImage:
-        """Encode a source image for the planner and the renderer."""
+        """Encode a source image."""
         return EncodedImage(self.vision(image), self.autoencoder.encode(image.pixels))
 
 
 def planner_key(key: str) -> str | None:
-    """Map a key of `GlmImageForConditionalGeneration` to one of `Planner`; None for the vision tokenizer's."""
+    """Map a key of `GlmImageForConditionalGeneration` to `Planner`'s; None for the vision tokenizer's."""
     if key.startswith(("model.visual.", "model.vqmodel.")):
         return None
     return key.removeprefix("model.language_model.")

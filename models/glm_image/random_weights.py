@@ -1,7 +1,6 @@
-"""GLM-Image with random weights, for tests and benchmarks only: as a checkpoint folder or in memory.
+"""GLM-Image with random weights, for tests and benchmarks only.
 
-It renders noise, but every part of a request is real. The reference packages write the small checkpoint, whose planner
-and renderer have layers in the published proportion, 40 to 30.
+The small checkpoint's planner and renderer have layers in the published proportion, 40 to 30.
 """
 
 import shutil
@@ -37,7 +36,7 @@ from models.glm_image.vision import VisionTokenizer
 
 Sizes = Mapping[str, Any]
 
-# ByT5-small's encoder and CogView4's autoencoder, whose dimensions (1472; 16 latent channels) `RendererConfig` has.
+# ByT5-small's encoder and CogView4's autoencoder.
 PUBLISHED_GLYPH_ENCODER: dict[str, Any] = {
     "vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6,
     "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
@@ -54,8 +53,8 @@ PUBLISHED_SCHEDULER: dict[str, Any] = {
 
 # The small checkpoint.
 CODES = 512
-CONTROL_OUTPUTS = 16  # planner outputs after the codes: start, end and unused
-SIDE = 256  # pixels a side of the default image
+CONTROL_OUTPUTS = 16  # start, end and unused
+SIDE = 256  # pixels
 PLANNER: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 8192,
@@ -89,7 +88,7 @@ CHAT_TEMPLATE = """\
 
 
 def byte_level_processor(codes: int) -> GlmImageProcessor:
-    """Return a processor whose tokenizer has a token per image code, per byte, and the control tokens."""
+    """Return a processor with tokens for codes, bytes and control."""
     vocabulary = [f"<|dit_token_{i}|>" for i in range(codes)] + [IMAGE_START, IMAGE_END]
     vocabulary += [f"<|dit_unused_{i}|>" for i in range(2, CONTROL_OUTPUTS)]
     vocabulary += sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -111,7 +110,7 @@ def byte_level_processor(codes: int) -> GlmImageProcessor:
 
 
 def cached_random_checkpoint(cache: Path) -> Path:
-    """Return the folder of the small random checkpoint, written on first use. Safe for concurrent processes."""
+    """Return the small checkpoint's folder, written on first use. Safe for concurrent processes."""
     folder = cache / "random-glm-image-4"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -119,7 +118,7 @@ def cached_random_checkpoint(cache: Path) -> Path:
         write_random_checkpoint(unfinished)
         try:
             unfinished.rename(folder)
-        except OSError:  # another process was faster
+        except OSError:
             shutil.rmtree(unfinished)
     return folder
 
@@ -127,7 +126,7 @@ def cached_random_checkpoint(cache: Path) -> Path:
 def write_random_checkpoint(
     folder: Path, seed: int = 0, *, planner: Sizes | None = None, renderer: Sizes | None = None
 ) -> None:
-    """Write a small random checkpoint; `planner` and `renderer` override `PLANNER` and `RENDERER`."""
+    """Write the small checkpoint, overriding `PLANNER` and `RENDERER`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         _pipeline(PLANNER | dict(planner or {}), RENDERER | dict(renderer or {})).save_pretrained(folder)
@@ -176,11 +175,7 @@ def random_glm_image(
     renderer: RendererConfig | None = None,
     vision: Sizes | None = None,
 ) -> GlmImage:
-    """Build a model with random weights; the published sizes are the default.
-
-    Args:
-        vision: overrides in `vision_config` and `vq_config` of `vision_language_encoder/config.json`.
-    """
+    """Build a model, by default of the published size; `vision` has `vision_config`, `vq_config`."""
     planner_config, renderer_config = planner or PlannerConfig(), renderer or RendererConfig()
 
     def make(build: Callable[[], M]) -> M:
@@ -207,10 +202,7 @@ def random_glm_image(
 
 
 def randomise(module: nn.Module, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-    """Fill `module`, built on the meta device, with random weights drawn on `device`.
-
-    Matrices keep the magnitude of their inputs; vectors are near one (norms) or near zero (biases).
-    """
+    """Fill `module`: matrices keep their inputs' magnitude, norms are near 1, biases near 0."""
     module.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""The vision tokenizer: from a source image to codes."""
+"""Source images to codes, with transformers' networks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 
 from models.glm_image.source_images import PreprocessedImage
 
-CHUNK = 1024  # features compared with the codebook at once; each takes 4 bytes per code
+CHUNK = 1024  # features at once, 4 bytes per code each
 
 
 class VisionTokenizer(nn.Module):
-    """transformers' vision transformer and codebook. One image at a time, so that codes depend on nothing else."""
+    """Takes one image at a time."""
 
     def __init__(self, config: GlmImageConfig):
         super().__init__()
@@ -25,25 +25,25 @@ class VisionTokenizer(nn.Module):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "VisionTokenizer":
-        """Build without weights from `vision_language_encoder/config.json`."""
+        """Build from `vision_language_encoder/config.json`."""
         sizes = {key: dict(config[key]) for key in ("vision_config", "vq_config") if key in config}
         return cls(GlmImageConfig.from_dict(sizes))
 
     @torch.inference_mode()
     def forward(self, image: PreprocessedImage) -> Tensor:
-        """Return codes [rows, cols], on the device."""
+        """Return codes [rows, cols]."""
         device = self.vqmodel.quant_conv.weight.device
         grid = torch.tensor([[1, image.rows, image.cols]], device=device)
         features = self.visual(image.halved.to(device), grid_thw=grid).last_hidden_state
         convolution = self.vqmodel.quant_conv
         embeddings = F.linear(features, convolution.weight.flatten(1), convolution.bias)
         codebook = F.normalize(self.vqmodel.quantize.embedding.weight.float(), dim=-1).t()
-        # The nearest of unit vectors has the largest cosine.
+        # Of unit vectors, the nearest has the largest product.
         nearest = [(F.normalize(part.float(), dim=-1) @ codebook).argmax(-1) for part in embeddings.split(CHUNK)]
         return torch.cat(nearest).view(image.rows, image.cols)
 
 
 def vision_key(key: str) -> str | None:
-    """Map a key of `GlmImageForConditionalGeneration` to one of `VisionTokenizer`; None for others."""
+    """Map a key of `GlmImageForConditionalGeneration` to `VisionTokenizer`'s; None for others."""
     name = key.removeprefix("model.")
     return name if name.startswith(("visual.", "vqmodel.")) else None

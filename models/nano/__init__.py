@@ -1,4 +1,4 @@
-"""The small trained checkpoint that is served by default, and the recipe that makes it."""
+"""The small trained checkpoint served by default, and its recipe."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Restarts dead engine processes and requeues their jobs at once, before the leases end."""
+"""Restarts dead engines and requeues their jobs at once, before the leases end."""
 
 import asyncio
 import logging
@@ -122,7 +122,7 @@ class Supervisor:
 
     async def _run_once(self, index: int, engine_id: str) -> int:
         process = await asyncio.create_subprocess_exec(
-            # It would hold a GPU and get no jobs.
+            # An engine must not outlive this process: it would hold a GPU for nothing.
             *die_with_parent([*self._command, "--engine-id", engine_id], signal.SIGKILL),
             env=dict(self._environments[index]),
             # In a new session: Ctrl+C is for this process, which lets engines finish.

@@ -1,7 +1,6 @@
-"""What the journals of all engines prove, taken together.
+"""What the journals of all engines prove together.
 
-A claim counts from when it was granted, a write from when it began. A write that began after a newer claim on its job
-was granted is stale; taking effect would be the fault that epochs are there to prevent.
+A write that began after a newer claim on its job was granted is stale, and must be refused.
 """
 
 from collections import defaultdict
@@ -13,12 +12,12 @@ from typing import Any
 import orjson
 
 ENDS = ("commit", "fail")
-SETTLING_S = 0.25  # a worker may draw a suspect before its engine has dropped, in its next step, what was cancelled
+SETTLING_S = 0.25  # an engine drops cancelled jobs with its next step, perhaps after claiming a quarantined one
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A claim that an engine got to know of."""
+    """A claim granted to an engine."""
 
     at: float
     engine: str
@@ -32,7 +31,7 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Written:
-    """A write, and whether Redis let it take effect."""
+    """A write, and whether it took effect."""
 
     engine: str
     kind: str
@@ -46,8 +45,12 @@ class Written:
 
 @dataclass
 class Evidence:
-    """All journals, by job. `freed`: when an engine had let go of a claim, by (job, epoch). `hangs` and `integrity` by
-    engine."""
+    """All journals, by job.
+
+    Args:
+        freed: when an engine had dropped a claim, by (job, epoch).
+        hangs, integrity: by engine.
+    """
 
     claims: dict[str, list[Claimed]] = field(default_factory=lambda: defaultdict(list))
     writes: dict[str, list[Written]] = field(default_factory=lambda: defaultdict(list))
@@ -57,14 +60,14 @@ class Evidence:
 
     @classmethod
     def read(cls, folder: Path) -> "Evidence":
-        """From the journals in a folder. The line that a killed engine was writing may be cut off."""
-        found = cls()
+        """Read the journals in a folder, without the last line: a killed engine may have cut it off."""
+        evidence = cls()
         for path in sorted(folder.glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n")[:-1]:
-                found._add(path.stem, *orjson.loads(line))
-        for claims in found.claims.values():
+                evidence._add(path.stem, *orjson.loads(line))
+        for claims in evidence.claims.values():
             claims.sort(key=lambda claim: claim.epoch)
-        return found
+        return evidence
 
     def _add(self, engine: str, at: float, kind: str, *facts: Any) -> None:
         if kind == "claim":
@@ -80,14 +83,14 @@ class Evidence:
             job, epoch, began, accepted, detail = facts
             self.writes[job].append(Written(engine, kind, job, epoch, began, at, accepted, detail))
 
-    # --- what must not be ---------------------------------------------------------------------------------------------
+    # --- faults ------------------------------------------------------------------------------------------------------
 
     def ended_twice(self) -> list[str]:
-        """Jobs for which more than one end took effect."""
+        """Return jobs of which more than one end took effect."""
         return [job for job, writes in self.writes.items() if sum(w.accepted and w.kind in ENDS for w in writes) > 1]
 
     def stale(self, *, accepted: bool) -> list[Written]:
-        """Stale writes that took effect, or those that were refused."""
+        """Return the stale writes that took effect, or those that were refused."""
         return [
             write
             for job, writes in self.writes.items()
@@ -99,45 +102,46 @@ class Evidence:
         return any(claim.epoch > write.epoch and claim.at < write.began for claim in self.claims.get(job, ()))
 
     def planned_again(self) -> list[str]:
-        """Jobs an image of which was planned although a plan of it had been kept."""
-        found = []
+        """Return jobs with an image that was planned although its plan was checkpointed."""
+        jobs = []
         for job, writes in self.writes.items():
             kept = [write.detail for write in writes if write.kind == "checkpoint" and write.accepted]
             if len(kept) > len(set(kept)):
-                found.append(job)
-        return found
+                jobs.append(job)
+        return jobs
 
-    def suspects_in_company(self) -> list[str]:
-        """Jobs that were to run alone and did not: another job was on their engine at the time."""
+    def quarantined_in_company(self) -> list[str]:
+        """Return quarantined jobs that ran while another job was on their engine."""
         by_engine: dict[str, list[Claimed]] = defaultdict(list)
         for claim in self.all_claims():
             by_engine[claim.engine].append(claim)
         return [
-            suspect.job
+            quarantined.job
             for claims in by_engine.values()
-            for suspect in claims
-            if suspect.quarantined and any(self._overlap(suspect, other) for other in claims if other is not suspect)
+            for quarantined in claims
+            if quarantined.quarantined
+            and any(self._overlap(quarantined, other) for other in claims if other is not quarantined)
         ]
 
     def _overlap(self, one: Claimed, other: Claimed) -> bool:
         first, second = sorted((one, other), key=lambda claim: claim.at)
         return self.freed.get((first.job, first.epoch), float("inf")) > second.at + SETTLING_S
 
-    # --- what may be counted ------------------------------------------------------------------------------------------
+    # --- counts -------------------------------------------------------------------------------------------------------
 
     def all_claims(self) -> Iterable[Claimed]:
         return (claim for claims in self.claims.values() for claim in claims)
 
     def runs_of(self, prompt: str) -> list[Claimed]:
-        """All claims on the jobs of this prompt, oldest first."""
+        """Return all claims on the jobs of a prompt, oldest first."""
         return sorted((c for job in self.jobs_of(prompt) for c in self.claims[job]), key=lambda claim: claim.at)
 
     def resumed(self) -> int:
-        """Images that a later run of their job began with the plan of an earlier one."""
+        """Count images that a run began with the plan of an earlier one."""
         return sum(len(claim.known) for claim in self.all_claims())
 
     def jobs_of(self, prompt: str) -> set[str]:
-        """Jobs that engines got with this prompt."""
+        """Return the jobs that engines got with a prompt."""
         return self._by_prompt().get(prompt, set())
 
     def _by_prompt(self) -> dict[str, set[str]]:
@@ -148,9 +152,9 @@ class Evidence:
         return self._prompts
 
     def next_claim(self, job: str, after: float) -> Claimed | None:
-        """The first claim on a job after a moment."""
+        """Return the first claim on a job after a time."""
         return min((claim for claim in self.claims.get(job, ()) if claim.at > after), key=lambda c: c.at, default=None)
 
     def first_claim(self, after: float) -> Claimed | None:
-        """The first claim on any job after a moment."""
+        """Return the first claim on any job after a time."""
         return min((claim for claim in self.all_claims() if claim.at > after), key=lambda c: c.at, default=None)

@@ -1,4 +1,4 @@
-"""What the clients were told, and when. The other half of the proof: nothing in here was asked of Redis."""
+"""What the clients received, and when; nothing here was read from Redis."""
 
 import statistics
 import time
@@ -10,14 +10,14 @@ from tests.chaos.cases import Case
 
 @dataclass
 class Entry:
-    """One case on its way. Times are `time.monotonic()` seconds.
+    """One case of one client. Times are `time.monotonic()` seconds.
 
     Args:
-        job_id: from a 202: from then on the job may not be lost, whatever happens.
-        outcome: images, cancelled, disconnected or refused; or what went wrong, in words.
+        job_id: from a 202; the job must not be lost.
+        outcome: one of `GOOD`, or what went wrong.
         images: their hashes.
-        retries: answers 429, 503 and refused connections, after which the client tried again.
-        disconnected_at: when the connection was closed on purpose.
+        retries: of the client, by cause.
+        disconnected_at: when the client closed the connection on purpose.
     """
 
     case: Case
@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def failed(self) -> bool:
-        """Whether the client got neither what it asked for nor what it brought about itself."""
+        """Return whether the outcome is none of `GOOD`."""
         return self.outcome not in GOOD
 
 
@@ -47,7 +47,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.refusals: dict[int, list[float]] = {429: [], 503: []}  # seconds that each took
+        self.refusals: dict[int, list[float]] = {429: [], 503: []}  # seconds of each
         self.in_flight = 0
         self._latest: deque[float] = deque(maxlen=50)
 
@@ -58,7 +58,7 @@ class Ledger:
         return entry
 
     def close(self, entry: Entry, outcome: str) -> None:
-        """The case has ended for its client."""
+        """Record the outcome of a case."""
         entry.ended, entry.outcome = time.monotonic(), outcome
         self.in_flight -= 1
         if outcome == "images":
@@ -75,7 +75,7 @@ class Ledger:
 
     @property
     def typical_s(self) -> float:
-        """Return about how long recent images took; clients disconnect within a little more than that."""
+        """Return a little more than the time recent images took: clients disconnect within it."""
         return 1.2 * statistics.median(self._latest) if self._latest else 1.0
 
     @property
@@ -92,5 +92,5 @@ class Ledger:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Of sorted values; 0 where there are none."""
+    """Return a quantile of sorted values; 0 without values."""
     return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0

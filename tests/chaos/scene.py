@@ -136,7 +136,7 @@ def judge(scene: Scene, contents: RedisContents, kv_blocks_used: float, evidence
     stale = [f"{write.job} {write.kind}" for write in evidence.stale(accepted=True)]
     report.check_none("stale writes that took effect", stale)
     report.check_none("images planned again though their plan was kept", evidence.planned_again())
-    report.check_none("suspects that did not run alone", evidence.suspects_in_company())
+    report.check_none("suspects that did not run alone", evidence.quarantined_in_company())
     twins = [entry.case for entry in ledger.entries if entry.case.kind == "twins"]
     posts = f"{len(twins)} in {sum(case.copies for case in twins)} posts"
     report.note("idempotency keys", posts)

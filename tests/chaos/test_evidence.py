@@ -59,7 +59,7 @@ def test_undisturbed_job_shows_no_fault(journals: Journals) -> None:
     assert not found.ended_twice()
     assert not found.stale(accepted=True)
     assert not found.planned_again()
-    assert not found.suspects_in_company()
+    assert not found.quarantined_in_company()
     assert found.jobs_of("prompt of j") == {"j"}
 
 
@@ -102,12 +102,12 @@ def test_finds_a_plan_made_twice(journals: Journals) -> None:
 def test_finds_a_quarantined_job_with_company(journals: Journals, freed: float | None, in_company: bool) -> None:
     lines = [claimed(1, "other", 1), claimed(4, "suspect", 3, quarantined=True), (9, "freed", "suspect", 3)]
     journals.write("a", *lines, *([(freed, "freed", "other", 1)] if freed else []))
-    assert bool(journals.read().suspects_in_company()) == in_company
+    assert bool(journals.read().quarantined_in_company()) == in_company
 
 
 def test_finds_a_job_beside_a_quarantined_one(journals: Journals) -> None:
     journals.write("a", claimed(1, "suspect", 3, quarantined=True), claimed(2, "other", 1))
-    assert journals.read().suspects_in_company() == ["suspect"]
+    assert journals.read().quarantined_in_company() == ["suspect"]
 
 
 def test_claims_are_found_by_time(journals: Journals) -> None:

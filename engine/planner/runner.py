@@ -1,4 +1,7 @@
-"""Build the planner's tensors and run it. Tokens stay on the device; the host reads complete plans."""
+"""Build the planner's tensors and run it on what the scheduler has picked.
+
+Tokens stay on the device, in a buffer that every step reads and extends. The host reads a plan when it is complete.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +19,20 @@ from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_positions
 
-DECODE_TILE_HEIGHT = 16  # on CPU
-SMALL_TILE_HEIGHTS = (4, 8)  # where no bit of the result changes
+DECODE_TILE_HEIGHT = 16  # on CPU; a batch of more sequences takes more tiles
+SMALL_TILE_HEIGHTS = (4, 8)  # for fewer sequences, where no bit of the result changes
 PREFILL_TILE_HEIGHT = 128
-ONE_THREAD_UP_TO = 16_000_000  # parameters: threads would wait longer than they compute
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # not on CPU; each can be captured as a graph
+ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would wait for each other longer than they compute
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # on other devices, so that each can be captured as one graph
 
 
 class PlannerRunner:
-    """`max_positions` covers prompt and plan together."""
+    """Prefill and decode over a paged cache.
+
+    Args:
+        max_sequences: length of the buffers, which `Sequence.buffer_index` indexes.
+        max_positions: of the longest prompt and the largest plan together.
+    """
 
     def __init__(
         self,
@@ -55,7 +63,7 @@ class PlannerRunner:
 
     @torch.inference_mode()
     def prefill(self, groups: list[PromptGroup]) -> None:
-        """Run prompts and sample every sequence's first token."""
+        """Run the prompts and sample the first token of every sequence."""
         for group in groups:
             for sequence in group.sequences:
                 self._fill_buffers(sequence)
@@ -77,7 +85,7 @@ class PlannerRunner:
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> None:
-        """Run every sequence's last token and sample the next."""
+        """Run the last token of every sequence and sample the next."""
         batch_size = self._padded_batch_size(len(sequences))
         buffers = self._to_device(_pad([s.buffer_index for s in sequences], batch_size))
         steps = self._to_device(_pad([s.written - 1 for s in sequences], batch_size))
@@ -92,11 +100,11 @@ class PlannerRunner:
             self._sample(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
-        """Return a plan's tokens, undefined from `written` on. Waits for the device."""
+        """Return a plan's tokens, grid by grid; those from index `written` on are undefined. Waits for the device."""
         return self._tokens[sequence.buffer_index, : sequence.total].tolist()
 
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> None:
-        """Sample token `written`; further rows of `hidden` are padding."""
+        """Sample token `written` of every sequence from its row of `hidden`; the rows after them are padding."""
         count = len(sequences)
         buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])
@@ -115,7 +123,7 @@ class PlannerRunner:
         self._tables[index] = self.kv.table(sequence.blocks)
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
-        """Copy the prompt's partly filled last block, in which every plan continues."""
+        """Copy the prompt's partly filled last block to the other images of a request, whose plans continue in it."""
         for group in groups:
             first, *others = group.sequences
             index, remainder = divmod(first.prompt_length, self.kv.block_size)
@@ -130,7 +138,11 @@ class PlannerRunner:
 
     @torch.inference_mode()
     def _invariant_tile_heights(self) -> list[int]:
-        """Try once, with any tokens: kernels depend on shape alone, and attention runs per sequence."""
+        """Return the `SMALL_TILE_HEIGHTS` that give every row the same bits as `DECODE_TILE_HEIGHT`.
+
+        The library picks kernels, and so the order of sums, by shape alone. So one try is enough, with any tokens and
+        without attention, which runs for every sequence separately.
+        """
         config = self.model.config
         tokens = torch.arange(DECODE_TILE_HEIGHT) % config.vocab_size
         rotary = self.rotary.at(tokens[:, None].expand(-1, 3), self.dtype)
@@ -162,7 +174,7 @@ class PlannerRunner:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set torch's threads, unless None. Costs less than a microsecond."""
+    """Set the number of torch's threads; None leaves it as it is. Costs less than a microsecond."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""The state of an image or preview being rendered."""
+"""The state of one image, or of its preview, while it is rendered."""
 
 from dataclasses import dataclass
 
@@ -11,24 +11,24 @@ from engine.request import Image, Request
 
 @dataclass(eq=False)
 class Rendering:
-    """Shapes as in models/glm_image/renderer.py."""
+    """What all steps of an image share (filled by `RendererRunner.prepare`), and how far it is."""
 
     image: Image
-    geometry: Geometry  # of the canvas
-    grid: TokenGrid  # of plan or preview
+    geometry: Geometry  # of the canvas; a preview has one of its own
+    grid: TokenGrid  # the plan's or the preview's tokens
     is_preview: bool
-    partial_after: list[int]
-    latents: Tensor  # [patches, P] float32
-    plan: Tensor  # [patches, dim]
-    glyphs: Tensor  # [g, dim]
-    negative_glyphs: Tensor | None  # None without guidance
+    partial_after: list[int]  # numbers of steps after which a partial image is due
+    latents: Tensor  # [patches, P] float32, replaced by every step
+    plan: Tensor  # [patches, dim], embedded
+    glyphs: Tensor  # [g, dim] glyph tokens of the conditional branch
+    negative_glyphs: Tensor | None  # of the unconditional branch; None without guidance
     time_embeddings: Tensor  # [steps, E]
-    sigmas: Tensor  # [steps + 1], on the CPU
-    angles: Tensor  # [patches, D]
-    source_kv: Tensor | None  # [layers, 2, heads, S, D]
+    sigmas: Tensor  # [steps + 1] float32, on the CPU
+    angles: Tensor  # rotary angles [patches, D]
+    source_kv: Tensor | None  # an edit's sources [layers, 2, heads, S, D], for the conditional branch
     step: int = 0  # steps done
-    partials_sent: int = 0  # set by the engine
-    velocity: Tensor | None = None  # of the last step
+    partials_sent: int = 0  # set to `partials_due` by the engine when it sends one
+    velocity: Tensor | None = None  # [patches, P] float32, of the last step
 
     @property
     def request(self) -> Request:
@@ -44,7 +44,7 @@ class Rendering:
 
     @property
     def partials_due(self) -> int:
-        """Return partial images due by now; 0 once the image is done."""
+        """Return how many partial images should have been sent by now; 0 once the image itself is done."""
         return sum(step <= self.step for step in self.partial_after) if self.is_preview or self.steps_left else 0
 
     @property
@@ -53,7 +53,7 @@ class Rendering:
 
     @property
     def partial_index(self) -> int:
-        """Return the due partial image's index; a preview's is 0."""
+        """Return the index of the partial image that is due; a preview has index 0."""
         return 0 if self.is_preview else self.partials_due - 1 + (self.image.preview is not None)
 
     @property
@@ -62,12 +62,12 @@ class Rendering:
 
     @property
     def branches(self) -> list[Tensor]:
-        """Return glyph tokens by branch, the conditional first."""
+        """Return the glyph tokens of every branch, the conditional one first."""
         return [self.glyphs] if self.negative_glyphs is None else [self.glyphs, self.negative_glyphs]
 
     @property
     def tokens(self) -> int:
-        """Return the packed tokens of all branches."""
+        """Return the packed tokens of one step: every branch's glyph tokens and patches."""
         return sum(len(glyphs) + self.patches for glyphs in self.branches)
 
     @property

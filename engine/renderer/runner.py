@@ -1,4 +1,4 @@
-"""Build the renderer's tensors and run it."""
+"""Build the renderer's tensors and run it on what the scheduler has picked."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,15 +23,17 @@ PREVIEW_STEPS = 4  # without guidance: a preview is early
 
 @dataclass(frozen=True)
 class PackedRenderings:
-    """Reused while the set of images stays the same."""
+    """A set of images and their batch, reused while the set stays the same."""
 
     renderings: list[Rendering]
     batch: RendererBatch
-    patch_spans: list[list[tuple[int, int]]]  # (start, end) by image and branch
+    patch_spans: list[list[tuple[int, int]]]  # (start, end) in the packed tensor, by image and branch
     size: int  # T
 
 
 class RendererRunner:
+    """Prepares images, advances sets of them by one step, decodes the finished ones."""
+
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer
         self.tile_height = choose_tile_height(TILE_HEIGHT, model.device)
@@ -96,7 +98,7 @@ class RendererRunner:
         )
 
     def release(self, request: Request) -> None:
-        """Free the request's keys, values and layout."""
+        """Free the source images' keys and values, and a layout with the request's images."""
         self.source_kv.release(request)
         if self._packed is not None and any(r.request is request for r in self._packed.renderings):
             self._packed = None
@@ -118,7 +120,10 @@ class RendererRunner:
 
     @torch.inference_mode()
     def decode(self, rendering: Rendering) -> Tensor:
-        """Decode to cropped pixels [height, width, 3] uint8 on the CPU; between steps, without the predicted noise."""
+        """Return pixels [height, width, 3] uint8, on the CPU, cropped to the requested size.
+
+        Between steps the expected image is decoded: without the noise that the last step predicted.
+        """
         geometry, sigma = rendering.geometry, rendering.sigmas[rendering.step]
         latents = rendering.latents
         if rendering.steps_left and rendering.velocity is not None:

@@ -1,4 +1,4 @@
-"""The denoising schedule of an image."""
+"""The denoising schedule of one image: timesteps, sigmas and initial noise."""
 
 import copy
 
@@ -11,9 +11,10 @@ from engine.geometry import Geometry
 
 
 def schedule(scheduler: FlowMatchEulerDiscreteScheduler, geometry: Geometry, steps: int) -> tuple[Tensor, Tensor]:
-    """Return timesteps [steps] and sigmas [steps + 1] (the last is 0), on the CPU.
+    """Return timesteps [steps] and sigmas [steps + 1] (the last is 0), float32, on the CPU.
 
-    Sigmas are shifted towards noise by the square root of the patches (diffusers' `GlmImagePipeline`).
+    Timesteps are evenly spaced and truncated to integers; sigmas are shifted towards noise by the square root of the
+    image's patches (diffusers' `GlmImagePipeline`, `calculate_shift`).
     """
     config = scheduler.config
     train = config.num_train_timesteps  # type: ignore[attr-defined]
@@ -26,11 +27,11 @@ def schedule(scheduler: FlowMatchEulerDiscreteScheduler, geometry: Geometry, ste
 
 
 def partial_steps(steps: int, count: int) -> list[int]:
-    """Return at most `count` evenly spaced steps at which a partial image is sent."""
+    """Return the numbers of steps, at most `count`, after which a partial image is sent; evenly spaced."""
     return sorted({steps * (index + 1) // (count + 1) for index in range(count)} - {0, steps})
 
 
 def initial_noise(seed: int, channels: int, geometry: Geometry) -> Tensor:
-    """Draw noise [channels, H/8, W/8] float32 on the CPU: the same on every device."""
+    """Return noise [channels, H/8, W/8] float32, drawn on the CPU: the same on every device and in every batch."""
     shape = (1, channels, geometry.latents.rows, geometry.latents.cols)
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)[0]

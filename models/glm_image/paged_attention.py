@@ -1,8 +1,10 @@
-"""Attention over a paged key/value cache, for each sequence separately, so that it cannot depend on the batch.
+"""Attention over a paged key/value cache.
 
-A slot is `block * block_size + offset`. Sequences of one prompt share its full blocks.
+Token t of a sequence is in slot `blocks[t // block_size] * block_size + t % block_size`. Sequences of one prompt share
+its full blocks. Attention runs for each sequence separately, so that it cannot depend on the batch.
 
-    L   tokens a sequence can see; T, G, D as in planner.py
+    T   packed tokens of a step          L   tokens a sequence can see
+    H, G   query heads, key/value heads  D   head dimension
 """
 
 from dataclasses import dataclass
@@ -13,12 +15,12 @@ from torch import Tensor
 
 from models.glm_image.config import PlannerConfig
 
-BlockTable = slice | Tensor  # contiguous blocks are read in place
+BlockTable = slice | Tensor  # contiguous blocks are read in place, others gathered
 KeysAndValues = list[tuple[Tensor, Tensor]]  # by layer
 
 
 class PagedKV:
-    """Holds [layers, blocks, block_size, 2, G, D]."""
+    """Keys and values [layers, blocks, block_size, 2, G, D]."""
 
     def __init__(self, config: PlannerConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
         self.block_size = block_size
@@ -37,13 +39,13 @@ class PagedKV:
         return torch.tensor(blocks, device=self.pool.device)
 
     def view(self, table: slice, length: int) -> KeysAndValues:
-        """View [1, G, L, D] of all layers, later writes included."""
+        """Return views [1, G, L, D] of every layer's keys and values, which include what is written later."""
         pages = self.pool[:, table].flatten(1, 2)[:, :length]
         k, v = pages.permute(2, 0, 3, 1, 4).unsqueeze(2).unbind(0)
         return list(zip(k.unbind(0), v.unbind(0), strict=True))
 
     def gather(self, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Copy [1, G, L, D] of a layer."""
+        """Return copies [1, G, L, D] of a layer's keys and values."""
         pages = self.pool[layer].index_select(0, table).flatten(0, 1)[:length]
         k, v = pages.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
         return k, v
@@ -55,10 +57,10 @@ class PagedKV:
 
 @dataclass(frozen=True)
 class PrefillAttention:
-    """Causal attention over whole prompts."""
+    """Causal attention over whole prompts; tokens after them are padding."""
 
     kv: PagedKV
-    lengths: list[int]
+    lengths: list[int]  # of the prompts
     slot_mapping: Tensor  # [sum(lengths)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,7 +79,11 @@ class PrefillAttention:
 
 
 class DecodeAttention:
-    """Attention of one new token per sequence, included in its length."""
+    """Attention of one new token per sequence; tokens after them are padding.
+
+    Args:
+        lengths: tokens each sequence can see, the new one included.
+    """
 
     def __init__(self, kv: PagedKV, lengths: list[int], tables: list[BlockTable], slot_mapping: Tensor):
         self.kv, self.lengths, self.tables, self.slot_mapping = kv, lengths, tables, slot_mapping
@@ -89,7 +95,7 @@ class DecodeAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch_size = len(self.lengths)
         self.kv.write(layer, self.slot_mapping, k[:batch_size], v[:batch_size])
-        # A group's heads share keys, so SDPA gets groups as heads and heads as queries.
+        # A group's heads share their keys, so SDPA gets the group as a head, and its heads as queries.
         queries = q.unflatten(1, (k.shape[1], -1)).unsqueeze(1).unbind(0)[:batch_size]
         attended = [
             F.scaled_dot_product_attention(query, *self._keys_and_values(index, layer))

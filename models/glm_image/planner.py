@@ -1,9 +1,10 @@
-"""The planner: a decoder-only transformer that generates codebook indices.
+"""The planner: a decoder-only transformer that generates an image as codebook indices.
 
-    T   packed tokens, padding    H, G   query heads, key/value heads    C   hidden size
-    D   head dimension            R      rotary dimension, R <= D
+    T   packed tokens of a batch                         H, G   query heads, key/value heads
+    D   head dimension                                   R      rotary dimension, R <= D
+    C   hidden size                                      V      outputs: image codes, then control tokens
 
-Written after transformers' `GlmImageTextModel`, whose weights it takes unchanged.
+Follows transformers' `GlmImageTextModel` and takes its weights unchanged, but packs the tokens of many sequences.
 """
 
 from dataclasses import dataclass
@@ -16,22 +17,24 @@ from torch import Tensor, nn
 from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import PlannerConfig
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R]
+Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R] of every token's position
 
 
 class Attention(Protocol):
+    """Attends and stores keys and values for later steps."""
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v [T, G, D]; return attended values [T, H, D]."""
+        """Return attended values [T, H, D]; k and v are [T, G, D]."""
         ...
 
 
 @dataclass(frozen=True)
 class PlannerBatch:
-    """Built once per step."""
+    """What all layers need to know of a forward pass. Built by `PlannerRunner` for every step."""
 
-    rotary: Rotary
-    attend: Attention
-    tile_height: int | None = None  # divides T
+    rotary: Rotary  # from `RotaryTable.at`
+    attend: Attention  # `PrefillAttention` or `DecodeAttention`
+    tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
 
 
 class PlannerAttention(nn.Module):
@@ -75,12 +78,14 @@ class PlannerLayer(nn.Module):
         self.post_mlp_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, batch: PlannerBatch) -> Tensor:
-        """Add attention and MLP, normalised before and after."""
+        """Add attention and MLP, each normalised before and after: [T, C] -> [T, C]."""
         x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), batch))
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x), batch))
 
 
 class Planner(nn.Module):
+    """Scores the next image code of every token."""
+
     def __init__(self, config: PlannerConfig):
         super().__init__()
         self.config = config
@@ -90,19 +95,19 @@ class Planner(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vision_vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, batch: PlannerBatch) -> Tensor:
-        """Return hidden states [T, C] of tokens [T]."""
+        """Return the hidden states [T, C] of tokens [T]."""
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, batch)
         return self.norm(x)
 
     def logits(self, hidden: Tensor, tile_height: int | None = None) -> Tensor:
-        """Score codes in float32; no control tokens, since a plan's length is known."""
+        """Return float32 scores of the image codes only: a plan's length is known, so it has no control tokens."""
         return self.lm_head(hidden, tile_height)[:, : self.config.codebook_size].float()
 
 
 class RotaryTable(nn.Module):
-    """M-RoPE: runs of frequencies (`mrope_section`) rotate by temporal position, row, column."""
+    """M-RoPE: runs of a head's frequencies (`mrope_section`) rotate by the temporal position, the row, the column."""
 
     cos: Tensor
     sin: Tensor
@@ -119,11 +124,11 @@ class RotaryTable(nn.Module):
         axis = torch.tensor(
             [a for a, n in zip(runs, config.mrope_section, strict=True) for _ in range(n)], device=device
         )
-        self.register_buffer("axis", axis, persistent=False)  # [R/2]
+        self.register_buffer("axis", axis, persistent=False)  # [R/2]: which position rotates a frequency
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """Look up positions [T, 3]."""
-        index = positions[:, self.axis]
+        index = positions[:, self.axis]  # [T, R/2]
         cos, sin = self.cos.gather(0, index), self.sin.gather(0, index)
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
 
@@ -137,9 +142,9 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def plan_positions(start: int, grids: list[tuple[int, int]]) -> Tensor:
-    """Return positions [tokens, 3] (temporal, row, column) of grids, after `GlmImageModel.get_rope_index`.
+    """Return positions [tokens, 3] (temporal, row, column) of consecutive grids (`GlmImageModel.get_rope_index`).
 
-    The temporal position is constant within a grid; the next starts after its longer side.
+    The temporal position is constant within a grid; the next grid starts after its longer side.
     """
     parts = []
     for rows, cols in grids:

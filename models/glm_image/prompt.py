@@ -1,4 +1,4 @@
-"""Token ids of prompts, glyph embeddings of quoted strings."""
+"""Prompts: token ids for the planner, glyph embeddings of quoted strings for the renderer."""
 
 import json
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ MAX_GLYPH_TOKENS = 8192
 
 
 class PromptEncoder:
+    """Chat template and tokenizer of the planner."""
+
     def __init__(self, processor: GlmImageProcessor):
         self.processor = processor
         self.image_token = int(processor.image_token_id)
@@ -28,18 +30,19 @@ class PromptEncoder:
 
     @property
     def settings(self) -> str:
-        """Return what tokens depend on, as JSON."""
+        """Return what tokens depend on besides the prompt: tokenizer, special tokens and chat template."""
         tokenizer = self.processor.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, self.processor.chat_template]
         return json.dumps(parts, sort_keys=True)
 
     def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
-        """Return token ids, the last of which starts an image of height x width pixels (multiples of 32).
+        """Return token ids for an image of height x width pixels (multiples of 32); the last one starts the image.
 
-        A source is one `image_token`.
+        Args:
+            num_sources: source images; each is one `image_token`, see `place_sources`.
 
         Raises:
-            PromptError: it contains a control token such as `<|image|>`.
+            PromptError: the prompt contains a control token such as `<|image|>`.
         """
         tokenizer = self.processor.tokenizer
         control = self._control_ids.intersection(tokenizer(prompt, add_special_tokens=False).input_ids)
@@ -68,9 +71,11 @@ class PromptEncoder:
 
 
 def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[int, int]]) -> tuple[list[int], Tensor]:
-    """Repeat each source's image token once per code.
+    """Repeat each source's image token once per code of its grid (rows, columns).
 
-    Positions are as in `plan_positions`; text advances all three.
+    Returns:
+        Token ids, and positions [tokens, 3] (temporal, row, column) after `GlmImageModel.get_rope_index`: text advances
+        all three; the temporal position is constant within a source, and the next token is after its longer side.
     """
     assert list(ids).count(image_token) == len(grids), "the chat template has an image token for every source"
     tokens: list[int] = []
@@ -85,18 +90,20 @@ def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[in
 
 
 def fill_in_codes(ids: Sequence[int], image_token: int, codes: Sequence[int]) -> list[int]:
-    """Replace image tokens with the sources' codes."""
+    """Replace the image tokens with the codes of all sources, in order."""
     remaining = iter(codes)
     return [next(remaining) if token == image_token else token for token in ids]
 
 
 class GlyphEncoder:
+    """ByT5's tokenizer and a T5 encoder."""
+
     def __init__(self, tokenizer: ByT5Tokenizer, encoder: T5EncoderModel):
         self.tokenizer, self.encoder = tokenizer, encoder
 
     @torch.inference_mode()
     def encode(self, strings: Sequence[str]) -> Tensor:
-        """Return embeddings [g, d_model] of all strings; of "" if there are none.
+        """Return embeddings [g, d_model] of all strings, concatenated; of "" if there are none.
 
         Raises:
             PromptError: more than `MAX_GLYPH_TOKENS`.
@@ -106,7 +113,7 @@ class GlyphEncoder:
         if total > MAX_GLYPH_TOKENS:
             raise PromptError(f"the quoted strings have {total} bytes; at most {MAX_GLYPH_TOKENS} can be rendered")
         pad = self.tokenizer.pad_token_id
-        # As in training: if their number is even, each has a pad in front.
+        # As in training: an even number of strings gets a pad in front of each.
         ids = [[pad] * ((len(ids) + 1) % 2) + i for i in ids]
         longest = max(len(i) for i in ids)
         device = self.encoder.device

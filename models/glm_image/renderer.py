@@ -1,12 +1,14 @@
-"""The renderer: a diffusion transformer that turns a plan into latents.
+"""The renderer: a diffusion transformer that turns a plan into the latents of an image.
 
-    T   packed tokens    n   images          D   head dimension    dim   heads * D
-    S   source tokens    g   glyph tokens    E   time embedding    P     values of a patch: channels * 2 * 2
+    T   tokens of a packed batch      n   images in it          dim   heads * head_dim
+    E   width of the time embedding   D   head dimension        P     values of a patch: channels * 2 * 2
+    S   tokens of source images       g   glyph tokens
 
-A sequence is a branch of an image, conditional or (with guidance) unconditional: glyph tokens, then patches. Source
-images run through the layers once, without noise; the conditional branch attends to their keys and values.
+A sequence is a branch of an image: its glyph tokens, then its patches. With guidance an image has a conditional and an
+unconditional branch. Sequences of any length, timestep and size are packed into one tensor. An edit's source images run
+through the layers once, without noise, to provide keys and values for the conditional branch.
 
-Written after diffusers' `GlmImageTransformer2DModel`, whose weights it takes unchanged.
+Follows diffusers' `GlmImageTransformer2DModel` and takes its weights unchanged.
 """
 
 import math
@@ -20,12 +22,15 @@ from torch import Tensor, nn
 from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import RendererConfig
 
-TEMB_TILE_HEIGHT = 16  # images
+TEMB_TILE_HEIGHT = 16  # images per tile of the modulations' matrix products
 ROPE_THETA = 10000.0
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Approximate GELU; on a CPU by 0.5 (1 + tanh(u)) = sigmoid(2u), in half of torch's time."""
+    """Return GELU with the tanh approximation.
+
+    In float32 on a CPU 0.5 (1 + tanh(u)) = sigmoid(2u) takes half as long as torch's own.
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.gelu(x, approximate="tanh")
     twice = 2 * math.sqrt(2 / math.pi)
@@ -37,24 +42,26 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": gelu_tanh}
 
 @dataclass(frozen=True)
 class RendererBatch:
-    """Built once per set of images."""
+    """What all layers need to know of a packed batch. Built once for a set of images, for many steps."""
 
-    lengths: Sequence[int]  # of sequences; the rest of T is padding
-    modulation_index: Tensor  # [T]: 2 * image, + 1 for a glyph token
-    cos: Tensor  # [T, D]; 1 for glyph tokens and padding
-    sin: Tensor  # [T, D]; there 0
-    tile_height: int | None = None  # divides T
-    temb_tile_height: int | None = None
-    source_kv: Sequence[Tensor | None] = ()  # [layers, 2, heads, S, D] that each sequence attends to
-    kv_out: Tensor | None = None  # likewise, filled from the first S tokens
+    # Filled by `RendererRunner` and `SourceKVCache`.
+    lengths: Sequence[int]  # tokens of every sequence; what is left of T is padding
+    modulation_index: Tensor  # [T]: 2 * image for a patch, 2 * image + 1 for a glyph token
+    cos: Tensor  # [T, D] rotary table; 1 for glyph tokens and padding
+    sin: Tensor  # [T, D]; 0 for glyph tokens and padding
+    tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
+    temb_tile_height: int | None = None  # of products over time embeddings
+    # Keys and values [layers, 2, heads, S, D].
+    source_kv: Sequence[Tensor | None] = ()  # one per sequence, which attends to it; filled by `RendererRunner`
+    kv_out: Tensor | None = None  # allocated by `SourceKVCache`, filled by the layers from the first S tokens
 
     def source_kv_of(self, layer_index: int) -> Sequence[Tensor | None]:
-        """Return a layer's part of every sequence."""
+        """Return every sequence's [2, heads, S, D] in a layer."""
         return [None if kv is None else kv[layer_index] for kv in self.source_kv or [None] * len(self.lengths)]
 
 
 class GatedLinear(nn.Module):
-    """diffusers' `net.0.proj`."""
+    """A linear layer under diffusers' name (`net.0.proj`)."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -62,6 +69,8 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers around one of `ACTIVATIONS`."""
+
     def __init__(self, dim_in: int, inner: int, dim_out: int, activation: str):
         super().__init__()
         self.activation = activation
@@ -73,7 +82,7 @@ class FeedForward(nn.Module):
 
 
 class Embedder(nn.Module):
-    """diffusers' `TimestepEmbedding` and `PixArtAlphaTextProjection`."""
+    """Linear, SiLU, linear (diffusers' `TimestepEmbedding` and `PixArtAlphaTextProjection`)."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -85,6 +94,8 @@ class Embedder(nn.Module):
 
 
 class TimeAndSizeEmbedding(nn.Module):
+    """Timestep, canvas size and crop corner as one vector."""
+
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.time_dim, self.condition_dim = config.time_embed_dim, config.condition_dim
@@ -92,7 +103,7 @@ class TimeAndSizeEmbedding(nn.Module):
         self.condition_embedder = Embedder(4 * config.condition_dim, config.time_embed_dim)
 
     def forward(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """Embed timesteps minus one, crop corner and size in pixels: [steps, E]."""
+        """Return [steps, E]; timesteps [steps] are the scheduler's minus one, the size is in pixels."""
         dtype = self.timestep_embedder.linear_1.weight.dtype
         size = torch.tensor([0.0, 0.0, height, width], device=timesteps.device)
         condition = sinusoids(size, self.condition_dim).reshape(1, -1).to(dtype)
@@ -109,7 +120,7 @@ class RendererAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
 
     def forward(self, x: Tensor, batch: RendererBatch) -> Tensor:
-        """Project, attend, project out: [T, dim] -> [T, dim]."""
+        """Project, attend per sequence, project out: [T, dim] -> [T, dim]."""
         q, k, v = (
             project(x, batch.tile_height).unflatten(-1, (-1, self.head_dim))
             for project in (self.to_q, self.to_k, self.to_v)
@@ -122,7 +133,7 @@ class RendererAttention(nn.Module):
         start = 0
         for length, source_kv in zip(batch.lengths, batch.source_kv_of(self.layer_index), strict=True):
             sequence = slice(start, start + length)
-            query, keys, values = (h[sequence].transpose(0, 1)[None] for h in (q, k, v))
+            query, keys, values = (h[sequence].transpose(0, 1)[None] for h in (q, k, v))  # [1, heads, tokens, D]
             if source_kv is not None:
                 keys, values = (torch.cat([s[None], h], dim=2) for s, h in zip(source_kv, (keys, values), strict=True))
             attended = F.scaled_dot_product_attention(query, keys, values)
@@ -132,13 +143,15 @@ class RendererAttention(nn.Module):
 
 
 class Modulation(nn.Module):
+    """Shift, scale and gate of both halves of a layer."""
+
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.linear = Linear(config.time_embed_dim, 12 * config.dim)
 
     def forward(self, temb: Tensor, tile_height: int | None) -> Tensor:
-        """Return [6, 2n, dim] for patches (even) and glyph tokens (odd); scales have 1 added."""
-        parts = self.linear(temb, tile_height).unflatten(-1, (6, 2, -1))
+        """Return [6, 2n, dim], for patches (even) and glyph tokens (odd); scales have 1 added."""
+        parts = self.linear(temb, tile_height).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
         vectors = parts.transpose(0, 1).flatten(1, 2).contiguous()
         vectors[[1, 4]] += 1
         return vectors
@@ -152,6 +165,7 @@ class RendererLayer(nn.Module):
         self.ff = FeedForward(config.dim, 4 * config.dim, config.dim, "gelu-tanh")
 
     def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
+        """Modulate, attend, modulate, feed forward: [T, dim] -> [T, dim]."""
         vectors = self.norm1(temb, batch.temb_tile_height)
         shift1, scale1, gate1, shift2, scale2, gate2 = (v.index_select(0, batch.modulation_index) for v in vectors)
         x = self.attn1(normalised(x).mul_(scale1).add_(shift1), batch).mul_(gate1).add_(x)
@@ -159,7 +173,7 @@ class RendererLayer(nn.Module):
 
 
 class OutputNorm(nn.Module):
-    """Adaptive layer norm, scale before shift."""
+    """The last adaptive layer norm; its scale comes before its shift."""
 
     def __init__(self, config: RendererConfig):
         super().__init__()
@@ -179,6 +193,8 @@ class PatchProjector(nn.Module):
 
 
 class Renderer(nn.Module):
+    """Predicts the velocity of every patch of a packed batch."""
+
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.config = config
@@ -191,14 +207,14 @@ class Renderer(nn.Module):
         self.norm_out = OutputNorm(config)
         self.proj_out = Linear(config.dim, config.patch_dim)
 
-    # Once per image.
+    # Computed once for all steps of an image.
 
     def glyphs(self, embeddings: Tensor) -> Tensor:
         """Project glyph embeddings to [g, dim]."""
         return self.glyph_projector(embeddings)
 
     def plan(self, codes: Tensor) -> Tensor:
-        """Embed a plan as [4 * rows * cols, dim], 2x nearest."""
+        """Embed a plan [rows, cols] as [4 * rows * cols, dim], one vector per patch (2x nearest)."""
         vectors = self.prior_projector(self.prior_token_embedding(codes.flatten()))
         grid = vectors.unflatten(0, codes.shape)
         return grid.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
@@ -208,29 +224,34 @@ class Renderer(nn.Module):
         return self.prior_projector(torch.zeros_like(self.prior_token_embedding.weight[:1]))
 
     def time_embeddings(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """Embed timesteps as [steps, E]."""
+        """Return [steps, E]; timesteps [steps] are the scheduler's."""
         return self.time_condition_embed(timesteps - 1, height, width)
 
-    # Once per step.
+    # Computed for every step, over a batch.
 
     def patches(self, latents: Tensor, tile_height: int | None = None) -> Tensor:
-        """Project [tokens, P] to [tokens, dim]."""
+        """Project latent patches [tokens, P] to [tokens, dim]."""
         return self.image_projector.proj(latents, tile_height)
 
     def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
-        """Predict velocities [T, P], meaningless except for patches; temb [n, E] is padded to tiles."""
+        """Predict velocities [T, P], meaningless on glyph tokens and padding.
+
+        Args:
+            x: [T, dim] glyph tokens, and patches with the plan added.
+            temb: [n, E], padded to whole tiles.
+        """
         for layer in self.transformer_blocks:
             x = layer(x, temb, batch)
         return self.proj_out(self.norm_out(x, temb, batch), batch.tile_height)
 
-    # Once per source image.
+    # Computed once for every source image.
 
     def source_time_embedding(self, height: int, width: int) -> Tensor:
-        """Embed timestep 0, since a source has no noise."""
+        """Return [1, E]; a source has no noise, so its timestep is 0."""
         return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
 
     def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> None:
-        """Fill `batch.kv_out` from x, one sequence without glyph tokens."""
+        """Fill `batch.kv_out`; x is one sequence of patches, without glyph tokens."""
         for layer in self.transformer_blocks:
             x = layer(x, temb, batch)
 
@@ -251,7 +272,7 @@ def rotate(x: Tensor, batch: RendererBatch) -> Tensor:
 
 
 def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
-    """Return [rows * cols, D]: a quarter by row, a quarter by column, repeated."""
+    """Return [rows * cols, D]: a quarter rotates by row, a quarter by column, the second half repeats the first."""
     half = head_dim // 2
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
     by_row = torch.outer(torch.arange(rows).float(), frequency)[:, None].expand(rows, cols, -1)
@@ -261,14 +282,14 @@ def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
 
 
 def sinusoids(x: Tensor, dim: int) -> Tensor:
-    """Return cosines, then sines, [k, dim] of x [k]."""
+    """Return cosines, then sines, [k, dim] float32 of x [k]."""
     frequency = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=x.device) / (dim // 2))
     angle = x.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def patchify(latents: Tensor, patch: int = 2) -> Tensor:
-    """Cut latents [C, h, w] into [tokens, P]."""
+    """Cut latents [C, h, w] into patches [tokens, P]."""
     channels, height, width = latents.shape
     grid = latents.reshape(channels, height // patch, patch, width // patch, patch)
     return grid.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Source images of an edit, preprocessed and encoded."""
+"""Source images of an edit, as the networks take them and as they encode them."""
 
 import io
 from dataclasses import dataclass
@@ -17,27 +17,29 @@ MIN_SOURCE_SIDE = 16
 
 @dataclass(frozen=True)
 class PreprocessedImage:
-    """On the CPU."""
+    """A source image on the CPU."""
 
-    rows: int  # of codes
+    rows: int  # of the grid of its codes
     cols: int
-    halved: Tensor  # [rows * cols, 3 * 16 * 16] float32
-    pixels: Tensor  # [3, 32 * rows, 32 * cols] uint8
+    halved: Tensor  # [rows * cols, 3 * 16 * 16] float32 patches at half size, for the vision tokenizer
+    pixels: Tensor  # [3, 32 * rows, 32 * cols] uint8, for the autoencoder
 
     @property
     def tokens(self) -> int:
-        """Return its number of prompt tokens."""
+        """Return how many prompt tokens it takes."""
         return self.rows * self.cols
 
     @property
     def patches(self) -> int:
-        """Return its number of renderer tokens."""
+        """Return how many renderer tokens it takes."""
         return self.tokens * (CODE_CELL // PATCH_CELL) ** 2
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    codes: Tensor  # [rows, cols]
+    """A source image as the planner and the renderer take it."""
+
+    codes: Tensor  # [rows, cols] codebook indices
     latents: Tensor  # [channels, 4 * rows, 4 * cols], normalised
 
     @property
@@ -50,21 +52,24 @@ class EncodedImage:
 
 
 class ImagePreprocessor:
-    """Thread-safe."""
+    """Reads files of source images. Thread-safe."""
 
     def __init__(self, processor: BaseImageProcessor):
         self._processor = processor
 
     @property
     def settings(self) -> str:
-        """Return the settings as JSON."""
+        """Return the processor's settings as JSON."""
         return self._processor.to_json_string()
 
     def read(self, file: bytes) -> PreprocessedImage:
-        """Read a PNG file, scaled to the processor's grid: four patches a code, as `GlmImagePipeline` requires.
+        """Read a PNG file.
+
+        The checkpoint's processor chooses the grid: about the image's size, within its limits. The autoencoder gets
+        exactly that size, so that a code has four patches (`GlmImagePipeline` rejects other sizes).
 
         Raises:
-            SourceImageError: not a PNG file, too small or too elongated.
+            SourceImageError: not a PNG file, too small, or its aspect is out of range.
         """
         image = _fit(_decode(file))
         inputs = self._processor(images=[image], return_tensors="pt")
@@ -83,14 +88,14 @@ def _decode(file: bytes) -> Image.Image:
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """Shrink to the largest side and aspect; tolerate a pixel that the sender rounded."""
+    """Shrink the image to the largest side and aspect; the aspect may be off by a pixel that the sender rounded."""
     short, long = sorted(image.size)
     if short < MIN_SOURCE_SIDE or long > MAX_ASPECT * (short + 1):
         raise SourceImageError(
             f"a source image is {image.width}x{image.height}; both sides must have at least {MIN_SOURCE_SIDE} pixels, "
             f"and one at most {MAX_ASPECT} times those of the other"
         )
-    # Resizing to the grid cuts off less than a patch.
+    # A remainder of less than a patch is cut off by the resizing to the grid.
     scale = 1.0 if long < MAX_SIDE + PATCH_CELL else MAX_SIDE / long
     width, height = (round(side * scale) for side in image.size)
     longest = MAX_ASPECT * min(width, height)

@@ -1,4 +1,4 @@
-"""Classifying network addresses."""
+"""Network addresses."""
 
 from ipaddress import ip_address
 

@@ -1,4 +1,4 @@
-"""The ASGI application. `server.routes.images` handles the main requests."""
+"""The ASGI application."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -33,15 +33,12 @@ _EXPOSED_HEADERS = (
 
 
 def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> FastAPI:
-    """Return the API as an ASGI app. `app.state.gate` is to be closed before shutdown.
-
-    Args:
-        queue: by default one at `settings.redis_url`.
+    """Return the API as an ASGI app; close `app.state.gate` before shutdown.
 
     Raises:
-        ValueError: neither `queue` nor `settings.redis_url` is set.
+        ValueError: no `queue`, and no `settings.redis_url` to open one.
         KeyFileError: `settings.api_keys_file` is not valid.
-        TracingError: the traces that the environment asks for cannot be sent.
+        TracingError: the environment's traces cannot be sent.
     """
     if queue is None and settings.redis_url is None:
         raise ValueError("the API needs a Redis: set GLIMMER_REDIS_URL")
@@ -60,10 +57,10 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
         description="GLM-Image behind an OpenAI-style images API.",
         version=metadata.version("glimmer"),
         lifespan=lifespan,
-        # FastAPI's own pages load scripts from other servers; /docs is a page of ours.
+        # FastAPI's pages load scripts from other servers; `pages` serves /docs.
         docs_url=None,
         redoc_url=None,
-        # FastAPI's own traces and logs contain error texts, which may quote a prompt.
+        # Its traces and logs contain error texts, which may quote a prompt.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gate = gate
@@ -73,12 +70,12 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
     install_handlers(app)
     for module in (images, jobs, files, models, health, pages):
         app.include_router(module.router)
-    app.openapi = lambda: openapi.document(app, open_to_all=keys.open_to_all)  # the hook that FastAPI documents
+    app.openapi = lambda: openapi.document(app, open_to_all=keys.open_to_all)  # FastAPI's documented hook
     return app
 
 
 def _allow_origins(app: FastAPI, origins: list[str]) -> None:
-    """Let scripts from `origins` use the API. Call this last: CORS headers belong on errors, too."""
+    """Add CORS, last: errors need its headers, too."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,

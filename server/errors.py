@@ -1,11 +1,4 @@
-"""Error responses, all with the body `{"error": {"message", "type", "param", "code"}}`.
-
-ApiError
-├── invalid()          400  a field has a value that cannot be served
-├── invalid_image()    400  an uploaded image cannot be used
-├── unavailable()      503  nothing wrong with the request; retry after `Retry-After`
-└── internal_error()   500  a bug in the server
-"""
+"""Error responses, all with the body `{"error": {"message", "type", "param", "code"}}`."""
 
 from http import HTTPStatus
 from typing import Any
@@ -29,11 +22,9 @@ class ApiError(Exception):
     """An error response.
 
     Args:
-        status: HTTP status.
         message: says what would be accepted.
-        type: `invalid_request_error` or another of OpenAI's error types.
-        code, param: the error's code and the invalid field, if any.
-        headers: additional response headers.
+        type: one of OpenAI's error types.
+        param: the invalid field.
     """
 
     def __init__(
@@ -109,7 +100,6 @@ async def _client_disconnected(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Name what is available after the router's 404 or 405."""
     assert isinstance(error, HTTPException)
     status, message, headers = error.status_code, str(error.detail), dict(error.headers or {})
     if status == 404:
@@ -123,7 +113,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Return the methods of all routes at this path; the router's `Allow` is only the first route's."""
+    """Return the methods of all routes at this path; the router's `Allow` has only the first's."""
     routes = request.app.routes
     scopes = [{**request.scope, "method": method} for method in ("GET", "POST", "DELETE")]
     return [scope["method"] for scope in scopes if any(route.matches(scope)[0] is Match.FULL for route in routes)]
@@ -140,6 +130,6 @@ _HANDLERS: dict[type[Exception], Any] = {
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Install the error responses. `server.middleware` handles all other exceptions."""
+    """Install the handlers; `server.middleware` handles all other exceptions."""
     for error_type, handler in _HANDLERS.items():
         app.add_exception_handler(error_type, handler)

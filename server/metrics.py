@@ -21,8 +21,6 @@ logger = logging.getLogger("glimmer.metrics")
 
 
 class Metrics:
-    """The metrics of one API process."""
-
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
@@ -90,8 +88,6 @@ class Metrics:
 
 
 class _Families:
-    """A collector of existing families."""
-
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
@@ -116,8 +112,8 @@ def exposition(api: CollectorRegistry, engines: dict[str, str]) -> bytes:
 
 
 def _add(families: dict[str, Metric], family: Metric, labels: dict[str, str]) -> None:
-    """Merge `family` into the one of its name. Leave out what would make the text invalid: another type under the same
-    name (an engine of another version), and `_created` gauges, whose names collide."""
+    """Merge `family` into the one of its name. Leave out what would make the text invalid: another type (an engine of
+    another version), and `_created` gauges, whose names collide."""
     if family.name.endswith("_created"):
         return
     target = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

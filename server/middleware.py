@@ -1,4 +1,4 @@
-"""Middleware around every request: id, log line, span, metrics, and the 500 for unhandled exceptions.
+"""Middleware around every request: id, span, log line, metrics, and the 500 for unhandled exceptions.
 
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide disconnects from the routes.
 """
@@ -39,8 +39,7 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Gives each request an id and a span (`request.state.origin`) and reports its end. Adds
-    `request.state.response_headers` to every response, also to errors."""
+    """Sets `request.state.origin`, and adds `request.state.response_headers` to every response, also to errors."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app

@@ -40,7 +40,6 @@ def errors(*statuses: int) -> Responses:
 
 
 def _events(*data: type[BaseModel]) -> dict[str, Any]:
-    """Return the content of a streaming response with these types in its events."""
     types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (*data, ErrorBody)]
     line = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": types}}
     # `itemSchema` is from OpenAPI 3.2; 3.1 cannot describe the items of a stream.
@@ -70,12 +69,7 @@ IMAGES: Responses = {
 
 
 def _body(schemas: dict[str, str], example: dict[str, Any]) -> dict[str, Any]:
-    """Return the body of a route.
-
-    Args:
-        schemas: names by media type.
-        example: for the first media type, without files.
-    """
+    """Return a request body; `schemas` are names by media type, `example` is of the first."""
     content: dict[str, dict[str, Any]] = {
         media_type: {"schema": {"$ref": f"#/components/schemas/{name}"}} for media_type, name in schemas.items()
     }
@@ -115,19 +109,16 @@ def document(app: FastAPI, *, open_to_all: bool) -> dict[str, Any]:
 
 
 def _schemas(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the schemas of the model and those it refers to."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     return {**schema.pop("$defs", {}), model.__name__: schema}
 
 
 def _not_null(field: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a field without null."""
     annotations = {key: value for key, value in field.items() if key != "anyOf" and (key, value) != ("default", None)}
     return {**field["anyOf"][0], **annotations} if "anyOf" in field else annotations
 
 
 def _form(edit: dict[str, Any]) -> dict[str, Any]:
-    """Return an edit's schema as a form, with files instead of references."""
     fields = {name: _not_null(field) for name, field in edit["properties"].items() if name not in EDIT_FIELDS}
     file = {"type": "string", "format": "binary"}
     files = {

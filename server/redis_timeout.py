@@ -1,4 +1,4 @@
-"""Timeout of Redis calls while a client waits."""
+"""A timeout for Redis calls, short enough for HTTP clients and probes."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -7,20 +7,13 @@ from typing import TypeVar
 from engine.errors import QueueUnavailable
 
 REDIS_TIMEOUT_S = 0.8  # even if the connection hangs, a client gets a 503 within a second
-SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis; extends the timeout for large images
+SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis, for large images
 
 T = TypeVar("T")
 
 
 async def with_redis_timeout(call: Awaitable[T], size: int = 0) -> T:
-    """Await a Redis call with a timeout short enough for HTTP clients and probes.
-
-    Args:
-        size: of the data sent, in bytes, if large.
-
-    Raises:
-        QueueUnavailable: the timeout has passed.
-    """
+    """Await a call that sends `size` bytes, if many; raise `QueueUnavailable` after the timeout."""
     timeout_s = REDIS_TIMEOUT_S + size / SOURCE_BYTES_PER_S
     try:
         async with asyncio.timeout(timeout_s):

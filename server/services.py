@@ -1,4 +1,4 @@
-"""What the routes share."""
+"""The services that the routes share."""
 
 import asyncio
 import time
@@ -25,14 +25,6 @@ from server.settings import ServerSettings
 
 @dataclass(frozen=True)
 class Services:
-    """What the routes share.
-
-    Args:
-        rewriter: None if not configured.
-        decoders: limits concurrent decoding of uploads, which takes memory.
-        started_at: seconds since the epoch.
-    """
-
     settings: ServerSettings
     queue: JobProducer
     engines: EngineDirectory
@@ -43,8 +35,8 @@ class Services:
     outcomes: JobOutcomes
     gate: Gate
     metrics: Metrics
-    decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
-    started_at: int = field(default_factory=lambda: int(time.time()))
+    decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # decoding takes memory
+    started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
 @asynccontextmanager

@@ -32,7 +32,7 @@ _NO_FLAG = Flag(None)
 
 
 class ServerSettings(BaseSettings):
-    """Settings of the API process, from arguments and `GLIMMER_*` variables. Times are seconds, sizes bytes."""
+    """Settings from arguments and `GLIMMER_*` variables. Times are seconds, sizes bytes."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
 
@@ -166,7 +166,7 @@ class ServerSettings(BaseSettings):
 
     @property
     def allowed_origins(self) -> list[str]:
-        """Return the origins of `cors_origins`; none where cross-origin requests are not allowed."""
+        """Return the origins of `cors_origins`."""
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
 
@@ -176,7 +176,7 @@ def default_data_dir() -> Path:
 
 
 class ServeSettings(BaseModel):
-    """What only `glimmer serve` needs to know."""
+    """Further settings of `glimmer serve`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

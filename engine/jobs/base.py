@@ -1,8 +1,4 @@
-"""What both sides of the job queue share.
-
-A claim is a lease with a new epoch. Any engine may claim a job whose lease has lapsed; writes take effect only under
-its epoch. So a job may run more than once, but ends once.
-"""
+"""What both sides of the job queue share."""
 
 from collections.abc import AsyncIterator
 
@@ -20,8 +16,7 @@ class QueueBase:
 
     Args:
         redis: returns bytes; the caller closes it.
-        lease_ms: until a claim without renewal lapses.
-        result_ttl_s: seconds that record and result outlive the job.
+        result_ttl_s: how long record and result outlive the job.
         max_runs: lapsed leases that dead-letter a job.
     """
 
@@ -57,7 +52,7 @@ class QueueBase:
         return self._prefix
 
     def key(self, *parts: str) -> str:
-        """Return a key behind the prefix."""
+        """Return a key with the prefix."""
         return ":".join((self._prefix, *parts))
 
     async def ping(self) -> None:
@@ -71,9 +66,9 @@ class QueueBase:
         await self._wake_ups.close()
 
     def ended(self) -> AsyncIterator[str]:
-        """Yield the ids of jobs that end until `close`; misses some while the connection is broken."""
+        """Yield the ids of jobs that end until `close`, except while the connection is broken."""
         return self.events.ended()
 
     async def expire(self, job_id: str) -> bool:
-        """End a live job whose deadline has passed. Returns whether this call ended it."""
+        """End a live job past its deadline; return whether this call did."""
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.EXPIRED.value))

@@ -1,4 +1,4 @@
-"""Convert between the dataclasses of `job.py` and what Redis stores: JSON, and raw bytes for images."""
+"""Converting the dataclasses of `job.py` to and from what Redis stores: JSON, and raw bytes for images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast

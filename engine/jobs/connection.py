@@ -1,4 +1,4 @@
-"""Connect to Redis, map its errors and retry while it is away."""
+"""Connecting to Redis, mapping its errors, retrying while it is away."""
 
 import asyncio
 import time
@@ -23,16 +23,13 @@ REDIS_OUTAGE_TIMEOUT_S = 30.0  # a restart takes some seconds
 
 _MAX_CONNECTIONS = 64  # keeps Redis busy from one process; further callers wait
 
-# Temporary refusals. redis-py has classes for some; Redis 6 wraps those of a script, where only the text tells.
+# Temporary refusals. redis-py has classes for some; Redis 6 wraps a script's, whose text has the code.
 _REFUSAL_CLASSES = (OutOfMemoryError, ReadOnlyError, MasterDownError)
 _REFUSAL_CODES = ("-OOM", "MISCONF", "-READONLY", "-MASTERDOWN", "NOREPLICAS")
 
 
 def connect(url: str) -> redis.asyncio.Redis:
-    """Return a client for a `redis://`, `rediss://` or `unix://` URL. Close it after the queue.
-
-    It retries for about half a second, which bridges a restart of a proxy.
-    """
+    """Return a client for a `redis://`, `rediss://` or `unix://` URL; it retries for half a second, as a proxy restarts."""
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=_MAX_CONNECTIONS,
@@ -59,7 +56,7 @@ def redis_errors() -> Iterator[None]:
 
 
 async def retry_while_away(call: Callable[[], Awaitable[T]], outage_timeout_s: float) -> T:
-    """Await a call, again while Redis is away; raise `QueueUnavailable` after `outage_timeout_s` seconds."""
+    """Await a call, repeated while Redis is away; raise `QueueUnavailable` after `outage_timeout_s`."""
     give_up_at = time.monotonic() + outage_timeout_s
     while True:
         try:

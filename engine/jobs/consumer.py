@@ -13,15 +13,12 @@ from engine.jobs.scripts import Argument
 
 
 class JobConsumer(QueueBase):
-    """Claims jobs, keeps their leases and writes their results.
-
-    Writes for a claim return False, without effect, if it is lost.
-    """
+    """Writes for a claim return False, without effect, if it is lost."""
 
     async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
-        """Claim the next job if it fits; lapsed leases come first, this engine's too: renew before.
+        """Claim the next job if it fits; lapsed leases come first, also this engine's: renew before.
 
-        A job that does not fit blocks the queue, so that large and quarantined jobs do not starve.
+        A job that does not fit blocks the queue: large and quarantined jobs must not starve.
         """
         while True:
             reply = await self._scripts.run(
@@ -41,7 +38,7 @@ class JobConsumer(QueueBase):
                 return decode_claim(reply)
 
     async def renew(self, consumer: str, claims: Iterable[Claim]) -> list[Claim]:
-        """Restart leases, several times per `lease_ms`; return the claims that ended, expired or were taken over."""
+        """Restart leases, several times per `lease_ms`; return the lost claims."""
         claims = list(claims)
         if not claims:
             return []
@@ -49,15 +46,15 @@ class JobConsumer(QueueBase):
         return [claims[index] for index in await self._scripts.run("renew", consumer=consumer, claims=held)]
 
     async def progress(self, claim: Claim, progress: dict[str, Any]) -> bool:
-        """Store how far the job is."""
+        """Store the progress."""
         return await self._write("progress", claim, orjson.dumps(progress))
 
     async def checkpoint_plan(self, claim: Claim, index: int, plan: Plan) -> bool:
-        """Store the plan of image `index` for a later run."""
+        """Store a plan for a later run."""
         return await self._write("checkpoint_plan", claim, orjson.dumps(plan.to_dict()), index=index)
 
     async def source_images(self, claim: Claim) -> SourceImages | None:
-        """Return the source images of a live edit, else None."""
+        """Return the source images of a live edit."""
         with redis_errors():
             return decode_sources(await self._redis.hgetall(self.key("sources", claim.job_id)))
 
@@ -73,7 +70,7 @@ class JobConsumer(QueueBase):
         return [None if plan is None else Plan.from_dict(orjson.loads(plan)) for plan in plans]
 
     async def cache_plan(self, key: str, plan: Plan, ttl_s: int) -> None:
-        """Cache a plan for `ttl_s` seconds."""
+        """Cache a plan."""
         with redis_errors():
             await self._redis.set(self.key("plan", key), orjson.dumps(plan.to_dict()), ex=ttl_s)
 
@@ -86,15 +83,15 @@ class JobConsumer(QueueBase):
         return await self._write("fail", claim, orjson.dumps(error.to_dict()))
 
     async def requeue(self, consumer: str, claim: Claim) -> bool:
-        """Put the job back in its old place; this run does not count."""
+        """Requeue the job; this run does not count."""
         return await self._write("requeue", claim, consumer=consumer)
 
     async def requeue_all(self, consumer: str) -> int:
-        """Put back the jobs of a dead engine now and remove its consumer; the runs count. Returns how many."""
+        """Requeue a dead engine's jobs, whose runs count; return how many. Remove its consumer."""
         return await self._scripts.run("requeue_all", consumer=consumer)
 
     async def heartbeat(self, info: EngineInfo, metrics: str, ttl_s: float) -> None:
-        """List the engine as live for `ttl_s` seconds, with its Prometheus text."""
+        """List the engine as live for `ttl_s`, with its Prometheus text."""
         await self._scripts.run(
             "heartbeat", orjson.dumps(info.to_dict()), metrics, id=info.id, ttl_ms=round(ttl_s * 1000)
         )
@@ -105,7 +102,7 @@ class JobConsumer(QueueBase):
             await self._redis.delete(self.key("engine", engine_id))
 
     async def wait_for_work(self, timeout_s: float) -> None:
-        """Return when a job was queued since the last call, or after `timeout_s`. Raises nothing."""
+        """Return when a job was queued since the last call, or after `timeout_s`; never raise."""
         await self._wake_ups.wait(timeout_s)
 
     async def _write(self, script: str, claim: Claim, *blobs: str | bytes, **arguments: Argument) -> bool:

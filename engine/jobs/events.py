@@ -19,7 +19,7 @@ _READ_TIMEOUT_S = 30.0
 
 
 class Subscription:
-    """A pub/sub channel, read until `close` across broken connections; `on_open` is called after each of them."""
+    """A channel, read across broken connections; `on_open` is called after each."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Subscription:
 
 
 class JobEvents:
-    """Events of jobs, for waiters on one job and for listeners to all ends."""
+    """Events of one job for waiters, all ends for listeners."""
 
     def __init__(self, redis: redis.asyncio.Redis, channel: str):
         self._end_waiters: dict[str, set[asyncio.Event]] = {}
@@ -124,7 +124,7 @@ class JobEvents:
 
 
 class WakeUps:
-    """Events of new work; one that comes before `wait` ends it."""
+    """Events of new work; one before `wait` ends it."""
 
     def __init__(self, redis: redis.asyncio.Redis, channel: str):
         self._work = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Wait for the end of a job, or read every change."""
+"""Waiting for the end of a job, or reading every change."""
 
 import asyncio
 import time
@@ -46,7 +46,7 @@ class JobFollower:
                 await self._pause(woken, left_s)
 
     async def updates(self) -> AsyncGenerator[JobRecord | PartialImage]:
-        """Yield the record, now and after every change, and each partial image once; last the final record."""
+        """Yield the record, now and after every change, and each partial image once."""
         last_record: JobRecord | None = None
         with self._queue.events.waiter(self._job_id, every_change=True) as woken:
             while True:
@@ -71,10 +71,7 @@ class JobFollower:
                 await self._pause(woken, left_s)
 
     async def _time_left(self) -> float | None:
-        """Return the seconds to the deadline; None for an ended or unknown job.
-
-        Every waiting request calls this once a second, so it reads two fields only.
-        """
+        """Return None for an ended or unknown job. Called by every request once a second: reads two fields only."""
         with redis_errors():
             async with self._queue.client.pipeline(transaction=False) as pipe:
                 pipe.hmget(self._queue.key("job", self._job_id), ["state", "deadline"])
@@ -88,7 +85,6 @@ class JobFollower:
         return max(left_s, 0.0)
 
     async def _new_partials(self) -> list[PartialImage]:
-        """Return the new partial images, by index."""
         key, client = self._queue.key("partials", self._job_id), self._queue.client
         with redis_errors():
             names: list[Any] = await client.hkeys(key)  # type: ignore[misc]
@@ -106,7 +102,6 @@ class JobFollower:
         ]
 
     async def _pause(self, woken: asyncio.Event, left_s: float) -> None:
-        """Return at an event, at the deadline or after `POLL_INTERVAL_S`."""
         self._give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S
         await _wait_for(woken, min(POLL_INTERVAL_S, left_s))
 

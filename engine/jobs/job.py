@@ -1,4 +1,4 @@
-"""Jobs, their records and results, as they travel through Redis."""
+"""Jobs, their records and results, as in Redis."""
 
 import dataclasses
 import enum
@@ -32,12 +32,11 @@ TERMINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCE
 
 @functools.cache
 def _wire_names(record: type) -> dict[str, str]:
-    """Return the JSON names of the fields."""
     return {field.name: field.metadata.get("wire", field.name) for field in dataclasses.fields(record)}
 
 
 class _Record:
-    """A flat dataclass as a JSON-ready dict; unknown keys, of newer processes, are dropped."""
+    """A flat dataclass as a JSON-ready dict; a newer process's unknown keys are dropped."""
 
     def to_dict(self) -> dict[str, Any]:
         names = _wire_names(type(self))
@@ -59,7 +58,7 @@ class TokenGrid(_Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one image, and the preview written before it."""
+    """The plan of one image, and its preview."""
 
     rows: int
     cols: int
@@ -80,18 +79,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class JobSpec(_Record):
-    """One accepted request: `n` images of one prompt. Image i uses `seed + i`.
+    """`n` images of one prompt. Image i uses `seed + i`.
 
     Args:
-        width, height: requested size in pixels.
-        num_inference_steps: denoising steps, 1..200.
+        width, height: in pixels.
+        num_inference_steps: 1..200.
         guidance_scale: 0..20; up to 1 without unconditional branch.
         temperature, top_p: None takes the checkpoint's; temperature 0 is greedy.
-        plan: `Plan.to_dict`, rendered instead of planning.
-        output_compression: quality of jpeg and webp, 0..100.
-        partial_images: for each image, 0..3.
-        num_sources: images to edit, 0..4.
-        source_tokens: upper bound of their prompt tokens.
+        plan: `Plan.to_dict`.
+        output_compression: 0..100, of jpeg and webp.
+        partial_images: 0..3 for each image.
+        num_sources: 0..4.
+        source_tokens: upper bound.
         model, embed_prompt: for a PNG's metadata.
     """
 
@@ -121,12 +120,12 @@ class JobSpec(_Record):
 
     @property
     def plan_tokens(self) -> int:
-        """Return the planner tokens of all images."""
+        """Return the tokens of all images."""
         return 0 if self.plan else self.n * self.image_plan_tokens
 
     @property
     def grids(self) -> list[Grid]:
-        """Return the grids the planner writes for an image, in order."""
+        """Return the grids of an image, in the planner's order."""
         geometry = self.geometry
         return [geometry.plan] if self.num_sources else [geometry.preview, geometry.plan]
 
@@ -136,20 +135,15 @@ class JobSpec(_Record):
 
     @property
     def prompt_tokens_bound(self) -> int:
-        """Return an upper bound of the prompt's tokens: each has at least one byte.
-
-        Capped, so that too long a prompt is refused without waiting for an idle engine.
-        """
+        """Return an upper bound, capped so that too long a prompt is refused without waiting for an idle engine."""
         return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64 + self.source_tokens
 
 
 @dataclass(frozen=True)
 class SourceImages:
-    """The images an edit starts from.
+    """Upright RGB PNGs.
 
-    Args:
-        files: PNG, upright, RGB.
-        overlay: RGBA PNG of the requested size that covers the result where the mask keeps the source.
+    `overlay`, an RGBA PNG of the requested size, covers the result where the mask keeps the source.
     """
 
     files: list[bytes]
@@ -163,7 +157,7 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class Origin(_Record):
-    """The request of a job, for logs and traces; `traceparent` is W3C Trace Context or empty."""
+    """A job's request, for logs and traces; `traceparent` is W3C Trace Context or empty."""
 
     request_id: str = ""
     traceparent: str = ""
@@ -171,7 +165,7 @@ class Origin(_Record):
 
 @dataclass(frozen=True)
 class JobError(_Record):
-    """Why a job failed; `type` is `invalid_request_error` (HTTP 400) or `server_error` (500)."""
+    """`type` is `invalid_request_error` (HTTP 400) or `server_error` (500)."""
 
     message: str
     type: str = "server_error"
@@ -181,7 +175,7 @@ class JobError(_Record):
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One encoded image (`data`), and its plan if requested."""
+    """One encoded image; `plan` if requested."""
 
     data: bytes
     seed: int
@@ -190,7 +184,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """Partial image `index` of image `image`, encoded; `grid` is the preview or plan it shows."""
+    """Partial image `index` of `image`, encoded; `grid` is its preview or plan."""
 
     image: int
     index: int
@@ -200,7 +194,7 @@ class PartialImage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """The result of a succeeded job. `prompt_tokens` include `source_tokens`."""
+    """`prompt_tokens` include `source_tokens`."""
 
     images: list[ImageResult]
     prompt_tokens: int
@@ -210,7 +204,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job as Redis has it now; `position` counts the queued jobs before it. Times by Redis' clock."""
+    """`position` counts the queued jobs before it. Times by Redis' clock."""
 
     id: str
     state: JobState
@@ -228,11 +222,11 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job, while renewed and while the record has this epoch. Times by Redis' clock.
+    """The right to run a job while renewed, under this epoch. Times by Redis' clock.
 
     Args:
         plans: checkpoints of an earlier run, by image.
-        quarantined: cost two engines their lease, so it runs alone.
+        quarantined: cost two engines their lease; runs alone.
     """
 
     job_id: str
@@ -249,7 +243,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class FreeCapacity:
-    """What an engine can admit now. An idle one takes any job, if only to refuse it."""
+    """An idle engine takes any job, if only to refuse it."""
 
     images: int
     kv_tokens: int
@@ -262,7 +256,7 @@ ENGINE_STATES = ("starting", "ready", "draining", "stuck")
 
 @dataclass(frozen=True)
 class EngineInfo(_Record):
-    """An engine's heartbeat; defaults are for engines of an older version."""
+    """A heartbeat; defaults are for engines of an older version."""
 
     id: str
     pid: int
@@ -279,7 +273,7 @@ class EngineInfo(_Record):
 
 @dataclass(frozen=True)
 class QueueStats:
-    """Counts of queued, running and ever dead-lettered jobs, and bytes of source images."""
+    """Counts of jobs, `dead_lettered` since the queue was created."""
 
     waiting: int
     running: int

@@ -33,8 +33,6 @@ _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `s
 
 
 class JobProducer(QueueBase):
-    """Submits, reads and ends jobs."""
-
     async def submit(
         self,
         spec: JobSpec,
@@ -55,17 +53,14 @@ class JobProducer(QueueBase):
         """Queue a job. A known id is ignored, so a submit whose reply was lost can be repeated.
 
         Args:
-            timeout_s: seconds to the deadline.
             max_queue: waiting jobs of both priorities.
-            notes: for the record.
             max_owned: live jobs of the owner.
             max_source_bytes: of all live jobs; one edit always fits alone.
-            idempotency_key: names the owner too. Returns the id of its first job, unless that ended without a result.
+            idempotency_key: of one owner. Returns the id of its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
-            origin: for every claim.
 
         Raises:
-            QueueFull, SourcesFull, TooManyJobs: a limit is reached.
+            QueueFull, SourcesFull, TooManyJobs: at a limit.
             KeyReused: the key came with another fingerprint.
         """
         arguments: dict[str, Argument] = {
@@ -91,7 +86,7 @@ class JobProducer(QueueBase):
         return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id
 
     async def cancel(self, job_id: str) -> bool:
-        """End a live job as cancelled. Returns whether this call ended it."""
+        """Cancel a live job; return whether this call did."""
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.CANCELLED.value))
 
     async def discard(self, job_id: str) -> bool:
@@ -99,7 +94,7 @@ class JobProducer(QueueBase):
         return bool(await self._scripts.run("discard", id=job_id))
 
     async def ended_among(self, job_ids: Sequence[str]) -> dict[str, JobState | None]:
-        """Return the state of those that have ended, None for unknown jobs; expire jobs past their deadline.
+        """Return the states of ended jobs, None for unknown ones; expire jobs past their deadline.
 
         Blocks Redis: pass hundreds of ids, not tens of thousands.
         """
@@ -108,7 +103,7 @@ class JobProducer(QueueBase):
         return {job_id.decode(): JobState(state.decode()) if state else None for job_id, state in pairs}
 
     async def get(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobRecord | None:
-        """Return the record; None for an unknown job, or `result_ttl_s` after its end."""
+        """Return the record, None `result_ttl_s` after the end."""
 
         async def read() -> list[Any]:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -120,17 +115,17 @@ class JobProducer(QueueBase):
         return decode_record(job_id, values, position)
 
     async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
-        """Return the result of a succeeded job; None once discarded, or `result_ttl_s` after its end."""
+        """Return the result, None once discarded or `result_ttl_s` after the end."""
         key = self.key("result", job_id)
         return decode_result(await retry_while_away(lambda: self._redis.hgetall(key), outage_timeout_s))
 
     async def shorten_ttl(self, job_id: str) -> None:
-        """Keep record and result, which may be megabytes, for `_DELIVERED_TTL_S` only."""
+        """Keep record and result, maybe megabytes, for `_DELIVERED_TTL_S` only."""
         ttl_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
         await self._scripts.run("shorten_ttl", id=job_id, ttl_ms=ttl_ms)
 
     async def share_file(self, token: str, data: bytes, media_type: str) -> None:
-        """Store a file for `result_ttl_s` seconds, once."""
+        """Store a file for `result_ttl_s`, once."""
         key = self.key("file", token)
         with redis_errors():
             if await self._redis.exists(key):
@@ -141,14 +136,14 @@ class JobProducer(QueueBase):
                 await pipe.execute()
 
     async def shared_file(self, token: str) -> tuple[bytes, str] | None:
-        """Return a shared file and its media type; None if there is none."""
+        """Return a shared file and its media type."""
         with redis_errors():
             stored: list[Any] = await self._redis.hmget(self.key("file", token), ["data", "type"])
         data, media_type = stored
         return None if data is None else (data, media_type.decode())
 
     async def takes_writes(self) -> bool:
-        """Return whether Redis takes a small write."""
+        """Return whether Redis takes writes."""
         try:
             with redis_errors():
                 await self._redis.set(self.key("probe"), b"", px=1000)
@@ -166,7 +161,7 @@ class JobProducer(QueueBase):
         return [EngineInfo.from_dict(orjson.loads(info)) for info in live.values()]
 
     async def engine_metrics(self) -> dict[str, str]:
-        """Return the Prometheus text of each live engine, by id."""
+        """Return Prometheus texts by engine id."""
         return {engine: text.decode() for engine, text in (await self._heartbeats("metrics")).items()}
 
     async def _heartbeats(self, field: str) -> dict[str, bytes]:

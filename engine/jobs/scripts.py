@@ -1,4 +1,4 @@
-"""Run the Lua scripts."""
+"""Running the Lua scripts."""
 
 import functools
 from importlib.resources import files

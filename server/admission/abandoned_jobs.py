@@ -1,4 +1,4 @@
-"""Discarding jobs after their client has disconnected: engine time is too expensive to finish them."""
+"""Discarding jobs whose client has disconnected: engine time is too expensive to finish them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -14,14 +14,12 @@ CLOSE_TIMEOUT_S = 2.0
 
 
 class AbandonedJobs:
-    """Discards jobs in the background."""
-
     def __init__(self, queue: JobProducer, metrics: Metrics) -> None:
         self._queue, self._metrics = queue, metrics
         self._tasks: set[asyncio.Task[None]] = set()
 
     def discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Discard the job when Redis responds, even if its submit is in flight; then call `then`. Never raises."""
+        """Discard the job in the background, even if its submit is in flight; then call `then`. Never raises."""
         task = asyncio.create_task(self._discard(job_id, then))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

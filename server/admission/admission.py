@@ -25,18 +25,13 @@ _SOURCES_FULL = "The images of queued edits take all the memory reserved for the
 
 @dataclass(frozen=True)
 class Idempotency:
-    """Identifies a repeated request.
-
-    Args:
-        key: the `Idempotency-Key`; each caller has its own.
-        fingerprint: hash of the request; the same key with another one is refused.
-    """
+    """An `Idempotency-Key`, and a hash of the only request that it may come with."""
 
     key: str
     fingerprint: str
 
     def scoped(self, caller: Caller) -> str:
-        """Return the caller's key in Redis."""
+        """Return the key in Redis; each caller has its own keys."""
         return hashlib.sha256(f"{caller.owner}\0{self.key}".encode()).hexdigest()
 
 
@@ -49,10 +44,8 @@ class Admitted:
 
 
 class Admission:
-    """Submits jobs while the limits of the queue and the caller allow it.
-
-    A request calls `find_by_idempotency_key`, which is free; `charge`, before it spends time or money on rewriting;
-    finally `submit`, which refunds the charge if no job results. Methods raise `QueueUnavailable` when Redis is away.
+    """Called by a request in turn: `find_by_idempotency_key`, which is free; `charge`, before rewriting takes time or
+    money; `submit`, which refunds the charge if no job results. Methods raise `QueueUnavailable`.
     """
 
     def __init__(
@@ -77,13 +70,9 @@ class Admission:
             raise self._try_again_later(_SOURCES_FULL, 1)
 
     async def find_by_idempotency_key(self, caller: Caller, idempotency: Idempotency) -> str | None:
-        """Return the first request's job, None if there is none or it ended without a result.
-
-        Raises:
-            ApiError: 422 when the key was used with a different request.
-        """
+        """Return the first request's job, None if it has no result; raise a 422 if that request differs."""
         try:
-            # With `max_queue` of 0 only a known key is not refused.
+            # A `max_queue` of 0 refuses all but known keys.
             return await self._enqueue(
                 _NO_JOB, caller, idempotency, job_id=_new_id(), timeout_s=1.0, priority="batch", max_queue=0
             )
@@ -91,11 +80,7 @@ class Admission:
             return None
 
     async def charge(self, caller: Caller, spec: JobSpec) -> Charge:
-        """Charge the job to the caller's key. Without a response from Redis the charge may stand.
-
-        Raises:
-            ApiError: 429 when a limit is reached; nothing is charged.
-        """
+        """Charge the caller, or raise a 429. Without a response from Redis the charge may stand."""
         pixel_steps = spec.width * spec.height * spec.num_inference_steps * spec.n
         return await with_redis_timeout(self._limits.charge(caller, pixel_steps))
 
@@ -113,11 +98,11 @@ class Admission:
     ) -> Admitted:
         """Queue the job of the charged caller atomically.
 
-        If Redis does not respond, the job may be queued all the same. It is discarded and then refunded, except with an
-        idempotency key: other requests may find the job, free of charge.
+        If Redis does not respond, the job may be queued all the same. It is discarded, then refunded, except with an
+        idempotency key: other requests may find it, free of charge.
 
         Raises:
-            ApiError: 429 at a limit of queue or caller; 422 when the key was used with a different request.
+            ApiError: 429 at a limit; 422 as `find_by_idempotency_key`.
         """
         job_id, caller = _new_id(), charge.caller
         try:

@@ -1,4 +1,4 @@
-"""Authentication for /v1 with the API keys of the settings."""
+"""Authentication for /v1."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ _bearer = HTTPBearer(auto_error=False, description="A key of `--api-key` or `--a
 
 
 async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
-    """Set `request.state.caller` to the `Caller` of the key; raise a 401 without a known one."""
+    """Set `request.state.caller`; raise a 401 without a known key."""
     keys: KeyRing = request.app.state.services.keys
     if keys.open_to_all:
         request.state.caller = ANONYMOUS

@@ -1,4 +1,4 @@
-"""The live engines."""
+"""The live engines, read from Redis at most once a second."""
 
 import asyncio
 import math
@@ -18,10 +18,7 @@ def ready_engines(engines: list[EngineInfo]) -> list[EngineInfo]:
 
 
 class EngineDirectory:
-    """The live engines, read from Redis at most once a second.
-
-    Concurrent requests share one read and its failure: one after the other they would each wait for a Redis that hangs.
-    """
+    """Lets concurrent requests share one read and its failure: in turn, each would wait for a hanging Redis."""
 
     def __init__(self, queue: JobProducer) -> None:
         self._queue = queue
@@ -43,11 +40,7 @@ class EngineDirectory:
         self._read_at = time.monotonic()
 
     async def require_ready(self) -> EngineInfo:
-        """Return any ready engine; all of a deployment serve the same model.
-
-        Raises:
-            ApiError: 503 when no engine is ready.
-        """
+        """Return any ready engine (all serve the same model); raise a 503 without one."""
         live = await self.live()
         ready = ready_engines(live)
         if not ready:
@@ -56,7 +49,7 @@ class EngineDirectory:
 
 
 def _retrieve(task: "asyncio.Task[None]") -> None:
-    """Retrieve the exception: asyncio logs it if all waiting requests were cancelled."""
+    """Retrieve the exception: asyncio would log it if all requests were cancelled."""
     if not task.cancelled():
         task.exception()
 

@@ -1,4 +1,4 @@
-"""Refusing requests while the server drains."""
+"""Counting requests in progress, and refusing further ones while the server drains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,6 @@ from server.errors import DRAINING_RETRY_S, unavailable
 
 
 class Gate:
-    """Counts requests in progress; once closed, refuses further ones."""
-
     def __init__(self) -> None:
         self.closed = False
         self.inside = 0

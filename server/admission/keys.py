@@ -6,8 +6,8 @@ The file of `--api-keys` is TOML, one table per key, which `glimmer key NAME` pr
     sha256 = "..."
     max_concurrent = 4  # limits are optional
 
-Plain SHA-256 is enough: a random token of 256 bits cannot be guessed, so a salt or a slow hash would add no protection,
-and every request is compared with all keys.
+Plain SHA-256 is enough: a random token of 256 bits cannot be guessed, and a slow hash would slow every request, which
+is compared with all keys.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class KeyFileError(ValueError):
 
 @dataclass(frozen=True)
 class Caller:
-    """The owner of an API key. A limit of None means unlimited.
+    """The owner of an API key. None means unlimited.
 
     Args:
         owner: name in the key file; empty without keys.
@@ -98,11 +98,7 @@ sha256 = "{hash_key(key).hex()}"
 
 
 def parse_key_file(text: str) -> dict[bytes, Caller]:
-    """Return the callers by the hashes of their keys.
-
-    Raises:
-        KeyFileError: names the invalid entry, never a hash.
-    """
+    """Return the callers by key hash; raise a `KeyFileError` that names the invalid entry, never a hash."""
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -130,12 +126,9 @@ def _read_table(name: str, table: object) -> tuple[bytes, Caller]:
 
 
 class KeyRing:
-    """The known keys; the key file is read again when it changes.
+    """The known keys; a `KeyFileError` if the file is invalid at the start.
 
-    An invalid change is logged and the old keys stay: a typo must not lock out all callers.
-
-    Raises:
-        KeyFileError: the file is invalid at the start.
+    A changed file is read again. If invalid, the old keys stay: a typo must not lock out all callers.
     """
 
     def __init__(self, settings: ServerSettings) -> None:

@@ -9,10 +9,7 @@ MIN_RETRY_S, MAX_RETRY_S = 1, 60
 
 
 class Throughput:
-    """The average time between two ends of jobs.
-
-    An idle hour says nothing about the pace, so an interval counts for at most the duration of the job.
-    """
+    """The average interval between ends of jobs, each at most the job's duration: idle time does not count."""
 
     def __init__(self) -> None:
         self._interval_s = MovingAverage()

@@ -1,4 +1,4 @@
-"""Start API, engines and Redis, and stop them in order."""
+"""Starting API, engines and Redis, and stopping them in order."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,6 @@ class EngineProcesses:
 
     Args:
         data_dir: folder of the embedded Redis.
-        device: as in `CheckpointSettings`.
         environment: variables that override this process's.
     """
 
@@ -63,10 +62,7 @@ def run_api(settings: ServerSettings) -> None:
 
 
 def run_all(settings: ServerSettings, engines: EngineProcesses) -> int:
-    """Run API, engines and, without `redis_url`, Redis until a signal; return the exit code.
-
-    Raises one of `START_ERRORS` if it cannot start.
-    """
+    """Run API, engines and, without `redis_url`, Redis until a signal; return the exit code. Raises as `run_api`."""
     with listen(settings.host, settings.port) as listener:
         _warn_if_open(settings, listener)
         if settings.redis_url is not None:
@@ -77,7 +73,6 @@ def run_all(settings: ServerSettings, engines: EngineProcesses) -> int:
 
 
 def _warn_if_open(settings: ServerSettings, listener: socket.socket) -> None:
-    """Warn if everyone who reaches this machine may use the API."""
     if not settings.asks_for_keys and not is_loopback(listener.getsockname()[0]):
         hint = (
             "anyone who reaches this address may generate images; set --api-keys or --api-key, or listen on 127.0.0.1"
@@ -96,7 +91,7 @@ async def _serve_with(
 
 
 async def _keep_alive(redis: EmbeddedRedis) -> None:
-    """Restart Redis whenever it dies: its data is on disk and clients reconnect. Nothing waits until it has loaded."""
+    """Restart Redis whenever it dies, without waiting until it has loaded: its data is on disk, clients reconnect."""
     loading = False
     while True:
         await asyncio.sleep(REDIS_POLL_INTERVAL_S)
@@ -130,14 +125,13 @@ async def _serve(settings: ServerSettings, engines: EngineProcesses, redis_url: 
             announcement.cancel()
             drained.cancel()
             server.should_exit = True
-            # Engines keep working while requests finish, then get the rest of the grace period for other servers' jobs:
-            # one grace period in all, plus seconds for last bytes.
+            # One grace period in all, plus seconds for last bytes: engines work on while requests finish, then on other
+            # servers' jobs.
             await asyncio.wait({api, supervision, asyncio.create_task(supervisor.stop(server.grace_left_s))})
         return _exit_code(api, supervision)
 
 
 def _exit_code(api: "asyncio.Task[None]", supervision: "asyncio.Task[None]") -> int:
-    """Return 0 after a stop, `EXIT_CONFIGURATION` if engines cannot start; raise any other error."""
     api.result()
     error = supervision.exception()
     if isinstance(error, EngineMisconfigured):
@@ -149,7 +143,6 @@ def _exit_code(api: "asyncio.Task[None]", supervision: "asyncio.Task[None]") -> 
 
 
 async def _announce(queue: JobProducer, url: str) -> None:
-    """Print one line when the first engine is ready."""
     while True:
         with contextlib.suppress(QueueUnavailable):
             if ready := ready_engines(await queue.engines()):

@@ -12,23 +12,23 @@ from fastapi import FastAPI
 
 from server.admission.gate import Gate
 
-# Longer than clients keep idle connections (httpx 5 s, nginx and cloud balancers 60 s): a request sent just as the
-# server closes one is lost.
+# Longer than clients keep idle connections (httpx 5 s, nginx and cloud balancers 60 s): a request sent as the server
+# closes one is lost.
 KEEP_ALIVE_S = 75
-LAST_BYTES_S = 5  # for responses in flight to slow clients when the drain ends
+LAST_BYTES_S = 5  # for slow clients when the drain ends
 
 
 class StartError(Exception):
-    """The server cannot start; the message is for the user."""
+    """The server cannot start; for the user."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raise `StartError` if the address is taken or not of this machine."""
+    """Return a listening socket; raise `StartError` if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
-        # Inherited by connections. Without it a small body waits 40 ms for the acknowledgement of the headers. asyncio
-        # sets it only on sockets that it creates.
+        # Inherited by connections: else a small body waits 40 ms for the acknowledgement of the headers. asyncio sets
+        # it only on its own sockets.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
@@ -43,10 +43,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server: the first SIGTERM or SIGINT closes the gate and drains, the second exits at once.
-
-    `drained` is set when only last bytes remain.
-    """
+    """The first SIGTERM or SIGINT drains, the second exits at once; `drained` is set when only last bytes remain."""
 
     def __init__(self, app: FastAPI, grace_s: float) -> None:
         super().__init__(
@@ -66,7 +63,7 @@ class DrainingServer(uvicorn.Server):
 
     @property
     def grace_left_s(self) -> float:
-        """Return the rest of the grace period: all before the drain, 0 after a second signal."""
+        """Return the rest of the grace period, 0 after a second signal."""
         if self.force_exit:
             return 0.0
         return max(0.0, min(self._grace_s, self._drain_ends_at - time.monotonic()))
@@ -77,14 +74,14 @@ class DrainingServer(uvicorn.Server):
         self._drain_ends_at = time.monotonic() + self._grace_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal, without raising it again as uvicorn does: callers still have to clean up."""
+        """Handle a signal; not raised again, as in uvicorn: callers still have to clean up."""
         if self._gate.closed:
             self.should_exit = self.force_exit = True
         else:
             self.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to exit (uvicorn asks ten times a second)."""
+        """Return whether to exit; called ten times a second."""
         if self._gate.closed and (self._gate.inside == 0 or time.monotonic() > self._drain_ends_at):
             self.should_exit = True
         return await super().on_tick(counter)

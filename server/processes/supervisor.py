@@ -23,7 +23,7 @@ logger = logging.getLogger("glimmer.supervisor")
 
 
 class EngineMisconfigured(Exception):
-    """An engine cannot start with its settings, even if restarted; its stderr has the reason."""
+    """An engine cannot start with its settings; its stderr has the reason."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Supervisor:
     """Runs one engine for each of `environments` until `stop`.
 
     Args:
-        command: starts one engine, the program by its full path; a new `--engine-id ID` is appended on every start.
+        command: with the program's full path; every start appends a new `--engine-id ID`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keep all engines running until `stop`; raise `EngineMisconfigured` if one cannot start."""
+        """Keep all engines running; raise `EngineMisconfigured` if one cannot start."""
         self._keepers = [asyncio.create_task(self._keep(index)) for index in range(len(self._environments))]
         try:
             await asyncio.gather(*self._keepers)
@@ -74,9 +74,9 @@ class Supervisor:
                 keeper.cancel()
 
     async def stop(self, grace_s: float) -> None:
-        """Stop every engine and return when their jobs are free.
+        """Stop every engine; return when their jobs are free.
 
-        SIGTERM drains them; after `grace_s` a second one makes them hand jobs back, `HAND_BACK_S` later SIGKILL.
+        SIGTERM drains; after `grace_s` a second one makes them requeue their jobs, `HAND_BACK_S` later SIGKILL.
         """
         self._stopping.set()
         self._signal(signal.SIGTERM)
@@ -125,7 +125,7 @@ class Supervisor:
             # An engine must not outlive this process: it would hold a GPU for nothing.
             *die_with_parent([*self._command, "--engine-id", engine_id], signal.SIGKILL),
             env=dict(self._environments[index]),
-            # In a new session: Ctrl+C is for this process, which lets engines finish.
+            # Ctrl+C is for this process alone: engines finish.
             start_new_session=True,
         )
         self._processes[index] = process
@@ -144,7 +144,7 @@ class Supervisor:
 
 
 def engine_environments(base: Mapping[str, str], count: int, device: str) -> list[dict[str, str]]:
-    """Return each engine's environment: GPUs assigned in turn, CPU threads divided."""
+    """Return each engine's environment, with GPUs assigned in turn and CPU threads divided."""
     gpus = _gpus(base) if count > 1 and device in ("auto", "cuda") else []
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     environments = []
@@ -159,7 +159,7 @@ def engine_environments(base: Mapping[str, str], count: int, device: str) -> lis
 
 
 def _gpus(environment: Mapping[str, str]) -> list[str]:
-    """Return the usable CUDA devices without loading CUDA into this process."""
+    """Return the usable CUDA devices without loading CUDA."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]

@@ -19,12 +19,7 @@ LINGER_S = 2.0
 
 @dataclass(frozen=True)
 class ParsedBody:
-    """A body with checked fields.
-
-    Args:
-        request: the fields, without images and mask.
-        images, mask: files of an edit, not decoded yet.
-    """
+    """Checked fields without images and mask, and those files, not decoded yet."""
 
     request: GenerationRequest
     images: list[bytes] = field(default_factory=list)
@@ -102,10 +97,10 @@ class BodyTooLarge(ApiError):
 
 
 class _LingeringResponse(Response):
-    """A response that reads and drops the rest of the body for up to `LINGER_S`.
+    """Reads and drops the rest of the body for up to `LINGER_S`.
 
-    Closing the connection of a client that is still sending resets it. Most clients read only after they have sent
-    everything: they would see a broken connection instead of the response, and retry.
+    Closing the connection of a client that is still sending resets it. Most clients read only after sending: they would
+    see a broken connection, and retry.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,7 +1,6 @@
 """Decoding uploaded files into source images: upright RGB as PNG.
 
-A file's type follows from its first bytes, never from what the client declares. Headers are checked before any pixel is
-decoded.
+A file's type is that of its first bytes, not the declared one. Headers are checked before any pixel is decoded.
 """
 
 import io
@@ -36,12 +35,7 @@ _TRANSPOSITIONS = {
 
 @dataclass(frozen=True)
 class EditInput:
-    """The decoded files of an edit.
-
-    Args:
-        size: width and height of the edit.
-        tokens: upper bound of the prompt tokens of the source images.
-    """
+    """The decoded files of an edit; `tokens` is an upper bound of their prompt tokens."""
 
     size: tuple[int, int]
     tokens: int
@@ -52,11 +46,11 @@ def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | Non
     """Decode uploaded files. Takes up to seconds, so call it in a thread.
 
     Args:
-        size: of the edit; None for the size of the first image, on the 32-pixel grid.
+        size: of the edit; None for the first image's, on the 32-pixel grid.
         max_pixels: larger images are scaled down.
 
     Raises:
-        ApiError: 400 naming the image that cannot be used, and why.
+        ApiError: 400 naming the image and the reason.
     """
     count = len(images)
     names = [f"Image {number} of {count}" if count > 1 else "The image" for number in range(1, count + 1)]
@@ -129,7 +123,7 @@ class _File:
         image = self.open()
         try:
             image.load()
-        except Exception:  # any exception, as above
+        except Exception:  # as above
             raise self.error("cannot be read: the file is damaged or incomplete") from None
         transposition = _TRANSPOSITIONS.get(_orientation(image))
         return image if transposition is None else image.transpose(transposition)
@@ -146,7 +140,7 @@ def _has_alpha(mask: Image) -> bool:
 def _orientation(image: Image) -> int:
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # as above; the pixels may be intact all the same
+    except Exception:  # as above; the pixels may be intact
         return 1
 
 
@@ -180,7 +174,7 @@ def _edit_size(first: tuple[int, int], max_pixels: int) -> tuple[int, int]:
 
 
 def _overlay(first: Image, alpha: Image, size: tuple[int, int]) -> Image:
-    """Return what is pasted over the finished image: the first image, where the mask keeps it."""
+    """Return the first image where the mask keeps it, to be pasted over the result."""
     overlay = ImageOps.fit(first, size, Resampling.LANCZOS)
     overlay.putalpha(ImageOps.fit(alpha, size, Resampling.BILINEAR))
     return overlay

@@ -41,18 +41,13 @@ logger = logging.getLogger("glimmer.rewriter")
 
 
 class Rewriter:
-    """Client of a chat endpoint.
-
-    Args:
-        client: with the endpoint's base URL and key.
-        model: not sent if None.
-    """
+    """Rewrites with a chat endpoint, whose base URL and key `client` has."""
 
     def __init__(self, client: httpx.AsyncClient, model: str | None, metrics: Metrics) -> None:
         self._client, self._model, self._metrics = client, model, metrics
 
     async def rewrite(self, prompt: str) -> str | None:
-        """Return a richer prompt; None if that fails or takes longer than `REWRITE_TIMEOUT_S`. Never raises."""
+        """Return a richer prompt; None if that fails or takes longer than `REWRITE_TIMEOUT_S`."""
         try:
             async with asyncio.timeout(REWRITE_TIMEOUT_S):
                 rewritten = _message_of(await self._complete(prompt))
@@ -85,10 +80,10 @@ class Rewriter:
 
 
 def _message_of(completion: bytes) -> str:
-    """Return the message of a chat completion, without the reasoning that some endpoints include.
+    """Return a completion's message without the reasoning that some endpoints include.
 
     Raises:
-        ValueError, LookupError, TypeError: not a chat completion.
+        ValueError, LookupError, TypeError: not a completion.
     """
     content = orjson.loads(completion)["choices"][0]["message"]["content"]
     if not isinstance(content, str):
@@ -108,7 +103,7 @@ def is_usable(prompt: str, rewritten: str) -> bool:
 
 @asynccontextmanager
 async def open_rewriter(settings: ServerSettings, metrics: Metrics) -> AsyncIterator[Rewriter | None]:
-    """Open the rewriter of the settings, None if not configured."""
+    """Open the rewriter, None if not configured."""
     if settings.prompt_rewriter is None:
         yield None
         return

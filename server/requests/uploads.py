@@ -1,7 +1,6 @@
 """Reading the body of an edit: a multipart form, or JSON with `data:` URLs.
 
-Strings of a form are converted to the types of their fields: "2" to a number, "true" to a boolean. What cannot be
-converted stays a string, to be refused by `parse`.
+Strings of a form are converted to the types of their fields; what cannot be stays a string, refused by `parse`.
 """
 
 import base64
@@ -233,7 +232,6 @@ def _json(text: str) -> Any:
 
 
 def _converter_for(annotation: Any) -> Callable[[str], Any] | None:
-    """Return the converter from string to a field's type, None for strings."""
     types = {annotation, *get_args(annotation)}
     converters = ((bool, _boolean), (float, _number), (int, _integer), (PlanBody, _json))
     return next((convert for type_, convert in converters if type_ in types), None)

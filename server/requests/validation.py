@@ -68,7 +68,6 @@ def to_job_spec(
     """Return the job of a request, with a random seed if it has none.
 
     Args:
-        engine: for its defaults and codebook.
         with_partials: whether the client can receive partial images.
 
     Raises:
@@ -129,7 +128,6 @@ def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) ->
 
 
 def _size(request: GenerationRequest, max_pixels: int) -> tuple[int, int] | None:
-    """Return the width and height of `size`, or `width` and `height`; None for the default."""
     size = None if request.size == "auto" else _parse_size(request.size)
     sides = (request.width, request.height)
     if size is None and None in sides:

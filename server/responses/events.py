@@ -36,11 +36,7 @@ logger = logging.getLogger("glimmer.images")
 
 
 class EventStream(StreamingResponse):
-    """Sends events, with pings in between, until the last one or until the client disconnects.
-
-    Args:
-        resources: closed at the end of the stream.
-    """
+    """Sends events, with pings in between, until the last one or a disconnect; then closes `resources`."""
 
     def __init__(self, events: AsyncGenerator[bytes], resources: ExitStack | None = None) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would buffer
@@ -50,7 +46,7 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._resources:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            with suppress(ClientDisconnect):  # the background task frees the result all the same
+            with suppress(ClientDisconnect):  # the background task still frees the result
                 await cancel_on_disconnect(receive, self._send_all(send))
         if self.background is not None:
             await self.background()

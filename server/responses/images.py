@@ -20,12 +20,7 @@ Operation = Literal["generation", "edit"]
 
 @dataclass(frozen=True)
 class ResponseOptions:
-    """What the response needs and engines do not: the `notes` of the job's record.
-
-    Args:
-        base_url: of this server, as the client reaches it.
-        file_tokens: names of the files with `response_format` "url".
-    """
+    """What the response needs and engines do not: the `notes` of the job's record. `file_tokens` are for "url"."""
 
     operation: Operation = "generation"
     quality: str = "high"
@@ -54,13 +49,13 @@ def new_file_tokens(count: int) -> list[str]:
 
 
 async def render_response(queue: JobProducer, record: JobRecord, result: JobResult) -> bytes:
-    """Return the JSON of a job that has succeeded, its images shared if they were asked for as URLs."""
+    """Return the JSON of a succeeded job, and share its images if URLs were requested."""
     await share_images(queue, record, result)
     return await encode(result, lambda: images_body(record, result))
 
 
 async def share_images(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
-    """Make the images available by URL, if the request asked for that."""
+    """Make the images available by URL, if requested."""
     options = ResponseOptions.from_record(record)
     if options.response_format == "url":
         for token, image in zip(options.file_tokens, result.images, strict=True):

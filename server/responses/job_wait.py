@@ -1,4 +1,4 @@
-"""Waiting for a job, and its fate when the client disconnects."""
+"""Waiting for a job."""
 
 import asyncio
 import logging
@@ -25,13 +25,10 @@ T = TypeVar("T")
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and cancel it if the client disconnects first.
+    """Await `work`; cancel it and raise `ClientDisconnect` if the client disconnects first.
 
     Args:
-        receive: of a request whose body has been read, so that the only message left is the disconnect.
-
-    Raises:
-        ClientDisconnect: `work` was cancelled.
+        receive: of a request whose body has been read.
     """
     work_task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_client_disconnected(receive))
@@ -51,10 +48,7 @@ async def _client_disconnected(receive: Receive) -> None:
 
 
 class JobWait:
-    """A request that waits for a job.
-
-    If it ends before the job, the job is discarded. A detached job runs on, and its result stays.
-    """
+    """A request that waits. If it ends before the job, the job is discarded; a detached job runs on and is kept."""
 
     def __init__(
         self, queue: JobProducer, job: Admitted, *, detached: bool, abandoned_jobs: AbandonedJobs, outcomes: JobOutcomes

@@ -18,7 +18,7 @@ POLL_BATCH = 500  # jobs per call to Redis
 
 
 def job_error(record: JobRecord) -> ApiError | None:
-    """Return the error of a job that has ended without a result, otherwise None."""
+    """Return the error of a job that has ended without a result."""
     if record.state is JobState.EXPIRED:
         # The client's own limit: a retry by the SDK would only add load.
         return ApiError(
@@ -40,8 +40,8 @@ def job_error(record: JobRecord) -> ApiError | None:
 
 
 class JobOutcomes:
-    """Counts how jobs end, also jobs that no request waits for. Those share two tasks and one poll per second: a task
-    and a poll for each would cost more than admitting it."""
+    """Counts how jobs end. Those that no request waits for share two tasks and one poll per second: a task and a poll
+    for each would cost more than admitting it."""
 
     def __init__(self, queue: JobProducer, metrics: Metrics, throughput: Throughput) -> None:
         self._queue, self._metrics, self._throughput = queue, metrics, throughput
@@ -70,7 +70,7 @@ class JobOutcomes:
                 await self._count_ended([job_id])
 
     async def _poll(self) -> None:
-        """Count ends whose announcement was lost."""
+        """Count ends whose event was lost."""
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
             watched = list(self._watched)

@@ -44,7 +44,6 @@ async def health(services: ServicesDep) -> Response:
 def _unavailable_reason(
     services: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool
 ) -> str | None:
-    """Return why a request sent now would not be served, None if it would."""
     if not takes_writes:
         return "The job queue (Redis) refuses writes: memory or disk full, or a replica."
     if services.gate.closed:

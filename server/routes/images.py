@@ -71,7 +71,6 @@ async def edit(request: Request, services: ServicesDep) -> Response:
 async def _respond(
     request: Request, services: Services, read_body: Callable[[Request, int], Awaitable[ParsedBody]], max_bytes: int
 ) -> Response:
-    """Submit a job, or find an earlier request's, and respond as asked."""
     with ExitStack() as resources:
         resources.enter_context(services.gate.enter())
         body = await read_body(request, max_bytes)
@@ -170,8 +169,8 @@ async def _prepare_edit(services: Services, body: ParsedBody, validated: Validat
 
 
 async def _rewrite(services: Services, request: GenerationRequest, *, is_edit: bool) -> str | None:
-    """Return a richer prompt, or None to keep the prompt. A request with a plan has nothing left to describe. The
-    prompt of an edit describes a change, not an image, so it is rewritten only if the request says so."""
+    """Return a richer prompt, or None to keep it. A plan leaves nothing to describe; the prompt of an edit describes a
+    change, not an image, so it is rewritten only on request."""
     wanted = request.rewrite_prompt if request.rewrite_prompt is not None else not is_edit
     if services.rewriter is None or not wanted or request.plan is not None:
         return None
@@ -188,7 +187,7 @@ async def _job_response(request: Request, services: Services, job_id: str) -> Re
 
 
 async def _free_result(services: Services, job_id: str) -> None:
-    """Free the memory that a result takes in Redis, once it has been sent."""
+    """Free a sent result's memory in Redis."""
     with suppress(QueueUnavailable):  # then it expires after `result_ttl_s`
         await with_redis_timeout(services.queue.shorten_ttl(job_id))
 

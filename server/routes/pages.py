@@ -47,7 +47,6 @@ class _File:
 
 @cache
 def _files() -> dict[str, _File]:
-    """Return the files that can be requested, by name."""
     files = {}
     for path in FOLDER.iterdir():
         if path.suffix in _MEDIA_TYPES:

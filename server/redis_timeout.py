@@ -1,4 +1,4 @@
-"""A timeout for Redis calls, short enough for HTTP clients and probes."""
+"""A timeout for Redis calls."""
 
 import asyncio
 from collections.abc import Awaitable

@@ -12,11 +12,10 @@ from engine.jobs.scripts import LuaScripts
 
 
 class QueueBase:
-    """Jobs in Redis, with the same settings in all processes. Methods raise `QueueUnavailable`.
+    """All processes need the same settings. Methods raise `QueueUnavailable`.
 
     Args:
         redis: returns bytes; the caller closes it.
-        result_ttl_s: how long record and result outlive the job.
         max_runs: lapsed leases that dead-letter a job.
     """
 
@@ -66,7 +65,7 @@ class QueueBase:
         await self._wake_ups.close()
 
     def ended(self) -> AsyncIterator[str]:
-        """Yield the ids of jobs that end until `close`, except while the connection is broken."""
+        """Yield the ids of ending jobs, except those lost."""
         return self.events.ended()
 
     async def expire(self, job_id: str) -> bool:

@@ -1,4 +1,4 @@
-"""Converting the dataclasses of `job.py` to and from what Redis stores: JSON, and raw bytes for images."""
+"""Converting the dataclasses of `job.py` to JSON and raw images, and back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -63,7 +63,7 @@ def decode_claim(reply: Sequence[Any]) -> Claim:
 
 
 def encode_sources(sources: SourceImages | None) -> list[str | bytes]:
-    """Return field names and values in turn: each image by its index, and `overlay`."""
+    """Return the hash's fields and values in turn."""
     if sources is None:
         return []
     fields: list[str | bytes] = []
@@ -81,7 +81,7 @@ def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
 
 
 def encode_result(result: JobResult) -> list[str | bytes]:
-    """Return field names and values in turn: `meta` as JSON, `image:{i}` raw."""
+    """Return the hash's fields and values in turn."""
     meta = {
         "images": [{"seed": image.seed, "plan": image.plan} for image in result.images],
         "prompt_tokens": result.prompt_tokens,

@@ -1,4 +1,4 @@
-"""Connecting to Redis, mapping its errors, retrying while it is away."""
+"""Connecting to Redis and mapping its errors."""
 
 import asyncio
 import time
@@ -21,15 +21,15 @@ T = TypeVar("T")
 RETRY_INTERVAL_S = 0.5
 REDIS_OUTAGE_TIMEOUT_S = 30.0  # a restart takes some seconds
 
-_MAX_CONNECTIONS = 64  # keeps Redis busy from one process; further callers wait
+_MAX_CONNECTIONS = 64  # keeps Redis busy; further callers wait
 
-# Temporary refusals. redis-py has classes for some; Redis 6 wraps a script's, whose text has the code.
+# Temporary refusals. Redis 6 wraps those of scripts: only the text has the code.
 _REFUSAL_CLASSES = (OutOfMemoryError, ReadOnlyError, MasterDownError)
 _REFUSAL_CODES = ("-OOM", "MISCONF", "-READONLY", "-MASTERDOWN", "NOREPLICAS")
 
 
 def connect(url: str) -> redis.asyncio.Redis:
-    """Return a client for a `redis://`, `rediss://` or `unix://` URL; it retries for half a second, as a proxy restarts."""
+    """Return a client of a `redis[s]://` or `unix://` URL; it retries for half a second (a proxy's restart)."""
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=_MAX_CONNECTIONS,
@@ -56,7 +56,7 @@ def redis_errors() -> Iterator[None]:
 
 
 async def retry_while_away(call: Callable[[], Awaitable[T]], outage_timeout_s: float) -> T:
-    """Await a call, repeated while Redis is away; raise `QueueUnavailable` after `outage_timeout_s`."""
+    """Await a call, repeated while Redis is away for up to `outage_timeout_s`."""
     give_up_at = time.monotonic() + outage_timeout_s
     while True:
         try:

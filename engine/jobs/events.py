@@ -39,7 +39,7 @@ class Subscription:
             self._task = asyncio.create_task(self._stay_subscribed())
 
     async def close(self) -> None:
-        """End the reading; `start` may follow."""
+        """Stop reading."""
         if self._task is not None:
             await stop(self._task)
             self._task = None
@@ -68,8 +68,6 @@ class Subscription:
 
 
 class JobEvents:
-    """Events of one job for waiters, all ends for listeners."""
-
     def __init__(self, redis: redis.asyncio.Redis, channel: str):
         self._end_waiters: dict[str, set[asyncio.Event]] = {}
         self._change_waiters: dict[str, set[asyncio.Event]] = {}
@@ -78,7 +76,7 @@ class JobEvents:
 
     @contextmanager
     def waiter(self, job_id: str, *, every_change: bool = False) -> Iterator[asyncio.Event]:
-        """Yield an event that is set when the job may have ended, or changed."""
+        """Yield an event, set when the job may have ended or changed."""
         self._subscription.start()
         woken = asyncio.Event()
         waiters = self._change_waiters if every_change else self._end_waiters
@@ -91,7 +89,7 @@ class JobEvents:
                 del waiters[job_id]
 
     async def ended(self) -> AsyncIterator[str]:
-        """Yield the ids of jobs that end, until `close`."""
+        """Yield the ids of ending jobs."""
         self._subscription.start()
         ids: asyncio.Queue[str | None] = asyncio.Queue()
         self._listeners.add(ids)

@@ -1,4 +1,4 @@
-"""Waiting for the end of a job, or reading every change."""
+"""Following a job."""
 
 import asyncio
 import time
@@ -71,7 +71,7 @@ class JobFollower:
                 await self._pause(woken, left_s)
 
     async def _time_left(self) -> float | None:
-        """Return None for an ended or unknown job. Called by every request once a second: reads two fields only."""
+        """Return the seconds to the deadline, None after the end; every request polls it, so it reads two fields."""
         with redis_errors():
             async with self._queue.client.pipeline(transaction=False) as pipe:
                 pipe.hmget(self._queue.key("job", self._job_id), ["state", "deadline"])

@@ -1,4 +1,4 @@
-"""Jobs, their records and results, as in Redis."""
+"""Jobs, their records and results. Times by Redis' clock."""
 
 import dataclasses
 import enum
@@ -36,7 +36,7 @@ def _wire_names(record: type) -> dict[str, str]:
 
 
 class _Record:
-    """A flat dataclass as a JSON-ready dict; a newer process's unknown keys are dropped."""
+    """JSON-ready; a newer process's unknown keys are dropped."""
 
     def to_dict(self) -> dict[str, Any]:
         names = _wire_names(type(self))
@@ -58,8 +58,6 @@ class TokenGrid(_Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one image, and its preview."""
-
     rows: int
     cols: int
     tokens: list[int]
@@ -91,7 +89,6 @@ class JobSpec(_Record):
         partial_images: 0..3 for each image.
         num_sources: 0..4.
         source_tokens: upper bound.
-        model, embed_prompt: for a PNG's metadata.
     """
 
     prompt: str
@@ -125,7 +122,7 @@ class JobSpec(_Record):
 
     @property
     def grids(self) -> list[Grid]:
-        """Return the grids of an image, in the planner's order."""
+        """Return an image's grids in order."""
         geometry = self.geometry
         return [geometry.plan] if self.num_sources else [geometry.preview, geometry.plan]
 
@@ -157,7 +154,7 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class Origin(_Record):
-    """A job's request, for logs and traces; `traceparent` is W3C Trace Context or empty."""
+    """For logs and traces; `traceparent` is W3C Trace Context or empty."""
 
     request_id: str = ""
     traceparent: str = ""
@@ -175,8 +172,6 @@ class JobError(_Record):
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One encoded image; `plan` if requested."""
-
     data: bytes
     seed: int
     plan: dict[str, Any] | None = None
@@ -184,7 +179,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """Partial image `index` of `image`, encoded; `grid` is its preview or plan."""
+    """Encoded; `grid` is its preview or plan."""
 
     image: int
     index: int
@@ -204,7 +199,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """`position` counts the queued jobs before it. Times by Redis' clock."""
+    """`position` counts the queued jobs before it."""
 
     id: str
     state: JobState
@@ -222,12 +217,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job while renewed, under this epoch. Times by Redis' clock.
-
-    Args:
-        plans: checkpoints of an earlier run, by image.
-        quarantined: cost two engines their lease; runs alone.
-    """
+    """`plans` are checkpoints by image; a `quarantined` job cost two engines their lease."""
 
     job_id: str
     epoch: int
@@ -256,7 +246,7 @@ ENGINE_STATES = ("starting", "ready", "draining", "stuck")
 
 @dataclass(frozen=True)
 class EngineInfo(_Record):
-    """A heartbeat; defaults are for engines of an older version."""
+    """Defaults are for engines of an older version."""
 
     id: str
     pid: int
@@ -273,7 +263,7 @@ class EngineInfo(_Record):
 
 @dataclass(frozen=True)
 class QueueStats:
-    """Counts of jobs, `dead_lettered` since the queue was created."""
+    """`dead_lettered` counts since the queue's creation."""
 
     waiting: int
     running: int

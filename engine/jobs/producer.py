@@ -60,8 +60,7 @@ class JobProducer(QueueBase):
             fingerprint: of the request, without spaces.
 
         Raises:
-            QueueFull, SourcesFull, TooManyJobs: at a limit.
-            KeyReused: the key came with another fingerprint.
+            QueueFull, SourcesFull, TooManyJobs, KeyReused: nothing was queued.
         """
         arguments: dict[str, Argument] = {
             "id": job_id,
@@ -90,7 +89,7 @@ class JobProducer(QueueBase):
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.CANCELLED.value))
 
     async def discard(self, job_id: str) -> bool:
-        """Cancel a job, also one whose submit is still in flight, and delete its result."""
+        """Cancel a job, even if its submit is in flight, and delete its result."""
         return bool(await self._scripts.run("discard", id=job_id))
 
     async def ended_among(self, job_ids: Sequence[str]) -> dict[str, JobState | None]:
@@ -115,12 +114,12 @@ class JobProducer(QueueBase):
         return decode_record(job_id, values, position)
 
     async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
-        """Return the result, None once discarded or `result_ttl_s` after the end."""
+        """Return the result, None once it is discarded or expired."""
         key = self.key("result", job_id)
         return decode_result(await retry_while_away(lambda: self._redis.hgetall(key), outage_timeout_s))
 
     async def shorten_ttl(self, job_id: str) -> None:
-        """Keep record and result, maybe megabytes, for `_DELIVERED_TTL_S` only."""
+        """Keep record and result, maybe megabytes, for `_DELIVERED_TTL_S`."""
         ttl_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
         await self._scripts.run("shorten_ttl", id=job_id, ttl_ms=ttl_ms)
 
@@ -152,7 +151,7 @@ class JobProducer(QueueBase):
         return True
 
     async def stats(self) -> QueueStats:
-        """Return counts of jobs and source bytes."""
+        """Return the counts."""
         return QueueStats(*await self._scripts.run("stats"))
 
     async def engines(self) -> list[EngineInfo]:

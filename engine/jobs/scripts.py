@@ -13,19 +13,14 @@ Argument = str | int | bool | None | list[str] | list[tuple[str, int]]
 
 
 class LuaScripts:
-    """The scripts `lua/*.lua` of a package behind its `prelude.lua`, with arguments `common` to every call."""
+    """A package's `lua/*.lua` behind its `prelude.lua`; every call gets `common`."""
 
     def __init__(self, redis: redis.asyncio.Redis, package: str, **common: Argument) -> None:
         self._scripts = {name: redis.register_script(script) for name, script in _read(package).items()}
         self._common = common
 
     async def run(self, script: str, /, *blobs: str | bytes, **arguments: Argument) -> Any:
-        """Run `{script}.lua`; raise `QueueUnavailable`.
-
-        Args:
-            blobs: ARGV[2] and on.
-            arguments: JSON object in ARGV[1], without those that are None; integers up to 2^53.
-        """
+        """Run `{script}.lua` with `arguments` (integers up to 2^53) as ARGV[1], then `blobs`."""
         scalars = {name: value for name, value in (self._common | arguments).items() if value is not None}
         with redis_errors():
             return await self._scripts[script](args=[orjson.dumps(scalars), *blobs])

@@ -37,7 +37,7 @@ async def read_generation(request: Request, max_bytes: int) -> ParsedBody:
 
 
 def media_type(request: Request) -> str:
-    """Return the declared media type of the body, JSON by default."""
+    """Return the declared media type, JSON by default."""
     return request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
 
 

@@ -1,4 +1,4 @@
-"""Rewriting prompts with a chat model, as GLM-Image's authors recommend. On any failure the prompt stays as it is."""
+"""Rewriting prompts with a chat model, as GLM-Image's authors recommend."""
 
 import asyncio
 import logging
@@ -41,8 +41,6 @@ logger = logging.getLogger("glimmer.rewriter")
 
 
 class Rewriter:
-    """Rewrites with a chat endpoint, whose base URL and key `client` has."""
-
     def __init__(self, client: httpx.AsyncClient, model: str | None, metrics: Metrics) -> None:
         self._client, self._model, self._metrics = client, model, metrics
 

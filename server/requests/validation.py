@@ -25,7 +25,6 @@ class ValidatedRequest:
     """A request with all fields in range.
 
     Args:
-        model: the served name that the client used.
         size: in pixels; None for the engine's default, or the size of an edit's first image.
     """
 

@@ -152,7 +152,7 @@ def _partial_image(record: JobRecord, partial: PartialImage) -> bytes:
 
 
 def _completed(record: JobRecord, result: JobResult, index: int) -> bytes:
-    """Return the data of a `completed` event. The usages of all events add up to the request's."""
+    """Return a `schemas.CompletedEvent`."""
     prompt, sources = (result.prompt_tokens, result.source_tokens) if index == 0 else (0, 0)
     fields = {
         **_event_fields(record, "completed", index),

@@ -1,4 +1,4 @@
-"""Probes and Prometheus metrics. These routes respond within a second, whatever the state of Redis."""
+"""Probes and Prometheus metrics, within a second whatever the state of Redis."""
 
 import asyncio
 from typing import Any

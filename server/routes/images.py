@@ -1,4 +1,4 @@
-"""POST /v1/images/generations and /edits: validate, admit, and respond with images, a stream of events, or a job."""
+"""POST /v1/images/generations and /edits."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,8 @@
-"""What both sides of the job queue share."""
+"""What both sides of the job queue share.
+
+Any engine may claim a job whose lease has lapsed; writes take effect only under the epoch of the claim. So a job may
+run more than once, but ends once.
+"""
 
 from collections.abc import AsyncIterator
 
@@ -12,7 +16,7 @@ from engine.jobs.scripts import LuaScripts
 
 
 class QueueBase:
-    """All processes need the same settings. Methods raise `QueueUnavailable`.
+    """Jobs in Redis, with the same settings in all processes. Methods raise `QueueUnavailable`.
 
     Args:
         redis: returns bytes; the caller closes it.
@@ -65,7 +69,7 @@ class QueueBase:
         await self._wake_ups.close()
 
     def ended(self) -> AsyncIterator[str]:
-        """Yield the ids of ending jobs, except those lost."""
+        """Yield the ids of jobs that end; misses some while the connection is broken."""
         return self.events.ended()
 
     async def expire(self, job_id: str) -> bool:

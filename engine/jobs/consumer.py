@@ -13,7 +13,7 @@ from engine.jobs.scripts import Argument
 
 
 class JobConsumer(QueueBase):
-    """Writes for a claim return False, without effect, if it is lost."""
+    """Claims jobs and writes for them. A write for a lost claim returns False, without effect."""
 
     async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
         """Claim the next job if it fits, else none: large and quarantined jobs must not starve.

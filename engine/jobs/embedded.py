@@ -42,11 +42,14 @@ def find_redis_server() -> Path:
 
 
 class EmbeddedRedis:
-    """Ready when the constructor returns; `QueueUnavailable` without a binary or a start, or with `data_dir` in use.
+    """A server with its data in `data_dir`, ready when the constructor returns.
 
     Acknowledged writes are on disk. With `appendfsync everysec` on a slow one, a killed server loses up to two seconds;
     with `fsync="no"`, faster, a crash of the machine loses half a minute. On Linux the server ends with the thread that
     started it: use the main thread. Ctrl-C does not reach it: engines requeue their jobs first.
+
+    Raises:
+        QueueUnavailable: no binary, the folder is in use, or no start.
     """
 
     def __init__(self, data_dir: Path, *, fsync: Literal["always", "no"] = "always"):

@@ -1,4 +1,4 @@
-"""Following a job."""
+"""Waiting for the end of a job, and following every change."""
 
 import asyncio
 import time

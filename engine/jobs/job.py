@@ -77,7 +77,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class JobSpec(_Record):
-    """`n` images of one prompt. Image i uses `seed + i`.
+    """An accepted request: `n` images of one prompt. Image i uses `seed + i`.
 
     Args:
         width, height: in pixels.
@@ -87,8 +87,8 @@ class JobSpec(_Record):
         plan: `Plan.to_dict`.
         output_compression: 0..100, of jpeg and webp.
         partial_images: 0..3 for each image.
-        num_sources: 0..4.
-        source_tokens: upper bound.
+        num_sources: images to edit, 0..4.
+        source_tokens: upper bound of their prompt tokens.
     """
 
     prompt: str
@@ -138,7 +138,7 @@ class JobSpec(_Record):
 
 @dataclass(frozen=True)
 class SourceImages:
-    """Upright RGB PNGs.
+    """The source images of an edit, upright RGB PNGs.
 
     `overlay`, an RGBA PNG of the requested size, covers the result where the mask keeps the source.
     """
@@ -154,7 +154,7 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class Origin(_Record):
-    """For logs and traces; `traceparent` is W3C Trace Context or empty."""
+    """The request of a job, for logs and traces; `traceparent` is W3C Trace Context or empty."""
 
     request_id: str = ""
     traceparent: str = ""
@@ -162,7 +162,7 @@ class Origin(_Record):
 
 @dataclass(frozen=True)
 class JobError(_Record):
-    """`type` is `invalid_request_error` (HTTP 400) or `server_error` (500)."""
+    """Why a job failed. `type` is `invalid_request_error` (HTTP 400) or `server_error` (500)."""
 
     message: str
     type: str = "server_error"
@@ -179,7 +179,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """Encoded; `grid` is its preview or plan."""
+    """Partial image `index` of image `image`, encoded; `grid` is its preview or plan."""
 
     image: int
     index: int
@@ -189,7 +189,7 @@ class PartialImage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """`prompt_tokens` include `source_tokens`."""
+    """What a job leaves. `prompt_tokens` include `source_tokens`."""
 
     images: list[ImageResult]
     prompt_tokens: int
@@ -199,7 +199,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """`position` counts the queued jobs before it."""
+    """A job as Redis has it now. `position` counts the queued jobs before it."""
 
     id: str
     state: JobState
@@ -217,7 +217,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Claim:
-    """`plans` are checkpoints by image; a `quarantined` job cost two engines their lease."""
+    """The right to run a job. `plans` are checkpoints by image; a `quarantined` job cost two engines their lease."""
 
     job_id: str
     epoch: int
@@ -233,7 +233,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class FreeCapacity:
-    """An idle engine takes any job, if only to refuse it."""
+    """What an engine can admit now. An idle one takes any job, if only to refuse it."""
 
     images: int
     kv_tokens: int
@@ -246,7 +246,7 @@ ENGINE_STATES = ("starting", "ready", "draining", "stuck")
 
 @dataclass(frozen=True)
 class EngineInfo(_Record):
-    """Defaults are for engines of an older version."""
+    """An engine's heartbeat. Defaults are for engines of an older version."""
 
     id: str
     pid: int

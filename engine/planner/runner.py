@@ -19,7 +19,7 @@ from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_positions
 
-DECODE_TILE_HEIGHT = 16  # on CPU; a batch of more sequences takes more tiles
+DECODE_TILE_HEIGHT = 16  # on CPU
 SMALL_TILE_HEIGHTS = (4, 8)  # for fewer sequences, where no bit of the result changes
 PREFILL_TILE_HEIGHT = 128
 ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would wait for each other longer than they compute
@@ -30,7 +30,6 @@ class PlannerRunner:
     """Prefill and decode over a paged cache.
 
     Args:
-        max_sequences: length of the buffers, which `Sequence.buffer_index` indexes.
         max_positions: of the longest prompt and the largest plan together.
     """
 
@@ -100,11 +99,11 @@ class PlannerRunner:
             self._sample(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
-        """Return a plan's tokens, grid by grid; those from index `written` on are undefined. Waits for the device."""
+        """Return a plan's tokens, undefined from `written` on. Waits for the device."""
         return self._tokens[sequence.buffer_index, : sequence.total].tolist()
 
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> None:
-        """Sample token `written` of every sequence from its row of `hidden`; the rows after them are padding."""
+        """Sample token `written` of every sequence from its row of `hidden`; further rows are padding."""
         count = len(sequences)
         buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])
@@ -140,8 +139,7 @@ class PlannerRunner:
     def _invariant_tile_heights(self) -> list[int]:
         """Return the `SMALL_TILE_HEIGHTS` that give every row the same bits as `DECODE_TILE_HEIGHT`.
 
-        The library picks kernels, and so the order of sums, by shape alone. So one try is enough, with any tokens and
-        without attention, which runs for every sequence separately.
+        One try with any tokens is enough: kernels depend on shapes alone, and attention runs per sequence.
         """
         config = self.model.config
         tokens = torch.arange(DECODE_TILE_HEIGHT) % config.vocab_size

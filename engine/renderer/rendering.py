@@ -14,20 +14,20 @@ class Rendering:
     """What all steps of an image share (filled by `RendererRunner.prepare`), and how far it is."""
 
     image: Image
-    geometry: Geometry  # of the canvas; a preview has one of its own
-    grid: TokenGrid  # the plan's or the preview's tokens
+    geometry: Geometry  # of the canvas
+    grid: TokenGrid
     is_preview: bool
-    partial_after: list[int]  # numbers of steps after which a partial image is due
+    partial_after: list[int]  # steps after which a partial image is due
     latents: Tensor  # [patches, P] float32, replaced by every step
     plan: Tensor  # [patches, dim], embedded
-    glyphs: Tensor  # [g, dim] glyph tokens of the conditional branch
+    glyphs: Tensor  # [g, dim] of the conditional branch
     negative_glyphs: Tensor | None  # of the unconditional branch; None without guidance
     time_embeddings: Tensor  # [steps, E]
     sigmas: Tensor  # [steps + 1] float32, on the CPU
     angles: Tensor  # rotary angles [patches, D]
-    source_kv: Tensor | None  # an edit's sources [layers, 2, heads, S, D], for the conditional branch
+    source_kv: Tensor | None  # [layers, 2, heads, S, D], for the conditional branch
     step: int = 0  # steps done
-    partials_sent: int = 0  # set to `partials_due` by the engine when it sends one
+    partials_sent: int = 0  # set by the engine
     velocity: Tensor | None = None  # [patches, P] float32, of the last step
 
     @property
@@ -44,7 +44,7 @@ class Rendering:
 
     @property
     def partials_due(self) -> int:
-        """Return how many partial images should have been sent by now; 0 once the image itself is done."""
+        """Return how many partial images are due by now; 0 once the image is done."""
         return sum(step <= self.step for step in self.partial_after) if self.is_preview or self.steps_left else 0
 
     @property
@@ -67,7 +67,7 @@ class Rendering:
 
     @property
     def tokens(self) -> int:
-        """Return the packed tokens of one step: every branch's glyph tokens and patches."""
+        """Return the packed tokens of all branches."""
         return sum(len(glyphs) + self.patches for glyphs in self.branches)
 
     @property

@@ -1,4 +1,4 @@
-"""From latents to pixels and back, with diffusers' `AutoencoderKL`."""
+"""Latents to pixels and back, with diffusers' `AutoencoderKL`."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Autoencoder:
-    """The VAE. One image at a time, so that the result depends on nothing else."""
+    """The VAE, for one image at a time."""
 
     def __init__(self, vae: AutoencoderKL):
         if vae.device.type == "cpu":
@@ -19,19 +19,19 @@ class Autoencoder:
 
     @property
     def default_side(self) -> int:
-        """Return the side in pixels of the square images the checkpoint is made for."""
+        """Return the checkpoint's image side in pixels."""
         return int(self.vae.config.sample_size)  # type: ignore[attr-defined]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents [channels, H/8, W/8] to pixels [H, W, 3] uint8, on the CPU."""
+        """Decode normalised latents [channels, H/8, W/8] to [H, W, 3] uint8, on the CPU."""
         scaled = latents.to(self.vae.dtype) * self._std + self._mean
         image = self.vae.decode(scaled[None], return_dict=False)[0][0].float()  # type: ignore[index]
         return (image * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels [3, H, W] uint8 as the distribution's mode, normalised [channels, H/8, W/8]."""
+        """Encode pixels [3, H, W] uint8 as normalised latents: the distribution's mode."""
         image = (pixels.to(self.vae.device).float() / 255 * 2 - 1).to(self.vae.dtype)
         latents = self.vae.encode(image[None]).latent_dist.mode()[0]  # type: ignore[union-attr]
         return (latents - self._mean) / self._std

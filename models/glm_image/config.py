@@ -1,4 +1,4 @@
-"""Sizes and defaults from the JSON files of a checkpoint. Without a file they are the published model's."""
+"""Sizes and defaults from a checkpoint; class defaults are the published model's."""
 
 import dataclasses
 import re
@@ -10,10 +10,9 @@ from typing import Any
 from models.errors import CheckpointError
 from models.json_files import read_json
 
-# What the model supports. Requests are checked against engine/geometry.py, since the API runs without this package; a
-# test compares the two.
-CODE_CELL = 32  # pixels a side of one code
-PATCH_CELL = 16  # pixels a side of one renderer token
+# Also in engine/geometry.py, since the API runs without this package; a test compares them.
+CODE_CELL = 32  # pixels a side of a code
+PATCH_CELL = 16  # of a renderer token
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 64, 2048, 4
 MAX_STEPS = 200
 MAX_GUIDANCE_SCALE = 20
@@ -21,7 +20,7 @@ MAX_GUIDANCE_SCALE = 20
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """The autoregressive transformer (`vision_language_encoder/config.json`, `text_config`)."""
+    """The planner: `text_config` of `vision_language_encoder/config.json`."""
 
     vocab_size: int = 168064
     vision_vocab_size: int = 16512
@@ -40,7 +39,7 @@ class PlannerConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Return how many dimensions of a head are rotated."""
+        """Return a head's rotated dimensions."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -70,7 +69,7 @@ class PlannerConfig:
 
 @dataclass(frozen=True)
 class RendererConfig:
-    """The diffusion transformer (`transformer/config.json`)."""
+    """The renderer: `transformer/config.json`."""
 
     patch_size: int = 2
     in_channels: int = 16
@@ -89,7 +88,7 @@ class RendererConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Return the values of one latent patch, which is one renderer token."""
+        """Return the values of a latent patch."""
         return self.in_channels * self.patch_size**2
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -108,11 +107,11 @@ class RendererConfig:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Sampling settings of requests that have none (`generation_config.json`)."""
+    """Sampling settings of requests that have none: `generation_config.json`."""
 
     temperature: float = 0.9
     top_p: float = 0.75
-    top_k: int | None = None  # only if the file has one: transformers' silent default of 50 is not the checkpoint's
+    top_k: int | None = None  # transformers' silent default of 50 is not the checkpoint's
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "SamplingDefaults":
@@ -126,18 +125,18 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """Settings of requests that have none (`glimmer.json` of a checkpoint; the file and its keys are optional)."""
+    """Settings of requests that have none: `glimmer.json`; file and keys are optional."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.5
-    size: str | None = None  # "WxH" in pixels; None: the square that the autoencoder is made for
+    size: str | None = None  # "WxH" in pixels; None: `Autoencoder.default_side`
 
     @classmethod
     def read(cls, file: Path) -> "RequestDefaults":
         """Read `file`, if it exists.
 
         Raises:
-            CheckpointError: not a JSON object, an unknown key or a value out of range; the message names file and key.
+            CheckpointError: not a JSON object, unknown key or value out of range.
         """
         values = read_json(file) if file.is_file() else {}
         for key, value in values.items():
@@ -157,7 +156,7 @@ def _is_size(value: Any) -> bool:
     return short >= MIN_SIDE and long <= MAX_SIDE and long <= MAX_ASPECT * short
 
 
-# What the API accepts; a test compares the two. `isinstance` would accept a boolean as an integer.
+# `isinstance` would accept booleans as integers.
 _REQUEST_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_inference_steps": (
         lambda value: type(value) is int and 1 <= value <= MAX_STEPS,

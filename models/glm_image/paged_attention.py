@@ -95,7 +95,7 @@ class DecodeAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch_size = len(self.lengths)
         self.kv.write(layer, self.slot_mapping, k[:batch_size], v[:batch_size])
-        # A group's heads share their keys, so SDPA gets the group as a head, and its heads as queries.
+        # A group's heads share keys, so SDPA gets groups as heads and heads as queries.
         queries = q.unflatten(1, (k.shape[1], -1)).unsqueeze(1).unbind(0)[:batch_size]
         attended = [
             F.scaled_dot_product_attention(query, *self._keys_and_values(index, layer))

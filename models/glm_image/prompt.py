@@ -16,8 +16,6 @@ MAX_GLYPH_TOKENS = 8192
 
 
 class PromptEncoder:
-    """Chat template and tokenizer of the planner."""
-
     def __init__(self, processor: GlmImageProcessor):
         self.processor = processor
         self.image_token = int(processor.image_token_id)
@@ -30,19 +28,18 @@ class PromptEncoder:
 
     @property
     def settings(self) -> str:
-        """Return what tokens depend on besides the prompt: tokenizer, special tokens and chat template."""
+        """Return what tokens depend on, as JSON."""
         tokenizer = self.processor.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, self.processor.chat_template]
         return json.dumps(parts, sort_keys=True)
 
     def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
-        """Return token ids for an image of height x width pixels (multiples of 32); the last one starts the image.
+        """Return token ids, the last of which starts an image of height x width pixels (multiples of 32).
 
-        Args:
-            num_sources: source images; each is one `image_token`, see `place_sources`.
+        A source is one `image_token`.
 
         Raises:
-            PromptError: the prompt contains a control token such as `<|image|>`.
+            PromptError: it contains a control token such as `<|image|>`.
         """
         tokenizer = self.processor.tokenizer
         control = self._control_ids.intersection(tokenizer(prompt, add_special_tokens=False).input_ids)
@@ -71,11 +68,9 @@ class PromptEncoder:
 
 
 def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[int, int]]) -> tuple[list[int], Tensor]:
-    """Repeat each source's image token once per code of its grid (rows, columns).
+    """Repeat each source's image token once per code of its grid; return ids and positions [tokens, 3].
 
-    Returns:
-        Token ids, and positions [tokens, 3] (temporal, row, column) after `GlmImageModel.get_rope_index`: text advances
-        all three; the temporal position is constant within a source, and the next token is after its longer side.
+    Positions are as in `plan_positions`; text advances all three.
     """
     assert list(ids).count(image_token) == len(grids), "the chat template has an image token for every source"
     tokens: list[int] = []
@@ -90,20 +85,18 @@ def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[in
 
 
 def fill_in_codes(ids: Sequence[int], image_token: int, codes: Sequence[int]) -> list[int]:
-    """Replace the image tokens with the codes of all sources, in order."""
+    """Replace image tokens with the sources' codes."""
     remaining = iter(codes)
     return [next(remaining) if token == image_token else token for token in ids]
 
 
 class GlyphEncoder:
-    """ByT5's tokenizer and a T5 encoder."""
-
     def __init__(self, tokenizer: ByT5Tokenizer, encoder: T5EncoderModel):
         self.tokenizer, self.encoder = tokenizer, encoder
 
     @torch.inference_mode()
     def encode(self, strings: Sequence[str]) -> Tensor:
-        """Return embeddings [g, d_model] of all strings, concatenated; of "" if there are none.
+        """Return embeddings [g, d_model] of all strings; of "" if there are none.
 
         Raises:
             PromptError: more than `MAX_GLYPH_TOKENS`.
@@ -113,7 +106,7 @@ class GlyphEncoder:
         if total > MAX_GLYPH_TOKENS:
             raise PromptError(f"the quoted strings have {total} bytes; at most {MAX_GLYPH_TOKENS} can be rendered")
         pad = self.tokenizer.pad_token_id
-        # As in training: an even number of strings gets a pad in front of each.
+        # As in training: if their number is even, each has a pad in front.
         ids = [[pad] * ((len(ids) + 1) % 2) + i for i in ids]
         longest = max(len(i) for i in ids)
         device = self.encoder.device

@@ -4,9 +4,9 @@
     E   width of the time embedding   D   head dimension        P     values of a patch: channels * 2 * 2
     S   tokens of source images       g   glyph tokens
 
-A sequence is a branch of an image: its glyph tokens, then its patches. With guidance an image has a conditional and an
-unconditional branch. Sequences of any length, timestep and size are packed into one tensor. An edit's source images run
-through the layers once, without noise, to provide keys and values for the conditional branch.
+A sequence is a branch of an image, conditional or (with guidance) unconditional: glyph tokens, then patches. Sequences
+of any length, timestep and size are packed into one tensor. Source images run through the layers once, without noise;
+the conditional branch attends to their keys and values.
 
 Follows diffusers' `GlmImageTransformer2DModel` and takes its weights unchanged.
 """
@@ -94,8 +94,6 @@ class Embedder(nn.Module):
 
 
 class TimeAndSizeEmbedding(nn.Module):
-    """Timestep, canvas size and crop corner as one vector."""
-
     def __init__(self, config: RendererConfig):
         super().__init__()
         self.time_dim, self.condition_dim = config.time_embed_dim, config.condition_dim
@@ -103,7 +101,7 @@ class TimeAndSizeEmbedding(nn.Module):
         self.condition_embedder = Embedder(4 * config.condition_dim, config.time_embed_dim)
 
     def forward(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """Return [steps, E]; timesteps [steps] are the scheduler's minus one, the size is in pixels."""
+        """Embed timesteps (minus one), crop corner and size in pixels: [steps, E]."""
         dtype = self.timestep_embedder.linear_1.weight.dtype
         size = torch.tensor([0.0, 0.0, height, width], device=timesteps.device)
         condition = sinusoids(size, self.condition_dim).reshape(1, -1).to(dtype)
@@ -224,7 +222,7 @@ class Renderer(nn.Module):
         return self.prior_projector(torch.zeros_like(self.prior_token_embedding.weight[:1]))
 
     def time_embeddings(self, timesteps: Tensor, height: int, width: int) -> Tensor:
-        """Return [steps, E]; timesteps [steps] are the scheduler's."""
+        """Embed the scheduler's timesteps: [steps, E]."""
         return self.time_condition_embed(timesteps - 1, height, width)
 
     # Computed for every step, over a batch.

@@ -19,27 +19,25 @@ MIN_SOURCE_SIDE = 16
 class PreprocessedImage:
     """A source image on the CPU."""
 
-    rows: int  # of the grid of its codes
+    rows: int  # of codes
     cols: int
-    halved: Tensor  # [rows * cols, 3 * 16 * 16] float32 patches at half size, for the vision tokenizer
+    halved: Tensor  # [rows * cols, 3 * 16 * 16] float32 at half size, for the vision tokenizer
     pixels: Tensor  # [3, 32 * rows, 32 * cols] uint8, for the autoencoder
 
     @property
     def tokens(self) -> int:
-        """Return how many prompt tokens it takes."""
+        """Return its number of prompt tokens."""
         return self.rows * self.cols
 
     @property
     def patches(self) -> int:
-        """Return how many renderer tokens it takes."""
+        """Return its number of renderer tokens."""
         return self.tokens * (CODE_CELL // PATCH_CELL) ** 2
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A source image as the planner and the renderer take it."""
-
-    codes: Tensor  # [rows, cols] codebook indices
+    codes: Tensor  # [rows, cols]
     latents: Tensor  # [channels, 4 * rows, 4 * cols], normalised
 
     @property
@@ -59,17 +57,14 @@ class ImagePreprocessor:
 
     @property
     def settings(self) -> str:
-        """Return the processor's settings as JSON."""
+        """Return the settings as JSON."""
         return self._processor.to_json_string()
 
     def read(self, file: bytes) -> PreprocessedImage:
-        """Read a PNG file.
-
-        The checkpoint's processor chooses the grid: about the image's size, within its limits. The autoencoder gets
-        exactly that size, so that a code has four patches (`GlmImagePipeline` rejects other sizes).
+        """Read a PNG file, scaled to the processor's grid: four patches a code, as `GlmImagePipeline` requires.
 
         Raises:
-            SourceImageError: not a PNG file, too small, or its aspect is out of range.
+            SourceImageError: not a PNG file, too small or too elongated.
         """
         image = _fit(_decode(file))
         inputs = self._processor(images=[image], return_tensors="pt")
@@ -88,14 +83,14 @@ def _decode(file: bytes) -> Image.Image:
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """Shrink the image to the largest side and aspect; the aspect may be off by a pixel that the sender rounded."""
+    """Shrink to the largest side and aspect; tolerate a pixel that the sender rounded."""
     short, long = sorted(image.size)
     if short < MIN_SOURCE_SIDE or long > MAX_ASPECT * (short + 1):
         raise SourceImageError(
             f"a source image is {image.width}x{image.height}; both sides must have at least {MIN_SOURCE_SIDE} pixels, "
             f"and one at most {MAX_ASPECT} times those of the other"
         )
-    # A remainder of less than a patch is cut off by the resizing to the grid.
+    # Resizing to the grid cuts off less than a patch.
     scale = 1.0 if long < MAX_SIDE + PATCH_CELL else MAX_SIDE / long
     width, height = (round(side * scale) for side in image.size)
     longest = MAX_ASPECT * min(width, height)

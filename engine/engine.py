@@ -1,7 +1,17 @@
-"""One thread calls `Engine.step` in a loop. Redis and HTTP are not needed:
+"""The engine: plan first, render second, many images at once.
 
-engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
-[[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
+One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`:
+
+    _receive   check new requests, drop cancelled ones
+    _admit     in order of arrival: reserve all memory a request needs, encode its source images
+    _plan      planner stage: prefill prompts, write every plan one token further
+    _render    renderer stage: one denoising step of a batch of images, decode finished ones
+    _report    progress
+
+Neither Redis nor HTTP is needed:
+
+    engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
+    [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
 """
 
 import time
@@ -23,8 +33,8 @@ from models.errors import SourceImageError
 from models.glm_image.model import GlmImage
 from models.glm_image.source_images import PreprocessedImage
 
-PROGRESS_SECONDS = 0.2
-PLANNING_MARGIN = 1.5  # both slow each other down
+PROGRESS_SECONDS = 0.2  # between reports
+PLANNING_MARGIN = 1.5  # each stage is slower while both work
 
 
 class Engine:
@@ -53,11 +63,11 @@ class Engine:
         )
 
     def submit(self, request: Request) -> None:
-        """Add a request at the next step, from any thread."""
+        """Add a request at the next step."""
         self._inbox.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request at the next step, from any thread."""
+        """Drop a request at the next step."""
         self._cancelled.append(request_id)
 
     @property

@@ -80,12 +80,10 @@ class JobSpec(_Record):
     """An accepted request: `n` images of one prompt. Image i uses `seed + i`.
 
     Args:
-        width, height: in pixels.
-        num_inference_steps: 1..200.
         guidance_scale: 0..20; up to 1 without unconditional branch.
         temperature, top_p: None takes the checkpoint's; temperature 0 is greedy.
         plan: `Plan.to_dict`.
-        output_compression: 0..100, of jpeg and webp.
+        output_compression: of jpeg and webp.
         partial_images: 0..3 for each image.
         num_sources: images to edit, 0..4.
         source_tokens: upper bound of their prompt tokens.

@@ -122,7 +122,7 @@ class PlannerRunner:
         self._tables[index] = self.kv.table(sequence.blocks)
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
-        """Copy the prompt's partly filled last block to the other images of a request, whose plans continue in it."""
+        """Copy the prompt's partly filled last block, in which every plan continues."""
         for group in groups:
             first, *others = group.sequences
             index, remainder = divmod(first.prompt_length, self.kv.block_size)

@@ -1,4 +1,4 @@
-"""The denoising schedule of one image: timesteps, sigmas and initial noise."""
+"""The denoising schedule of an image."""
 
 import copy
 

@@ -1,8 +1,4 @@
-"""What both sides of the job queue share.
-
-Any engine may claim a job whose lease has lapsed; writes take effect only under the epoch of the claim. So a job may
-run more than once, but ends once.
-"""
+"""What both sides of the job queue share. A job may run more than once, but ends once."""
 
 from collections.abc import AsyncIterator
 

@@ -1,6 +1,6 @@
 """Build the planner's tensors and run it on what the scheduler has picked.
 
-Tokens stay on the device, in a buffer that every step reads and extends. The host reads a plan when it is complete.
+Tokens stay on the device; the host reads a plan when it is complete.
 """
 
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.glm_image.config import PlannerConfig
 
-BlockTable = slice | Tensor  # contiguous blocks are read in place, others gathered
+BlockTable = slice | Tensor  # contiguous blocks are read in place
 KeysAndValues = list[tuple[Tensor, Tensor]]  # by layer
 
 
@@ -39,7 +39,7 @@ class PagedKV:
         return torch.tensor(blocks, device=self.pool.device)
 
     def view(self, table: slice, length: int) -> KeysAndValues:
-        """Return views [1, G, L, D] of every layer's keys and values, which include what is written later."""
+        """Return views [1, G, L, D] of all layers, later writes included."""
         pages = self.pool[:, table].flatten(1, 2)[:, :length]
         k, v = pages.permute(2, 0, 3, 1, 4).unsqueeze(2).unbind(0)
         return list(zip(k.unbind(0), v.unbind(0), strict=True))

@@ -6,7 +6,7 @@ from engine.errors import KeyReused, QueueFull, SourcesFull, TooManyJobs
 from engine.jobs.job import FreeCapacity, Plan, Priority
 from tests.jobs.helpers import spec
 
-CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 3, 8, 3
+CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 2, 8, 3
 
 
 @dataclass

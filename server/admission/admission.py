@@ -44,8 +44,10 @@ class Admitted:
 
 
 class Admission:
-    """Called by a request in turn: `find_by_idempotency_key`, which is free; `charge`, before rewriting takes time or
-    money; `submit`, which refunds the charge if no job results. Methods raise `QueueUnavailable`.
+    """Submits the jobs of requests.
+
+    A request calls `find_by_idempotency_key`, which is free; `charge`, before rewriting takes time or money; `submit`,
+    which refunds the charge if no job results. Methods raise `QueueUnavailable`.
     """
 
     def __init__(

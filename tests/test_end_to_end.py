@@ -24,25 +24,20 @@ from models.nano import CHECKPOINT
 from tests.checkpoints import small_engine
 
 
+def serve_command(folder: Path) -> list[str]:
+    """Return the command that serves on a free port, with its data in the folder."""
+    return [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(folder / "data")]
+
+
 class Server:
     """A `glimmer serve` process on a free port with its own Redis."""
 
     def __init__(self, folder: Path, *arguments: str):
         self.log = folder / "serve.log"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("GLIMMER_")}
-        command = [
-            sys.executable,
-            "-m",
-            "server.cli",
-            "serve",
-            "--port",
-            "0",
-            "--data-dir",
-            str(folder / "data"),
-        ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
+                [*serve_command(folder), *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
             )
         self.url = self._wait_until_ready()
 
@@ -157,16 +152,7 @@ def test_without_a_model_the_shipped_one_renders_with_its_defaults(tmp_path: Pat
 def test_a_checkpoint_that_cannot_be_loaded_ends_serve_with_the_reason(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "server.cli",
-        "serve",
-        "--port",
-        "0",
-        "--data-dir",
-        str(tmp_path / "data"),
-    ]
-    ended = subprocess.run([*command, "--model", str(broken)], capture_output=True, text=True, timeout=60)
+    command = [*serve_command(tmp_path), "--model", str(broken)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0
     assert "model_index.json is missing" in ended.stderr

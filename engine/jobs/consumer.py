@@ -86,9 +86,13 @@ class JobConsumer(QueueBase):
         """Requeue the job; this run does not count."""
         return await self._write("requeue", claim, consumer=consumer)
 
-    async def requeue_all(self, consumer: str) -> int:
-        """Requeue a dead engine's jobs, whose runs count; return how many."""
-        return await self._scripts.run("requeue_all", consumer=consumer)
+    async def requeue_all(self, consumer: str, blame: bool = True) -> int:
+        """Requeue a dead engine's jobs; return how many.
+
+        Args:
+            blame: the jobs may have ended the engine. False leaves no trace of the run.
+        """
+        return await self._scripts.run("requeue_all", consumer=consumer, blame=blame)
 
     async def heartbeat(self, info: EngineInfo, metrics: str, ttl_s: float) -> None:
         """List the engine as live for `ttl_s`."""

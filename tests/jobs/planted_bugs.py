@@ -151,6 +151,8 @@ BUGS = [
         "runs are not counted", CLAIM, "redis.call('HINCRBY', job, 'runs', 1)", "redis.call('HINCRBY', job, 'runs', 0)"
     ),
     Bug("a requeue counts as a run", REQUEUE, "redis.call('HINCRBY', job_key(id), 'runs', -1)\n", ""),
+    Bug("requeue_all blames always", REQUEUE_ALL, "if not args.blame then", "if false then"),
+    Bug("requeue_all never blames", REQUEUE_ALL, "if not args.blame then", "if true then"),
     Bug("quarantined jobs run with others", CLAIM, "if runs < QUARANTINE_RUNS and ", "if "),
     Bug("quarantined jobs are not marked", CLAIM, "runs > QUARANTINE_RUNS and 1 or 0", "0"),
     Bug("no job is dead-lettered", CLAIM, "if runs >= args.max_runs then return 'dead letter' end", ""),

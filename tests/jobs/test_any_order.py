@@ -297,15 +297,16 @@ class QueueMachine(RuleBasedStateMachine):
         return engine, job, claim, holds(job, claim)
 
     @precondition(lambda self: self.model.count("running"))
-    @rule(back=RECENT)
-    def crash(self, back: int):
+    @rule(back=RECENT, blame=st.booleans())
+    def crash(self, back: int, blame: bool):
         running = [job for job in self.model.jobs if job.state == "running"]
         engine = running[-1 - back % len(running)].engine
         assert engine is not None
         lost = [job for job in self.model.jobs if job.state == "running" and job.engine == engine]
-        assert self.run(self.queue.requeue_all(engine)) == len(lost)
+        assert self.run(self.queue.requeue_all(engine, blame)) == len(lost)
         for job in lost:
             self.model.requeue(job)
+            job.runs -= not blame
         self.touched = lost
 
     # --- always -------------------------------------------------------------------------------------------------

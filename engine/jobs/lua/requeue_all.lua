@@ -1,6 +1,7 @@
--- Puts back every job of a dead engine and removes its consumer. The runs count: the engine died with them.
+-- Puts back every job of a dead engine and removes its consumer. The runs count if the jobs may be to blame for its
+-- death.
 --
--- args: consumer
+-- args: consumer, blame
 -- returns: how many jobs it held
 
 local consumer, jobs = args.consumer, 0
@@ -12,6 +13,7 @@ for _, priority in ipairs({'interactive', 'batch'}) do
     local id = entry and entry[2][2]
     if id and redis.call('HGET', job_key(id), 'entry') == pending[1] then
       put_back(id, queue, pending[1])
+      if not args.blame then redis.call('HINCRBY', job_key(id), 'runs', -1) end
       jobs = jobs + 1
     else
       redis.call('XACK', queue, GROUP, pending[1])

@@ -34,6 +34,11 @@ class Metrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("glimmer_http_requests_in_flight", "Requests in progress.", registry=self.registry)
+        self.inflight_bytes = Gauge(
+            "glimmer_api_inflight_bytes",
+            "Memory held for requests that arrive and responses that are sent.",
+            registry=self.registry,
+        )
         self.jobs = Counter(
             "glimmer_api_jobs", "Jobs that ended, as seen by this API process.", ("state",), registry=self.registry
         )

@@ -16,6 +16,7 @@ from server.admission.admission import Admission
 from server.admission.engine_directory import EngineDirectory
 from server.admission.gate import Gate
 from server.admission.keys import KeyRing
+from server.admission.memory_budget import MemoryBudget
 from server.admission.rate_limits import RateLimits
 from server.metrics import Metrics
 from server.requests.prompt_rewriter import Rewriter, open_rewriter
@@ -35,6 +36,7 @@ class Services:
     outcomes: JobOutcomes
     gate: Gate
     metrics: Metrics
+    memory: MemoryBudget
     decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # decoding takes memory
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
@@ -48,6 +50,8 @@ async def open_services(
         nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as job_queue,
         open_rewriter(settings, metrics) as rewriter,
     ):
+        memory = MemoryBudget(settings.max_inflight_bytes)
+        metrics.inflight_bytes.set_function(lambda: memory.in_use)
         abandoned_jobs = AbandonedJobs(job_queue, metrics)
         admission = Admission(
             job_queue, RateLimits(job_queue), settings.max_queue, abandoned_jobs, settings.max_source_bytes
@@ -64,6 +68,7 @@ async def open_services(
             outcomes=outcomes,
             gate=gate,
             metrics=metrics,
+            memory=memory,
         )
         await outcomes.close()
         await abandoned_jobs.close()

@@ -83,6 +83,12 @@ class ServerSettings(BaseSettings):
         description="Maximum memory in Redis for the source images of all edits that wait or run; above it the answer "
         "is 429.",
     )
+    max_inflight_bytes: Annotated[int, _NO_FLAG] = Field(
+        default=256 * 2**20,
+        ge=1,
+        description="Maximum memory of an API process for requests that arrive and responses that are sent, half of it "
+        "for one key; above it the answer is 503, or 429 for the key.",
+    )
     public_url: Annotated[str | None, _NO_FLAG] = Field(
         default=None,
         description="Base URL of this server for clients, used in image URLs; taken from each request when unset.",

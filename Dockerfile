@@ -8,28 +8,39 @@
 
 FROM python:3.12-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# Without pip: nothing in the images needs one.
-RUN python -m venv --without-pip /opt/venv
+# Exact versions with hashes; `make lock` writes these files.
+COPY deploy/requirements /requirements
+# The environment has no pip: nothing in the images needs one.
+RUN python -m venv --without-pip /opt/venv \
+    && pip install --no-deps --require-hashes --requirement /requirements/build.txt
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 
-# Dependencies before code, so that a code change rebuilds only the last layers: with no packages beside it,
-# pyproject.toml installs the dependencies and an empty Glimmer, which the last step replaces.
+# Dependencies before code, so that a code change rebuilds only the last layers.
 FROM build AS build-api
-RUN pip --python /opt/venv install "./[otel]"
+RUN pip --python /opt/venv install --no-deps --require-hashes --requirement /requirements/api.txt
 COPY server ./server
 COPY engine ./engine
-RUN pip --python /opt/venv install --no-deps --force-reinstall .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && pip --python /opt/venv install --no-deps --no-index /wheels/*.whl \
+    && pip --python /opt/venv check
 
 FROM build AS build-engine
-# An index beside PyPI. pip prefers its builds, because a local version such as 2.13.0+cpu counts as newer.
+# Empty: torch with CUDA from PyPI. Otherwise an index with another build of the same version.
 ARG TORCH_INDEX_URL=""
-ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX_URL}
-RUN pip --python /opt/venv install "./[engine,otel]"
+RUN if [ -n "$TORCH_INDEX_URL" ]; then \
+        pip --python /opt/venv install --no-deps --index-url "$TORCH_INDEX_URL" \
+            "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' /requirements/torch.txt)"; \
+    else \
+        pip --python /opt/venv install --no-deps --require-hashes --requirement /requirements/torch.txt; \
+    fi \
+    && pip --python /opt/venv install --no-deps --require-hashes --requirement /requirements/engine.txt
 COPY server ./server
 COPY engine ./engine
 COPY models ./models
-RUN pip --python /opt/venv install --no-deps --force-reinstall .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && pip --python /opt/venv install --no-deps --no-index /wheels/*.whl \
+    && pip --python /opt/venv check
 
 FROM python:3.12-slim-bookworm AS runtime
 LABEL org.opencontainers.image.title="Glimmer" \

@@ -28,7 +28,7 @@ endef
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help install demo serve check browser test chaos soak bench score-nano train-nano format clean
+.PHONY: help install demo serve check browser test chaos soak lock bench score-nano train-nano format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,9 @@ chaos: $(STAMP) ## Kill, freeze and flood real processes and count lost jobs; ab
 
 soak: $(STAMP) ## Run the same load for half an hour and check that nothing grows
 	@$(BIN)/python -m tests.chaos.soak $(ARGS)
+
+lock: $(STAMP) ## Choose the newest packages for the container images and write their hashes into deploy/requirements
+	@$(BIN)/python deploy/lock.py
 
 bench: $(STAMP) ## Measure throughput and latency against the reference pipeline
 	@$(BIN)/python -m benchmarks.throughput $(ARGS)

@@ -93,7 +93,7 @@ def test_variables_are_real_settings(name: str) -> None:
         ours = {variable for variable in definition.get("environment", {}) if variable.startswith("GLIMMER_")}
         assert ours <= (variables_of(service) if service in OURS else set()), service
     referenced = set(re.findall(r"\$\{(\w+)", (ROOT / name).read_text()))
-    assert referenced <= variables_of("api") | variables_of("engine") | {"HF_TOKEN"}
+    assert referenced <= variables_of("api") | variables_of("engine") | {"HF_TOKEN", "GLIMMER_REDIS_PASSWORD"}
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,42 @@ def test_the_volume_contains_the_hub_client_s_cache() -> None:
     assert Path(environment("engine")["HF_HOME"]).is_relative_to(mounted)
 
 
+@pytest.mark.parametrize("name", ["redis", *OURS])
+def test_services_are_confined(name: str) -> None:
+    """Each is read-only, without privileges, bounded in memory, processes and logs, and not root."""
+    service = services()[name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["mem_limit"]
+    assert service["pids_limit"]
+    assert service["logging"]["options"].keys() == {"max-size", "max-file"}
+    assert name in OURS or service["user"] == "redis:redis"  # ours: see test_dockerfile
+
+
+def test_redis_asks_for_a_password_and_is_reached_from_the_inner_network_alone() -> None:
+    redis_service = services()["redis"]
+    command = [with_defaults(word) for word in redis_service["command"]]
+    password = command[command.index("--requirepass") + 1]
+    assert password
+    for name in OURS:
+        assert urlsplit(environment(name)["GLIMMER_REDIS_URL"]).password == password
+    assert with_defaults(redis_service["environment"]["REDISCLI_AUTH"]) == password
+    assert redis_service["networks"] == ["queue"]
+    assert compose()["networks"]["queue"] == {"internal": True}
+    assert "ports" not in redis_service
+
+
+def test_the_memory_of_redis_has_room_for_a_rewrite() -> None:
+    command = services()["redis"]["command"]
+    maxmemory = command[command.index("--maxmemory") + 1]
+    assert maxmemory == "2gb"
+    assert services()["redis"]["mem_limit"] == f"{4 * 1024 + 512}m"
+
+
 def test_a_real_redis_accepts_the_command_and_keeps_jobs(tmp_path: Path) -> None:
-    program, *flags = services()["redis"]["command"]
+    program, *flags = (with_defaults(word) for word in services()["redis"]["command"])
+    password = flags[flags.index("--requirepass") + 1]
     assert program == "redis-server"
     local = ["--port", "0", "--unixsocket", "redis.sock", "--logfile", "redis.log"]
     with subprocess.Popen([find_redis_server(), *flags, *local], cwd=tmp_path) as server:
@@ -165,16 +199,16 @@ def test_a_real_redis_accepts_the_command_and_keeps_jobs(tmp_path: Path) -> None
                 "save": "",
                 "maxmemory-policy": "noeviction",
             }
-            assert {name: config(tmp_path / "redis.sock", name) for name in wanted} == wanted
-            assert int(config(tmp_path / "redis.sock", "maxmemory") or 0) >= 2**30
+            assert {name: config(tmp_path / "redis.sock", password, name) for name in wanted} == wanted
+            assert int(config(tmp_path / "redis.sock", password, "maxmemory") or 0) >= 2**30
         finally:
             server.terminate()
 
 
-def config(path: Path, name: str) -> str | None:
+def config(path: Path, password: str, name: str) -> str | None:
     """Return the response to CONFIG GET of the server on a unix socket, once it listens."""
     retry = Retry(ConstantBackoff(0.05), 200, supported_errors=(RedisError, OSError))
-    with redis.Redis(unix_socket_path=str(path), decode_responses=True, retry=retry) as client:
+    with redis.Redis(unix_socket_path=str(path), password=password, decode_responses=True, retry=retry) as client:
         answer = client.config_get(name)
         assert isinstance(answer, dict)
         return answer[name]

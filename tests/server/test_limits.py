@@ -6,9 +6,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
+import hypothesis.strategies as st
 import openai
 import pytest
 import redis.asyncio
+from hypothesis import given, settings
 
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
@@ -181,6 +183,44 @@ async def test_a_redis_without_memory_charges_everything_or_nothing(
     finally:
         await redis_client.config_set("maxmemory", 0)
     assert await used(redis_client) == (1, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    caller=st.sampled_from([FAST, FRUGAL, BOTH]),
+    calls=st.lists(st.tuples(st.sampled_from(["charge", "refund"]), st.integers(0, 3), st.integers(1, 3)), max_size=12),
+)
+def test_repeated_commands_count_once(redis_server: EmbeddedRedis, caller: Caller, calls: list[tuple[str, int, int]]):
+    """The Redis client sends a command again when its reply is lost."""
+
+    async def run() -> None:
+        client = connect(redis_server.url)
+        await client.flushdb()
+        scripts, arguments = RateLimits(JobQueue(client))._scripts, {"owner": "alice", "pixel_steps": 100}
+        limits = {"per_minute": caller.requests_per_minute, "per_day": caller.pixel_steps_per_day}
+        charged: dict[int, int] = {}  # day by ticket
+        for call, number, repetitions in calls:
+            if call == "charge" and number not in charged:
+                replies = [
+                    await scripts.run("charge", ticket=f"t{number}", **arguments, **limits) for _ in range(repetitions)
+                ]
+                assert {(reply[0], reply[1], reply[5]) for reply in replies} == {
+                    (replies[0][0], replies[0][1], replies[0][5])
+                }
+                if replies[0][0] == b"":
+                    charged[number] = replies[0][5]
+            elif call == "refund" and number in charged:
+                for _ in range(repetitions):
+                    await scripts.run("refund", ticket=f"t{number}", day=charged[number], **arguments)
+                charged[number] = 0
+        live = sum(day > 0 for day in charged.values())
+        requests, pixel_steps = await used(client)
+        assert requests == (live if caller.requests_per_minute else 0)
+        assert pixel_steps == (100 * live if caller.pixel_steps_per_day else 0)
+        await client.flushdb()
+        await client.aclose()
+
+    asyncio.run(run())
 
 
 class TestAdmission:

@@ -1,8 +1,11 @@
--- Takes a charge back.
+-- Takes a charge back, once per ticket.
 --
 -- args: owner, ticket, pixel_steps, day
 
-local quota = quota_key(args.day)
+local quota, refund = quota_key(args.day), 'refund:' .. args.ticket
 redis.call('ZREM', RATE, args.ticket)
 local charged = tonumber(redis.call('GET', quota) or 0)
-if charged > 0 then redis.call('DECRBY', quota, string.format('%.0f', math.min(charged, args.pixel_steps))) end
+if charged > 0 and not redis.call('ZSCORE', TICKETS, refund) then
+  redis.call('DECRBY', quota, string.format('%.0f', math.min(charged, args.pixel_steps)))
+  add(TICKETS, refund, now_ms())
+end

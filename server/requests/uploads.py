@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import orjson
-from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from engine.geometry import MAX_SOURCES
 from server.errors import ApiError, invalid, invalid_image
-from server.requests.body import ParsedBody, media_type, read_chunks, read_json_object
+from server.requests.body import IncomingBody, ParsedBody, read_json_object
 from server.requests.schemas import UNSUPPORTED, EditRequest, ImageReference, PlanBody, parse, unsupported
 
 MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, up to 4352
@@ -30,19 +29,19 @@ _WEB_URL = re.compile(r"https?:", re.IGNORECASE)
 _PLAN_PART = re.compile(r"plan(?P<preview>\[preview\])?\[(?:(?P<side>rows|cols)|tokens\]\[)\]")
 
 
-async def read_edit(request: Request, max_bytes: int) -> ParsedBody:
+async def read_edit(body: IncomingBody) -> ParsedBody:
     """Read the body of an edit. Raises as `read_generation`."""
-    if media_type(request) == "multipart/form-data":
-        body = _from_parts(await _read_parts(request, max_bytes))
-    elif media_type(request) == "application/json":
-        body = _from_json(parse(EditRequest, await read_json_object(request, max_bytes)))
+    if body.media_type == "multipart/form-data":
+        edit = _from_parts(await _read_parts(body))
+    elif body.media_type == "application/json":
+        edit = _from_json(parse(EditRequest, await read_json_object(body)))
     else:
         raise invalid(None, "The body must be multipart/form-data, or JSON with Content-Type: application/json.")
-    if not body.images:
+    if not edit.images:
         raise invalid("image", "The field image is required: the image to edit.", "missing_required_parameter")
-    if len(body.images) > MAX_SOURCES:
-        raise invalid("image", f"Invalid value for image: it takes 1..{MAX_SOURCES} images, not {len(body.images)}.")
-    return body
+    if len(edit.images) > MAX_SOURCES:
+        raise invalid("image", f"Invalid value for image: it takes 1..{MAX_SOURCES} images, not {len(edit.images)}.")
+    return edit
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -151,9 +150,9 @@ class _FormReader:
         self._is_complete = True
 
 
-async def _read_parts(request: Request, max_bytes: int) -> list[_Part]:
+async def _read_parts(body: IncomingBody) -> list[_Part]:
     try:
-        return await _FormReader(request.headers["content-type"]).read(read_chunks(request, max_bytes))
+        return await _FormReader(body.headers["content-type"]).read(body.chunks())
     except FormParserError:
         raise _invalid_form("it cannot be parsed") from None
 

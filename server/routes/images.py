@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import orjson
@@ -21,7 +21,7 @@ from server.admission.admission import Admitted, Idempotency
 from server.admission.auth import require_key
 from server.errors import invalid, queue_unavailable
 from server.redis_timeout import with_redis_timeout
-from server.requests.body import ParsedBody, read_generation
+from server.requests.body import IncomingBody, ParsedBody, read_generation
 from server.requests.images import EditInput, prepare
 from server.requests.schemas import GenerationRequest
 from server.requests.uploads import read_edit
@@ -31,6 +31,8 @@ from server.responses.images import ResponseOptions, new_file_tokens, render_res
 from server.responses.job_wait import JobWait, cancel_on_disconnect
 from server.responses.jobs import render_job
 from server.services import Services, ServicesDep
+
+ReadBody = Callable[[IncomingBody], Awaitable[ParsedBody]]
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
@@ -68,33 +70,47 @@ async def edit(request: Request, services: ServicesDep) -> Response:
     return await _respond(request, services, read_edit, services.settings.max_upload_bytes)
 
 
-async def _respond(
-    request: Request, services: Services, read_body: Callable[[Request, int], Awaitable[ParsedBody]], max_bytes: int
-) -> Response:
-    with ExitStack() as resources:
-        resources.enter_context(services.gate.enter())
-        body = await read_body(request, max_bytes)
+@dataclass(frozen=True)
+class _Accepted:
+    """What a request needs of itself while it waits: the body and all made from it are freed."""
+
+    job: Admitted
+    stream: bool
+    is_repeatable: bool
+
+
+async def _accept(request: Request, services: Services, read_body: ReadBody, max_bytes: int) -> _Accepted:
+    """Read, validate and submit a request. Its body counts in the memory budget until then."""
+    with services.memory.hold(request.state.caller) as held:
+        body = await IncomingBody(request, max_bytes, held).read(read_body)
         validated = validate(body.request, services.settings)
         idempotency = _idempotency(request, body)
-        wants_job = _wants_job(request)
+        with_partials = body.request.stream or _wants_job(request)
         job = await _find(request, services, idempotency) or await _submit(
-            request, services, body, validated, idempotency, with_partials=body.request.stream or wants_job
+            request, services, body, validated, idempotency, with_partials=with_partials
         )
-        bind(job=job.job_id)
+        return _Accepted(job, body.request.stream, idempotency is not None)
+
+
+async def _respond(request: Request, services: Services, read_body: ReadBody, max_bytes: int) -> Response:
+    with ExitStack() as resources:
+        resources.enter_context(services.gate.enter())
+        accepted = await _accept(request, services, read_body, max_bytes)
+        bind(job=accepted.job.job_id)
         job_wait = JobWait(
             services.queue,
-            job,
-            detached=idempotency is not None,
+            accepted.job,
+            detached=accepted.is_repeatable,
             abandoned_jobs=services.abandoned_jobs,
             outcomes=services.outcomes,
         )
         resources.enter_context(job_wait)
-        if wants_job:
-            response = await _job_response(request, services, job.job_id)
+        if _wants_job(request):
+            response = await _job_response(request, services, job_wait.job_id)
             job_wait.detach()
             return response
-        free_result = None if job_wait.detached else BackgroundTask(_free_result, services, job.job_id)
-        if body.request.stream:
+        free_result = None if job_wait.detached else BackgroundTask(_free_result, services, job_wait.job_id)
+        if accepted.stream:
             stream = EventStream(image_events(services.queue, job_wait), resources.pop_all())
             stream.background = free_result
             return stream

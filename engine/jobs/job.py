@@ -114,6 +114,11 @@ class JobSpec(_Record):
         return Geometry(self.width, self.height)
 
     @property
+    def pixel_steps(self) -> int:
+        """Return the work that limits and the turns of batch jobs count."""
+        return self.width * self.height * self.num_inference_steps * self.n
+
+    @property
     def plan_tokens(self) -> int:
         """Return the tokens of all images."""
         return 0 if self.plan else self.n * self.image_plan_tokens

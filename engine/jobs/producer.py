@@ -68,6 +68,7 @@ class JobProducer(QueueBase):
             "images": spec.n,
             "kv_tokens": spec.plan_tokens + spec.prompt_tokens_bound,
             "source_tokens": spec.source_tokens,
+            "work": spec.pixel_steps,
             "timeout_ms": round(timeout_s * 1000),
             "owner": owner,
             "idempotency_key": idempotency_key,

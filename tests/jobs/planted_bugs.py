@@ -27,6 +27,7 @@ PRELUDE, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT = 
     for name in ("prelude", "submit", "end_job", "discard", "claim", "renew", "requeue", "requeue_all", "commit")
 )
 STATEFUL = "tests/jobs/test_any_order.py"
+BATCH_SHARE = "tests/jobs/test_batch_share.py"
 NOT_FOUND = "not found"
 
 
@@ -135,13 +136,47 @@ BUGS = [
     Bug("max_owned one too high", SUBMIT, ">= args.max_owned", "> args.max_owned"),
     Bug("an end does not free the owner's place", PRELUDE, "redis.call('SREM', owned_key(owner), id)", "owner = ''"),
     # the order of claims
-    Bug("batch has no turn", CLAIM, "if (granted + 1) % BATCH_TURN == 0 then", "if false then"),
-    Bug("claims are not counted", CLAIM, "redis.call('HINCRBY', COUNTERS, 'granted', 1)", ""),
+    Bug("batch has no turn", CLAIM, "then job = batch end", "then job = interactive end"),
+    Bug("batch has every turn", CLAIM, "if both and overtaken >= BATCH_TURN * batch.work", "if both and true"),
+    Bug("batch gets every fourth claim", CLAIM, "overtaken + job.work, 'overtaken_jobs'", "overtaken + batch.work, ''"),
     Bug(
-        "a job that does not fit is passed over",
+        "a turn does not use up what has overtaken",
         CLAIM,
-        "if class == 'waits' then return false end",
-        "if class == 'waits' then break end",
+        "math.min(overtaken - BATCH_TURN * job.work, ",
+        "math.min(overtaken, ",
+        BATCH_SHARE,
+    ),
+    Bug(
+        "a turn forgets what is left", CLAIM, "HSET', COUNTERS, 'overtaken', left,", "HSET', COUNTERS, 'overtaken', 0,"
+    ),
+    Bug(
+        "a burst follows a job that waited for room",
+        CLAIM,
+        "BATCH_TURN * job.work + interactive.work)",
+        "math.huge)",
+        BATCH_SHARE,
+    ),
+    Bug("turns are saved up without rivals", CLAIM, "redis.call('HDEL', COUNTERS, 'overtaken', 'overtaken_jobs')", ""),
+    Bug(
+        "a batch job that does not fit stops others",
+        CLAIM,
+        "(batch.fits or overtaken",
+        "(true or overtaken",
+        BATCH_SHARE,
+    ),
+    Bug(
+        "a batch job that does not fit starves",
+        CLAIM,
+        " or overtaken >= HOLD_TURN * batch.work and overtaken_jobs >= HOLD_JOBS)",
+        ")",
+        BATCH_SHARE,
+    ),
+    Bug("a small batch job holds others at once", CLAIM, " and overtaken_jobs >= HOLD_JOBS)", ")", BATCH_SHARE),
+    Bug(
+        "an interactive job that does not fit is passed over",
+        CLAIM,
+        "interactive or batch\n",
+        "interactive and (interactive.fits or not batch) and interactive or batch\n",
     ),
     Bug("images do not count", CLAIM, "tonumber(images) <= args.images", "true"),
     Bug("KV tokens do not count", CLAIM, "tonumber(kv_tokens) <= args.kv_tokens", "true"),

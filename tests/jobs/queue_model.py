@@ -19,6 +19,7 @@ class Job:
     late: bool  # its deadline has passed
     sources: int  # bytes, and tokens
     owner: str = ""
+    steps: int = 1
     state: str = "queued"
     runs: int = 0
     epoch: int = 0
@@ -29,6 +30,10 @@ class Job:
     progress: dict[str, int] = field(default_factory=dict)
     plans: dict[int, Plan] = field(default_factory=dict)
     partials: set[str] = field(default_factory=set)
+
+    @property
+    def work(self) -> int:
+        return spec(n=self.images, num_inference_steps=self.steps).pixel_steps
 
     @property
     def live(self) -> bool:
@@ -53,7 +58,9 @@ class Model:
     streams: dict[str, list[Job]] = field(default_factory=lambda: {"interactive": [], "batch": []})
     jobs: list[Job] = field(default_factory=list)
     keys: dict[str, tuple[str, Job]] = field(default_factory=dict)  # idempotency key: fingerprint, job
-    granted: int = 0
+    overtaken: int = 0  # work of interactive jobs claimed while the first batch job waited
+    overtaken_jobs: int = 0
+    rival: Job | None = None  # the first interactive job at the last claim, if a batch job waited, too
     dead_lettered: int = 0
     cleared: list[Job] = field(default_factory=list)  # ended by the last claim
 
@@ -104,25 +111,37 @@ class Model:
 
     def claim(self, free: FreeCapacity) -> Job | None:
         """Return the job a claim must get, after clearing what comes before it."""
-        order = ["batch", "interactive"] if (self.granted + 1) % 4 == 0 else ["interactive", "batch"]
         self.cleared = []
-        for priority in order:
-            while (job := self._head(priority)) is not None:
-                if not job.live:
-                    self.delete(job)
-                elif job.late or job.runs >= MAX_RUNS:
-                    job.delivered = True
-                    self.dead_lettered += not job.late
-                    self.end(job, "expired" if job.late else "failed")
-                    self.cleared.append(job)
-                elif job.fits(free):
-                    return job
-                else:
-                    return None
+        interactive, batch = self._first("interactive"), self._first("batch")
+        self.rival = interactive if batch else None
+        job = interactive or batch
+        if batch is not None and self.overtaken >= 3 * batch.work:
+            holds = self.overtaken >= 16 * batch.work and self.overtaken_jobs >= 32
+            job = batch if holds or batch.fits(free) else job
+        return job if job and job.fits(free) else None
+
+    def _first(self, priority: str) -> Job | None:
+        while (job := self._head(priority)) is not None:
+            if not job.live:
+                self.delete(job)
+            elif job.late or job.runs >= MAX_RUNS:
+                job.delivered = True
+                self.dead_lettered += not job.late
+                self.end(job, "expired" if job.late else "failed")
+                self.cleared.append(job)
+            else:
+                return job
         return None
 
     def grant(self, job: Job, engine: str) -> None:
-        self.granted += 1
+        if self.rival is None:
+            self.overtaken = self.overtaken_jobs = 0
+        elif job.priority == "batch":
+            self.overtaken = min(self.overtaken - 3 * job.work, 3 * job.work + self.rival.work)
+            self.overtaken_jobs = 0
+        else:
+            self.overtaken += job.work
+            self.overtaken_jobs += 1
         job.runs, job.epoch = job.runs + 1, job.epoch + 1
         job.state, job.engine, job.progress = "running", engine, {}
         job.delivered, job.lapsed = True, False

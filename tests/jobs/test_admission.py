@@ -9,7 +9,7 @@ import redis.asyncio
 from engine.errors import QueueFull
 from engine.jobs.job import FreeCapacity, JobState, Priority, QueueStats, SourceImages
 from tests.job_queue import JobQueue
-from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
+from tests.jobs.helpers import IDLE, ROOMY, claim, pass_deadline, spec, submit
 
 
 async def test_max_queue_is_exact(queue: JobQueue):
@@ -132,21 +132,6 @@ async def test_no_job_starts_after_its_deadline(queue: JobQueue, priority: Prior
     record = await queue.get(late)
     assert record is not None
     assert (record.state, record.runs) == (JobState.EXPIRED, int(state == "engine died"))
-
-
-async def test_a_large_batch_job_gets_its_turn_under_interactive_load(queue: JobQueue):
-    large = await submit(queue, n=4, priority="batch")
-    busy, running = FreeCapacity(images=3, kv_tokens=10**9, source_tokens=0, idle=False), []
-    for _ in range(10):
-        await submit(queue)
-        granted = await queue.claim("engine-1", busy)
-        if granted is None:
-            break
-        running.append(granted)
-    assert len(running) == 3, "at its turn the batch job blocks the queue until the engine has room"
-    for granted in running:
-        await queue.commit(granted, RESULT)
-    assert (await claim(queue, "engine-1", IDLE)).job_id == large
 
 
 async def test_cancelled_jobs_do_not_hide_the_next_job(queue: JobQueue, redis_client: redis.asyncio.Redis):

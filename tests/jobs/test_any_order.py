@@ -109,10 +109,13 @@ class QueueMachine(RuleBasedStateMachine):
         owner=st.sampled_from(["anna", "bob"]),
         key=st.sampled_from(["", "", "k"]),
         fingerprint=st.sampled_from(["f", "f", "g"]),
+        steps=st.sampled_from([1, 1, 2, 50]),
     )
-    def submit(self, priority: Any, images: int, late: bool, sources: int, owner: str, key: str, fingerprint: str):
+    def submit(
+        self, priority: Any, images: int, late: bool, sources: int, owner: str, key: str, fingerprint: str, steps: int
+    ):
         self.submits += 1
-        job = Job(f"job-{self.submits}", priority, images, late, sources, owner)
+        job = Job(f"job-{self.submits}", priority, images, late, sources, owner, steps)
         if not self._submit(job, key, fingerprint) and key:
             self._submit(job, key, "another")  # a refused submit has not stored its key
 
@@ -131,6 +134,7 @@ class QueueMachine(RuleBasedStateMachine):
             idempotency_key=key,
             fingerprint=fingerprint,
             n=job.images,
+            num_inference_steps=job.steps,
         )
         expected = self.model.submit(job, key, fingerprint)
         if isinstance(expected, Job):

@@ -57,6 +57,7 @@ async def test_a_submitted_job(queue: JobQueue, redis_client: Any) -> None:
         b"images": b"10",
         b"kv_tokens": b"%d" % (10 * 4096 + 16 + 64 + 24),
         b"source_tokens": b"24",
+        b"work": b"%d" % (10 * 2048 * 2048 * 50),
         b"submitted_at": b"%d" % submitted_at,
         b"deadline": b"%d" % (submitted_at + 1000 * YEAR_S),
         b"epoch": b"0",

@@ -24,7 +24,8 @@
 --   file:{token}      hash, an image served by URL; plan:{key}: a cached plan
 --   waiting           sorted set of queued jobs by submit sequence; its size is what `max_queue` limits
 --   running           set of running jobs
---   counters          hash: `submitted` (source of the sequence), `granted` (claims, for the turn of the batch queue),
+--   counters          hash: `submitted` (source of the sequence), `granted` (claims), `overtaken`, `overtaken_jobs`
+--                     (work and number of interactive jobs claimed while the first batch job waited),
 --                     `source_bytes` (size of all `sources:{id}`), `given_up` (dead-lettered jobs)
 --   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
 --   events, wake      pub/sub channels; a lost message costs only time

@@ -1,8 +1,8 @@
 -- Queues a job. An idempotency key leads a repeated request to the job of the first, unless that one ended without a
 -- result. However large the source images are, they fit where there are no others.
 --
--- args: id, priority, images, kv_tokens, source_tokens, timeout_ms, owner, idempotency_key, fingerprint, max_queue,
---   max_owned?, source_bytes, max_source_bytes?
+-- args: id, priority, images, kv_tokens, source_tokens, work, timeout_ms, owner, idempotency_key, fingerprint,
+--   max_queue, max_owned?, source_bytes, max_source_bytes?
 -- blobs: spec, notes, origin, then the fields of `sources:{id}`: name, value, name, value, ...
 -- returns: 'accepted' | 'known' (or discarded) | 'attached {id}' | 'full' | 'full of sources' | 'too many' (of this
 --   owner) | 'reused' (the key, by another request)
@@ -31,8 +31,8 @@ local sequence = redis.call('HINCRBY', COUNTERS, 'submitted', 1)
 local entry = redis.call('XADD', queue_key(args.priority), '*', 'job', id)
 redis.call('HSET', job, 'state', 'queued', 'priority', args.priority, 'spec', spec, 'sequence', sequence,
   'entry', entry, 'images', args.images, 'kv_tokens', args.kv_tokens, 'source_tokens', args.source_tokens,
-  'submitted_at', now, 'deadline', now + args.timeout_ms, 'epoch', 0, 'runs', 0, 'owner', owner, 'notes', notes,
-  'origin', origin)
+  'work', args.work, 'submitted_at', now, 'deadline', now + args.timeout_ms, 'epoch', 0, 'runs', 0, 'owner', owner,
+  'notes', notes, 'origin', origin)
 if has_sources then
   redis.call('HSET', sources_key(id), unpack(ARGV, 5))
   redis.call('HSET', job, 'source_bytes', args.source_bytes)

@@ -1,9 +1,8 @@
 """The services that the routes share."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from server.admission.keys import KeyRing
 from server.admission.memory_budget import MemoryBudget
 from server.admission.rate_limits import RateLimits
 from server.metrics import Metrics
+from server.requests.decoders import Decoders
 from server.requests.prompt_rewriter import Rewriter, open_rewriter
 from server.responses.outcomes import JobOutcomes
 from server.settings import ServerSettings
@@ -37,7 +37,7 @@ class Services:
     gate: Gate
     metrics: Metrics
     memory: MemoryBudget
-    decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # decoding takes memory
+    decoders: Decoders
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
 
@@ -49,6 +49,7 @@ async def open_services(
     async with (
         nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as job_queue,
         open_rewriter(settings, metrics) as rewriter,
+        aclosing(Decoders()) as decoders,
     ):
         memory = MemoryBudget(settings.max_inflight_bytes)
         metrics.inflight_bytes.set_function(lambda: memory.in_use)
@@ -69,6 +70,7 @@ async def open_services(
             gate=gate,
             metrics=metrics,
             memory=memory,
+            decoders=decoders,
         )
         await outcomes.close()
         await abandoned_jobs.close()

@@ -1,10 +1,11 @@
-"""Decoding uploaded files into source images: upright RGB as PNG.
+"""Decoding uploaded files into source images: upright RGB as PNG. Runs in the processes of `decode_worker`.
 
 A file's type is that of its first bytes, not the declared one. Headers are checked before any pixel is decoded.
 """
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image as PillowImage
@@ -13,14 +14,15 @@ from PIL.Image import Image, Resampling, Transpose
 
 from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
 from engine.jobs.job import SourceImages
-from server.errors import ApiError, invalid_image
+from server.requests.edit_input import EditInput, InvalidImage
+from server.requests.image_files import UnsuitableFile, check_structure, count_scans, format_of, too_many_pixels
 
 MAX_PIXELS = 4096 * 4096
-MAX_SCANS = 100  # of a progressive JPEG, each a pass over the image; encoders write about ten
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # pixels times scans; a scan of 16 bytes can take 30 ms at `MAX_PIXELS`
 
 PngImagePlugin.MAX_TEXT_MEMORY = 8 * 2**20  # of text chunks, unpacked; Pillow's default is 64 MiB
 
-_MAGIC = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF"}
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSITIONS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -33,32 +35,30 @@ _TRANSPOSITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class EditInput:
-    """The decoded files of an edit; `tokens` is an upper bound of their prompt tokens."""
-
-    size: tuple[int, int]
-    tokens: int
-    source_images: SourceImages
-
-
-def prepare(images: list[bytes], mask: bytes | None, size: tuple[int, int] | None, max_pixels: int) -> EditInput:
-    """Decode uploaded files. Takes up to seconds, so call it in a thread.
+def prepare(
+    images: list[bytes],
+    mask: bytes | None,
+    size: tuple[int, int] | None,
+    max_pixels: int,
+    report: Callable[[str, str], None] = lambda param, name: None,
+) -> EditInput:
+    """Decode uploaded files. Takes up to seconds.
 
     Args:
         size: of the edit; None for the first image's, on the 32-pixel grid.
         max_pixels: larger images are scaled down.
+        report: called with field and name of each file before work on it.
 
     Raises:
-        ApiError: 400 naming the image and the reason.
+        InvalidImage: names the image and the reason.
     """
     count = len(images)
     names = [f"Image {number} of {count}" if count > 1 else "The image" for number in range(1, count + 1)]
-    files = [_File(data, "image", name) for data, name in zip(images, names, strict=True)]
-    mask_file = None if mask is None else _File(mask, "mask", "The mask")
+    files = [_File(data, "image", name, report) for data, name in zip(images, names, strict=True)]
+    mask_file = None if mask is None else _File(mask, "mask", "The mask", report)
     for file in files:
-        file.open()
-    if mask_file is not None and not _has_alpha(mask_file.open()):
+        file.check()
+    if mask_file is not None and not _has_alpha(mask_file.check()):
         raise mask_file.error("must be a PNG with an alpha channel; the edit changes only where alpha is 0")
     alpha = None if mask_file is None else mask_file.decode().convert("RGBA").getchannel("A")
     sources, tokens, overlay = [], 0, None
@@ -85,48 +85,69 @@ class _File:
     data: bytes
     param: str
     name: str
+    report: Callable[[str, str], None]
 
-    def error(self, reason: str) -> ApiError:
-        return invalid_image(self.param, f"{self.name} {reason}.")
+    def error(self, reason: str) -> InvalidImage:
+        return InvalidImage(self.param, f"{self.name} {reason}.")
 
-    def open(self) -> Image:
-        """Check the header; decode nothing."""
-        file_format = self._format()
+    def check(self) -> Image:
+        """Check structure and header; decode nothing."""
+        self.report(self.param, self.name)
+        try:
+            file_format = format_of(self.data)
+            check_structure(self.data, file_format, MAX_PIXELS)
+            image = self._open()
+            _check_sides(image.size)
+            if file_format == "JPEG":
+                _check_scans(count_scans(self.data), *image.size)
+        except UnsuitableFile as error:
+            raise self.error(str(error)) from None
+        return image
+
+    def _open(self) -> Image:
+        file_format = format_of(self.data)
         try:
             image = PillowImage.open(io.BytesIO(self.data), formats=(file_format,))
             # "MPO" photos contain a second image, but are not animations.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning):
             raise self.error(f"has too many pixels; at most {MAX_PIXELS} are accepted") from None
+        except MemoryError:
+            raise
         except Exception:  # damaged files make Pillow raise any exception
             raise self.error(f"cannot be read: the {file_format} file is damaged or incomplete") from None
-        short, long = sorted(image.size)
-        if short * long > MAX_PIXELS:
-            raise self.error(f"has {_format_size(image.size)} pixels; at most {MAX_PIXELS} are accepted")
         if frames > 1:
             raise self.error("is animated; send a single image")
-        if short < MIN_SIDE or long > MAX_ASPECT * short:
-            required = f"sides of at least {MIN_SIDE}, one at most {MAX_ASPECT} times the other"
-            raise self.error(f"has {_format_size(image.size)} pixels; it needs {required}")
-        if file_format == "JPEG" and self.data.count(b"\xff\xda") > MAX_SCANS:
-            raise self.error(f"is a JPEG with more than {MAX_SCANS} scans; save it again with fewer")
         return image
 
-    def _format(self) -> str:
-        file_format = next((name for name, magic in _MAGIC.items() if self.data.startswith(magic)), None)
-        if file_format is None or (file_format == "WEBP" and self.data[8:12] != b"WEBP"):
-            raise self.error("is not a PNG, JPEG or WEBP file")
-        return file_format
-
     def decode(self) -> Image:
-        """Decode the image and turn it upright."""
-        image = self.open()
+        """Decode a checked image and turn it upright."""
+        self.report(self.param, self.name)
+        image = self._open()
         try:
             image.load()
+        except MemoryError:
+            raise
         except Exception:  # as above
             raise self.error("cannot be read: the file is damaged or incomplete") from None
         transposition = _TRANSPOSITIONS.get(_orientation(image))
         return image if transposition is None else image.transpose(transposition)
+
+
+def _check_sides(size: tuple[int, int]) -> None:
+    short, long = sorted(size)
+    if short * long > MAX_PIXELS:
+        raise too_many_pixels(*size, MAX_PIXELS)
+    if short < MIN_SIDE or long > MAX_ASPECT * short:
+        required = f"sides of at least {MIN_SIDE}, one at most {MAX_ASPECT} times the other"
+        raise UnsuitableFile(f"has {_format_size(size)} pixels; it needs {required}")
+
+
+def _check_scans(scans: int, width: int, height: int) -> None:
+    if scans > MAX_SCANS:
+        raise UnsuitableFile(f"is a JPEG with more than {MAX_SCANS} scans; save it again with fewer")
+    if scans * width * height > MAX_SCANNED_PIXELS:
+        raise UnsuitableFile(f"is a JPEG of {scans} scans, too many for {width}x{height} pixels; save it with fewer")
 
 
 def _format_size(size: tuple[int, int]) -> str:

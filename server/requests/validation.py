@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
 from engine.jobs.job import EngineInfo, JobSpec
 from server.errors import ApiError, invalid
-from server.requests.images import EditInput
+from server.requests.edit_input import EditInput
 from server.requests.schemas import MAX_SEED, GenerationRequest, PlanBody, TokenGridBody
 from server.settings import ServerSettings
 

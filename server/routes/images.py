@@ -1,6 +1,5 @@
 """POST /v1/images/generations and /edits."""
 
-import asyncio
 import hashlib
 import logging
 import re
@@ -22,7 +21,7 @@ from server.admission.auth import require_key
 from server.errors import invalid, queue_unavailable
 from server.redis_timeout import with_redis_timeout
 from server.requests.body import IncomingBody, ParsedBody, read_generation
-from server.requests.images import EditInput, prepare
+from server.requests.edit_input import EditFiles, EditInput
 from server.requests.schemas import GenerationRequest
 from server.requests.uploads import read_edit
 from server.requests.validation import ValidatedRequest, to_job_spec, validate
@@ -136,7 +135,7 @@ async def _submit(
     with_partials: bool,
 ) -> Admitted:
     engine = await services.engines.require_ready()
-    edit = await _prepare_edit(services, body, validated) if body.images else None
+    edit = await _prepare_edit(request, services, body, validated) if body.images else None
     spec = to_job_spec(validated, engine, edit, with_partials=with_partials)
     charge = await services.admission.charge(request.state.caller, spec)
     request.state.response_headers = charge.headers
@@ -176,12 +175,13 @@ def _log_accepted(job_id: str, spec: JobSpec) -> None:
     )
 
 
-async def _prepare_edit(services: Services, body: ParsedBody, validated: ValidatedRequest) -> EditInput:
-    """Decode the images unless the queue is full, for few requests at a time."""
+async def _prepare_edit(
+    request: Request, services: Services, body: ParsedBody, validated: ValidatedRequest
+) -> EditInput:
+    """Decode the images unless the queue is full."""
     await services.admission.check_room()
-    max_pixels = services.settings.max_pixels
-    async with services.decoders:
-        return await asyncio.to_thread(prepare, body.images, body.mask, validated.size, max_pixels)
+    files = EditFiles(body.images, body.mask, validated.size, services.settings.max_pixels)
+    return await services.decoders.decode(request.state.caller.owner, files)
 
 
 async def _rewrite(services: Services, request: GenerationRequest, *, is_edit: bool) -> str | None:

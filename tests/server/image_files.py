@@ -72,3 +72,21 @@ def pixel_bomb(kind: str) -> bytes:
     assert file[12:16] == b"VP8L"
     file[21:25] = struct.pack("<I", 11_999 | 11_999 << 14)
     return bytes(file)
+
+
+def scan_bomb(side: int, scans: int) -> bytes:
+    """Return a JPEG of `side` with further scans of 27 bytes or more, each of which visits every coefficient."""
+    file = file_of(plain(side, side), "JPEG", progressive=True)
+    table = (
+        b"\xff\xc4" + struct.pack(">HB", 20, 0x10) + bytes([1, *[0] * 15]) + b"\xe0"
+    )  # one code: "14 bits of blocks"
+    blocks = (side // 8) ** 2
+    bits = "011111111111111" * -(-blocks // 32767)  # 32767 blocks without changes each
+    data = int(bits + "1" * (-len(bits) % 8), 2).to_bytes(-(-len(bits) // 8), "big").replace(b"\xff", b"\xff\0")
+    refinement = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\x10" + data  # of all AC coefficients of the first component
+    return file[:-2] + table + refinement * scans + file[-2:]
+
+
+def many_chunks(kind: bytes, count: int) -> bytes:
+    """Return a small PNG with `count` empty chunks before its pixels."""
+    return png(64, 64, 8, 0, b"\0" * 64, extra=chunk(kind, b"") * count)

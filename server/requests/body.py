@@ -1,6 +1,11 @@
-"""Reading bodies, limited in size as they arrive and in JSON's depth (orjson stops at 1024 levels)."""
+"""Reading bodies, limited in size as they arrive and in JSON's values and depth (orjson stops at 1024 levels).
+
+Whatever a body contains, parsing it takes time and memory in proportion to its bytes: what could take more per byte
+is counted first.
+"""
 
 import asyncio
+import codecs
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +23,10 @@ from server.errors import ApiError, invalid
 from server.requests.schemas import GenerationRequest, parse
 
 LINGER_S = 2.0
+MAX_VALUES = 100_000  # a plan has 4352 tokens; prompt and negative prompt together 64,000 characters
+
+_CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]{1,40})""", re.IGNORECASE)
+_EXAMPLE = 'for example {"prompt": "a red fox"}'
 
 
 @dataclass(frozen=True)
@@ -46,19 +55,51 @@ async def read_json_object(body: "IncomingBody") -> dict[str, Any]:
     raw = bytearray()
     async for chunk in body.chunks():
         raw += chunk
-    return _parse_json_object(raw)
+    return _parse_json_object(raw, body.charset)
 
 
-def _parse_json_object(raw: bytearray) -> dict[str, Any]:
+def load_json(text: bytes | bytearray, param: str | None = None) -> Any:
+    """Parse the JSON of a body, or of the field `param`, with at most `MAX_VALUES` values.
+
+    Raises:
+        ApiError: 400 for more values, before they are made.
+        orjson.JSONDecodeError: it is not JSON.
+    """
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:  # also those in strings; no request has as many
+        name = param or "The body"
+        raise invalid(param, f"{name} has too many values: more than {MAX_VALUES} commas and opening brackets.")
+    return orjson.loads(text)
+
+
+def _parse_json_object(raw: bytearray, charset: str) -> dict[str, Any]:
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    _check_encoding(raw, charset)
     try:
-        parsed = orjson.loads(raw)
+        parsed = load_json(raw)
     except orjson.JSONDecodeError as error:
         if "surrogate" in error.msg and (param := _field_with_lone_surrogate(raw)):
             raise invalid(param, f"Invalid value for {param}: it contains a lone surrogate, not valid text.") from None
+        _check_utf8(raw)
         raise invalid(None, f"The body is not valid JSON (line {error.lineno}, column {error.colno}).") from None
     if not isinstance(parsed, dict):
-        raise invalid(None, 'The body must be a JSON object, for example {"prompt": "a red fox"}.')
+        raise invalid(None, f"The body must be a JSON object, {_EXAMPLE}.")
     return parsed
+
+
+def _check_encoding(raw: bytearray, charset: str) -> None:
+    if not raw or raw.isspace():
+        raise invalid(None, f"The body is empty; it must be a JSON object, {_EXAMPLE}.")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in raw[:4]:  # UTF-32 begins as UTF-16 does
+        raise invalid(None, "The body must be JSON in UTF-8, not in UTF-16 or UTF-32.")
+    if charset not in ("utf-8", "utf8", "us-ascii") and not raw.isascii():
+        raise invalid(None, f"The body must be JSON in UTF-8, not in {charset}, which its Content-Type names.")
+
+
+def _check_utf8(raw: bytearray) -> None:
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        raise invalid(None, f"The body must be JSON in UTF-8; its byte {error.start} is not.") from None
 
 
 def _field_with_lone_surrogate(raw: bytearray) -> str | None:
@@ -85,8 +126,14 @@ class IncomingBody:
     def __init__(self, request: Request, max_bytes: int, held: Hold) -> None:
         self._request, self._max_bytes, self._held = request, max_bytes, held
         self._is_complete = False
-        self.headers = request.headers
-        self.media_type = self.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        self.content_type = request.headers.get("content-type", "application/json")
+        self.media_type = self.content_type.partition(";")[0].strip().lower()
+
+    @property
+    def charset(self) -> str:
+        """Return the encoding that the Content-Type names, UTF-8 by default."""
+        match = _CHARSET.search(self.content_type)
+        return match[1].lower() if match else "utf-8"
 
     async def read(self, parse_body: Callable[[Self], Awaitable[ParsedBody]]) -> ParsedBody:
         """Return what `parse_body` makes of this body. An error sent before its end lingers."""
@@ -102,10 +149,15 @@ class IncomingBody:
         """Yield the body piece by piece.
 
         Raises:
-            ApiError: 413 as soon as it exceeds `max_bytes`; 429 or 503 if the budget has no room for it.
+            ApiError: 413 as soon as it exceeds `max_bytes`; 429 or 503 if the budget has no room for it; 400 if it is
+                compressed.
             ClientDisconnect: it is incomplete.
         """
-        declared = _declared_length(self.headers)
+        headers = self._request.headers
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise invalid("Content-Encoding", "Content-Encoding is not supported: send the body uncompressed.")
+        declared = _declared_length(headers)
         self._count(declared)
         received = 0
         async for chunk in self._request.stream():

@@ -2,9 +2,18 @@
 
 import difflib
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from engine.geometry import CELL, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, MAX_STEPS, MIN_SIDE
@@ -15,6 +24,7 @@ from server.requests.quality import Quality
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON parser keeps exact
 MAX_PROMPT_CHARS = 32_000
 MAX_GRID_SIDE = MAX_SIDE // CELL
+MAX_NAME_CHARS = 64  # of an unknown field, in comparisons and messages
 
 _PYDANTIC_TERMS = re.compile("^(Input|String|List) | after validation.*")  # cut from messages to clients
 
@@ -36,6 +46,26 @@ def _optional_is_nullable(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **annotations}
 
 
+def _take_integral_float(value: Any) -> Any:
+    """Turn 1.0 into 1: JSON Schema counts it as an integer."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _take_integral_floats(values: Any) -> Any:
+    if not isinstance(values, list) or len(values) > MAX_GRID_SIDE**2:
+        return values
+    return [_take_integral_float(value) for value in values]
+
+
+@cache
+def _integer_fields(model: type[BaseModel]) -> frozenset[str]:
+    fields = model.model_fields.items()
+    return frozenset(name for name, field in fields if int in (field.annotation, *get_args(field.annotation)))
+
+
+_DROP = AfterValidator(lambda _: None)
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, json_schema_extra=_optional_is_nullable
@@ -44,11 +74,16 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop null fields, which the OpenAI SDK sends; keep unknown fields, to be refused."""
+        """Drop null fields, which the OpenAI SDK sends. Keep the first unknown field, to be refused: an error costs as
+        much with one as with thousands."""
         if not isinstance(data, dict):
             return data
-        known = cls.model_fields.keys() | UNSUPPORTED.keys()
-        return {key: value for key, value in data.items() if value is not None or key not in known}
+        known = {name: data[name] for name in cls.model_fields if data.get(name) is not None}
+        known |= {name: _take_integral_float(known[name]) for name in _integer_fields(cls) & known.keys()}
+        for name, value in data.items():
+            if name not in cls.model_fields and (value is not None or name not in UNSUPPORTED):
+                return {**known, name[:MAX_NAME_CHARS]: None}
+        return known
 
 
 class TokenGridBody(_Body):
@@ -56,7 +91,9 @@ class TokenGridBody(_Body):
 
     rows: int = Field(ge=1, le=MAX_GRID_SIDE)
     cols: int = Field(ge=1, le=MAX_GRID_SIDE)
-    tokens: list[Annotated[int, Field(ge=0)]] = Field(max_length=MAX_GRID_SIDE**2)
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_take_integral_floats)] = Field(
+        max_length=MAX_GRID_SIDE**2, fail_fast=True
+    )
 
 
 class PlanBody(TokenGridBody):
@@ -111,14 +148,14 @@ class GenerationRequest(_Body):
     width: int | None = Field(None, ge=1, description="the width in pixels, as in size")
     height: int | None = Field(None, ge=1, description="the height in pixels, as in size")
 
-    # Accepted because clients send them, without effect and never logged.
-    input_fidelity: str | None = Field(None, description="a string; has no effect")
-    moderation: str | None = Field(None, description="a string; has no effect")
-    style: str | None = Field(None, description="a string; has no effect")
-    user: str | None = Field(None, description="a string; has no effect")
-    safety_identifier: str | None = Field(None, description="a string; has no effect")
+    # Accepted because clients send them, without effect, never kept or logged.
+    input_fidelity: Annotated[str | None, _DROP] = Field(None, description="a string; has no effect")
+    moderation: Annotated[str | None, _DROP] = Field(None, description="a string; has no effect")
+    style: Annotated[str | None, _DROP] = Field(None, description="a string; has no effect")
+    user: Annotated[str | None, _DROP] = Field(None, description="a string; has no effect")
+    safety_identifier: Annotated[str | None, _DROP] = Field(None, description="a string; has no effect")
     # LiteLLM repeats its headers in the body.
-    extra_headers: dict[str, Any] | None = Field(None, description="an object; has no effect")
+    extra_headers: Annotated[dict[str, Any] | None, _DROP] = Field(None, description="an object; has no effect")
 
 
 class ImageReference(_Body):
@@ -129,18 +166,20 @@ class ImageReference(_Body):
 
 Reference = Annotated[str, Field(description="data:image/png;base64,... of a PNG, JPEG or WEBP file")] | ImageReference
 
+References = Annotated[list[Reference], Field(max_length=MAX_SOURCES)]
+
 EDIT_FIELDS = frozenset({"image", "images", "mask"})
 
 
 class EditRequest(GenerationRequest):
     """`POST /v1/images/edits` as JSON: the fields of a generation, and images as `data:` URLs."""
 
-    image: Reference | list[Reference] | None = Field(
+    image: Reference | References | None = Field(
         None,
         description='a data: URL of a PNG, JPEG or WEBP file, or {"image_url": "data:..."}, or a list of '
         f"1..{MAX_SOURCES}",
     )
-    images: list[Reference] | None = Field(None, description="a list as in image: OpenAI's other name for it")
+    images: References | None = Field(None, description="a list as in image: OpenAI's other name for it")
     mask: Reference | None = Field(
         None,
         description="a data: URL of a PNG of the first image's size; the edit changes only where its alpha is 0",
@@ -312,4 +351,4 @@ def _unknown_parameter(model: type[GenerationRequest], param: str, name: str) ->
         return f"{param} is a field of edits; POST /v1/images/generations creates images from text alone."
     close = difflib.get_close_matches(param, model.model_fields, n=1) if param == name else []
     hint = f"Did you mean {close[0]}?" if close else "/docs lists the parameters."
-    return f"Unknown parameter: {param[:100]}. {hint}"
+    return f"Unknown parameter: {param}. {hint}"

@@ -3,24 +3,24 @@
 Strings of a form are converted to the types of their fields; what cannot be stays a string, refused by `parse`.
 """
 
-import base64
+import asyncio
+import binascii
+import io
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import orjson
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 
 from engine.geometry import MAX_SOURCES
 from server.errors import ApiError, invalid, invalid_image
-from server.requests.body import IncomingBody, ParsedBody, read_json_object
+from server.requests.body import IncomingBody, ParsedBody, load_json, read_json_object
+from server.requests.forms import Part, read_parts
 from server.requests.schemas import UNSUPPORTED, EditRequest, ImageReference, PlanBody, parse, unsupported
 
-MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, up to 4352
+_PIECE_CHARS = 2**20
 
-_IMAGE_NAMES, _MASK_NAMES = {"image", "image[]"}, {"mask", "mask[]"}
+_IMAGE_NAMES, _MASK_NAMES = frozenset({"image", "image[]"}), frozenset({"mask", "mask[]"})
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?")
@@ -32,9 +32,9 @@ _PLAN_PART = re.compile(r"plan(?P<preview>\[preview\])?\[(?:(?P<side>rows|cols)|
 async def read_edit(body: IncomingBody) -> ParsedBody:
     """Read the body of an edit. Raises as `read_generation`."""
     if body.media_type == "multipart/form-data":
-        edit = _from_parts(await _read_parts(body))
+        edit = await _from_parts(await read_parts(body.content_type, body.chunks(), _IMAGE_NAMES | _MASK_NAMES))
     elif body.media_type == "application/json":
-        edit = _from_json(parse(EditRequest, await read_json_object(body)))
+        edit = await _from_json(parse(EditRequest, await read_json_object(body)))
     else:
         raise invalid(None, "The body must be multipart/form-data, or JSON with Content-Type: application/json.")
     if not edit.images:
@@ -47,7 +47,7 @@ async def read_edit(body: IncomingBody) -> ParsedBody:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _from_json(request: EditRequest) -> ParsedBody:
+async def _from_json(request: EditRequest) -> ParsedBody:
     if request.image is not None and request.images is not None:
         raise invalid("images", "image and images are two names of the same field; send only one of them.")
     name = "image" if request.images is None else "images"
@@ -55,12 +55,12 @@ def _from_json(request: EditRequest) -> ParsedBody:
     references = value if isinstance(value, list) else [] if value is None else [value]
     return ParsedBody(
         request.model_copy(update={"image": None, "images": None, "mask": None}),
-        [_decode_reference(name, reference) for reference in references],
-        None if request.mask is None else _decode_reference("mask", request.mask),
+        [await _decode_reference(name, reference) for reference in references],
+        None if request.mask is None else await _decode_reference("mask", request.mask),
     )
 
 
-def _decode_reference(param: str, reference: str | ImageReference) -> bytes:
+async def _decode_reference(param: str, reference: str | ImageReference) -> bytes:
     url = reference if isinstance(reference, str) else reference.image_url
     if _WEB_URL.match(url):
         raise invalid(param, f"{param}: this server does not fetch URLs; send the file itself or a data: URL.")
@@ -68,109 +68,52 @@ def _decode_reference(param: str, reference: str | ImageReference) -> bytes:
     if match is None:
         raise invalid(param, f"{param}: an image in JSON must be a data: URL, like data:image/png;base64,iVBORw0...")
     try:
-        return base64.b64decode(url[match.end() :], validate=True)
+        return await _decode_base64(url, match.end())
     except ValueError:
         raise invalid_image(param, f"{param}: the data: URL does not contain valid base64.") from None
+
+
+async def _decode_base64(text: str, start: int) -> bytes:
+    """Decode what follows `start`, without white space, which a URL may be wrapped with; padding may be left out.
+
+    Other requests are served between pieces: 32 MB at once would take 40 ms.
+
+    Raises:
+        ValueError: it is not base64.
+    """
+    decoded, rest, is_padded = io.BytesIO(), b"", False
+    for position in range(start, len(text), _PIECE_CHARS):
+        piece = rest + text[position : position + _PIECE_CHARS].encode("ascii").translate(None, b" \t\r\n\f")
+        if piece and is_padded:
+            raise ValueError("more follows after the padding")
+        end = len(piece) // 4 * 4
+        decoded.write(binascii.a2b_base64(piece[:end], strict_mode=True))
+        rest, is_padded = piece[end:], piece[:end].endswith(b"=")
+        await asyncio.sleep(0)
+    decoded.write(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4), strict_mode=True))
+    return decoded.getvalue()
 
 
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Part:
-    name: str
-    is_file: bool
-    data: bytearray = field(default_factory=bytearray)
-
-    @property
-    def text(self) -> str:
-        """Return the value of a text part."""
-        if self.is_file:
-            raise invalid(self.name, f"{self.name} must be sent as text, without a file name.")
-        try:
-            return self.data.decode()
-        except UnicodeDecodeError:
-            raise invalid(self.name, f"Invalid value for {self.name}: it is not valid UTF-8.") from None
-
-    @property
-    def file(self) -> bytes:
-        """Return the file, which may also be sent as a `data:` URL."""
-        param = self.name.removesuffix("[]")
-        if self.data[:5].lower() in (b"data:", b"http:", b"https"):
-            return _decode_reference(param, self.data.decode(errors="replace").strip())
-        return bytes(self.data)
-
-
-class _FormReader:
-    """Collects the parts of a form. The methods are the parser's callbacks."""
-
-    def __init__(self, content_type: str) -> None:
-        boundary = parse_options_header(content_type)[1].get(b"boundary")
-        if not boundary:
-            raise _invalid_form("its Content-Type does not name a boundary")
-        names = ("part_begin", "part_data", "header_field", "header_value", "header_end", "headers_finished", "end")
-        self._parser = MultipartParser(boundary, {f"on_{name}": getattr(self, f"_{name}") for name in names})  # type: ignore[arg-type]
-        self._parts: list[_Part] = []
-        self._header, self._value, self._disposition = bytearray(), bytearray(), b""
-        self._is_complete = False
-
-    async def read(self, chunks: AsyncIterator[bytes]) -> list[_Part]:
-        async for chunk in chunks:
-            self._parser.write(chunk)
-        if not self._is_complete:
-            raise _invalid_form("it ends before its last boundary")
-        return self._parts
-
-    def _part_begin(self) -> None:
-        self._disposition = b""
-        if len(self._parts) == MAX_PARTS:
-            raise _invalid_form(f"it has more than {MAX_PARTS} parts")
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _header_end(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = bytes(self._value)
-        self._header, self._value = bytearray(), bytearray()
-
-    def _headers_finished(self) -> None:
-        options = parse_options_header(self._disposition)[1]
-        if b"name" not in options:
-            raise _invalid_form("one of its parts has no name")
-        self._parts.append(_Part(options[b"name"].decode(errors="replace"), b"filename" in options))
-
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
-        self._parts[-1].data += data[start:end]
-
-    def _end(self) -> None:
-        self._is_complete = True
-
-
-async def _read_parts(body: IncomingBody) -> list[_Part]:
-    try:
-        return await _FormReader(body.headers["content-type"]).read(body.chunks())
-    except FormParserError:
-        raise _invalid_form("it cannot be parsed") from None
-
-
-def _invalid_form(reason: str) -> ApiError:
-    return invalid(None, f"The body is not a valid multipart form: {reason}.")
-
-
-def _from_parts(parts: list[_Part]) -> ParsedBody:
+async def _from_parts(parts: list[Part]) -> ParsedBody:
     images = [part for part in parts if part.name in _IMAGE_NAMES]
     masks = [part for part in parts if part.name in _MASK_NAMES]
     if len(masks) > 1:
         raise invalid("mask", f"Invalid value for mask: it takes one image, not {len(masks)}.")
     request = parse(EditRequest, _fields(part for part in parts if part.name not in _IMAGE_NAMES | _MASK_NAMES))
-    return ParsedBody(request, [part.file for part in images], masks[0].file if masks else None)
+    return ParsedBody(request, [await _file(part) for part in images], await _file(masks[0]) if masks else None)
 
 
-def _fields(parts: Iterable[_Part]) -> dict[str, Any]:
+async def _file(part: Part) -> bytes:
+    """Return the file of a part, which may also be sent as a `data:` URL."""
+    if part.data[:5].lower() not in (b"data:", b"http:", b"https"):
+        return part.data
+    return await _decode_reference(part.name.removesuffix("[]"), part.data.decode(errors="replace").strip())
+
+
+def _fields(parts: Iterable[Part]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     for part in parts:
@@ -195,7 +138,7 @@ def _fields(parts: Iterable[_Part]) -> dict[str, Any]:
     return {**fields, "plan": plan} if plan else fields
 
 
-def _add_to_plan(plan: dict[str, Any], match: re.Match[str], part: _Part) -> None:
+def _add_to_plan(plan: dict[str, Any], match: re.Match[str], part: Part) -> None:
     """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][]`, the official SDK's names in a form."""
     grid = plan.setdefault("preview", {}) if match["preview"] else plan
     side = match["side"]
@@ -225,7 +168,7 @@ def _boolean(text: str) -> Any:
 
 def _json(text: str) -> Any:
     try:
-        return orjson.loads(text)
+        return load_json(text.encode(), "plan")
     except orjson.JSONDecodeError:
         return text
 

@@ -42,7 +42,8 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
     """
     if queue is None and settings.redis_url is None:
         raise ValueError("the API needs a Redis: set GLIMMER_REDIS_URL")
-    gate, metrics, keys = Gate(), Metrics(), KeyRing(settings)
+    metrics, keys = Metrics(), KeyRing(settings)
+    gate = Gate(metrics, settings.max_queue)
     tracing = open_tracing("glimmer-api")
 
     @asynccontextmanager

@@ -16,6 +16,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's code, for logs and metrics
 REDIS_RETRY_S = 2
 ENGINE_RETRY_S = 5
 DRAINING_RETRY_S = 2
+BUSY_RETRY_S = 2
 
 
 class ApiError(Exception):

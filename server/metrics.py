@@ -17,6 +17,8 @@ from engine.observability.logs import event
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
+REFUSALS = ("requests", "requests_of_key", "idempotency_key")  # labels of `glimmer_http_refused_total`
+
 logger = logging.getLogger("glimmer.metrics")
 
 
@@ -50,6 +52,15 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self.refused = Counter(
+            "glimmer_http_refused",
+            "Requests refused because too many were in progress: in this process (requests), of one key "
+            "(requests_of_key) or with one Idempotency-Key (idempotency_key).",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in REFUSALS:
+            self.refused.labels(reason)
         self._queue = Gauge("glimmer_queue_jobs", "Jobs in the queue.", ("state",), registry=self.registry)
         self._queue_cap = Gauge("glimmer_queue_cap", "Maximum number of waiting jobs.", registry=self.registry)
         self._dead_lettered = Gauge(

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.jobs.job import Origin
 from engine.observability.logs import bind, bound, event, where
 from engine.observability.tracing import Span, Tracing
-from server.errors import internal_error
+from server.errors import ApiError, internal_error
 from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -39,7 +40,10 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Sets `request.state.origin`, and adds `request.state.response_headers` to every response, also to errors."""
+    """Counts requests, and sets `request.state`: `origin`, and `places`, held until the response has been sent.
+
+    Adds `request.state.response_headers` to every response, also to errors.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
@@ -53,7 +57,7 @@ class RequestObserver:
         exchange = _Exchange(_request_id(headers), self._span(scope, headers))
         bind(request=exchange.request_id, job=None)  # requests of one connection may share a task
         scope.setdefault("state", {})["origin"] = Origin(exchange.request_id, exchange.span.traceparent)
-        with self._metrics.in_flight.track_inprogress():
+        with self._metrics.in_flight.track_inprogress(), scope["app"].state.gate.exchange():
             try:
                 await self._serve(scope, receive, send, exchange)
             finally:
@@ -72,7 +76,15 @@ class RequestObserver:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            with ExitStack() as places:
+                if scope["path"].startswith("/v1/"):
+                    places.enter_context(scope["app"].state.gate.request())
+                scope["state"]["places"] = places
+                await self._app(scope, receive, send_with_headers)
+        except ApiError as refusal:
+            if exchange.status:
+                raise
+            await refusal.response()(scope, receive, send_with_headers)
         except Exception as error:
             event(logger, "unhandled", logging.ERROR, error=type(error).__name__, where=where(error))
             if exchange.status:

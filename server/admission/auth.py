@@ -22,6 +22,7 @@ async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredent
     caller = keys.find(sent.credentials)
     if caller is None:
         raise _unauthorized("The API key is not valid here.")
+    request.state.places.enter_context(request.app.state.gate.request_of(caller.owner))
     request.state.caller = caller
 
 

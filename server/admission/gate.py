@@ -1,27 +1,95 @@
-"""Counting requests in progress, and refusing further ones while the server drains."""
+"""Count requests in progress; bound those of /v1, of each key and of each idempotency key; refuse while draining."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.errors import DRAINING_RETRY_S, unavailable
+from server.errors import BUSY_RETRY_S, DRAINING_RETRY_S, ApiError, unavailable
+from server.metrics import Metrics
+
+MIN_REQUESTS = 2_000  # each takes some 50 kB
+MAX_WAITING_PER_JOB = 32
+
+_EVERYONE = ""
 
 
 class Gate:
-    def __init__(self) -> None:
+    """Counts of one API process.
+
+    Args:
+        max_queue: a request for each waiting job must fit.
+    """
+
+    def __init__(self, metrics: Metrics, max_queue: int = 0) -> None:
         self.closed = False
         self.inside = 0
+        self.max_requests = max(MIN_REQUESTS, 2 * max_queue)
+        self._metrics = metrics
+        self._requests: Counter[str] = Counter()
+        self._of_owners: Counter[str] = Counter()
+        self._of_jobs: Counter[str] = Counter()
 
     def close(self) -> None:
-        """Refuse further requests."""
+        """Refuse further jobs."""
         self.closed = True
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count a request; raise a 503 if the gate is closed."""
+    def require_open(self) -> None:
+        """Raise a 503 if the gate is closed."""
         if self.closed:
             raise unavailable("This server is shutting down; try again.", DRAINING_RETRY_S)
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Count a request of any route, from its head to the end of its response."""
         self.inside += 1
         try:
             yield
         finally:
             self.inside -= 1
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request of /v1; raise a 503 above `max_requests`."""
+        if self._requests[_EVERYONE] >= self.max_requests:
+            self._metrics.refused.labels("requests").inc()
+            raise unavailable("This server has too many requests in progress; try again shortly.", BUSY_RETRY_S)
+        with _counted(self._requests, _EVERYONE):
+            yield
+
+    @contextmanager
+    def request_of(self, owner: str) -> Iterator[None]:
+        """Count a request of /v1 with this owner's key; raise a 429 above half of `max_requests`."""
+        maximum = self.max_requests // 2
+        if self._of_owners[owner] >= maximum:
+            self._metrics.refused.labels("requests_of_key").inc()
+            raise _too_many(f"This key may have {maximum} requests in progress at once; try again shortly.")
+        with _counted(self._of_owners, owner):
+            yield
+
+    @contextmanager
+    def waiting_for(self, job_id: str) -> Iterator[None]:
+        """Count a request that waits for the job of its idempotency key; raise a 429 above `MAX_WAITING_PER_JOB`."""
+        if self._of_jobs[job_id] >= MAX_WAITING_PER_JOB:
+            self._metrics.refused.labels("idempotency_key").inc()
+            raise _too_many(
+                f"{MAX_WAITING_PER_JOB} requests with this Idempotency-Key are waiting already; try again shortly.",
+                param="Idempotency-Key",
+            )
+        with _counted(self._of_jobs, job_id):
+            yield
+
+
+@contextmanager
+def _counted(counts: Counter[str], name: str) -> Iterator[None]:
+    counts[name] += 1
+    try:
+        yield
+    finally:
+        counts[name] -= 1
+        if not counts[name]:
+            del counts[name]
+
+
+def _too_many(message: str, param: str | None = None) -> ApiError:
+    headers = {"retry-after": str(BUSY_RETRY_S)}
+    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", param=param, headers=headers)

@@ -2,10 +2,11 @@
 
 from typing import get_args
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from engine.jobs.job import OutputFormat
 from server import openapi
+from server.admission.keys import ANONYMOUS
 from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
 from server.services import ServicesDep
@@ -19,8 +20,10 @@ _IMAGE: openapi.Responses = {
 
 
 @router.get("/{name}", response_class=Response, responses={**_IMAGE, **openapi.errors(404, 500, 503)})
-async def retrieve_file(name: str, services: ServicesDep) -> Response:
+async def retrieve_file(name: str, request: Request, services: ServicesDep) -> Response:
     """Return the image with this name, while its result is kept."""
+    if not services.keys.open_to_all:
+        request.state.places.enter_context(services.gate.request_of(ANONYMOUS.owner))
     file = await with_redis_timeout(services.queue.shared_file(name.partition(".")[0]))
     if file is None:
         raise ApiError(404, "This image does not exist, or is no longer kept.", code="file_not_found", param="name")

@@ -93,7 +93,7 @@ async def _accept(request: Request, services: Services, read_body: ReadBody, max
 
 async def _respond(request: Request, services: Services, read_body: ReadBody, max_bytes: int) -> Response:
     with ExitStack() as resources:
-        resources.enter_context(services.gate.enter())
+        services.gate.require_open()
         accepted = await _accept(request, services, read_body, max_bytes)
         bind(job=accepted.job.job_id)
         job_wait = JobWait(
@@ -108,6 +108,8 @@ async def _respond(request: Request, services: Services, read_body: ReadBody, ma
             response = await _job_response(request, services, job_wait.job_id)
             job_wait.detach()
             return response
+        if accepted.is_repeatable:
+            resources.enter_context(services.gate.waiting_for(job_wait.job_id))
         free_result = None if job_wait.detached else BackgroundTask(_free_result, services, job_wait.job_id)
         if accepted.stream:
             stream = EventStream(image_events(services.queue, job_wait), resources.pop_all())

@@ -113,6 +113,11 @@ class JobSpec(_Record):
     def geometry(self) -> Geometry:
         return Geometry(self.width, self.height)
 
+    def ended(self) -> dict[str, Any]:
+        """Return what a record keeps after the end: neither texts nor plan."""
+        fields = {wire: getattr(self, name) for name, wire in _wire_names(JobSpec).items()}
+        return fields | {"prompt": "", "negative_prompt": "", "plan": None}
+
     @property
     def pixel_steps(self) -> int:
         """Return the work that limits and the turns of batch jobs count."""

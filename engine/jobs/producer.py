@@ -43,6 +43,7 @@ class JobProducer(QueueBase):
         max_queue: int,
         source_images: SourceImages | None = None,
         notes: dict[str, Any] | None = None,
+        ended_notes: dict[str, Any] | None = None,
         owner: str = "",
         max_owned: int | None = None,
         max_source_bytes: int | None = None,
@@ -53,6 +54,7 @@ class JobProducer(QueueBase):
         """Queue a job. A known id is ignored, so a submit whose reply was lost can be repeated.
 
         Args:
+            ended_notes: replace `notes` when the job ends without a result.
             max_queue: waiting jobs of both priorities.
             max_owned: live jobs of the owner.
             max_source_bytes: of all live jobs; one edit always fits alone.
@@ -78,7 +80,8 @@ class JobProducer(QueueBase):
             "source_bytes": source_images.size if source_images else 0,
             "max_source_bytes": max_source_bytes,
         }
-        documents = (orjson.dumps(part) for part in (spec.to_dict(), notes or {}, origin.to_dict()))
+        parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
+        documents = [*map(orjson.dumps, parts), orjson.dumps(ended_notes) if ended_notes else b""]
         reply = await self._scripts.run("submit", *documents, *encode_sources(source_images), **arguments)
         if reply in _REFUSALS:
             error, message = _REFUSALS[reply]

@@ -119,6 +119,7 @@ class Admission:
                 source_images=source_images,
                 max_source_bytes=self._max_source_bytes,
                 notes=notes,
+                ended_notes=notes | {"revised_prompt": None} if notes and notes.get("revised_prompt") else None,
                 origin=origin,
             )
         except (QueueFull, TooManyJobs) as refusal:

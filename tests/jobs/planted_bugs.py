@@ -27,6 +27,7 @@ PRELUDE, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT = 
     for name in ("prelude", "submit", "end_job", "discard", "claim", "renew", "requeue", "requeue_all", "commit")
 )
 STATEFUL = "tests/jobs/test_any_order.py"
+LIFE_CYCLE = "tests/jobs/test_life_cycle.py"
 BATCH_SHARE = "tests/jobs/test_batch_share.py"
 NOT_FOUND = "not found"
 
@@ -46,7 +47,6 @@ class Bug:
     found_by: str = STATEFUL
 
 
-XDEL_IF_ACKED = "if redis.call('XACK', queue, GROUP, entry) == 1 then redis.call('XDEL', queue, entry) end"
 BUGS = [
     # epochs and consumers
     Bug("no epoch check", PRELUDE, "state == 'running' and tonumber(current) == epoch", "state == 'running'"),
@@ -95,15 +95,15 @@ BUGS = [
     ),
     Bug("requeue_all takes the jobs of all engines", REQUEUE_ALL, "10000, consumer)", "10000)"),
     # the streams
-    Bug("no XDEL at the end", PRELUDE, XDEL_IF_ACKED, "redis.call('XACK', queue, GROUP, entry)"),
+    Bug("no XDEL at the end", PRELUDE, "  redis.call('XDEL', queue, entry)\n", ""),
+    Bug("no XACK at the end", PRELUDE, "  redis.call('XACK', queue, GROUP, entry)\n", ""),
     Bug(
-        "no XACK at the end",
-        PRELUDE,
-        "redis.call('XACK', queue, GROUP, entry) == 1",
-        "#redis.call('XPENDING', queue, GROUP, entry, entry, 1) == 1",
+        "stale entries are not deleted",
+        CLAIM,
+        "entry)\n      redis.call('XDEL', queue, entry)",
+        "entry)",
+        "tests/jobs/test_admission.py",
     ),
-    Bug("XDEL of what was not delivered", PRELUDE, XDEL_IF_ACKED, "redis.call('XDEL', queue, entry)"),
-    Bug("stale entries are not deleted", CLAIM, "entry)\n      redis.call('XDEL', queue, entry)", "entry)"),
     Bug("the group begins at the end of the stream", PRELUDE, "GROUP, '0', 'MKSTREAM'", "GROUP, '$', 'MKSTREAM'"),
     # places in the queue
     Bug("max_queue one too high", SUBMIT, ">= args.max_queue", "> args.max_queue"),
@@ -227,6 +227,30 @@ BUGS = [
         "redis.call('EXISTS', job, withdrawn_key(id))",
         "redis.call('EXISTS', withdrawn_key(id))",
     ),
+    # what an ended job keeps
+    Bug(
+        "an ended job keeps its prompt",
+        PRELUDE,
+        "if spec then redis.call('HSET', job, 'spec', spec) end",
+        "",
+        LIFE_CYCLE,
+    ),
+    Bug(
+        "an ended job keeps its prompt twice",
+        PRELUDE,
+        "redis.call('HDEL', job, 'ended_spec', 'ended_notes')",
+        "",
+        LIFE_CYCLE,
+    ),
+    Bug("a failed job keeps its rewritten prompt", PRELUDE, "if notes and notes ~= '' and", "if false and", LIFE_CYCLE),
+    Bug("a succeeded job loses its notes", PRELUDE, "notes ~= '' and state ~= 'succeeded'", "notes ~= ''", LIFE_CYCLE),
+    Bug(
+        "an ended record keeps its texts",
+        "engine/jobs/job.py",
+        ' | {"prompt": "", "negative_prompt": "", "plan": None}',
+        "",
+        LIFE_CYCLE,
+    ),
     # keys beside the job
     Bug(
         "plans stay", PRELUDE, "redis.call('DEL', plans_key(id), sources_key(id))", "redis.call('DEL', sources_key(id))"
@@ -294,7 +318,7 @@ BUGS = [
         "engine/jobs/codec.py",
         "in enumerate(result.images):\n        fields",
         "in enumerate(result.images[:1]):\n        fields",
-        "tests/jobs/test_life_cycle.py",
+        LIFE_CYCLE,
     ),
     Bug(
         "a wake-up is lost between claim and wait",

@@ -53,7 +53,7 @@ class Job:
 
 @dataclass
 class Model:
-    """Jobs by stream, oldest first; a job leaves its list when its stream entry is deleted."""
+    """Live jobs by stream, oldest first."""
 
     streams: dict[str, list[Job]] = field(default_factory=lambda: {"interactive": [], "batch": []})
     jobs: list[Job] = field(default_factory=list)
@@ -94,12 +94,7 @@ class Model:
         return job
 
     def end(self, job: Job, state: str) -> None:
-        """End a job; an entry that was never delivered stays in the stream."""
         job.state = state
-        if job.delivered:
-            self.delete(job)
-
-    def delete(self, job: Job) -> None:
         self.streams[job.priority].remove(job)
 
     def requeue(self, job: Job) -> None:
@@ -122,9 +117,7 @@ class Model:
 
     def _first(self, priority: str) -> Job | None:
         while (job := self._head(priority)) is not None:
-            if not job.live:
-                self.delete(job)
-            elif job.late or job.runs >= MAX_RUNS:
+            if job.late or job.runs >= MAX_RUNS:
                 job.delivered = True
                 self.dead_lettered += not job.late
                 self.end(job, "expired" if job.late else "failed")

@@ -134,10 +134,19 @@ async def test_no_job_starts_after_its_deadline(queue: JobQueue, priority: Prior
     assert (record.state, record.runs) == (JobState.EXPIRED, int(state == "engine died"))
 
 
-async def test_cancelled_jobs_do_not_hide_the_next_job(queue: JobQueue, redis_client: redis.asyncio.Redis):
-    for _ in range(200):
+async def test_cancelled_jobs_leave_no_entries(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    """Claims would have to skip them."""
+    first = await submit(queue)
+    for _ in range(20):
         await queue.cancel(await submit(queue))
-    job_id = await submit(queue)
+    assert await redis_client.xlen("glimmer:queue:interactive") == 1
+    assert (await claim(queue)).job_id == first
+
+
+async def test_expired_jobs_do_not_hide_the_next_job(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    for _ in range(200):
+        await pass_deadline(queue, await submit(queue, max_queue=1000))
+    job_id = await submit(queue, max_queue=1000)
     granted = await claim(queue)
     assert granted.job_id == job_id
     assert await redis_client.xlen("glimmer:queue:interactive") == 1
@@ -146,8 +155,8 @@ async def test_cancelled_jobs_do_not_hide_the_next_job(queue: JobQueue, redis_cl
 async def test_an_entry_of_an_earlier_job_with_the_same_id_is_stale(redis_client: redis.asyncio.Redis):
     queue = JobQueue(redis_client, result_ttl_s=1)
     await submit(queue, job_id="a")
-    await queue.cancel("a")
-    await redis_client.delete("glimmer:job:a")  # as if it expired before an engine met the entry
+    await redis_client.delete("glimmer:job:a")  # an older process ended it and left the entry
+    await redis_client.zrem("glimmer:waiting", "a")
     await submit(queue, job_id="a")
     assert (await claim(queue)).job_id == "a"
     assert await queue.claim("engine-2", IDLE) is None

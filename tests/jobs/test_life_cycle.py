@@ -1,13 +1,16 @@
 """The states of a job without faults, and what it leaves in Redis."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import orjson
 import pytest
 import redis.asyncio
 
 from engine.jobs.job import (
+    Claim,
     EngineInfo,
     ImageResult,
     JobError,
@@ -129,6 +132,72 @@ async def test_a_discarded_job_leaves_no_result(queue: JobQueue):
     record = await queue.get(job_id)
     assert record is not None
     assert record.state == JobState.SUCCEEDED
+
+
+ENDS: dict[str, Callable[[JobQueue, str], Awaitable[object]]] = {
+    "cancelled": lambda queue, job_id: queue.cancel(job_id),
+    "discarded": lambda queue, job_id: queue.discard(job_id),
+    "expired": lambda queue, job_id: _expire(queue, job_id),
+    "succeeded": lambda queue, job_id: _end(queue, lambda granted: queue.commit(granted, RESULT)),
+    "failed": lambda queue, job_id: _end(queue, lambda granted: queue.fail(granted, JobError("no"))),
+}
+
+
+async def _expire(queue: JobQueue, job_id: str) -> None:
+    await pass_deadline(queue, job_id)
+    await queue.expire(job_id)
+
+
+async def _end(queue: JobQueue, end: Callable[[Claim], Awaitable[bool]]) -> None:
+    granted = await claim(queue)
+    await queue.checkpoint_plan(granted, 0, Plan(1, 1, [987_654_321]))
+    assert await end(granted)
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_an_ended_job_keeps_no_texts_and_no_plan(queue: JobQueue, redis_client: redis.asyncio.Redis, end: str):
+    texts = {
+        "prompt": "secret one",
+        "negative_prompt": "secret two",
+        "plan": {"rows": 1, "cols": 1, "tokens": [987_654_321]},
+    }
+    notes = {"operation": "generation", "revised_prompt": "secret three"}
+    kept = spec(n=2, width=128, output_format="webp", partial_images=2)
+    job_id = await submit(
+        queue,
+        notes=notes,
+        ended_notes=notes | {"revised_prompt": None},
+        **vars(kept) | texts,
+    )
+    await ENDS[end](queue, job_id)
+    record, stored = await queue.get(job_id), await _stored(redis_client)
+    assert record is not None
+    assert record.spec == replace(kept, prompt="")
+    revised = "secret three" if end == "succeeded" else None  # in the response
+    assert record.notes == {"operation": "generation", "revised_prompt": revised}
+    for secret in (b"secret one", b"secret two", b"987654321", *([] if revised else [b"secret"])):
+        assert secret not in stored
+
+
+async def _stored(client: redis.asyncio.Redis) -> bytes:
+    """Return all strings and hashes."""
+    values: list[Any] = []
+    for key in await client.keys():
+        kind = await client.type(key)
+        if kind == b"string":
+            values.append(await client.get(key) or b"")
+        elif kind == b"hash":
+            values += (await client.hgetall(key)).values()  # type: ignore[misc]
+    return b"\n".join(values)
+
+
+async def test_a_record_of_an_older_api_keeps_its_spec(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    job_id = await submit(queue)
+    await redis_client.hdel(f"glimmer:job:{job_id}", "ended_spec", "ended_notes")  # type: ignore[misc]
+    await queue.cancel(job_id)
+    record = await queue.get(job_id)
+    assert record is not None
+    assert record.spec == spec()
 
 
 async def test_shorten_ttl_keeps_a_result_for_seconds_only(queue: JobQueue, redis_client: redis.asyncio.Redis):

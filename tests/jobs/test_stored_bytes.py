@@ -18,6 +18,7 @@ SPEC_JSON = (
     '"return_plan":false,"output_format":"png","output_compression":100,"partial_images":0,"sources":2,'
     '"source_tokens":24,"model":"","embed_prompt":false}'
 ).encode()
+ENDED_SPEC_JSON = SPEC_JSON.replace(b'Ein \\"Schild\\" \xc3\xbc\\n', b"")
 YEAR_S = 365 * 86_400
 
 
@@ -31,6 +32,7 @@ async def _submit(queue: JobQueue) -> None:
         source_images=SOURCES,
         max_source_bytes=2**53,
         notes={"empty": [], "none": None, "share": 0.1},
+        ended_notes={"empty": []},
         owner="anna",
         max_owned=4,
         idempotency_key="k",
@@ -64,6 +66,8 @@ async def test_a_submitted_job(queue: JobQueue, redis_client: Any) -> None:
         b"runs": b"0",
         b"owner": b"anna",
         b"notes": b'{"empty":[],"none":null,"share":0.1}',
+        b"ended_spec": ENDED_SPEC_JSON,
+        b"ended_notes": b'{"empty":[]}',
         b"origin": b'{"request_id":"req_1","traceparent":"00-1"}',
         b"source_bytes": b"2007",
     }

@@ -33,8 +33,7 @@
 -- Invariants:
 --
 -- - A queued or running job has exactly one stream entry, named by its record and pending in the group from the first
---   claim on. Ending the job deletes a pending entry. One that was never delivered stays until a claim meets it:
---   deleting it would make the group's counts wrong.
+--   claim on. Ending the job deletes it: a client that submits and cancels leaves no entries for claims to skip.
 -- - A lease is the idle time of the pending entry. Any engine may take an entry that is idle for longer.
 -- - A claim raises `epoch`. A write of an engine takes effect only while the job runs under the epoch of its claim.
 -- - The first write of a script is one that Redis refuses when it is out of memory, or else the script may run then
@@ -92,20 +91,25 @@ local function last_delivered(queue)
   return '0-0'
 end
 
--- Ends a job that the caller found live.
+-- Ends a job that the caller found live. Its prompt is not kept: `ended_spec` takes the place of `spec`, and without a
+-- result `ended_notes` that of `notes`.
 local function finish(id, state, error)
   local job = job_key(id)
   redis.call('ZREM', WAITING, id)
   redis.call('SREM', RUNNING, id)
   redis.call('DEL', plans_key(id), sources_key(id))
   redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS)
-  local priority, entry, owner, source_bytes = unpack(
-    redis.call('HMGET', job, 'priority', 'entry', 'owner', 'source_bytes'))
+  local priority, entry, owner, source_bytes, spec, notes = unpack(
+    redis.call('HMGET', job, 'priority', 'entry', 'owner', 'source_bytes', 'ended_spec', 'ended_notes'))
   if owner and owner ~= '' then redis.call('SREM', owned_key(owner), id) end
   if source_bytes then redis.call('HINCRBY', COUNTERS, 'source_bytes', -source_bytes) end
   local queue = queue_key(priority)
-  if redis.call('XACK', queue, GROUP, entry) == 1 then redis.call('XDEL', queue, entry) end
+  redis.call('XACK', queue, GROUP, entry)
+  redis.call('XDEL', queue, entry)
   redis.call('HSET', job, 'state', state)
+  if spec then redis.call('HSET', job, 'spec', spec) end
+  if notes and notes ~= '' and state ~= 'succeeded' then redis.call('HSET', job, 'notes', notes) end
+  redis.call('HDEL', job, 'ended_spec', 'ended_notes')
   if error then redis.call('HSET', job, 'error', error) end
   redis.call('PEXPIRE', job, RESULT_TTL_MS)
   publish_state(id, state)

@@ -3,12 +3,12 @@
 --
 -- args: id, priority, images, kv_tokens, source_tokens, work, timeout_ms, owner, idempotency_key, fingerprint,
 --   max_queue, max_owned?, source_bytes, max_source_bytes?
--- blobs: spec, notes, origin, then the fields of `sources:{id}`: name, value, name, value, ...
+-- blobs: spec, notes, origin, ended_spec, ended_notes, then the fields of `sources:{id}`: name, value, name, value, ...
 -- returns: 'accepted' | 'known' (or discarded) | 'attached {id}' | 'full' | 'full of sources' | 'too many' (of this
 --   owner) | 'reused' (the key, by another request)
 
 local id, key, fingerprint, owner = args.id, args.idempotency_key, args.fingerprint, args.owner
-local spec, notes, origin = ARGV[2], ARGV[3], ARGV[4]
+local spec, notes, origin, ended_spec, ended_notes = unpack(ARGV, 2, 6)
 local job, job_of_key = job_key(id), PREFIX .. ':idempotency:' .. key
 if redis.call('EXISTS', job, withdrawn_key(id)) > 0 then return 'known' end
 if key ~= '' then
@@ -20,7 +20,7 @@ if key ~= '' then
   end
 end
 if redis.call('ZCARD', WAITING) >= args.max_queue then return 'full' end
-local has_sources = #ARGV > 4
+local has_sources = #ARGV > 6
 if has_sources and args.max_source_bytes then
   local held = tonumber(redis.call('HGET', COUNTERS, 'source_bytes') or 0)
   if held > 0 and held + args.source_bytes > args.max_source_bytes then return 'full of sources' end
@@ -32,9 +32,9 @@ local entry = redis.call('XADD', queue_key(args.priority), '*', 'job', id)
 redis.call('HSET', job, 'state', 'queued', 'priority', args.priority, 'spec', spec, 'sequence', sequence,
   'entry', entry, 'images', args.images, 'kv_tokens', args.kv_tokens, 'source_tokens', args.source_tokens,
   'work', args.work, 'submitted_at', now, 'deadline', now + args.timeout_ms, 'epoch', 0, 'runs', 0, 'owner', owner,
-  'notes', notes, 'origin', origin)
+  'notes', notes, 'origin', origin, 'ended_spec', ended_spec, 'ended_notes', ended_notes)
 if has_sources then
-  redis.call('HSET', sources_key(id), unpack(ARGV, 5))
+  redis.call('HSET', sources_key(id), unpack(ARGV, 7))
   redis.call('HSET', job, 'source_bytes', args.source_bytes)
   redis.call('HINCRBY', COUNTERS, 'source_bytes', args.source_bytes)
 end

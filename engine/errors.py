@@ -1,7 +1,6 @@
 """Errors; no torch.
 
 GlimmerError
-├── StartError
 ├── RequestError
 ├── QueueFull
 │   └── SourcesFull
@@ -16,10 +15,6 @@ GlimmerError
 
 class GlimmerError(Exception):
     """Base class."""
-
-
-class StartError(GlimmerError):
-    """The process cannot start and a restart would not help; the message is for the operator."""
 
 
 class RequestError(GlimmerError):

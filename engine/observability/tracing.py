@@ -19,7 +19,6 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from engine.errors import StartError
 from engine.jobs.job import Claim
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 Attributes = dict[str, str | int | None]
 
 
-class TracingError(StartError):
+class TracingError(Exception):
     """Tracing cannot be set up."""
 
 

@@ -1,0 +1,83 @@
+"""A request with its response."""
+
+import re
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any, cast
+
+import httptools
+from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from server.errors import ApiError
+from server.processes.http_errors import Refused, malformed
+from server.processes.http_pace import Transfers
+
+# RFC 3986. Starlette would take any other for a part of the URL.
+_HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
+
+
+class Exchange(RequestResponseCycle):
+    """A request and its response.
+
+    Attributes:
+        closes: close the connection after the response.
+        failure: why the body will not be complete; raised to the app that reads it.
+        is_receiving: the app waits for the body, or for the disconnect.
+    """
+
+    transfers: Transfers
+    closes = False
+    failure: ApiError | None = None
+    is_receiving = False
+
+    def close_after_response(self) -> None:
+        self.closes = True
+        if not self.response_started:
+            self.keep_alive = False  # for the header
+
+    def fail(self, failure: ApiError) -> None:
+        self.failure = failure
+        self.close_after_response()
+        self.message_event.set()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if not self.response_started and self.waiting_for_100_continue:
+            self.keep_alive = False  # the client may or may not send the body
+        await super().send(message)
+        if message["type"] == "http.response.body":
+            self.transfers.written += len(message.get("body", b""))
+        elif not self.keep_alive:
+            self.closes = self.keep_alive = True  # by the protocol: uvicorn would reset a client that is still sending
+
+    async def receive(self) -> ASGIReceiveEvent:
+        if self.flow.read_paused:
+            self.transfers.expect_body()
+        if self.failure is None:
+            self.is_receiving = True
+            try:
+                message = await super().receive()
+            finally:
+                self.is_receiving = False
+            if self.failure is None or message["type"] == "http.disconnect":
+                return message
+        if self.response_started:
+            return {"type": "http.disconnect"}
+        raise self.failure
+
+
+def target(url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:
+    """Return the path and the query of an ASGI scope; raise `Refused` if they or the host could be read in two ways."""
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (hosts and not _HOST.fullmatch(hosts[0])):
+        raise Refused(malformed("The Host header must name one host, with or without a port."))
+    parsed = httptools.parse_url(url)
+    path = cast(bytes | None, parsed.path) or b"/"
+    if not path.startswith(b"/"):
+        raise Refused(malformed("The URL must have a path that begins with a slash."))
+    text = path.decode("ascii")
+    return {
+        "path": urllib.parse.unquote(text) if "%" in text else text,
+        "raw_path": path,
+        "query_string": parsed.query or b"",
+    }

@@ -1,0 +1,129 @@
+"""Limits of connections, and the sweep that ends what is late."""
+
+import asyncio
+import logging
+import resource
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.observability.logs import event
+
+MAX_HEAD_BYTES = 64 * 1024  # request line, headers and trailers; chunk extensions between two bytes of a body
+MAX_HEADERS = 256  # each costs some 200 bytes, however short it is
+MAX_URL_BYTES = 8 * 1024
+MAX_PIPELINED = 16  # requests, and
+MAX_PIPELINED_BYTES = 64 * 1024  # that are kept while the response before them is in progress
+HEAD_READ_BYTES, BODY_READ_BYTES = 16 * 1024, 64 * 1024  # at once; what is refused is read no further
+
+MIN_BYTES_PER_S = 1024  # of a body or a response; the slowest mobile networks have ten times as much
+
+MAX_CONNECTIONS = 4096  # an idle one costs about 10 kB, one with half a head up to 100 kB
+MAX_BACKLOG = 2048
+_UNLIMITED_FILES = 1 << 16
+
+logger = logging.getLogger("glimmer.http")
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """Limits of each connection, in seconds, and their number.
+
+    Args:
+        head_s: from the connection or the first byte of a head to its end.
+        body_s: without progress of a body that the app reads.
+        response_s: without progress of a response. A slow client's window opens in steps of up to 64 KiB.
+        linger_s: for the rest of a body after its response, and for what follows a refusal.
+        connections: when there are more, those without a request in progress are closed, the longest waiting first.
+        sweep_s: between two looks at all connections, which is cheaper than a timer for each.
+    """
+
+    head_s: float = 20.0
+    body_s: float = 20.0
+    response_s: float = 30.0
+    linger_s: float = 2.0
+    connections: int = MAX_CONNECTIONS
+    sweep_s: float = 1.0
+
+
+def raise_file_limit() -> int:
+    """Raise the limit of open files as far as allowed, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, _UNLIMITED_FILES) if hard == resource.RLIM_INFINITY else hard
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):
+        return soft
+    return wanted
+
+
+def share_files(files: int) -> tuple[int, int]:
+    """Return how many connections, and how many more in the backlog, fit into a limit of open files.
+
+    asyncio accepts a whole backlog before the first of its connections can be refused. A quarter is left for Redis.
+    """
+    return min(MAX_CONNECTIONS, files // 2), min(MAX_BACKLOG, files // 4)
+
+
+class Connection(Protocol):
+    def check(self, now: float) -> None:
+        """End what is late."""
+        ...
+
+    def evict(self) -> None:
+        """Close at once."""
+        ...
+
+
+class ConnectionTable:
+    """All connections of a server, and in which order those without a request in progress began to wait."""
+
+    def __init__(self, limits: HttpLimits) -> None:
+        self.limits = limits
+        self._open: set[Connection] = set()
+        self._waiting: OrderedDict[Connection, None] = OrderedDict()
+        self._evicted = 0
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def add(self, connection: Connection) -> bool:
+        """Add a connection that waits for a request; return False if it has to be refused: all others are busy."""
+        self._open.add(connection)
+        if self._sweeper is None:
+            self._schedule()
+        if len(self._open) > self.limits.connections:
+            if not self._waiting:
+                return False
+            oldest, _ = self._waiting.popitem(last=False)
+            self._open.discard(oldest)
+            self._evicted += 1
+            oldest.evict()
+        self._waiting[connection] = None
+        return True
+
+    def begin(self, connection: Connection) -> None:
+        """Note that a request is in progress."""
+        self._waiting.pop(connection, None)
+
+    def end(self, connection: Connection) -> None:
+        """Note that the last response is complete."""
+        if connection in self._open:
+            self._waiting[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        self._waiting.pop(connection, None)
+        self._open.discard(connection)
+
+    def _schedule(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(self.limits.sweep_s, self._sweep)
+
+    def _sweep(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self._open):
+            connection.check(now)
+        if self._evicted:
+            event(logger, "connections_evicted", logging.WARNING, count=self._evicted, limit=self.limits.connections)
+            self._evicted = 0
+        if self._open:
+            self._schedule()
+        else:
+            self._sweeper = None

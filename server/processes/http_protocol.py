@@ -1,0 +1,305 @@
+"""HTTP/1.1 on one connection: uvicorn's protocol, with limits, pipelining and errors in JSON.
+
+An offered upgrade is ignored. A disconnect is seen whatever else the client has sent: reading stops only while the body
+of the request in progress waits for the app.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from enum import Enum
+from typing import Any, cast
+
+import httptools
+from uvicorn import Config
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from engine.observability.logs import event
+from server.errors import ApiError, unavailable
+from server.processes.http_errors import Refused, error_response, head_too_large, malformed, timed_out, url_too_long
+from server.processes.http_exchange import Exchange, target
+from server.processes.http_limits import (
+    BODY_READ_BYTES,
+    HEAD_READ_BYTES,
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    MAX_PIPELINED,
+    MAX_PIPELINED_BYTES,
+    MAX_URL_BYTES,
+    ConnectionTable,
+    HttpLimits,
+)
+from server.processes.http_pace import Transfers
+
+logger = logging.getLogger("glimmer.http")
+
+
+class _Part(Enum):
+    """What of a request the parser has begun."""
+
+    NONE = "none"
+    HEAD = "head"
+    BODY = "body"
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. `http_protocol` returns the class for a server."""
+
+    table: ConnectionTable
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._limits = self.table.limits
+        self._transfers = Transfers(self._limits, self.loop)
+        self._unanswered: deque[Exchange] = deque()  # the first is in progress, the others are pipelined
+        self._part = _Part.NONE
+        self._head_bytes = 0
+        self._quiet_bytes = 0  # received since the last byte of a body or the last end of a request
+        self._ahead_bytes = 0  # received since the request in progress was complete
+        self._is_dropping = False  # parses no further; reads on, to see the disconnect
+        self._last_error: ApiError | None = None  # the response after the last one
+        self._deadline = 0.0  # while no request is in progress
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._read_up_to(HEAD_READ_BYTES)
+        self._deadline = self.loop.time() + self._limits.head_s
+        if not self.table.add(self):
+            self._finish(unavailable("This server has no connection left; try again.", 2))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.table.remove(self)
+        for exchange in self._unanswered:
+            exchange.disconnected = True
+            exchange.message_event.set()
+        self._unanswered.clear()
+        super().connection_lost(exc)
+
+    def evict(self) -> None:
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        """Close the connection after its last response. Called by uvicorn."""
+        if self._unanswered:
+            self._unanswered[-1].close_after_response()
+        else:
+            self.transport.close()
+
+    def check(self, now: float) -> None:
+        """End what is late; a closing connection, too, which stays until the client has taken its response."""
+        if self._transfers.is_response_late(now, self.transport):
+            event(logger, "response_not_read", bytes=self.transport.get_write_buffer_size())
+            self.transport.abort()
+        if self.transport.is_closing():
+            return
+        if self._unanswered:
+            exchange = self._unanswered[0]
+            if exchange.is_receiving and exchange.more_body and self._transfers.is_body_late(now):
+                self._fail(timed_out("body"))
+        elif now > self._deadline:
+            if self._part is _Part.HEAD and not self._is_dropping:
+                self._finish(timed_out("head"))
+            else:
+                self.transport.close()
+
+    # --- receiving ----------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_dropping:
+            return
+        if self._unanswered and not self._unanswered[0].more_body:
+            self._ahead_bytes += len(data)
+            if self._ahead_bytes > MAX_PIPELINED_BYTES:
+                self._fail(None)
+                return
+        self._quiet_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._ignore_upgrade(data[offer.args[0] :])
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self._fail(cause.error if isinstance(cause, Refused) else malformed())
+        else:
+            self._read_up_to(HEAD_READ_BYTES if self._quiet_bytes else BODY_READ_BYTES)
+            if self._quiet_bytes > MAX_HEAD_BYTES:
+                self._fail(head_too_large())
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parse the head again, without the offer: the parser would take the body for another protocol."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._quiet_bytes = 0
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._part, self._head_bytes = _Part.HEAD, 0
+        self._deadline = self.loop.time() + self._limits.head_s
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        self._head_bytes += len(url)
+        if len(self.url) > MAX_URL_BYTES:
+            raise Refused(url_too_long())
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
+            raise Refused(head_too_large())
+        if self._part is not _Part.HEAD:
+            return  # a trailer must not look like a header
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise Refused(malformed("This server is not a proxy."))
+        if self.parser.should_upgrade():
+            return  # `_ignore_upgrade` is next
+        if len(self._unanswered) > MAX_PIPELINED:
+            raise Refused(None)
+        self._part = _Part.BODY
+        self.scope["method"] = self.parser.get_method().decode("ascii")
+        self.scope["http_version"] = self.parser.get_http_version()
+        self.scope.update(target(self.url, self.headers))  # type: ignore[typeddict-item]
+        exchange = self.cycle = self._exchange()
+        self._unanswered.append(exchange)
+        if len(self._unanswered) == 1:
+            self.table.begin(self)
+            self._start()
+
+    def _exchange(self) -> Exchange:
+        exchange = Exchange(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=self.scope["http_version"] != "1.0" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        exchange.transfers = self._transfers
+        return exchange
+
+    def on_body(self, body: bytes) -> None:
+        self._quiet_bytes = 0
+        exchange = self.cycle
+        if exchange.response_complete:
+            return
+        self._transfers.body_arrived(len(body))
+        exchange.body += body
+        if len(exchange.body) > HIGH_WATER_LIMIT and exchange is self._unanswered[0]:
+            self.flow.pause_reading()
+        exchange.message_event.set()
+
+    def on_message_complete(self) -> None:
+        if self._part is not _Part.BODY:
+            return  # an offer of an upgrade
+        self._part, self._quiet_bytes = _Part.NONE, 0
+        exchange = self.cycle
+        exchange.more_body = False
+        if exchange.response_complete:
+            self._wait()
+        else:
+            exchange.message_event.set()
+            self.flow.resume_reading()  # to see the disconnect
+
+    def _read_up_to(self, size: int) -> None:
+        self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's, of one call
+
+    def _fail(self, error: ApiError | None) -> None:
+        """Parse no further. The error, if any, is the response to the request that is not complete."""
+        self._is_dropping = True
+        self.flow.resume_reading()
+        if not self._unanswered:
+            self._finish(error)
+        elif not (last := self._unanswered[-1]).more_body:
+            self._last_error = error
+        elif len(self._unanswered) > 1:
+            self._unanswered.pop()  # not started
+            self._last_error = error
+        else:
+            last.fail(error or malformed())
+            self.transport.pause_reading()
+
+    # --- responding ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._transfers.expect_body()
+        self._start_asgi_task(self._unanswered[0], cast(ASGI3Application, self.app))
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        exchange = self._unanswered.popleft()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if len(self._unanswered) < 2:
+            self._ahead_bytes = 0
+        if exchange.closes:
+            self._finish(None)
+        elif self._unanswered:
+            self._start()
+        elif self._is_dropping:
+            self._finish(self._last_error)
+        else:
+            self.table.end(self)
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the next request, or for the rest of one."""
+        if self._part is _Part.NONE:
+            wait_s = self.timeout_keep_alive
+        else:
+            wait_s = self._limits.head_s if self._part is _Part.HEAD else self._limits.linger_s
+        self._deadline = self.loop.time() + wait_s
+
+    def _finish(self, error: ApiError | None) -> None:
+        """Respond with the error, if any, and close the connection.
+
+        Closing resets a client that is still sending, and most read only after sending: wait a moment, and read on if
+        the request was valid.
+        """
+        is_sending = self._is_dropping or self._part is not _Part.NONE
+        if self._is_dropping or error is not None:
+            self.transport.pause_reading()
+        self._is_dropping = True
+        self._unanswered.clear()
+        self.table.end(self)
+        self._deadline = self.loop.time() + self._limits.linger_s
+        if error is not None:
+            self.transport.write(error_response(error, self.server_state.default_headers))
+        if is_sending:
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+
+def http_protocol(limits: HttpLimits) -> type[HttpProtocol]:
+    """Return the protocol of a server whose connections share `limits`."""
+
+    class LimitedHttpProtocol(HttpProtocol):
+        table = ConnectionTable(limits)
+
+    return LimitedHttpProtocol

@@ -59,7 +59,8 @@ COPY --from=build-engine /opt/venv /opt/venv
 # Checkpoints from the hub; mount a volume here to keep them. The small default checkpoint is part of the package.
 ENV HF_HOME=/var/cache/glimmer/huggingface
 VOLUME /var/cache/glimmer
-# Looks for the engine's heartbeat in Redis. Loading a checkpoint counts as healthy, a hanging device does not.
+# Looks at a file in /tmp that the engine writes every second, whatever the state of Redis. Loading a checkpoint counts
+# as healthy, a hanging device does not.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
     CMD ["glimmer", "health", "--engine"]
 CMD ["engine"]

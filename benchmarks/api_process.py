@@ -19,7 +19,9 @@ class ApiProcess:
 
     def __init__(self, options: Mapping[str, object], log: Path):
         self._log = log
-        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        words = [
+            str(word) for name, value in ({"drain-delay-s": 0} | dict(options)).items() for word in (f"--{name}", value)
+        ]
         command = [sys.executable, "-m", "server.cli", "api", "--port", "0", *words]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")}
         with log.open("wb") as out:

@@ -1,7 +1,6 @@
 """Settings and exit codes of an engine process. No torch: the API imports this."""
 
 import os
-import socket
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,8 +23,8 @@ Redis that may be slow."""
 
 
 def new_engine_id() -> str:
-    """Return a new id; health checks rely on its leading host name."""
-    return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
+    """Return a new id, which anybody may see."""
+    return f"engine-{os.urandom(8).hex()}"
 
 
 class CheckpointSettings(BaseModel):

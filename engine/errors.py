@@ -1,6 +1,7 @@
 """Errors; no torch.
 
 GlimmerError
+├── StartError
 ├── RequestError
 ├── QueueFull
 │   └── SourcesFull
@@ -15,6 +16,10 @@ GlimmerError
 
 class GlimmerError(Exception):
     """Base class."""
+
+
+class StartError(GlimmerError):
+    """The process cannot start and a restart would not help; the message is for the operator."""
 
 
 class RequestError(GlimmerError):

@@ -50,7 +50,8 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_services(settings, queue, gate=gate, metrics=metrics, keys=keys) as services:
             app.state.services = services
-            yield
+            async with keys.watch():
+                yield
         await asyncio.to_thread(tracing.close)
 
     app = FastAPI(

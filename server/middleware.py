@@ -70,8 +70,8 @@ class RequestObserver:
                 headers = MutableHeaders(scope=message)
                 headers.update(scope["state"].get("response_headers", {}))
                 headers["x-request-id"] = exchange.request_id
-                if scope["app"].state.gate.closed:
-                    headers["connection"] = "close"  # this process accepts no further requests
+                if scope["app"].state.gate.draining:
+                    headers["connection"] = "close"  # the next request is for another process
                 headers["openai-processing-ms"] = str(round(exchange.seconds * 1000))
             await send(message)
 

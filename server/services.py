@@ -40,6 +40,10 @@ class Services:
     decoders: Decoders
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
+    def base_url(self, request: Request) -> str:
+        """Return the URL of this server for the client, without a trailing slash."""
+        return self.settings.public_url or str(request.base_url).rstrip("/")
+
 
 @asynccontextmanager
 async def open_services(

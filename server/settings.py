@@ -14,9 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import LogFormat, LogLevel
+from engine.errors import StartError
 from engine.geometry import MAX_SIDE
 
 ENV_PREFIX = "GLIMMER_"
+
+KUBERNETES_PORT = "tcp://"
+"""How GLIMMER_PORT begins in a namespace with a Service called glimmer; ignored."""
 
 _ORIGIN = re.compile(r"https?://[^/@\s]+")
 
@@ -103,8 +107,19 @@ class ServerSettings(BaseSettings):
         default=3600.0, gt=0, description="Longest `timeout` that a request may ask for."
     )
     grace_s: float = Field(default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM.")
+    drain_delay_s: float = Field(
+        default=5.0,
+        ge=0,
+        description="Seconds after SIGTERM in which requests are still accepted while /health is 503, for balancers to "
+        "notice; a part of the grace period, at most half of it. Ctrl+C skips it.",
+    )
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _ignore_kubernetes(cls, value: object) -> object:
+        return cls.model_fields["port"].default if str(value).startswith(KUBERNETES_PORT) else value
 
     @field_validator("served_model_name")
     @classmethod
@@ -177,8 +192,11 @@ class ServerSettings(BaseSettings):
 
 
 def default_data_dir() -> Path:
-    """Return `$XDG_DATA_HOME/glimmer`, by default `~/.local/share/glimmer`."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "glimmer"
+    """Return `$XDG_DATA_HOME/glimmer`, by default `~/.local/share/glimmer`; raise `StartError` without a home."""
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "glimmer"
+    except RuntimeError:
+        raise StartError("this user has no home folder; set --data-dir or GLIMMER_DATA_DIR") from None
 
 
 class ServeSettings(BaseModel):

@@ -1,6 +1,7 @@
 """Shared fixtures: one real Redis server per session, emptied after each test, and a small random checkpoint."""
 
 import logging
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,11 +16,16 @@ from tests.job_queue import JobQueue
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    """Restore logging, which commands that run in this process configure."""
+def _restore_process() -> Iterator[None]:
+    """Restore logging and signals, which commands that run in this process set."""
     root, ours = logging.getLogger(), logging.getLogger("glimmer")
     handlers, level, our_level = root.handlers[:], root.level, ours.level
+    signals = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
+    for sig, handler in signals.items():
+        if signal.getsignal(sig) is not handler:
+            signal.signal(sig, handler)
+            signal.set_wakeup_fd(-1)
     root.handlers[:] = handlers
     root.setLevel(level)
     ours.setLevel(our_level)

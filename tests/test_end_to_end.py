@@ -26,7 +26,18 @@ from tests.checkpoints import small_engine
 
 def serve_command(folder: Path) -> list[str]:
     """Return the command that serves on a free port, with its data in the folder."""
-    return [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(folder / "data")]
+    return [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        "--port",
+        "0",
+        "--drain-delay-s",
+        "0",
+        "--data-dir",
+        str(folder / "data"),
+    ]
 
 
 class Server:

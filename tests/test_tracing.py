@@ -19,6 +19,7 @@ from engine.config import EXIT_CONFIGURATION, EngineSettings
 from engine.engine import Engine
 from engine.jobs.job import FreeCapacity, JobState, Origin
 from engine.observability.tracing import Tracing, TracingError, open_tracing
+from engine.stop_signals import StopSignals
 from engine.worker import process
 from models.glm_image.model import GlmImage
 from server.app import create_app
@@ -254,7 +255,7 @@ def test_without_the_sdk_processes_do_not_start(
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     monkeypatch.setattr(process, "configure", lambda *_: None)
     monkeypatch.setattr(cli.logs, "configure", lambda *_: None)
-    assert process.main(EngineSettings(redis_url="redis://nowhere", engine_id="e")) == EXIT_CONFIGURATION
+    assert process.main(EngineSettings(redis_url="redis://nowhere", engine_id="e"), StopSignals()) == EXIT_CONFIGURATION
     api = CliRunner().invoke(cli.app, ["api", "--redis-url", "redis://nowhere", "--port", "0"])
     assert api.exit_code == EXIT_CONFIGURATION
     for message in (capsys.readouterr().err, api.stderr):

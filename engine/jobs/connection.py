@@ -1,25 +1,29 @@
 """Connecting to Redis and mapping its errors."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import redis.asyncio
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from engine.errors import QueueReadOnly, QueueUnavailable
+from engine.errors import QueueReadOnly, QueueUnavailable, StartError
 
 T = TypeVar("T")
 
 RETRY_INTERVAL_S = 0.5
 REDIS_OUTAGE_TIMEOUT_S = 30.0  # a restart takes some seconds
+
+_UNIX_PATH, _DATABASE_PATH = re.compile(r"/.+"), re.compile(r"/?|/\d+")
 
 _MAX_CONNECTIONS = 64  # keeps Redis busy; further callers wait
 
@@ -29,16 +33,32 @@ _REFUSAL_CODES = ("-OOM", "MISCONF", "-READONLY", "-MASTERDOWN", "NOREPLICAS")
 
 
 def connect(url: str) -> redis.asyncio.Redis:
-    """Return a client of a `redis[s]://` or `unix://` URL; it retries for half a second (a proxy's restart)."""
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=_MAX_CONNECTIONS,
-        timeout=5,  # seconds until a connection is free
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), 3),
-        socket_timeout=5,
-        socket_connect_timeout=2,
-        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
-    )
+    """Return a client of a `redis[s]://` or `unix://` URL; it retries for half a second (a proxy's restart).
+
+    Raises:
+        StartError: the URL is not valid. The message does not quote it, since it may hold a password.
+    """
+    try:
+        parts = urlsplit(url)
+        if not (_UNIX_PATH if parts.scheme == "unix" else _DATABASE_PATH).fullmatch(parts.path):
+            raise ValueError
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=5,  # seconds until a connection is free
+            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), 3),
+            socket_timeout=5,
+            socket_connect_timeout=2,
+            **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+        )
+        pool.make_connection()  # checks the options after the ?
+        if pool.connection_kwargs.get("decode_responses") or int(pool.connection_kwargs.get("db") or 0) < 0:
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, OSError, RedisError):
+        raise StartError(
+            "GLIMMER_REDIS_URL is not valid; write it like redis://host:6379/0, rediss://:password@host:6379/0 or "
+            "unix:///path/redis.sock, special characters of a password as in %2F"
+        ) from None
     return redis.asyncio.Redis.from_pool(pool)
 
 

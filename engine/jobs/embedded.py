@@ -2,12 +2,14 @@
 
 import fcntl
 import importlib.util
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
@@ -15,15 +17,21 @@ from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
 from engine.child import die_with_parent
 from engine.errors import QueueUnavailable
+from engine.jobs.data_folder import drop_trailing_zeros, make_private
+from engine.observability.logs import event
 
 _MAX_SOCKET_PATH = 103  # sun_path has 108 bytes on Linux, 104 on BSD and macOS, with a final zero
 _START_TIMEOUT_S, _STOP_TIMEOUT_S, _LOCK_TIMEOUT_S = 60.0, 10.0, 1.0
 _PING_TIMEOUT_S = 1.0
+_FULL_DISK_BYTES = 16 * 2**10
+_MAX_LOG_BYTES = 64 * 2**10
+
+logger = logging.getLogger("glimmer.serve")
 
 
 def find_redis_server() -> Path:
@@ -44,27 +52,43 @@ def find_redis_server() -> Path:
 class EmbeddedRedis:
     """A server with its data in `data_dir`, ready when the constructor returns.
 
-    Acknowledged writes are on disk. With `appendfsync everysec` on a slow one, a killed server loses up to two seconds;
-    with `fsync="no"`, faster, a crash of the machine loses half a minute. On Linux the server ends with the thread that
-    started it: use the main thread. Ctrl-C does not reach it: engines requeue their jobs first.
+    Acknowledged writes are on disk, readable by this user alone. With `appendfsync everysec` on a slow disk, a killed
+    server loses up to two seconds; with `fsync="no"`, faster, a crash of the machine loses half a minute. On Linux the
+    server ends with the thread that started it: use the main thread. Ctrl-C does not reach it: engines requeue their
+    jobs first.
+
+    Args:
+        wait: False returns at once, for `wait_until_ready` on a thread.
 
     Raises:
-        QueueUnavailable: no binary, the folder is in use, or no start.
+        QueueUnavailable: no binary, the folder cannot be used or is in use, or no start.
     """
 
-    def __init__(self, data_dir: Path, *, fsync: Literal["always", "no"] = "always"):
+    def __init__(self, data_dir: Path, *, fsync: Literal["always", "no"] = "always", wait: bool = True):
         self._binary = find_redis_server()
-        self._data_dir, self._fsync = Path(data_dir).resolve(), fsync
-        self._data_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._data_dir / "redis.lock")
-        self._socket_dir = self._data_dir
-        if len(os.fsencode(self._socket)) > _MAX_SOCKET_PATH:
-            self._socket_dir = Path(tempfile.mkdtemp(prefix="glimmer-"))
+        self._fsync = fsync
         try:
+            self._data_dir = Path(data_dir).resolve()
+            make_private(self._data_dir)
+            self._lock = _lock(self._data_dir / "redis.lock")
+        except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+            raise QueueUnavailable(
+                f"cannot use the data folder {data_dir} ({getattr(error, 'strerror', None) or error}); choose another "
+                "with --data-dir or GLIMMER_DATA_DIR"
+            ) from None
+        self._socket_dir = self._data_dir
+        try:
+            if len(os.fsencode(self._socket)) > _MAX_SOCKET_PATH or not _is_utf8(self._socket):
+                self._socket_dir = Path(tempfile.mkdtemp(prefix="glimmer-"))
             self._process = self._start()
-            self._wait_until_ready()
-        except BaseException:
+        except OSError as error:
             self._clean_up()
+            raise QueueUnavailable(f"{self._binary} could not be started: {error.strerror or error}") from None
+        try:
+            if wait:
+                self.wait_until_ready()
+        except BaseException:
+            self.stop()
             raise
 
     @property
@@ -83,17 +107,56 @@ class EmbeddedRedis:
 
     def answers(self) -> bool:
         """Return within a second whether the server takes commands."""
-        retry = Retry(NoBackoff(), 0)
-        with redis.Redis(unix_socket_path=str(self._socket), retry=retry, socket_timeout=_PING_TIMEOUT_S) as client:
-            try:
-                return bool(client.ping())
-            except RedisError:
-                return False
+        return self._ping() == "ready"
+
+    def wait_until_ready(self) -> None:
+        """Return when a server that starts takes commands; loading its file may take any time.
+
+        Raises:
+            QueueUnavailable: it ended, or says nothing for a minute; stopped.
+        """
+        silent_since = time.monotonic()
+        while (state := self._ping()) != "ready":
+            if state == "loading":
+                silent_since = time.monotonic()
+            if not self.alive or time.monotonic() - silent_since > _START_TIMEOUT_S:
+                self.stop()
+                raise QueueUnavailable(f"{self._binary} did not start in {self._data_dir}: {self.last_words()}")
+            time.sleep(0.01)
+
+    def last_words(self) -> str:
+        """Return on one line why the server ended, from its log since its start."""
+        with suppress(OSError):
+            if shutil.disk_usage(self._data_dir).free < _FULL_DISK_BYTES:
+                return f"no space left on the disk of {self._data_dir}"
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _MAX_LOG_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"{self._log} cannot be read: {error.strerror}"
+        warnings = [words[1] for words in (line.split(" # ", 1) for line in lines) if len(words) == 2]
+        reasons = [words for words in warnings if not words.startswith(("WARNING", "Server initialized", "User req"))]
+        text = " ".join(reasons[-2:] or lines[-2:] or [f"it wrote nothing to {self._log}"])
+        if "redis-check-aof" in text:
+            command = f"(exec -a redis-check-aof {self._binary} --fix {self._data_dir / 'appendonly.aof'})"
+            text += f". That program is {command}; it drops all that follows the damaged place"
+        return text
 
     def restart(self) -> None:
         """Start a dead server without waiting until it `answers`; raise OSError."""
         assert not self.alive, "restart() is for a server that died"
         self._process = self._start()
+
+    def _ping(self) -> Literal["ready", "loading", "silent"]:
+        retry = Retry(NoBackoff(), 0)
+        with redis.Redis(unix_socket_path=str(self._socket), retry=retry, socket_timeout=_PING_TIMEOUT_S) as client:
+            try:
+                return "ready" if client.ping() else "silent"
+            except BusyLoadingError:
+                return "loading"
+            except (RedisError, OSError):
+                return "silent"
 
     def stop(self) -> None:
         """Shut the server down, by force after 10 s."""
@@ -117,6 +180,8 @@ class EmbeddedRedis:
         return self._data_dir / "redis.log"
 
     def _start(self) -> subprocess.Popen[bytes]:
+        for path, zeros in drop_trailing_zeros(self._data_dir):
+            event(logger, "redis_file_repaired", logging.WARNING, file=path, zeros_dropped=zeros)
         settings = {
             "port": "0",
             "unixsocket": str(self._socket),
@@ -127,30 +192,22 @@ class EmbeddedRedis:
             "save": "",
             "appendonly": "yes",
             "appendfsync": self._fsync,
+            "aof-load-truncated": "yes",
+            # With a preamble, zeros at the end of a file could be a checksum.
+            "aof-use-rdb-preamble": "no",
         }
         server = [str(self._binary), *(word for name, value in settings.items() for word in (f"--{name}", value))]
-        return subprocess.Popen(
-            die_with_parent(server, signal.SIGTERM),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=(self._lock.fileno(),),  # the folder stays locked while the server lives
-        )
-
-    def _wait_until_ready(self) -> None:
-        give_up_at = time.monotonic() + _START_TIMEOUT_S
-        try:
-            while time.monotonic() < give_up_at and self.alive:
-                if self.answers():
-                    return
-                time.sleep(0.01)
-        except BaseException:
-            _end(self._process)
-            raise
-        _end(self._process)
-        tail = self._log.read_text(errors="replace")[-1000:] if self._log.exists() else "it wrote no log"
-        raise QueueUnavailable(f"{self._binary} did not start in {self._data_dir}:\n{tail}")
+        with open(self._log, "ab", opener=_open_private) as log:
+            self._log_start = log.seek(0, os.SEEK_END)
+            return subprocess.Popen(
+                die_with_parent(server, signal.SIGTERM),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                umask=0o077,
+                start_new_session=True,
+                pass_fds=(self._lock.fileno(),),  # the folder stays locked while the server lives
+            )
 
     def _clean_up(self) -> None:
         self._lock.close()
@@ -159,7 +216,7 @@ class EmbeddedRedis:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    lock = path.open("ab")
+    lock = os.fdopen(_open_private(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC), "r+b")
     give_up_at = time.monotonic() + _LOCK_TIMEOUT_S  # a killed parent's server is still ending
     while True:
         try:
@@ -173,6 +230,18 @@ def _lock(path: Path) -> IO[bytes]:
                     "folder with --data-dir."
                 ) from None
             time.sleep(0.02)
+
+
+def _open_private(path: str | Path, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _is_utf8(path: Path) -> bool:
+    """Return whether the Redis client can find a path in a URL."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

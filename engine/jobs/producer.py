@@ -50,6 +50,7 @@ class JobProducer(QueueBase):
         idempotency_key: str = "",
         fingerprint: str = "",
         origin: Origin = Origin(),
+        dry_run: bool = False,
     ) -> str:
         """Queue a job. A known id is ignored, so a submit whose reply was lost can be repeated.
 
@@ -60,6 +61,7 @@ class JobProducer(QueueBase):
             max_source_bytes: of all live jobs; one edit always fits alone.
             idempotency_key: of one owner. Returns the id of its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
+            dry_run: check everything, queue nothing.
 
         Raises:
             QueueFull, SourcesFull, TooManyJobs, KeyReused: nothing was queued.
@@ -79,6 +81,7 @@ class JobProducer(QueueBase):
             "max_owned": max_owned,
             "source_bytes": source_images.size if source_images else 0,
             "max_source_bytes": max_source_bytes,
+            "dry_run": dry_run,
         }
         parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
         documents = [*map(orjson.dumps, parts), orjson.dumps(ended_notes) if ended_notes else b""]

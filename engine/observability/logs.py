@@ -1,5 +1,6 @@
 """Logs: one line per event. Events hold ids and sizes, never prompts or images."""
 
+import json
 import logging
 import sys
 import time
@@ -79,7 +80,10 @@ class JsonFormatter(logging.Formatter):
             line["message"] = record.getMessage()
         if record.exc_info and (error := record.exc_info[1]):
             line |= {"error": type(error).__name__, "where": where(error)}
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # a large number, or a path that is not UTF-8
+            return json.dumps(line, default=str)
 
 
 def configure(level: str, log_format: LogFormat = "text") -> None:

@@ -19,6 +19,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from engine.errors import StartError
 from engine.jobs.job import Claim
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 Attributes = dict[str, str | int | None]
 
 
-class TracingError(Exception):
+class TracingError(StartError):
     """Tracing cannot be set up."""
 
 

@@ -11,32 +11,34 @@ import torch
 
 from engine.config import EXIT_CONFIGURATION, EngineSettings
 from engine.engine import Engine
-from engine.errors import QueueUnavailable
+from engine.errors import QueueUnavailable, StartError
 from engine.jobs.connection import connect
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import EngineInfo
 from engine.limits import EngineLimits
 from engine.observability.logs import bind, configure, event, where
-from engine.observability.tracing import Tracing, TracingError, open_tracing
+from engine.observability.tracing import Tracing, open_tracing
+from engine.stop_signals import Stopped, StopSignals, run
+from engine.worker.status import EngineStatus
 from engine.worker.worker import HEARTBEAT_S, HEARTBEAT_TTL_S, Worker
 from models.errors import CheckpointError
 from models.glm_image.model import GlmImage
 from models.nano import CHECKPOINT, NAME
 
+CLOSE_S = 2.0  # for the last calls to Redis
+
 logger = logging.getLogger("glimmer.engine")
 
 
-class ConfigurationError(Exception):
-    """A setting that this machine cannot provide."""
-
-
-def main(settings: EngineSettings) -> int:
-    """Run an engine until SIGTERM. Return the exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
+def main(settings: EngineSettings, stop: StopSignals) -> int:
+    """Run an engine until a signal. Return the exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
     configure(settings.log_level, settings.log_format)
     try:
         with closing(open_tracing("glimmer-engine")) as tracing:
-            asyncio.run(_serve(settings, tracing))
-    except (CheckpointError, ConfigurationError, TracingError) as error:
+            run(_serve(settings, tracing, stop))
+    except Stopped:
+        return 0
+    except (CheckpointError, StartError) as error:
         print(f"glimmer engine: {error}", file=sys.stderr)
         return EXIT_CONFIGURATION
     except Exception as error:
@@ -45,20 +47,23 @@ def main(settings: EngineSettings) -> int:
     return 0
 
 
-async def _serve(settings: EngineSettings, tracing: Tracing) -> None:
+async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) -> None:
+    stop.attach()
     bind(engine=settings.engine_id)
     redis = connect(settings.redis_url)
     queue = JobConsumer(redis, lease_ms=round(settings.lease_s * 1000))
     starting = EngineInfo(
         settings.engine_id, os.getpid(), settings.stage, "starting", "", "", 0, settings.max_prompt_tokens
     )
+    status = EngineStatus(settings.engine_id)
+    tasks = [asyncio.create_task(status.keep())]
     try:
-        loading = asyncio.ensure_future(asyncio.to_thread(_load, settings))
-        while not loading.done():
-            with suppress(QueueUnavailable):
-                await queue.heartbeat(starting, "", HEARTBEAT_TTL_S)
-            await asyncio.wait({loading}, timeout=HEARTBEAT_S)
-        engine = loading.result()
+        loading = asyncio.create_task(_announce(queue, starting))
+        try:
+            engine = await stop.unless_stopped(asyncio.to_thread(_load_or_explain, settings))
+        finally:
+            loading.cancel()
+            await asyncio.wait({loading}, timeout=CLOSE_S)
         info = _ready(starting, engine.model, settings.model)
         event(
             logger,
@@ -67,10 +72,45 @@ async def _serve(settings: EngineSettings, tracing: Tracing) -> None:
             device=engine.model.device,
             dtype=engine.model.dtype,
         )
-        await Worker(engine, queue, info, settings, tracing).run()
+        worker = Worker(engine, queue, info, settings, tracing)
+        status.state = lambda: worker.state
+        tasks.append(asyncio.create_task(_follow(stop, worker)))
+        await worker.run()
     finally:
-        await queue.close()
-        await redis.aclose()
+        for task in tasks:
+            task.cancel()
+        status.remove()
+        await asyncio.wait({asyncio.ensure_future(_close(queue, settings.engine_id))}, timeout=CLOSE_S)
+
+
+async def _announce(queue: JobConsumer, starting: EngineInfo) -> None:
+    while True:
+        with suppress(QueueUnavailable):
+            await queue.heartbeat(starting, "", HEARTBEAT_TTL_S)
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+async def _follow(stop: StopSignals, worker: Worker) -> None:
+    """Drain at the first signal, hand the jobs back at the second."""
+    await stop.draining.wait()
+    worker.drain()
+    await stop.hurried.wait()
+    worker.drain()
+
+
+async def _close(queue: JobConsumer, engine_id: str) -> None:
+    with suppress(QueueUnavailable):
+        await queue.deregister(engine_id)
+    await queue.close()
+    await queue.client.aclose()
+
+
+def _load_or_explain(settings: EngineSettings) -> Engine:
+    try:
+        return _load(settings)
+    except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # Of the files and libraries, which a restart does not mend; a device raises RuntimeError.
+        raise StartError(f"the checkpoint cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _load(settings: EngineSettings) -> Engine:
@@ -107,9 +147,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigurationError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+        raise StartError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"device {name!r}: torch finds no CUDA device on this machine")
+        raise StartError(f"device {name!r}: torch finds no CUDA device on this machine")
     return device
 
 
@@ -119,4 +159,4 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     try:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     except KeyError:
-        raise ConfigurationError(f"dtype {name!r}: expected auto, float32 or bfloat16") from None
+        raise StartError(f"dtype {name!r}: expected auto, float32 or bfloat16") from None

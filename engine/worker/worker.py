@@ -1,6 +1,5 @@
 import asyncio
 import logging
-import signal
 import threading
 import time
 from contextlib import suppress
@@ -16,6 +15,7 @@ from engine.observability.tracing import Tracing
 from engine.request import Event, Request
 from engine.worker.job_runner import REDIS_RETRY_S, JobRunner, Lost, RunningJob
 from engine.worker.plan_cache import PlanCache
+from engine.worker.status import EngineState
 from engine.worker.watchdog import Watchdog
 
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
@@ -67,13 +67,11 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Work until SIGTERM or SIGINT, then drain.
+        """Work until `drain`.
 
         Raises:
             Exception: the engine's thread failed.
         """
-        for sig in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(sig, self.drain)
         thread = asyncio.ensure_future(asyncio.to_thread(self._engine_loop))
         loops = [asyncio.ensure_future(loop()) for loop in (self._renew_loop, self._watch_ends, self._heartbeat_loop)]
         claiming = asyncio.ensure_future(self._claim_loop())
@@ -93,6 +91,11 @@ class Worker:
                 await self._queue.deregister(self._info.id)
                 await self._queue.requeue_all(self._info.id)  # some are left only after a failure
         await thread
+
+    @property
+    def state(self) -> EngineState:
+        """Return what heartbeats and health checks report."""
+        return "stuck" if self._watchdog.is_stuck else "draining" if self._draining.is_set() else "ready"
 
     def drain(self) -> None:
         """Stop claiming; `run` returns after the running jobs or the grace period. A second call ends that period."""
@@ -185,9 +188,8 @@ class Worker:
         while not self._stopping.is_set():
             if self._watchdog.check():
                 await self._watchdog.give_up(self._queue, self._info.id)
-            state = "stuck" if self._watchdog.is_stuck else "draining" if self._draining.is_set() else "ready"
             images = sum(job.claim.spec.n for job in self._jobs.values())
-            info = replace(self._info, state=state, images_running=images)
+            info = replace(self._info, state=self.state, images_running=images)
             with suppress(QueueUnavailable):
                 await self._queue.heartbeat(info, self._engine.metrics.exposition(), HEARTBEAT_TTL_S)
             await asyncio.sleep(HEARTBEAT_S)

@@ -19,6 +19,7 @@ from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
 
 _NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # to look up an idempotency key
+_ONE_BYTE = SourceImages([b"\0"])  # to ask for room for any
 _QUEUE_FULL = "The queue is full"
 _SOURCES_FULL = "The images of queued edits take all the memory reserved for them"
 
@@ -46,8 +47,8 @@ class Admitted:
 class Admission:
     """Submits the jobs of requests.
 
-    A request calls `find_by_idempotency_key`, which is free; `charge`, before rewriting takes time or money; `submit`,
-    which refunds the charge if no job results. Methods raise `QueueUnavailable`.
+    A request calls `find_by_idempotency_key`, which is free; `check_room`, before anything expensive; `charge`;
+    `top_up` once its size is known; `submit`, or `refund` if it does not get there. Methods raise `QueueUnavailable`.
     """
 
     def __init__(
@@ -63,13 +64,25 @@ class Admission:
         self._abandoned_jobs = abandoned_jobs
         self.throughput = Throughput()
 
-    async def check_room(self) -> None:
-        """Raise the 429 of a full queue, before the images of an edit are decoded."""
-        stats = await with_redis_timeout(self._queue.stats())
-        if stats.waiting >= self._max_queue:
-            raise self._try_again_later(_QUEUE_FULL, self._max_queue)
-        if self._max_source_bytes is not None and stats.source_bytes >= self._max_source_bytes:
-            raise self._try_again_later(_SOURCES_FULL, 1)
+    async def check_room(self, caller: Caller, idempotency: Idempotency | None, *, has_sources: bool) -> str | None:
+        """Raise as `submit` would now; return the job of a request with the same key that came meanwhile."""
+        job_id = _new_id()
+        try:
+            found = await self._enqueue(
+                _NO_JOB,
+                caller,
+                idempotency,
+                job_id=job_id,
+                timeout_s=1.0,
+                priority="batch",
+                max_queue=self._max_queue,
+                source_images=_ONE_BYTE if has_sources else None,
+                max_source_bytes=self._max_source_bytes,
+                dry_run=True,
+            )
+        except (QueueFull, TooManyJobs) as refusal:
+            raise self._refused(refusal, caller) from None
+        return None if found == job_id else found
 
     async def find_by_idempotency_key(self, caller: Caller, idempotency: Idempotency) -> str | None:
         """Return the first request's job, None if it has no result; raise a 422 if that request differs."""
@@ -83,8 +96,17 @@ class Admission:
 
     async def charge(self, caller: Caller, spec: JobSpec) -> Charge:
         """Charge the caller, or raise a 429. Without a response from Redis the charge may stand."""
-        pixel_steps = spec.width * spec.height * spec.num_inference_steps * spec.n
-        return await with_redis_timeout(self._limits.charge(caller, pixel_steps))
+        return await with_redis_timeout(self._limits.charge(caller, spec.pixel_steps))
+
+    async def top_up(self, charge: Charge, spec: JobSpec) -> None:
+        """Charge what the job takes beyond `charge`. Raises as `charge`."""
+        if spec.pixel_steps > charge.pixel_steps:
+            await with_redis_timeout(self._limits.top_up(charge, spec.pixel_steps))
+
+    async def refund(self, charge: Charge) -> None:
+        """Take back the charge for a job that was not queued."""
+        with suppress(QueueUnavailable):  # the charge stays, at most until the end of the day
+            await with_redis_timeout(self._limits.refund(charge))
 
     async def submit(
         self,
@@ -123,17 +145,17 @@ class Admission:
                 origin=origin,
             )
         except (QueueFull, TooManyJobs) as refusal:
-            await self._refund(charge)
+            await self.refund(charge)
             raise self._refused(refusal, caller) from None
         except ApiError:
-            await self._refund(charge)
+            await self.refund(charge)
             raise
         except (QueueUnavailable, asyncio.CancelledError):
             if idempotency is None:
-                self._abandoned_jobs.discard(job_id, then=lambda: self._refund(charge))
+                self._abandoned_jobs.discard(job_id, then=lambda: self.refund(charge))
             raise
         if queued_id != job_id:
-            await self._refund(charge)
+            await self.refund(charge)
         return Admitted(queued_id, attached=queued_id != job_id)
 
     async def _enqueue(
@@ -165,10 +187,6 @@ class Admission:
                 code="idempotency_key_reused",
                 param="Idempotency-Key",
             ) from None
-
-    async def _refund(self, charge: Charge) -> None:
-        with suppress(QueueUnavailable):  # the charge stays, at most until the end of the day
-            await with_redis_timeout(self._limits.refund(charge))
 
     def _refused(self, refusal: QueueFull | TooManyJobs, caller: Caller) -> ApiError:
         if isinstance(refusal, SourcesFull):

@@ -21,6 +21,7 @@ class Gate:
     """
 
     def __init__(self, metrics: Metrics, max_queue: int = 0) -> None:
+        self.draining = False  # /health says so, requests are still served
         self.closed = False
         self.inside = 0
         self.max_requests = max(MIN_REQUESTS, 2 * max_queue)
@@ -31,7 +32,7 @@ class Gate:
 
     def close(self) -> None:
         """Refuse further jobs."""
-        self.closed = True
+        self.draining = self.closed = True
 
     def require_open(self) -> None:
         """Raise a 503 if the gate is closed."""

@@ -10,31 +10,40 @@ Plain SHA-256 is enough: a random token of 256 bits cannot be guessed, and a slo
 is compared with all keys.
 """
 
+import asyncio
 import hashlib
 import hmac
 import logging
+import os
 import re
 import secrets
 import time
 import tomllib
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engine.errors import StartError
 from engine.observability.logs import event
 from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # part of Redis keys
-POLL_INTERVAL_S = 1.0
+POLL_INTERVAL_S = 0.5
+SETTLE_S = 2.0  # a change counts when the file has stayed the same for so long
+CUT_OFF_S = 10.0  # if it takes keys or limits away, as a file that is half written does
+START_INTERVAL_S, START_LOOKS = 1.0, 5
+MAX_FILE_BYTES = 4 * 2**20
 
 logger = logging.getLogger("glimmer.keys")
 
 Count = Annotated[int, Field(ge=1, le=2**53 - 1)]  # Lua numbers are exact up to here
 
 
-class KeyFileError(ValueError):
+class KeyFileError(StartError):
     """The key file is not valid."""
 
 
@@ -101,7 +110,7 @@ def parse_key_file(text: str) -> dict[bytes, Caller]:
     """Return the callers by key hash; raise a `KeyFileError` that names the invalid entry, never a hash."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise KeyFileError(f"not valid TOML: {error}") from None
     callers: dict[bytes, Caller] = {}
     for name, table in tables.items():
@@ -128,40 +137,98 @@ def _read_table(name: str, table: object) -> tuple[bytes, Caller]:
 class KeyRing:
     """The known keys; a `KeyFileError` if the file is invalid at the start.
 
-    A changed file is read again. If invalid, the old keys stay: a typo must not lock out all callers.
+    `watch` follows the file. A version counts when it is complete: valid, and unchanged for some seconds while somebody
+    may be writing it. Until then the old keys stay in force.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self.open_to_all = not settings.asks_for_keys
         key, self._path = settings.api_key, settings.api_keys_file
         self._fixed = {hash_key(key.get_secret_value()): API_KEY_CALLER} if key else {}
-        self._checked_at = time.monotonic()
-        self._version = _version_of(self._path) if self._path else None
-        self._from_file = _read(self._path) if self._path else {}
+        self._from_file: dict[bytes, Caller] = {}
+        self._clock = clock
+        if self._path is not None:
+            self._taken = self._seen = _settled_version(self._path)
+            self._seen_at = clock()
+            self._from_file = _read(self._path)[0]
 
     def find(self, key: str) -> Caller | None:
         """Return the caller with this key, in constant time."""
-        self._reload_if_changed()
         digest, found = hash_key(key), None
         for known, caller in (*self._fixed.items(), *self._from_file.items()):
             if hmac.compare_digest(known, digest):
                 found = caller
         return found
 
-    def _reload_if_changed(self) -> None:
-        now = time.monotonic()
-        if self._path is None or now - self._checked_at < POLL_INTERVAL_S:
-            return
-        self._checked_at = now
-        version = _version_of(self._path)
-        if version == self._version:
-            return
-        self._version = version  # also if invalid: logged once
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[None]:
+        """Follow changes of the file, on a thread: its disk may hang."""
+        task = asyncio.create_task(self._look_forever()) if self._path else None
         try:
-            self._from_file = _read(self._path)
-            event(logger, "keys_read", keys=len(self._from_file))
+            yield
+        finally:
+            if task is not None:
+                task.cancel()
+
+    async def _look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_INTERVAL_S)
+            await asyncio.to_thread(self.look)
+
+    def look(self) -> None:
+        """Read the file if it has changed and is complete."""
+        assert self._path is not None
+        version, now = _version_of(self._path), self._clock()
+        if version != self._seen:
+            self._seen, self._seen_at = version, now
+        age_s = now - self._seen_at
+        if version == self._taken or age_s < SETTLE_S:
+            return
+        try:
+            callers, text = _read(self._path)
+            may_be_cut_off = _may_be_cut_off(callers, text, self._from_file)
+            if not text.strip():
+                raise KeyFileError(f"{self._path}: it is empty; to refuse all keys, write a comment into it")
         except KeyFileError as error:
-            event(logger, "keys_not_read", logging.ERROR, reason=error)
+            if age_s >= CUT_OFF_S:
+                self._taken = version  # logged once
+                event(logger, "keys_not_read", logging.ERROR, reason=error)
+            return
+        if (may_be_cut_off and age_s < CUT_OFF_S) or version != _version_of(self._path):
+            return
+        self._taken, self._from_file = version, callers
+        event(logger, "keys_read", keys=len(callers))
+
+
+def _may_be_cut_off(callers: dict[bytes, Caller], text: str, old: dict[bytes, Caller]) -> bool:
+    """Return whether a file that is still being written could look so: it takes keys or limits away."""
+    before = {caller.owner: caller for caller in old.values()}
+    after = {caller.owner: caller for caller in callers.values()}
+    if not text.endswith("\n") or not callers or not before.keys() <= after.keys():
+        return True
+    if any(_loses_a_limit(caller, after[owner]) for owner, caller in before.items()):
+        return True
+    last_key, last_caller = next(reversed(callers.items()))
+    return last_key not in old and None in astuple(last_caller)
+
+
+def _loses_a_limit(old: Caller, new: Caller) -> bool:
+    limits = zip(astuple(old), astuple(new), strict=True)
+    return any(before is not None and after is None for before, after in limits)
+
+
+def _settled_version(path: Path) -> object:
+    """Return the file's version; wait up to some seconds while it is being written."""
+    version = _version_of(path)
+    for _ in range(START_LOOKS):
+        status = path.stat() if version else None
+        if status is None or abs(time.time() - status.st_mtime) > START_INTERVAL_S:
+            break
+        time.sleep(START_INTERVAL_S)
+        previous, version = version, _version_of(path)
+        if version == previous:
+            break
+    return version
 
 
 def _version_of(path: Path) -> object:
@@ -172,9 +239,17 @@ def _version_of(path: Path) -> object:
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
-def _read(path: Path) -> dict[bytes, Caller]:
+def _read(path: Path) -> tuple[dict[bytes, Caller], str]:
+    """Return the callers and the text."""
     try:
-        return parse_key_file(path.read_text())
+        if not (path.is_file() or path.samefile(os.devnull)):
+            raise KeyFileError("not a file")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise KeyFileError(f"it has more than {MAX_FILE_BYTES} bytes")
+        text = data.decode()
+        return parse_key_file(text), text
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
     except KeyFileError as error:

@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.jobs.producer import JobProducer
 from engine.jobs.scripts import LuaScripts
@@ -10,13 +10,15 @@ from server.admission.keys import ANONYMOUS, Caller
 from server.errors import ApiError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Charge:
     """What a caller was charged for a job.
 
     Args:
         headers: `x-ratelimit-*` of the response; empty without a request limit.
         ticket, day: for `refund`; an empty ticket is no charge.
+        worked: images were decoded or the rewriter called; then the request counts whatever comes of it.
+        rest: the pixel-steps that were charged later.
     """
 
     caller: Caller
@@ -24,6 +26,12 @@ class Charge:
     headers: dict[str, str] = field(default_factory=dict)
     ticket: str = ""
     day: int = 0
+    worked: bool = False
+    rest: "Charge | None" = None
+
+    def work(self) -> None:
+        """Record that expensive work begins."""
+        self.worked = True
 
 
 NO_CHARGE = Charge(ANONYMOUS)
@@ -41,6 +49,14 @@ class RateLimits:
         Raises:
             ApiError: 429 when it would exceed one; nothing is counted.
         """
+        return await self._charge(caller, pixel_steps)
+
+    async def top_up(self, charge: Charge, pixel_steps: int) -> None:
+        """Count the rest of a job of `pixel_steps` that was charged with fewer. Raises as `charge`."""
+        caller = replace(charge.caller, requests_per_minute=None)
+        charge.rest = await self._charge(caller, pixel_steps - charge.pixel_steps, already=charge.pixel_steps)
+
+    async def _charge(self, caller: Caller, pixel_steps: int, already: int = 0) -> Charge:
         if caller.requests_per_minute is None and caller.pixel_steps_per_day is None:
             return Charge(caller)
         ticket = secrets.token_hex(8)
@@ -56,11 +72,13 @@ class RateLimits:
         if exceeded == b"rate":
             raise _rate_exceeded(caller, next_ms, headers)
         if exceeded == b"quota":
-            raise _quota_exceeded(caller, pixel_steps, charged, day_left_ms, headers)
+            raise _quota_exceeded(caller, pixel_steps + already, charged - already, day_left_ms, headers)
         return Charge(caller, pixel_steps, headers, ticket, day)
 
     async def refund(self, charge: Charge) -> None:
-        """Take a charge back."""
+        """Take a charge back; of one that caused work, the pixel-steps."""
+        if charge.rest is not None:
+            await self.refund(charge.rest)
         if charge.ticket:
             await self._scripts.run(
                 "refund",
@@ -68,6 +86,7 @@ class RateLimits:
                 ticket=charge.ticket,
                 pixel_steps=charge.pixel_steps,
                 day=charge.day,
+                keep_request=charge.worked,
             )
 
 

@@ -3,16 +3,18 @@
 import os
 import sys
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from engine.config import CheckpointSettings, EngineSettings
 from engine.observability import logs
+from engine.stop_signals import StopSignals
 from server.cli.generate import generate
 from server.cli.health import health
 from server.cli.options import settings_as_options, stop, variable
-from server.settings import ServerSettings, ServeSettings
+from server.cli.process import end_process, one_line_errors, prepare_streams
+from server.settings import KUBERNETES_PORT, ServerSettings, ServeSettings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,23 +37,24 @@ def glimmer(
     ] = False,
 ) -> None:
     """Glimmer serves GLM-Image behind an OpenAI-style images API. Start with: glimmer serve"""
+    if os.environ.get(variable("port"), "").startswith(KUBERNETES_PORT):
+        del os.environ[variable("port")]
 
 
 @app.command()
 @settings_as_options
 def serve(checkpoint: CheckpointSettings, processes: ServeSettings, settings: ServerSettings) -> None:
     """Run everything on one machine: API, engines and a Redis. Ctrl+C finishes running jobs, then stops."""
-    from server.processes.launch import START_ERRORS, EngineProcesses, run_all
-
+    signals = StopSignals().install()
     logs.configure(settings.log_level, settings.log_format)
     for_engines = checkpoint.model_dump(exclude_none=True)
     for_engines |= settings.model_dump(include={"grace_s", "log_level", "log_format"})
     environment = {variable(name): str(value) for name, value in for_engines.items()}
-    engines = EngineProcesses(processes.engines, processes.data_dir, checkpoint.device, environment)
-    try:
-        code = run_all(settings, engines)
-    except START_ERRORS as error:
-        stop(str(error))
+    with one_line_errors():
+        from server.processes.launch import EngineProcesses, run_all
+
+        engines = EngineProcesses(processes.engines, processes.data_dir, checkpoint.device, environment)
+        code = run_all(settings, engines, signals)
     raise typer.Exit(code)
 
 
@@ -59,31 +62,31 @@ def serve(checkpoint: CheckpointSettings, processes: ServeSettings, settings: Se
 @settings_as_options
 def api(settings: ServerSettings) -> None:
     """Run the HTTP API alone; engines work on its jobs through the same Redis."""
-    from server.processes.launch import START_ERRORS, run_api
-
     if settings.redis_url is None:
         stop("glimmer api needs a Redis: set --redis-url or GLIMMER_REDIS_URL")
+    signals = StopSignals().install()
     logs.configure(settings.log_level, settings.log_format)
-    try:
-        run_api(settings)
-    except START_ERRORS as error:
-        stop(str(error))
+    with one_line_errors():
+        from server.processes.launch import run_api
+
+        run_api(settings, signals)
 
 
 @app.command()
 @settings_as_options
 def engine(settings: EngineSettings) -> None:
     """Run one engine process: it takes jobs from Redis, plans and renders. Needs `pip install glimmer[engine]`."""
+    signals = StopSignals().install()
     logs.configure(settings.log_level, settings.log_format)
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         # No progress bars in a log of one line per event. The libraries read these when they are imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with one_line_errors("an engine needs `pip install glimmer[engine]`"):
         from engine.worker.process import main as run_engine
-    except ModuleNotFoundError as error:
-        stop(f"{error.name} is not installed; an engine needs `pip install glimmer[engine]`")
-    raise typer.Exit(run_engine(settings))
+
+        code = run_engine(settings, signals)
+    raise typer.Exit(code)
 
 
 app.command()(generate)
@@ -102,6 +105,13 @@ def key(name: Annotated[str, typer.Argument(help="Name of the key's owner: lette
     typer.echo(key_table(name, made))
 
 
-def main() -> None:
-    """Run the `glimmer` command."""
-    app()
+def main() -> NoReturn:
+    """Run the `glimmer` command and end the process, without waiting for threads that may hang."""
+    prepare_streams()
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
+    end_process(0)

@@ -51,7 +51,7 @@ def _url_when_ready(server: subprocess.Popen[bytes]) -> str:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
+    server.send_signal(signal.SIGINT)  # nothing in front of it has to notice
     try:
         server.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -1,8 +1,6 @@
 """`glimmer health`: the probe of a container, run every few seconds, so it imports little."""
 
-import asyncio
 import json
-import socket
 from http.client import HTTPConnection, HTTPException
 from typing import Annotated
 
@@ -14,14 +12,15 @@ from server.settings import ServerSettings
 PROBE_TIMEOUT_S = 3.0
 
 _LISTENS_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-_HEALTHY = frozenset({"starting", "ready", "draining"})  # not "stuck": its device does not return from a step
 
 
 def health(
     engine_id: Annotated[
-        str | None, typer.Argument(envvar=variable("engine_id"), help="Id of the engine; any of this host when unset.")
+        str | None, typer.Argument(envvar=variable("engine_id"), help="Id of the engine; all of this host when unset.")
     ] = None,
-    engine: Annotated[bool, typer.Option("--engine", help="Look for an engine's heartbeat in Redis instead.")] = False,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Check the engines of this host instead; asks no Redis.")
+    ] = False,
     ready: Annotated[
         bool, typer.Option("--ready", help="Ask whether a request sent now would be served (GET /health).")
     ] = False,
@@ -31,13 +30,11 @@ def health(
     port: Annotated[
         int, typer.Option(envvar=variable("port"), help="Port that the API listens on.")
     ] = ServerSettings.model_fields["port"].default,
-    redis_url: Annotated[
-        str | None, typer.Option(envvar=variable("redis_url"), help="Redis of the engine, for --engine.")
-    ] = None,
+    redis_url: Annotated[str | None, typer.Option(hidden=True, help="Without effect; older versions asked it.")] = None,
 ) -> None:
     """Check whether an API answers (GET /live): exit with 0, or with 1 and one line that says why not."""
     if engine:
-        problem = asyncio.run(_engine_problem(redis_url, engine_id))
+        problem = _engine_problem(engine_id)
     else:
         problem = _api_problem(_LISTENS_EVERYWHERE.get(host, host), port, "/health" if ready else "/live")
     if problem is not None:
@@ -53,7 +50,7 @@ def _api_problem(host: str, port: int, path: str) -> str | None:
         if response.status == 200:
             return None
         return f"GET {path} answered {response.status}{_reason(response.read())}"
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:
         return f"GET {path} failed: {str(error) or type(error).__name__}"
     finally:
         connection.close()
@@ -66,27 +63,19 @@ def _reason(body: bytes) -> str:
         return ""
 
 
-async def _engine_problem(redis_url: str | None, engine_id: str | None) -> str | None:
-    """Look for heartbeats. Without one the process is dead, frozen or cut off from Redis."""
-    from engine.errors import QueueUnavailable
-    from engine.jobs.connection import connect
-    from engine.jobs.producer import JobProducer
+def _engine_problem(engine_id: str | None) -> str | None:
+    """Look at the files of this machine's engines; a Redis outage must not get them restarted."""
+    from engine.worker.status import MAX_AGE_S, read_statuses, status_folder
 
-    if redis_url is None:
-        return "health --engine needs a Redis: set --redis-url or GLIMMER_REDIS_URL"
-    client = connect(redis_url)
-    queue = JobProducer(client)
     try:
-        engines = await queue.engines()
-    except QueueUnavailable as error:
-        return str(error)
-    finally:
-        await queue.close()
-        await client.aclose()
-    prefix = f"{socket.gethostname()}-"
-    states = [found.state for found in engines if (found.id == engine_id if engine_id else found.id.startswith(prefix))]
-    if not states:
-        return f"no heartbeat from {f'engine {engine_id}' if engine_id else 'an engine of this host'}"
-    if not _HEALTHY.issuperset(states):
-        return f"the engine is {', '.join(states)}"
+        living = [status for status in read_statuses() if status.is_alive and engine_id in (None, status.id)]
+    except OSError as error:
+        return f"cannot look for engines: {error}"
+    if not living:
+        return f"no sign of {f'engine {engine_id}' if engine_id else 'an engine'} in {status_folder()}"
+    for status in living:
+        if status.age_s > MAX_AGE_S:
+            return f"engine {status.id} has not moved for {status.age_s:.0f} s"
+        if status.state == "stuck":
+            return f"engine {status.id} is stuck: its device does not return from a step"
     return None

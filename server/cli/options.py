@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
@@ -11,6 +12,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config import EXIT_CONFIGURATION
+from engine.errors import StartError
 from server.settings import ENV_PREFIX, Flag
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -59,7 +61,8 @@ def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def stop(message: str, code: int = EXIT_CONFIGURATION) -> NoReturn:
     """Print one line to stderr and exit."""
-    typer.echo(f"glimmer: {message}", err=True)
+    with suppress(OSError):  # the code says enough if stderr is full or gone
+        typer.echo(f"glimmer: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -81,6 +84,8 @@ def _options(model: type[BaseModel]) -> Iterator[inspect.Parameter]:
 def _build(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         return model(**{name: values[name] for name in model.model_fields if values.get(name) is not None})
+    except StartError as error:
+        stop(str(error))
     except ValidationError as error:
         detail = error.errors()[0]
         name = variable(str(detail["loc"][0])) if detail["loc"] else "settings"

@@ -1,37 +1,32 @@
 """Starting API, engines and Redis, and stopping them in order."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import EXIT_CONFIGURATION
-from engine.errors import QueueUnavailable
+from engine.errors import QueueUnavailable, StartError
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
-from engine.observability.tracing import TracingError
+from engine.stop_signals import Stopped, StopSignals, run
 from server.addresses import is_loopback
 from server.admission.engine_directory import ready_engines
-from server.admission.keys import KeyFileError
 from server.app import create_app
-from server.processes.serving import DrainingServer, StartError, listen, url_of
+from server.processes.redis_keeper import keep_alive
+from server.processes.serving import DrainingServer, describe, listen, url_of
 from server.processes.supervisor import EngineMisconfigured, Supervisor, engine_environments
 from server.services import open_queue
 from server.settings import ServerSettings
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.cli", "engine")
-
-START_ERRORS = (StartError, QueueUnavailable, KeyFileError, TracingError)
-"""Raised by `run_api` and `run_all`, with a message for the user."""
-
-REDIS_POLL_INTERVAL_S = 0.5
 
 logger = logging.getLogger("glimmer.serve")
 
@@ -52,24 +47,61 @@ class EngineProcesses:
     command: Sequence[str] = ENGINE_COMMAND
 
 
-def run_api(settings: ServerSettings) -> None:
-    """Run the API alone until a signal; raise one of `START_ERRORS` if it cannot start."""
-    server = DrainingServer(create_app(settings), settings.grace_s)
-    listener = listen(settings.host, settings.port)
-    _warn_if_open(settings, listener)
-    print(f"Glimmer's API listens on {url_of(listener)}", flush=True)
-    asyncio.run(server.serve(sockets=[listener]))
+def run_api(settings: ServerSettings, stop: StopSignals) -> None:
+    """Run the API alone until a signal; raise `StartError` if it cannot start."""
+    with suppress(Stopped):
+        run(_run_api(settings, stop))
 
 
-def run_all(settings: ServerSettings, engines: EngineProcesses) -> int:
-    """Run API, engines and, without `redis_url`, Redis until a signal; return the exit code. Raises as `run_api`."""
-    with listen(settings.host, settings.port) as listener:
+def run_all(settings: ServerSettings, engines: EngineProcesses, stop: StopSignals) -> int:
+    """Run API, engines and, without `redis_url`, Redis until a signal; return the exit code.
+
+    Raises:
+        StartError, QueueUnavailable: it cannot start.
+    """
+    try:
+        return run(_run_all(settings, engines, stop))
+    except Stopped:
+        return 0
+
+
+async def _run_api(settings: ServerSettings, stop: StopSignals) -> None:
+    stop.attach()
+    server = _make_server(settings)
+    with await stop.unless_stopped(asyncio.to_thread(listen, settings.host, settings.port)) as listener:
+        _warn_if_open(settings, listener)
+        _print(f"Glimmer's API listens on {url_of(listener)}")
+        signals = asyncio.create_task(server.follow(stop))
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            signals.cancel()
+
+
+async def _run_all(settings: ServerSettings, engines: EngineProcesses, stop: StopSignals) -> int:
+    stop.attach()
+    with await stop.unless_stopped(asyncio.to_thread(listen, settings.host, settings.port)) as listener:
         _warn_if_open(settings, listener)
         if settings.redis_url is not None:
-            return asyncio.run(_serve(settings, engines, settings.redis_url, listener))
-        with EmbeddedRedis(engines.data_dir) as redis:
+            return await _serve(settings, engines, settings.redis_url, listener, stop)
+        with EmbeddedRedis(engines.data_dir, wait=False) as redis:
+            await stop.unless_stopped(asyncio.to_thread(redis.wait_until_ready))
             event(logger, "redis_started", data_dir=engines.data_dir, pid=redis.pid)
-            return asyncio.run(_serve_with(redis, settings, engines, listener))
+            restarter = asyncio.create_task(keep_alive(redis))
+            try:
+                return await _serve(settings, engines, redis.url, listener, stop)
+            finally:
+                restarter.cancel()
+
+
+def _make_server(settings: ServerSettings, queue: JobProducer | None = None) -> DrainingServer:
+    try:
+        app = create_app(settings, queue)
+    except StartError:
+        raise
+    except Exception as error:
+        raise StartError(f"the API cannot start: {describe(error)}") from error
+    return DrainingServer(app, settings.grace_s, settings.drain_delay_s)
 
 
 def _warn_if_open(settings: ServerSettings, listener: socket.socket) -> None:
@@ -80,41 +112,17 @@ def _warn_if_open(settings: ServerSettings, listener: socket.socket) -> None:
         event(logger, "open_to_all", logging.WARNING, url=url_of(listener), hint=hint)
 
 
-async def _serve_with(
-    redis: EmbeddedRedis, settings: ServerSettings, engines: EngineProcesses, listener: socket.socket
+async def _serve(
+    settings: ServerSettings, engines: EngineProcesses, redis_url: str, listener: socket.socket, stop: StopSignals
 ) -> int:
-    restarter = asyncio.create_task(_keep_alive(redis))
-    try:
-        return await _serve(settings, engines, redis.url, listener)
-    finally:
-        restarter.cancel()
-
-
-async def _keep_alive(redis: EmbeddedRedis) -> None:
-    """Restart Redis whenever it dies, without waiting until it has loaded: its data is on disk, clients reconnect."""
-    loading = False
-    while True:
-        await asyncio.sleep(REDIS_POLL_INTERVAL_S)
-        if not redis.alive:
-            event(logger, "redis_died", logging.ERROR)
-            try:
-                redis.restart()  # not in a thread: Redis ends with the thread that starts it
-                loading = True
-            except OSError as error:
-                event(logger, "redis_not_started", logging.ERROR, reason=error)
-        elif loading and await asyncio.to_thread(redis.answers):
-            loading = False
-            event(logger, "redis_started", pid=redis.pid)
-
-
-async def _serve(settings: ServerSettings, engines: EngineProcesses, redis_url: str, listener: socket.socket) -> int:
     base = {**os.environ, **engines.environment, "GLIMMER_REDIS_URL": redis_url}
     for name in ("GLIMMER_API_KEY", "GLIMMER_PROMPT_REWRITER_KEY"):
         base.pop(name, None)  # engines do not need the secrets
     environments = engine_environments(base, engines.count, engines.device)
     async with open_queue(redis_url) as queue:
         supervisor = Supervisor(engines.command, environments, JobConsumer(queue.client))
-        server = DrainingServer(create_app(settings, queue), settings.grace_s)
+        server = _make_server(settings, queue)
+        signals = asyncio.create_task(server.follow(stop))
         api = asyncio.create_task(server.serve(sockets=[listener]))
         supervision = asyncio.create_task(supervisor.run())
         announcement = asyncio.create_task(_announce(queue, url_of(listener)))
@@ -122,12 +130,14 @@ async def _serve(settings: ServerSettings, engines: EngineProcesses, redis_url: 
         try:
             await asyncio.wait({api, supervision, drained}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            announcement.cancel()
-            drained.cancel()
+            for task in (announcement, drained):
+                task.cancel()
             server.should_exit = True
             # One grace period in all, plus seconds for last bytes: engines work on while requests finish, then on other
             # servers' jobs.
-            await asyncio.wait({api, supervision, asyncio.create_task(supervisor.stop(server.grace_left_s))})
+            stopping = asyncio.create_task(supervisor.stop(server.grace_left_s, stop.hurried))
+            await asyncio.wait({api, supervision, stopping})
+            signals.cancel()
         return _exit_code(api, supervision)
 
 
@@ -144,8 +154,13 @@ def _exit_code(api: "asyncio.Task[None]", supervision: "asyncio.Task[None]") -> 
 
 async def _announce(queue: JobProducer, url: str) -> None:
     while True:
-        with contextlib.suppress(QueueUnavailable):
+        with suppress(QueueUnavailable):
             if ready := ready_engines(await queue.engines()):
-                print(f"Glimmer is ready at {url} (model {ready[0].model}; API reference at {url}/docs)", flush=True)
+                _print(f"Glimmer is ready at {url} (model {ready[0].model}; API reference at {url}/docs)")
                 return
         await asyncio.sleep(0.2)
+
+
+def _print(line: str) -> None:
+    with suppress(OSError):  # whatever stdout is, the server serves
+        print(line, flush=True)

@@ -1,15 +1,21 @@
 """The app under uvicorn, with a drain."""
 
 import asyncio
+import logging
 import math
 import os
 import socket
 import time
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from engine.errors import StartError
+from engine.observability.logs import event, where
+from engine.stop_signals import StopSignals
 from server.admission.gate import Gate
 from server.processes.http_limits import HttpLimits, raise_file_limit, share_files
 from server.processes.http_protocol import http_protocol
@@ -18,10 +24,16 @@ from server.processes.http_protocol import http_protocol
 # closes one is lost.
 KEEP_ALIVE_S = 75
 LAST_BYTES_S = 5  # for slow clients when the drain ends
+CANCEL_S = 1.0  # for cancelled requests, whose jobs are discarded
+CLOSE_S = 5.0  # for the last calls to Redis
+_TICK_S = 0.05
+
+logger = logging.getLogger("glimmer.serve")
 
 
-class StartError(Exception):
-    """The server cannot start; for the user."""
+def describe(error: Exception) -> str:
+    """Return an unexpected error on one line."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ").removesuffix(": ")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,8 +47,9 @@ def listen(host: str, port: int) -> socket.socket:
         # Ethernet's: from the same machine, with segments of 64 KiB, the kernels take 4 MB more than is read.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
         return listener
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+    except (OSError, ValueError, OverflowError) as error:  # a name that cannot be encoded is a ValueError
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number and number > 0 else str(error)
         raise StartError(f"cannot listen on {host}:{port} ({reason}); choose another --host or --port") from None
 
 
@@ -47,9 +60,15 @@ def url_of(listener: socket.socket) -> str:
 
 
 class DrainingServer(uvicorn.Server):
-    """The first SIGTERM or SIGINT drains, the second exits at once; `drained` is set when only last bytes remain."""
+    """The app under uvicorn; `drain` ends it in order, `hurry` at once.
 
-    def __init__(self, app: FastAPI, grace_s: float) -> None:
+    `drained` is set when requests need no engine any more. Signals are for `StopSignals`, not for uvicorn.
+
+    Args:
+        drain_delay_s: how long a draining server accepts requests; at most half of `grace_s` counts.
+    """
+
+    def __init__(self, app: FastAPI, grace_s: float, drain_delay_s: float = 0.0) -> None:
         connections, backlog = share_files(raise_file_limit())
         super().__init__(
             uvicorn.Config(
@@ -57,44 +76,94 @@ class DrainingServer(uvicorn.Server):
                 http=http_protocol(HttpLimits(connections=connections)),
                 ws="none",
                 backlog=backlog,
+                lifespan="off",  # uvicorn would print a traceback and call sys.exit if it raises
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=LAST_BYTES_S,
                 timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
-        self._gate: Gate = app.state.gate
-        self._grace_s = grace_s
-        self._drain_ends_at = math.inf
+        self._app, self._gate = app, cast(Gate, app.state.gate)
+        self._grace_s, self._delay_s = grace_s, min(drain_delay_s, grace_s / 2)
+        self._gate_closes_at = self._drain_ends_at = math.inf
         self.drained = asyncio.Event()
 
     @property
     def grace_left_s(self) -> float:
-        """Return the rest of the grace period, 0 after a second signal."""
-        if self.force_exit:
-            return 0.0
+        """Return the rest of the grace period, 0 after `hurry`."""
         return max(0.0, min(self._grace_s, self._drain_ends_at - time.monotonic()))
 
-    def drain(self) -> None:
-        """Refuse new requests and start the grace period."""
-        self._gate.close()
-        self._drain_ends_at = time.monotonic() + self._grace_s
+    async def follow(self, stop: StopSignals) -> None:
+        """Drain at the first signal, hurry at the second."""
+        await stop.draining.wait()
+        self.drain(delayed=not stop.interrupted)
+        await stop.hurried.wait()
+        self.hurry()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal; not raised again, as in uvicorn: callers still have to clean up."""
-        if self._gate.closed:
-            self.should_exit = self.force_exit = True
-        else:
-            self.drain()
+    def drain(self, *, delayed: bool = False) -> None:
+        """Start the grace period; refuse new requests, if `delayed` after the delay."""
+        now = time.monotonic()
+        self._gate.draining = True
+        self._gate_closes_at = now + (self._delay_s if delayed else 0)
+        self._drain_ends_at = now + self._grace_s
+
+    def hurry(self) -> None:
+        """Exit without waiting for anything."""
+        self._gate.close()
+        self._gate_closes_at = self._drain_ends_at = -math.inf
+        self.should_exit = self.force_exit = True
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until the drain has ended; raise `StartError` if the app cannot start."""
+        resources = AsyncExitStack()
+        try:
+            await resources.enter_async_context(self._app.router.lifespan_context(self._app))
+        except StartError:
+            raise
+        except Exception as error:
+            raise StartError(f"the API cannot start: {describe(error)}") from error
+        try:
+            await super().serve(sockets)
+        finally:
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await resources.aclose()
+            except Exception as error:  # engines and Redis are still to be stopped
+                event(logger, "close_failed", logging.WARNING, error=type(error).__name__, where=where(error))
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Leave the signals alone."""
+        yield
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to exit; called ten times a second."""
-        if self._gate.closed and (self._gate.inside == 0 or time.monotonic() > self._drain_ends_at):
+        now = time.monotonic()
+        if now >= self._gate_closes_at:
+            self._gate.close()
+        if self._gate.closed and (now > self._drain_ends_at or not (self._gate.inside or self._has_unsent_bytes())):
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Set `drained` after uvicorn's last tick."""
+        """Close the listener; give requests and answers the last seconds, then cut them."""
+        self._gate.close()
         self.drained.set()
-        await super().shutdown(sockets)
+        for listener in (*self.servers, *(sockets or ())):
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        tasks, connections = self.server_state.tasks, self.server_state.connections
+        for _ in range(round(LAST_BYTES_S / _TICK_S)):
+            if self.force_exit or not (tasks or connections):
+                break
+            await asyncio.sleep(_TICK_S)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(list(tasks), timeout=CANCEL_S)
+        for connection in list(connections):
+            connection.transport.abort()
+
+    def _has_unsent_bytes(self) -> bool:
+        return any(connection.transport.get_write_buffer_size() for connection in self.server_state.connections)

@@ -9,36 +9,25 @@ import signal
 from asyncio.subprocess import Process
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.child import die_with_parent
 from engine.config import EXIT_CONFIGURATION, HAND_BACK_S
-from engine.errors import QueueUnavailable
 from engine.jobs.consumer import JobConsumer
 from engine.observability.logs import event
+from server.processes.backoff import Backoff
+from server.processes.engine_death import OomKills, death_is_evidence
 from server.redis_timeout import with_redis_timeout
+
+_SIGTERM_INTERVAL_S = 0.25
+_KILL_TIMEOUT_S = 10.0
 
 logger = logging.getLogger("glimmer.supervisor")
 
 
 class EngineMisconfigured(Exception):
     """An engine cannot start with its settings; its stderr has the reason."""
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """Seconds before a restart: `initial`, doubled up to `maximum`; reset after an uptime of `reset_after`."""
-
-    initial: float = 1.0
-    maximum: float = 30.0
-    reset_after: float = 60.0
-
-    def next_delay(self, last_delay: float, uptime: float) -> float:
-        """Return the delay after `last_delay`, which is 0 at first."""
-        if uptime >= self.reset_after or not last_delay:
-            return self.initial
-        return min(2 * last_delay, self.maximum)
 
 
 class Supervisor:
@@ -65,42 +54,52 @@ class Supervisor:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keep all engines running; raise `EngineMisconfigured` if one cannot start."""
+        """Keep all engines running; raise `EngineMisconfigured` if one cannot start. The others run until `stop`."""
         self._keepers = [asyncio.create_task(self._keep(index)) for index in range(len(self._environments))]
-        try:
-            await asyncio.gather(*self._keepers)
-        finally:
-            for keeper in self._keepers:
-                keeper.cancel()
+        ended, _ = await asyncio.wait(self._keepers, return_when=asyncio.FIRST_EXCEPTION)
+        for keeper in ended:
+            keeper.result()
 
-    async def stop(self, grace_s: float) -> None:
+    async def stop(self, grace_s: float, hurried: asyncio.Event | None = None) -> None:
         """Stop every engine; return when their jobs are free.
 
-        SIGTERM drains; after `grace_s` a second one makes them requeue their jobs, `HAND_BACK_S` later SIGKILL.
+        SIGTERM drains; after `grace_s`, or when `hurried` is set, another makes them requeue their jobs, `HAND_BACK_S`
+        later SIGKILL.
         """
         self._stopping.set()
         self._signal(signal.SIGTERM)
-        if await self._all_ended(grace_s):
+        if await self._all_ended(grace_s, hurried):
             return
-        self._signal(signal.SIGTERM)
-        if not await self._all_ended(HAND_BACK_S):
-            count = sum(process.returncode is None for process in self._processes.values())
-            event(logger, "engines_killed", logging.WARNING, count=count, grace_s=grace_s)
-            self._signal(signal.SIGKILL)
-            await self._all_ended(None)
+        for _ in range(round(HAND_BACK_S / _SIGTERM_INTERVAL_S)):
+            self._signal(signal.SIGTERM)  # again and again: two that arrive at once count as one
+            if await self._all_ended(_SIGTERM_INTERVAL_S):
+                return
+        event(logger, "engines_killed", logging.WARNING, count=self._alive, grace_s=grace_s)
+        self._signal(signal.SIGKILL)
+        if not await self._all_ended(_KILL_TIMEOUT_S):
+            event(logger, "engines_left", logging.ERROR, count=self._alive)  # in the kernel, as with a lost device
+
+    @property
+    def _alive(self) -> int:
+        return sum(process.returncode is None for process in self._processes.values())
 
     def _signal(self, sig: signal.Signals) -> None:
         for process in self._processes.values():
-            with suppress(ProcessLookupError):
+            with suppress(OSError):
                 process.send_signal(sig)
 
-    async def _all_ended(self, timeout_s: float | None) -> bool:
-        """Return whether all engines end and their jobs are requeued in time."""
-        exits = [asyncio.ensure_future(process.wait()) for process in self._processes.values()]
-        if not (tasks := [*exits, *self._keepers]):
+    async def _all_ended(self, timeout_s: float, hurried: asyncio.Event | None = None) -> bool:
+        """Return whether all engines end and their jobs are requeued in time and before `hurried` is set."""
+        ends = [*(asyncio.ensure_future(process.wait()) for process in self._processes.values()), *self._keepers]
+        if not ends:
             return True
-        _, pending = await asyncio.wait(tasks, timeout=timeout_s)
-        return not pending
+        all_ended = asyncio.create_task(asyncio.wait(ends))
+        hurry = asyncio.create_task(hurried.wait()) if hurried else None
+        waits: list[asyncio.Task[Any]] = [all_ended, hurry] if hurry else [all_ended]
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        return all(end.done() for end in ends)
 
     async def _keep(self, index: int) -> None:
         clock = asyncio.get_running_loop().time
@@ -109,7 +108,6 @@ class Supervisor:
             engine_id = f"engine-{index}-{secrets.token_hex(4)}"
             started_at = clock()
             code = await self._run_once(index, engine_id)
-            await self._requeue_jobs(engine_id)
             if self._stopping.is_set():
                 return
             if code == EXIT_CONFIGURATION:
@@ -120,27 +118,43 @@ class Supervisor:
                 async with asyncio.timeout(delay):
                     await self._stopping.wait()
 
-    async def _run_once(self, index: int, engine_id: str) -> int:
-        process = await asyncio.create_subprocess_exec(
+    async def _run_once(self, index: int, engine_id: str) -> int | None:
+        """Run an engine and free its jobs; return its exit code, None if it could not be started."""
+        oom_kills = OomKills()
+        try:
+            process = await self._start(index, engine_id)
+        except OSError as error:  # no memory, no process left, or the interpreter was replaced
+            event(logger, "engine_not_started", logging.ERROR, engine=engine_id, reason=error)
+            return None
+        self._processes[index] = process
+        event(logger, "engine_started", engine=engine_id, pid=process.pid)
+        if self._stopping.is_set():  # `stop` has missed this process
+            process.send_signal(signal.SIGTERM)
+        code = await process.wait()
+        stopping = self._stopping.is_set()
+        blame = death_is_evidence(code, may_be_oom=oom_kills.may_have_risen(), killed_by_us=stopping)
+        await self._requeue_jobs(engine_id, blame=blame)
+        return code
+
+    async def _start(self, index: int, engine_id: str) -> Process:
+        return await asyncio.create_subprocess_exec(
             # An engine must not outlive this process: it would hold a GPU for nothing.
             *die_with_parent([*self._command, "--engine-id", engine_id], signal.SIGKILL),
             env=dict(self._environments[index]),
             # Ctrl+C is for this process alone: engines finish.
             start_new_session=True,
         )
-        self._processes[index] = process
-        event(logger, "engine_started", engine=engine_id, pid=process.pid)
-        if self._stopping.is_set():  # `stop` has missed this process
-            process.send_signal(signal.SIGTERM)
-        return await process.wait()
 
-    async def _requeue_jobs(self, engine_id: str) -> None:
-        """Requeue a dead engine's jobs; without Redis their leases expire."""
-        with suppress(QueueUnavailable):
-            jobs = await with_redis_timeout(self._queue.requeue_all(engine_id))
+    async def _requeue_jobs(self, engine_id: str, *, blame: bool) -> None:
+        """Requeue a dead engine's jobs; if Redis fails, their leases expire."""
+        try:
+            jobs = await with_redis_timeout(self._queue.requeue_all(engine_id, blame=blame))
             await with_redis_timeout(self._queue.deregister(engine_id))
-            if jobs:
-                event(logger, "jobs_surrendered", logging.WARNING, engine=engine_id, jobs=jobs)
+        except Exception as error:  # whatever it is, the engine is to be started again
+            event(logger, "jobs_not_requeued", logging.WARNING, engine=engine_id, reason=error)
+            return
+        if jobs:
+            event(logger, "jobs_surrendered", logging.WARNING, engine=engine_id, jobs=jobs, blamed=blame)
 
 
 def engine_environments(base: Mapping[str, str], count: int, device: str) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -13,10 +13,12 @@ import orjson
 from engine.observability.logs import event
 from engine.quotes import quoted_strings
 from server.addresses import is_loopback
+from server.admission.turns import Turns
 from server.metrics import Metrics
 from server.settings import ServerSettings
 
 REWRITE_TIMEOUT_S = 5.0
+CALLS, CALLS_PER_CALLER = 64, 16  # at once; further ones wait within the timeout
 MAX_RESPONSE_BYTES = 256 * 1024
 MAX_PROMPT_BYTES = 4096  # rewriting must not make a short prompt too long
 
@@ -43,11 +45,17 @@ logger = logging.getLogger("glimmer.rewriter")
 class Rewriter:
     def __init__(self, client: httpx.AsyncClient, model: str | None, metrics: Metrics) -> None:
         self._client, self._model, self._metrics = client, model, metrics
+        self._turns = Turns(CALLS, CALLS_PER_CALLER)
 
-    async def rewrite(self, prompt: str) -> str | None:
-        """Return a richer prompt; None if that fails or takes longer than `REWRITE_TIMEOUT_S`."""
+    async def rewrite(self, prompt: str, owner: str = "", on_start: Callable[[], None] = lambda: None) -> str | None:
+        """Return a richer prompt; None if that fails or takes longer than `REWRITE_TIMEOUT_S`.
+
+        Args:
+            on_start: called when it is `owner`'s turn.
+        """
         try:
-            async with asyncio.timeout(REWRITE_TIMEOUT_S):
+            async with asyncio.timeout(REWRITE_TIMEOUT_S), self._turns.take(owner):
+                on_start()
                 rewritten = _message_of(await self._complete(prompt))
         except (httpx.HTTPError, ValueError, LookupError, TypeError, TimeoutError) as error:
             status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
 from engine.jobs.job import EngineInfo, JobSpec
@@ -97,6 +97,14 @@ def to_job_spec(
         model=validated.model,
         embed_prompt=request.embed_prompt,
     )
+
+
+def smallest_job_spec(validated: ValidatedRequest, engine: EngineInfo) -> JobSpec:
+    """Return a job that costs at most what an edit will: its images decide the size of one without a size."""
+    if validated.size is None:
+        without_plan = validated.request.model_copy(update={"plan": None})
+        validated = replace(validated, request=without_plan, size=(MIN_SIDE, MIN_SIDE))
+    return to_job_spec(validated, engine, None, with_partials=False)
 
 
 def _check_model(model: str | None, served: list[str]) -> None:

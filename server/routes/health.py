@@ -46,7 +46,7 @@ def _unavailable_reason(
 ) -> str | None:
     if not takes_writes:
         return "The job queue (Redis) refuses writes: memory or disk full, or a replica."
-    if services.gate.closed:
+    if services.gate.draining:
         return "This server is shutting down."
     if not ready_engines(engines):
         return not_ready_reason(engines)

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import orjson
@@ -13,22 +13,20 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from starlette.background import BackgroundTask
 
 from engine.errors import QueueUnavailable
-from engine.jobs.job import JobSpec
-from engine.observability.logs import bind, event
+from engine.observability.logs import bind
 from server import openapi
 from server.admission.admission import Admitted, Idempotency
 from server.admission.auth import require_key
 from server.errors import invalid, queue_unavailable
 from server.redis_timeout import with_redis_timeout
 from server.requests.body import IncomingBody, ParsedBody, read_generation
-from server.requests.edit_input import EditFiles, EditInput
-from server.requests.schemas import GenerationRequest
 from server.requests.uploads import read_edit
-from server.requests.validation import ValidatedRequest, to_job_spec, validate
+from server.requests.validation import validate
 from server.responses.events import EventStream, image_events
-from server.responses.images import ResponseOptions, new_file_tokens, render_response
+from server.responses.images import render_response
 from server.responses.job_wait import JobWait, cancel_on_disconnect
 from server.responses.jobs import render_job
+from server.routes.submission import Submission
 from server.services import Services, ServicesDep
 
 ReadBody = Callable[[IncomingBody], Awaitable[ParsedBody]]
@@ -85,8 +83,9 @@ async def _accept(request: Request, services: Services, read_body: ReadBody, max
         validated = validate(body.request, services.settings)
         idempotency = _idempotency(request, body)
         with_partials = body.request.stream or _wants_job(request)
-        job = await _find(request, services, idempotency) or await _submit(
-            request, services, body, validated, idempotency, with_partials=with_partials
+        job = (
+            await _find(request, services, idempotency)
+            or await Submission(request, services, body, validated, idempotency, with_partials, held).submit()
         )
         return _Accepted(job, body.request.stream, idempotency is not None)
 
@@ -127,79 +126,11 @@ async def _find(request: Request, services: Services, idempotency: Idempotency |
     return Admitted(job_id, attached=True) if job_id else None
 
 
-async def _submit(
-    request: Request,
-    services: Services,
-    body: ParsedBody,
-    validated: ValidatedRequest,
-    idempotency: Idempotency | None,
-    *,
-    with_partials: bool,
-) -> Admitted:
-    engine = await services.engines.require_ready()
-    edit = await _prepare_edit(request, services, body, validated) if body.images else None
-    spec = to_job_spec(validated, engine, edit, with_partials=with_partials)
-    charge = await services.admission.charge(request.state.caller, spec)
-    request.state.response_headers = charge.headers
-    revised_prompt = await _rewrite(services, body.request, is_edit=edit is not None)
-    options = ResponseOptions(
-        operation="edit" if edit else "generation",
-        quality=validated.quality,
-        response_format=validated.response_format,
-        base_url=base_url(request, services),
-        revised_prompt=revised_prompt,
-        file_tokens=new_file_tokens(spec.n) if validated.response_format == "url" else [],
-    )
-    job = await services.admission.submit(
-        spec if revised_prompt is None else replace(spec, prompt=revised_prompt),
-        validated.timeout_s,
-        body.request.priority,
-        charge,
-        source_images=edit.source_images if edit else None,
-        notes=options.to_dict(),
-        idempotency=idempotency,
-        origin=request.state.origin,
-    )
-    if not job.attached:
-        _log_accepted(job.job_id, spec)
-    return job
-
-
-def _log_accepted(job_id: str, spec: JobSpec) -> None:
-    event(
-        logger,
-        "job_accepted",
-        job=job_id,
-        n=spec.n,
-        size=f"{spec.width}x{spec.height}",
-        steps=spec.num_inference_steps,
-        sources=spec.num_sources or None,
-    )
-
-
-async def _prepare_edit(
-    request: Request, services: Services, body: ParsedBody, validated: ValidatedRequest
-) -> EditInput:
-    """Decode the images unless the queue is full."""
-    await services.admission.check_room()
-    files = EditFiles(body.images, body.mask, validated.size, services.settings.max_pixels)
-    return await services.decoders.decode(request.state.caller.owner, files)
-
-
-async def _rewrite(services: Services, request: GenerationRequest, *, is_edit: bool) -> str | None:
-    """Return a richer prompt, or None to keep it. A plan leaves nothing to describe; the prompt of an edit describes a
-    change, not an image, so it is rewritten only on request."""
-    wanted = request.rewrite_prompt if request.rewrite_prompt is not None else not is_edit
-    if services.rewriter is None or not wanted or request.plan is not None:
-        return None
-    return await services.rewriter.rewrite(request.prompt)
-
-
 async def _job_response(request: Request, services: Services, job_id: str) -> Response:
     record = await with_redis_timeout(services.queue.get(job_id))
     if record is None:
         raise queue_unavailable()
-    headers = {"location": f"{base_url(request, services)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
+    headers = {"location": f"{services.base_url(request)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
     content = await render_job(services.queue, record, services.admission.throughput)
     return Response(content, 202, headers, "application/json")
 
@@ -208,11 +139,6 @@ async def _free_result(services: Services, job_id: str) -> None:
     """Free a sent result's memory in Redis."""
     with suppress(QueueUnavailable):  # then it expires after `result_ttl_s`
         await with_redis_timeout(services.queue.shorten_ttl(job_id))
-
-
-def base_url(request: Request, services: Services) -> str:
-    """Return the URL of this server for the client, without a trailing slash."""
-    return services.settings.public_url or str(request.base_url).rstrip("/")
 
 
 def _wants_job(request: Request) -> bool:

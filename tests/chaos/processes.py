@@ -117,6 +117,7 @@ class Api(ApiProcess):
 
     def __init__(self, number: int, redis_url: str, settings: StackSettings, folder: Path):
         options = {"redis-url": redis_url, "max-queue": settings.max_queue, "grace-s": settings.grace_s}
+        options["drain-delay-s"] = 2 * BALANCER_S
         super().__init__(options, folder / f"api-{number}-{time.monotonic_ns()}.log")
 
     async def ready(self) -> None:

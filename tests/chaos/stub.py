@@ -39,6 +39,7 @@ from engine.renderer.rendering import Rendering
 from engine.renderer.runner import PREVIEW_STEPS
 from engine.renderer.timesteps import partial_steps
 from engine.request import Image, Request
+from engine.stop_signals import StopSignals
 from engine.worker import process
 from engine.worker.encoding import encode, metadata
 from models.glm_image.config import RequestDefaults
@@ -256,7 +257,7 @@ def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> No
 
     WitnessedConsumer.journal = journal
     with patch.multiple(process, _load=load, JobConsumer=WitnessedConsumer):
-        code = process.main(settings)
+        code = process.main(settings, StopSignals().install())
     if code == 0 and engines:
         journal.write("integrity", _integrity(engines[0]))
     sys.exit(code)

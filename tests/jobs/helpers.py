@@ -38,6 +38,7 @@ async def submit(
     max_owned: int | None = None,
     idempotency_key: str = "",
     fingerprint: str = "",
+    dry_run: bool = False,
     **fields: Any,
 ) -> str:
     """Submit a small job with these fields of its spec; return its id, or that of the key's first job."""
@@ -57,6 +58,7 @@ async def submit(
         max_owned=max_owned,
         idempotency_key=idempotency_key,
         fingerprint=fingerprint,
+        dry_run=dry_run,
     )
 
 

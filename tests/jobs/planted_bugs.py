@@ -106,6 +106,13 @@ BUGS = [
     ),
     Bug("the group begins at the end of the stream", PRELUDE, "GROUP, '0', 'MKSTREAM'", "GROUP, '$', 'MKSTREAM'"),
     # places in the queue
+    Bug(
+        "a dry run queues the job",
+        SUBMIT,
+        "if args.dry_run then return 'accepted' end",
+        "",
+        "tests/jobs/test_admission.py",
+    ),
     Bug("max_queue one too high", SUBMIT, ">= args.max_queue", "> args.max_queue"),
     Bug(
         "running jobs count against max_queue",

@@ -2,11 +2,12 @@
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import redis.asyncio
 
-from engine.errors import QueueFull
+from engine.errors import KeyReused, QueueFull, SourcesFull, TooManyJobs
 from engine.jobs.job import FreeCapacity, JobState, Priority, QueueStats, SourceImages
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, ROOMY, claim, pass_deadline, spec, submit
@@ -161,3 +162,30 @@ async def test_an_entry_of_an_earlier_job_with_the_same_id_is_stale(redis_client
     assert (await claim(queue)).job_id == "a"
     assert await queue.claim("engine-2", IDLE) is None
     assert await redis_client.xlen("glimmer:queue:interactive") == 1
+
+
+async def test_a_dry_run_answers_as_a_submit_and_queues_nothing(
+    queue: JobQueue, redis_client: redis.asyncio.Redis
+) -> None:
+    sources = SourceImages([b"x" * 9])
+    refusals: list[tuple[type[Exception], dict[str, Any]]] = [
+        (QueueFull, {"max_queue": 1}),
+        (SourcesFull, {"source_images": sources, "max_source_bytes": 9}),
+        (TooManyJobs, {"owner": "alice", "max_owned": 1}),
+        (KeyReused, {"idempotency_key": "once", "fingerprint": "f2"}),
+    ]
+    first = await submit(queue, owner="alice", source_images=sources, idempotency_key="once", fingerprint="f1")
+    before = await redis_client.dbsize(), await queue.stats(), await redis_client.xlen("glimmer:queue:interactive")
+    for dry_run in (True, False):
+        for error, options in refusals:
+            with pytest.raises(error):
+                await submit(queue, dry_run=dry_run, **options)
+    known = {"idempotency_key": "once", "fingerprint": "f1", "max_queue": 0}
+    assert await submit(queue, dry_run=True, **known) == first
+    assert await submit(queue, dry_run=True, job_id="new", owner="bob", idempotency_key="other") == "new"
+    assert await queue.get("new") is None
+    assert before == (
+        await redis_client.dbsize(),
+        await queue.stats(),
+        await redis_client.xlen("glimmer:queue:interactive"),
+    )

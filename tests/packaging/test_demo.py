@@ -19,7 +19,7 @@ from server.cli import demo
 from server.processes.launch import _announce
 from tests.packaging.files import ROOT
 
-# `serve` prints that it is ready and waits for SIGTERM; `generate` ends, fails or waits, depending on FAKE.
+# `serve` prints that it is ready and waits for SIGINT; `generate` ends, fails or waits, depending on FAKE.
 FAKE_GLIMMER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -31,7 +31,7 @@ if sys.argv[1] == "serve":
     def stop(sig, frame):
         Path("stopped").touch()
         sys.exit()
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     print("Glimmer is ready at http://127.0.0.1:1 (model x)", flush=True)
     time.sleep(60)
 elif os.environ["FAKE"] == "waits":

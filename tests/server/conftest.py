@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.admission import keys
 from server.app import create_app
 from server.processes.serving import DrainingServer, listen, url_of
 from server.settings import ServerSettings
@@ -22,6 +23,11 @@ MakeClient = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("GLIMMER_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_wait_for_key_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "START_LOOKS", 0)
 
 
 @pytest.fixture

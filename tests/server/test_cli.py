@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from engine.config import EngineSettings
 from engine.jobs.job import JobError
+from engine.stop_signals import StopSignals
 from server.cli import commands as cli
 from server.cli.client import GenerateError, format_of
 from server.cli.terminal import Display, half_blocks
@@ -372,9 +373,9 @@ def test_no_progress_bars_in_the_engine_s_log(monkeypatch: pytest.MonkeyPatch) -
 
     class Worker(ModuleType):
         @property
-        def main(self) -> Callable[[EngineSettings], int]:
+        def main(self) -> Callable[[EngineSettings, StopSignals], int]:
             seen.update({name: os.environ.get(name) for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")})
-            return lambda settings: 0
+            return lambda settings, signals: 0
 
     monkeypatch.setitem(sys.modules, "engine.worker.process", Worker("engine.worker.process"))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)

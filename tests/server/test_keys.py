@@ -1,17 +1,25 @@
 """API keys: the file, changes of it, and which keys are accepted."""
 
+import asyncio
 import hmac
 import logging
 import os
 import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server.admission import keys
 from server.admission.keys import (
     API_KEY_CALLER,
+    CUT_OFF_S,
+    SETTLE_S,
     Caller,
     KeyFileError,
     KeyRing,
@@ -27,6 +35,7 @@ from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 from tests.server.test_cli import glimmer
 from tests.server.test_errors import error_of
+from tests.waiting import until
 
 URL = "/v1/images/generations"
 
@@ -34,6 +43,9 @@ URL = "/v1/images/generations"
 def table(name: str, key: str, **limits: int) -> str:
     lines = (f"{limit} = {value}" for limit, value in limits.items())
     return "\n".join((f"[{name}]", f'sha256 = "{hash_key(key).hex()}"', *lines, ""))
+
+
+ALL_LIMITS = {"max_concurrent": 9, "requests_per_minute": 9, "pixel_steps_per_day": 9}
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -95,11 +107,28 @@ class TestFile:
         assert str(path) in started.output
 
 
-class TestRing:
-    @pytest.fixture(autouse=True)
-    def _check_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(keys, "POLL_INTERVAL_S", 0.0)
+class Watched:
+    """A key ring over a file, with a clock that the test moves."""
 
+    def __init__(self, path: Path):
+        self.path, self.now = path, 0.0
+        self.ring = KeyRing(ServerSettings(api_keys_file=path), lambda: self.now)
+
+    def owners(self, *tokens: str) -> list[Caller | None]:
+        return [self.ring.find(token) for token in tokens]
+
+    def wait(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.5)):
+            self.ring.look()
+            self.now += 0.5
+        self.ring.look()
+
+
+LIMITS = st.dictionaries(st.sampled_from(["max_concurrent", "requests_per_minute"]), st.integers(1, 5000))
+FILES = st.dictionaries(st.sampled_from(["alice", "bob", "carol"]), st.tuples(st.sampled_from("abcdef"), LIMITS))
+
+
+class TestRing:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
         path = tmp_path / "keys.toml"
@@ -107,34 +136,98 @@ class TestRing:
         return path
 
     def test_a_change_takes_effect(self, path: Path) -> None:
-        ring = KeyRing(ServerSettings(api_keys_file=path))
-        assert (ring.find("a"), ring.find("b")) == (Caller("alice"), None)
-        path.write_text(table("bob", "b", max_concurrent=3))
-        assert (ring.find("a"), ring.find("b")) == (None, Caller("bob", 3))
+        watched = Watched(path)
+        assert watched.owners("a", "b") == [Caller("alice"), None]
+        path.write_text(table("alice", "new", max_concurrent=2) + table("bob", "b", **ALL_LIMITS))
+        watched.wait(SETTLE_S + 0.5)
+        assert watched.owners("a", "new", "b") == [None, Caller("alice", 2), Caller("bob", **ALL_LIMITS)]
+
+    def test_keys_that_are_gone_are_refused_after_ten_seconds(self, path: Path) -> None:
+        watched = Watched(path)
+        path.write_text(table("bob", "b", **ALL_LIMITS))
+        watched.wait(CUT_OFF_S - 1)
+        assert watched.owners("a", "b") == [Caller("alice"), None]
+        watched.wait(1.5)
+        assert watched.owners("a", "b") == [None, Caller("bob", **ALL_LIMITS)]
+        path.write_text("# nobody\n")
+        watched.wait(CUT_OFF_S + 1)
+        assert watched.owners("a", "b") == [None, None]
+        assert not watched.ring.open_to_all  # a file without keys accepts no key
+
+    def test_a_file_that_became_empty_locks_nobody_out(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        watched = Watched(path)
         path.write_text("")
-        assert ring.find("b") is None
-        assert not ring.open_to_all  # a file without keys accepts no key
+        watched.wait(60)
+        assert watched.owners("a") == [Caller("alice")]
+        assert [record.getMessage().split()[0] for record in caplog.records] == ["keys_not_read"]
 
     def test_an_invalid_change_is_logged_once_and_ignored(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        ring = KeyRing(ServerSettings(api_keys_file=path))
+        watched = Watched(path)
         path.write_text("[alice")
-        assert [ring.find("a") for _ in range(3)] == [Caller("alice")] * 3
+        watched.wait(60)
         path.unlink()
-        assert [ring.find("a") for _ in range(3)] == [Caller("alice")] * 3
+        watched.wait(60)
+        assert watched.owners("a") == [Caller("alice")]
         assert [record.getMessage().split()[0] for record in caplog.records] == ["keys_not_read"] * 2
-        path.write_text(table("alice", "new"))
-        assert (ring.find("a"), ring.find("new")) == (None, Caller("alice"))
+        path.write_text(table("alice", "new", **ALL_LIMITS))
+        watched.wait(SETTLE_S + 0.5)
+        assert watched.owners("a", "new") == [None, Caller("alice", **ALL_LIMITS)]
 
-    def test_a_file_that_has_not_changed_is_not_read(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        ring = KeyRing(ServerSettings(api_keys_file=path))
-        monkeypatch.setattr(keys, "_read", lambda _: pytest.fail("it was read"))
-        assert ring.find("a") == Caller("alice")
+    @given(old=FILES, new=FILES, cut=st.floats(0, 1))
+    @settings(max_examples=150, deadline=None)
+    def test_a_file_that_is_half_written_changes_nothing_bad(
+        self, tmp_path_factory: pytest.TempPathFactory, old: Any, new: Any, cut: float
+    ) -> None:
+        """Whatever stands there for ten seconds: no old key is refused, and none has fewer limits than it gets in the
+        end or had before."""
+        before, after = ("".join(table(name, key, **limits) for name, (key, limits) in f.items()) for f in (old, new))
+        try:
+            final = parse_key_file(after)
+            initial = parse_key_file(before)
+        except KeyFileError:
+            return  # two names with one key
+        path = tmp_path_factory.mktemp("keys") / "keys.toml"
+        path.write_text(before)
+        watched = Watched(path)
+        path.write_text(after[: int(cut * len(after))])
+        watched.wait(CUT_OFF_S - 1)
+        found = {key: watched.ring.find(key) for key in "abcdef"}
+        owners = {caller.owner for caller in found.values() if caller}
+        assert owners >= {caller.owner for caller in initial.values()}
+        for key, caller in found.items():
+            assert caller in (None, initial.get(hash_key(key)), final.get(hash_key(key)))
+        path.write_text(after + "# the end\n")
+        watched.wait(CUT_OFF_S + 1)
+        assert [watched.ring.find(key) for key in "abcdef"] == [final.get(hash_key(key)) for key in "abcdef"]
 
-    def test_the_file_is_checked_rarely(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(keys, "POLL_INTERVAL_S", 60.0)
-        ring = KeyRing(ServerSettings(api_keys_file=path))
-        path.write_text("")
-        assert ring.find("a") == Caller("alice")
+    def test_a_server_that_starts_waits_for_the_writer(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keys, "START_INTERVAL_S", 0.3)
+        monkeypatch.setattr(keys, "START_LOOKS", 5)
+        path.write_text(table("alice", "a"))
+        writer = threading.Timer(0.15, path.write_text, [table("alice", "a", max_concurrent=1)])
+        writer.start()
+        assert KeyRing(ServerSettings(api_keys_file=path)).find("a") == Caller("alice", 1)
+        writer.join()
+
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+    def test_what_is_not_a_file_is_refused_at_once(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
+        make(tmp_path / "keys.toml")
+        with pytest.raises(KeyFileError, match="not a file"):
+            KeyRing(ServerSettings(api_keys_file=tmp_path / "keys.toml"))
+
+    async def test_the_app_follows_the_file(
+        self, make_client: MakeClient, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("POLL_INTERVAL_S", "SETTLE_S", "CUT_OFF_S"):
+            monkeypatch.setattr(keys, name, 0.01)
+        async with make_client(api_keys_file=path) as client:
+            await asyncio.to_thread(path.write_text, table("alice", "new"))
+
+            async def accepted() -> bool:
+                return (await client.get("/v1/models", headers=bearer("new"))).status_code != 401
+
+            await until(accepted)
+            assert (await client.get("/v1/models", headers=bearer("a"))).status_code == 401
 
     def test_every_hash_is_compared(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_text(table("alice", "a") + table("bob", "b"))

@@ -1,8 +1,6 @@
-"""The API behind a real socket: clients that disconnect, and a drain by signal. `tests/clients` has real clients."""
+"""The API behind a real socket: clients that disconnect, and a drain. `tests/clients` has real clients."""
 
 import asyncio
-import os
-import signal
 import socket
 
 import httpx
@@ -16,6 +14,7 @@ from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admitted
 from server.admission.throughput import Throughput
 from server.metrics import Metrics
+from server.processes import serving
 from server.processes.serving import listen
 from server.responses.job_wait import JobWait
 from server.responses.outcomes import JobOutcomes
@@ -121,12 +120,12 @@ async def _counts_a_disconnect(client: httpx.AsyncClient) -> bool:
     return 'status="499"} 1.0' in (await client.get("/metrics")).text
 
 
-async def test_sigterm_finishes_running_requests(queue: JobQueue) -> None:
+async def test_a_drain_finishes_running_requests(queue: JobQueue) -> None:
     server = LiveServer(queue, ServerSettings(grace_s=10))
     async with StubEngine(queue, step_s=0.5), httpx.AsyncClient(base_url=server.url, timeout=20) as client:
         running = asyncio.create_task(client.post(URL, json={"prompt": "x", "num_inference_steps": 1}))
         await until(lambda: _stats_are(queue, waiting=0, running=1))
-        os.kill(os.getpid(), signal.SIGTERM)
+        server.server.drain()
         await until(lambda: server.server._gate.closed)
         refused = await client.post(URL, json={"prompt": "x"})
         assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
@@ -135,12 +134,12 @@ async def test_sigterm_finishes_running_requests(queue: JobQueue) -> None:
         await asyncio.wait_for(server.task, 3)
 
 
-async def test_the_grace_period_bounds_the_drain(queue: JobQueue) -> None:
+async def test_the_grace_period_bounds_the_drain(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "LAST_BYTES_S", 1)
     server = LiveServer(queue, ServerSettings(grace_s=0.2))
     async with StubEngine(queue, step_s=60), httpx.AsyncClient(base_url=server.url, timeout=20) as client:
         running = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
         await until(lambda: _stats_are(queue, waiting=0, running=1))
-        server.server.config.timeout_graceful_shutdown = 1
         await asyncio.wait_for(server.stop(), 5)
         await asyncio.wait([running])
         await until(lambda: _stats_are(queue, waiting=0, running=0))

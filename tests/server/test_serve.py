@@ -8,7 +8,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -16,8 +16,10 @@ import pytest
 
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import QueueStats
-from server.processes import launch, supervisor
+from engine.stop_signals import StopSignals
+from server.processes import launch, redis_keeper, supervisor
 from server.processes import serving as serving_module
+from server.processes.backoff import Backoff
 from server.processes.launch import EngineProcesses
 from server.processes.serving import listen, url_of
 from server.settings import ServerSettings
@@ -31,11 +33,13 @@ SERVE = """
 import sys
 from pathlib import Path
 from engine.observability import logs
+from engine.stop_signals import StopSignals
 from server.processes.launch import EngineProcesses, run_all
 from server.settings import ServerSettings
 logs.configure("info")
 data_dir, *command = sys.argv[1:]
-sys.exit(run_all(ServerSettings(port=0, grace_s=5, api_key="k"), EngineProcesses(1, Path(data_dir), command=command)))
+settings = ServerSettings(port=0, grace_s=5, api_key="k", drain_delay_s=0)
+sys.exit(run_all(settings, EngineProcesses(1, Path(data_dir), command=command), StopSignals().install()))
 """
 
 
@@ -116,8 +120,12 @@ async def test_the_stop_takes_one_grace_period_in_all(
     environment = {"FAKE_ENGINE_LOG": str(starts.path), "FAKE_ENGINE_STEP_S": "60"}
     engines = EngineProcesses(1, tmp_path, environment=environment, command=[sys.executable, FAKE_ENGINE, "busy"])
     listener = listen("127.0.0.1", 0)
-    serve = asyncio.create_task(launch._serve(ServerSettings(grace_s=1.5), engines, redis_server.url, listener))
-    async with httpx.AsyncClient(base_url=url_of(listener), timeout=20) as http:
+    settings = ServerSettings(grace_s=1.5, drain_delay_s=0)
+    async with AsyncExitStack() as connections:
+        stop = connections.enter_context(StopSignals())
+        stop.attach()
+        serve = asyncio.create_task(launch._serve(settings, engines, redis_server.url, listener, stop))
+        http = await connections.enter_async_context(httpx.AsyncClient(base_url=url_of(listener), timeout=20))
         await until(lambda: _healthy(http), seconds=20)
         posted = asyncio.create_task(http.post(URL, json={"prompt": "x"}))
         await until(lambda: _running(http, 1))
@@ -131,14 +139,14 @@ async def test_the_stop_takes_one_grace_period_in_all(
 
 
 async def test_a_redis_that_restarts_slowly_blocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "REDIS_POLL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(redis_keeper, "POLL_INTERVAL_S", 0.05)
     loading = tmp_path / "loading"
     loading.write_text("#!/bin/sh\nexec sleep 60\n")
     loading.chmod(0o755)
     with EmbeddedRedis(tmp_path / "data") as redis:
         binary, redis._binary = redis._binary, loading
         kill(redis)
-        keeping = asyncio.create_task(launch._keep_alive(redis))
+        keeping = asyncio.create_task(redis_keeper.keep_alive(redis, Backoff(0.05)))
         await until(lambda: redis.alive)
         longest, last = 0.0, time.monotonic()
         for _ in range(50):

@@ -2,7 +2,7 @@
 -- result. However large the source images are, they fit where there are no others.
 --
 -- args: id, priority, images, kv_tokens, source_tokens, work, timeout_ms, owner, idempotency_key, fingerprint,
---   max_queue, max_owned?, source_bytes, max_source_bytes?
+--   max_queue, max_owned?, source_bytes, max_source_bytes?, dry_run?
 -- blobs: spec, notes, origin, ended_spec, ended_notes, then the fields of `sources:{id}`: name, value, name, value, ...
 -- returns: 'accepted' | 'known' (or discarded) | 'attached {id}' | 'full' | 'full of sources' | 'too many' (of this
 --   owner) | 'reused' (the key, by another request)
@@ -26,6 +26,7 @@ if has_sources and args.max_source_bytes then
   if held > 0 and held + args.source_bytes > args.max_source_bytes then return 'full of sources' end
 end
 if args.max_owned and redis.call('SCARD', owned_key(owner)) >= args.max_owned then return 'too many' end
+if args.dry_run then return 'accepted' end
 local now = now_ms()
 local sequence = redis.call('HINCRBY', COUNTERS, 'submitted', 1)
 local entry = redis.call('XADD', queue_key(args.priority), '*', 'job', id)

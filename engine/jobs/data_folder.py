@@ -1,0 +1,62 @@
+"""The folder of the embedded Redis: private, and without the zeros that a power cut leaves at the end of a file."""
+
+import os
+import stat
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+_OURS = ("redis.lock", "redis.log", "redis.sock", "appendonly.aof*", "appendonlydir", "temp-*", "lost+found")
+_CHUNK_BYTES = 64 * 2**10
+_CHECKSUM_BYTES = 8  # at the end of an RDB preamble; may be zeros
+
+
+def make_private(folder: Path) -> None:
+    """Create a folder for its owner alone. An existing one is closed to others if it holds nothing but our files."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    entries = list(folder.iterdir())
+    ours = [path for path in entries if any(fnmatch(path.name, name) for name in _OURS)]
+    if len(ours) == len(entries):
+        _restrict(folder, 0o700)
+    for path in (*ours, *folder.glob("appendonlydir/*")):
+        _restrict(path, 0o700 if path.is_dir() else 0o600)
+
+
+def drop_trailing_zeros(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Cut zeros off the ends of append-only files; yield each changed file with their number.
+
+    A complete command ends with a line break: zeros belong to one that was never acknowledged. Redis drops what is
+    left of it (`aof-load-truncated`).
+    """
+    for path in (folder / "appendonly.aof", *folder.glob("appendonlydir/*.incr.aof")):
+        if not path.is_file():
+            continue
+        with path.open("r+b") as file:
+            size, kept = path.stat().st_size, _size_without_zeros(file.fileno())
+            if kept == size or _may_be_checksum(file.fileno(), kept, size):
+                continue
+            file.truncate(kept)
+            os.fsync(file.fileno())
+        yield path, size - kept
+
+
+def _may_be_checksum(file: int, kept: int, size: int) -> bool:
+    """Return whether a file may be an RDB preamble and nothing else, whose last bytes may be zeros."""
+    is_command = os.pread(file, 2, max(0, kept - 2)) == b"\r\n"
+    return os.pread(file, 5, 0) == b"REDIS" and (size - kept <= _CHECKSUM_BYTES or not is_command)
+
+
+def _size_without_zeros(file: int) -> int:
+    end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - _CHUNK_BYTES)
+        if kept := len(os.pread(file, end - start, start).rstrip(b"\0")):
+            return start + kept
+        end = start
+    return 0
+
+
+def _restrict(path: Path, mode: int) -> None:
+    status = path.lstat()
+    if status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode) and stat.S_IMODE(status.st_mode) & 0o077:
+        path.chmod(mode)

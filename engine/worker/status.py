@@ -1,0 +1,139 @@
+"""The state of an engine in a file, for health checks on the same machine: they must not depend on Redis. No torch."""
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.observability.logs import event
+
+INTERVAL_S = 1.0
+MAX_AGE_S = 10.0
+"""Without a new file for so long, the event loop hangs or the process is stopped."""
+
+_REMOVE_AFTER_S = 60.0
+
+EngineState = Literal["starting", "ready", "draining", "stuck"]
+
+logger = logging.getLogger("glimmer.engine")
+
+
+@dataclass(frozen=True)
+class StatusFile:
+    """What one engine wrote.
+
+    Args:
+        born: when the process started, in ticks since boot; tells it from a later one with its pid.
+        written_at: seconds of the machine's monotonic clock.
+    """
+
+    id: str
+    pid: int
+    born: str
+    state: str
+    written_at: float
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the process exists, whatever it does."""
+        return _born(self.pid) == self.born
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.written_at
+
+
+class EngineStatus:
+    """Writes this process's file every second, on the event loop, so that a hanging loop shows."""
+
+    def __init__(self, engine_id: str) -> None:
+        self.state: Callable[[], EngineState] = lambda: "starting"
+        self._id, self._pid, self._born = engine_id, os.getpid(), _born(os.getpid())
+        self._failed = False
+
+    async def keep(self) -> None:
+        """Write until cancelled."""
+        while True:
+            try:
+                self.write()
+            except OSError as error:
+                if not self._failed:
+                    event(logger, "status_not_written", logging.WARNING, folder=status_folder(), reason=error)
+                self._failed = True
+            await asyncio.sleep(INTERVAL_S)
+
+    def write(self) -> None:
+        """Replace the file; raise OSError if that is not possible."""
+        folder = status_folder()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _require_private(folder)
+        temporary = self._path.with_suffix(".new")
+        status = StatusFile(self._id, self._pid, self._born, self.state(), time.monotonic())
+        temporary.write_text(json.dumps(asdict(status)))
+        temporary.replace(self._path)
+
+    def remove(self) -> None:
+        """Delete the file, and those of engines that were killed."""
+        with suppress(OSError):
+            self._path.unlink()
+            for status in read_statuses():
+                if not status.is_alive and status.age_s > _REMOVE_AFTER_S:
+                    _path(status.pid).unlink()
+
+    @property
+    def _path(self) -> Path:
+        return _path(self._pid)
+
+
+def status_folder() -> Path:
+    """Return this user's private folder for the files of all engines."""
+    return Path(tempfile.gettempdir(), f"glimmer-engines-{os.geteuid()}")
+
+
+def read_statuses() -> list[StatusFile]:
+    """Return the files of all engines of this machine or container; raise OSError if the folder is not private."""
+    folder = status_folder()
+    if not folder.exists():
+        return []
+    _require_private(folder)
+    statuses = []
+    for path in folder.glob("*.json"):
+        with suppress(OSError, ValueError, TypeError):  # removed meanwhile, or of another version
+            statuses.append(StatusFile(**json.loads(path.read_text())))
+    return statuses
+
+
+def _path(pid: int) -> Path:
+    return status_folder() / f"{pid}.json"
+
+
+def _require_private(folder: Path) -> None:
+    """Raise OSError if others can write into a folder below the temporary one."""
+    status = folder.lstat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o170077 != 0o040000:
+        raise PermissionError(f"{folder} is not a private folder of this user")
+
+
+def _born(pid: int) -> str:
+    """Return when a process started, "" if it has ended. Without /proc, its pid has to do."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else fields[18]
+    except (OSError, IndexError, ValueError):
+        pass
+    if Path("/proc/self/stat").exists():
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "alive"

@@ -1,0 +1,61 @@
+"""What the death of an engine says about the jobs it ran."""
+
+import signal
+from pathlib import Path
+
+from engine.config import EXIT_CONFIGURATION
+
+# Sent by a process, not caused by what the engine did.
+_OTHERS_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+
+
+class OomKills:
+    """Tells whether the kernel may have killed a process for want of memory since this object was made.
+
+    Counters of the whole machine and of this process's memory cgroup (version 2 or 1), in which its children run: one
+    that has not risen rules it out.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._files = [root / "proc/vmstat", *_cgroup_files(root)]
+        self._before = [_oom_kills(path) for path in self._files]
+
+    def may_have_risen(self) -> bool:
+        """Return False if a counter proves that there was none."""
+        after = [_oom_kills(path) for path in self._files]
+        return not any(a is not None and a == b for a, b in zip(after, self._before, strict=True))
+
+
+def death_is_evidence(code: int, *, may_be_oom: bool, killed_by_us: bool = False) -> bool:
+    """Return whether one of an engine's jobs may have caused its exit code, negative for a signal."""
+    if code in (0, EXIT_CONFIGURATION) or -code in _OTHERS_SIGNALS:
+        return False
+    if code == -signal.SIGKILL:
+        return may_be_oom and not killed_by_us
+    return True
+
+
+def _cgroup_files(root: Path) -> list[Path]:
+    """Return the file that counts the OOM kills of this process's memory cgroup, if it can be found."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folder, name = root / "sys/fs/cgroup", "memory.events"
+    path = ""
+    for number, controllers, group in (line.split(":", 2) for line in lines):
+        if "memory" in controllers.split(","):
+            folder, name, path = root / "sys/fs/cgroup/memory", "memory.oom_control", group
+            break
+        if number == "0":
+            path = group
+    # In a container the hierarchy may begin at its own group.
+    return [file for file in (folder / path.strip("/") / name, folder / name) if file.is_file()][:1]
+
+
+def _oom_kills(path: Path) -> int | None:
+    try:
+        counters = dict(line.split()[:2] for line in path.read_text().splitlines() if len(line.split()) == 2)
+        return int(counters["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return None

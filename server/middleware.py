@@ -31,6 +31,7 @@ class _Exchange:
 
     request_id: str
     span: Span
+    method: str
     started: float = field(default_factory=time.perf_counter)
     status: int = 0
 
@@ -54,7 +55,9 @@ class RequestObserver:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = _Exchange(_request_id(headers), self._span(scope, headers))
+        exchange = _Exchange(_request_id(headers), self._span(scope, headers), scope["method"])
+        if exchange.method == "HEAD":  # a copy: the server's own `scope` stays as it is
+            scope, send = {**scope, "method": "GET"}, _headers_only(send)
         bind(request=exchange.request_id, job=None)  # requests of one connection may share a task
         scope.setdefault("state", {})["origin"] = Origin(exchange.request_id, exchange.span.traceparent)
         with self._metrics.in_flight.track_inprogress(), scope["app"].state.gate.exchange():
@@ -93,9 +96,9 @@ class RequestObserver:
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        self._metrics.request(route, scope["method"], exchange.status, exchange.seconds)
+        self._metrics.request(route, exchange.method, exchange.status, exchange.seconds)
         exchange.span.end(
-            name=f"{scope['method']} {route}",
+            name=f"{exchange.method} {route}",
             error=str(exchange.status) if exchange.status >= 500 else None,
             attributes={
                 "http.route": route,
@@ -108,7 +111,7 @@ class RequestObserver:
             logger,
             "request",
             logging.DEBUG if route in _QUIET_ROUTES else logging.INFO,
-            method=scope["method"],
+            method=exchange.method,
             route=route,
             status=exchange.status,
             ms=exchange.seconds * 1000,
@@ -119,6 +122,17 @@ class RequestObserver:
         if scope["path"] in _QUIET_ROUTES:
             return Span()
         return self._tracing.request(scope["method"], headers.get("traceparent", ""))
+
+
+def _headers_only(send: Send) -> Send:
+    """Return a `send` that ends the response after its headers; streams then see a disconnect."""
+
+    async def send_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return send_headers
 
 
 def _request_id(headers: Headers) -> str:

@@ -1,22 +1,55 @@
 """A timeout for Redis calls."""
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from engine.errors import QueueUnavailable
 
 REDIS_TIMEOUT_S = 0.8  # even if the connection hangs, a client gets a 503 within a second
 SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis, for large images
+MAX_ABANDONED = 64  # calls: a Redis that hangs must not take memory and connections without end
 
 T = TypeVar("T")
 
+_abandoned: "set[asyncio.Task[Any]]" = set()
 
-async def with_redis_timeout(call: Awaitable[T], size: int = 0) -> T:
-    """Await a call that sends `size` bytes, if many; raise `QueueUnavailable` after the timeout."""
+
+async def with_redis_timeout(call: Coroutine[Any, Any, T], size: int = 0) -> T:
+    """Await a call that sends `size` bytes, if many; raise `QueueUnavailable` after the timeout.
+
+    The call is then cancelled and left to itself: Python 3.11 and the client can swallow a cancellation and read on
+    for 20 s. While `MAX_ABANDONED` calls have not ended, further ones fail at once.
+    """
+    if len(_abandoned) >= MAX_ABANDONED and len(_still_running()) >= MAX_ABANDONED:
+        call.close()
+        raise QueueUnavailable(f"{MAX_ABANDONED} calls wait for a response from Redis")
     timeout_s = REDIS_TIMEOUT_S + size / SOURCE_BYTES_PER_S
+    task = asyncio.create_task(call)
     try:
-        async with asyncio.timeout(timeout_s):
-            return await call
-    except TimeoutError:
-        raise QueueUnavailable(f"no response from Redis within {timeout_s:.1f} s") from None
+        await asyncio.wait((task,), timeout=timeout_s)
+    finally:
+        if not task.done():
+            _abandon(task)
+    if not task.done():
+        raise QueueUnavailable(f"no response from Redis within {timeout_s:.1f} s")
+    return task.result()
+
+
+def _abandon(task: "asyncio.Task[Any]") -> None:
+    task.cancel()
+    _abandoned.add(task)
+    task.add_done_callback(_forget)
+
+
+def _forget(task: "asyncio.Task[Any]") -> None:
+    _abandoned.discard(task)
+    if not task.cancelled():
+        task.exception()  # mark as retrieved
+
+
+def _still_running() -> "set[asyncio.Task[Any]]":
+    """Return the abandoned calls, without those of event loops that have ended."""
+    for task in [task for task in _abandoned if task.get_loop().is_closed()]:
+        _abandoned.discard(task)
+    return _abandoned

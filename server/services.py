@@ -12,10 +12,10 @@ from engine.jobs.connection import connect
 from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission
-from server.admission.engine_directory import EngineDirectory
 from server.admission.gate import Gate
 from server.admission.keys import KeyRing
 from server.admission.memory_budget import MemoryBudget
+from server.admission.queue_state import QueueState
 from server.admission.rate_limits import RateLimits
 from server.metrics import Metrics
 from server.requests.decoders import Decoders
@@ -28,7 +28,7 @@ from server.settings import ServerSettings
 class Services:
     settings: ServerSettings
     queue: JobProducer
-    engines: EngineDirectory
+    queue_state: QueueState
     keys: KeyRing
     admission: Admission
     rewriter: Rewriter | None
@@ -65,7 +65,7 @@ async def open_services(
         yield Services(
             settings=settings,
             queue=job_queue,
-            engines=EngineDirectory(job_queue),
+            queue_state=QueueState(job_queue),
             keys=keys,
             admission=admission,
             rewriter=rewriter,

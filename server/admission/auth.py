@@ -26,5 +26,11 @@ async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredent
     request.state.caller = caller
 
 
+def has_key(request: Request, keys: KeyRing) -> bool:
+    """Return whether the request carries a known key."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and keys.find(key.strip()) is not None
+
+
 def _unauthorized(message: str) -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

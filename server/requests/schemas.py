@@ -249,7 +249,7 @@ class EngineBody(BaseModel):
     """One engine, as of its last heartbeat."""
 
     id: str
-    pid: int
+    pid: int | None = Field(description="null for callers who may not see it: see `GET /health`")
     stage: str
     state: str = Field(description="starting, ready, draining or stuck")
 

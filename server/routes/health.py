@@ -1,22 +1,27 @@
-"""Probes and Prometheus metrics, within a second whatever the state of Redis."""
+"""Probes and Prometheus metrics, within a second whatever the state of Redis and the number of probes."""
 
 import asyncio
+import hashlib
+import secrets
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, QueueStats
+from server.addresses import is_loopback
+from server.admission.auth import has_key
 from server.admission.engine_directory import not_ready_reason, ready_engines
 from server.metrics import exposition
-from server.redis_timeout import with_redis_timeout
 from server.requests.schemas import HealthBody
 from server.services import Services, ServicesDep
 
 router = APIRouter(tags=["operations"])
+
+_SALT = secrets.token_bytes(16)
 
 
 @router.get("/live")
@@ -28,17 +33,34 @@ async def live() -> dict[str, str]:
 @router.get(
     "/health", responses={200: {"model": HealthBody}, 503: {"model": HealthBody, "description": "See `reason`."}}
 )
-async def health(services: ServicesDep) -> Response:
-    """Return 200 if a request sent now would be served, otherwise 503 with the `reason`."""
-    queue = services.queue
+async def health(request: Request, services: ServicesDep) -> Response:
+    """Return 200 if a request sent now would be served, otherwise 503 with the `reason`; at most 2 seconds old. Ids and
+    pids of engines are for callers with a key, or without keys for those on this machine."""
+    state = services.queue_state
     try:
-        engines, stats, takes_writes = await with_redis_timeout(
-            asyncio.gather(queue.engines(), queue.stats(), queue.takes_writes())
+        engines, stats, takes_writes = await asyncio.gather(
+            state.engines.get(), state.stats.get(), state.takes_writes.get()
         )
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
     reason = _unavailable_reason(services, engines, stats, takes_writes=takes_writes)
-    return _health(reason, engines, stats)
+    describe = _describe if _is_trusted(request, services) else _describe_without_ids
+    return _health(reason, [describe(engine) for engine in engines], stats)
+
+
+def _is_trusted(request: Request, services: Services) -> bool:
+    if services.keys.open_to_all:
+        return request.client is not None and is_loopback(request.client.host)
+    return has_key(request, services.keys)
+
+
+def _describe(engine: EngineInfo) -> dict[str, Any]:
+    return {"id": engine.id, "pid": engine.pid, "stage": engine.stage, "state": engine.state}
+
+
+def _describe_without_ids(engine: EngineInfo) -> dict[str, Any]:
+    opaque = hashlib.blake2s(engine.id.encode(), key=_SALT, digest_size=6).hexdigest()
+    return {**_describe(engine), "id": f"engine-{opaque}", "pid": None}
 
 
 def _unavailable_reason(
@@ -55,10 +77,10 @@ def _unavailable_reason(
     return None
 
 
-def _health(reason: str | None, engines: list[EngineInfo], stats: QueueStats | None) -> Response:
+def _health(reason: str | None, engines: list[dict[str, Any]], stats: QueueStats | None) -> Response:
     body: dict[str, Any] = {
         "status": "ok" if reason is None else "unavailable",
-        "engines": [{"id": e.id, "pid": e.pid, "stage": e.stage, "state": e.state} for e in engines],
+        "engines": engines,
         "queue": {"waiting": stats.waiting, "running": stats.running} if stats else None,
     }
     if reason is not None:
@@ -69,10 +91,10 @@ def _health(reason: str | None, engines: list[EngineInfo], stats: QueueStats | N
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(services: ServicesDep) -> Response:
     """Return Prometheus text: this process, the queue, and every live engine with an `engine` label."""
-    queue = services.queue
+    state = services.queue_state
     try:
-        stats, engines, texts, takes_writes = await with_redis_timeout(
-            asyncio.gather(queue.stats(), queue.engines(), queue.engine_metrics(), queue.takes_writes())
+        stats, engines, texts, takes_writes = await asyncio.gather(
+            state.stats.get(), state.engines.get(), state.engine_metrics.get(), state.takes_writes.get()
         )
     except QueueUnavailable:
         stats, engines, texts, takes_writes = None, [], {}, False

@@ -10,6 +10,7 @@ from fastapi import Request
 from engine.jobs.job import EngineInfo, JobSpec
 from engine.observability.logs import event
 from server.admission.admission import Admitted, Idempotency
+from server.admission.engine_directory import require_ready
 from server.admission.keys import Caller
 from server.admission.memory_budget import Hold
 from server.admission.rate_limits import Charge
@@ -52,7 +53,7 @@ class Submission:
             ApiError: 400 for an image or a plan; 429 at a limit; 503 without an engine or room to decode.
             ClientDisconnect: during expensive work, and the request has no idempotency key.
         """
-        engine = await self.services.engines.require_ready()
+        engine = require_ready(await self.services.queue_state.engines.get())
         spec = smallest_job_spec(self.validated, engine) if self._is_edit else self._job_spec(engine)
         if (job_id := await self._check_room()) is not None:
             return Admitted(job_id, attached=True)

@@ -18,7 +18,7 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 from engine.geometry import Geometry
 from engine.jobs.job import Claim, JobError, JobSpec
-from server.admission.engine_directory import CACHE_TTL_S
+from server.admission.queue_state import CACHE_TTL_S
 from server.settings import ServerSettings
 from tests import source_images
 from tests.browser.conftest import open_page

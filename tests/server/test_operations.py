@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.jobs.job import JobSpec
 from engine.observability import logs
+from server.admission import queue_state
 from server.metrics import exposition
 from server.middleware import _request_id
 from tests.job_queue import JobQueue
@@ -47,7 +48,10 @@ async def test_health_without_an_engine(client: httpx.AsyncClient) -> None:
     assert (await client.get("/live")).json() == {"status": "ok"}
 
 
-async def test_health_with_a_full_queue(make_client: MakeClient, queue: JobQueue) -> None:
+async def test_health_with_a_full_queue(
+    make_client: MakeClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_state, "CACHE_TTL_S", 0.0)
     await queue.heartbeat(StubEngine(queue).info, "", 10)  # ready, but claims nothing
     async with make_client(max_queue=1) as client:
         assert (await client.get("/health")).status_code == 200

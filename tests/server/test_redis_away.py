@@ -104,6 +104,10 @@ async def test_new_jobs_are_refused_and_running_jobs_complete(
     assert error["message"].startswith(
         f"The job queue {'does not accept jobs' if trouble in REPAIRS else 'cannot be reached'}"
     )
+    async with asyncio.timeout(20):
+        # A probe may see the state of 2 s ago.
+        while (await site.http.get("/health")).status_code == 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
     health = (await site.http.get("/health")).json()
     assert (health["status"], "refuses writes" in health["reason"]) == ("unavailable", trouble in REPAIRS)
     assert 1 <= int(refused.headers["retry-after"]) <= 10

@@ -1,0 +1,55 @@
+"""What probes and requests read of the queue: at most once a second in a process, whatever their number."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from engine.jobs.producer import JobProducer
+from server.redis_timeout import with_redis_timeout
+
+CACHE_TTL_S = 1.0
+WRITE_PROBE_TTL_S = 2.0  # each is a write to the append-only file
+
+T = TypeVar("T")
+
+
+class SharedRead(Generic[T]):
+    """Lets concurrent requests share one read and its failure: in turn, each would wait for a hanging Redis."""
+
+    def __init__(self, read: Callable[[], Coroutine[Any, Any, T]], ttl_s: float) -> None:
+        self._read, self._ttl_s = read, ttl_s
+        self._expires_at = -math.inf
+        self._task: asyncio.Task[T] | None = None
+
+    async def get(self) -> T:
+        """Return the value, at most `ttl_s` old; raise `QueueUnavailable` within the timeout of Redis calls."""
+        if self._task is None or (self._task.done() and not self._is_fresh(self._task)):
+            self._task = asyncio.create_task(self._read_once())
+            self._task.add_done_callback(_retrieve)
+        return await asyncio.shield(self._task)  # cancelling one request must not cancel the others
+
+    def _is_fresh(self, task: "asyncio.Task[T]") -> bool:
+        return not task.cancelled() and task.exception() is None and time.monotonic() < self._expires_at
+
+    async def _read_once(self) -> T:
+        value = await with_redis_timeout(self._read())
+        self._expires_at = time.monotonic() + self._ttl_s
+        return value
+
+
+def _retrieve(task: "asyncio.Task[Any]") -> None:
+    """Retrieve the exception: asyncio would log it if all requests were cancelled."""
+    if not task.cancelled():
+        task.exception()
+
+
+class QueueState:
+    """Shared reads of the engines with a fresh heartbeat, in any state; of counts; of whether Redis takes writes."""
+
+    def __init__(self, queue: JobProducer) -> None:
+        self.engines = SharedRead(lambda: queue.engines(), CACHE_TTL_S)
+        self.engine_metrics = SharedRead(lambda: queue.engine_metrics(), CACHE_TTL_S)
+        self.stats = SharedRead(lambda: queue.stats(), CACHE_TTL_S)
+        self.takes_writes = SharedRead(lambda: queue.takes_writes(), WRITE_PROBE_TTL_S)

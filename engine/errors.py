@@ -9,6 +9,7 @@ GlimmerError
 ├── KeyReused
 ├── DeadlinePassed
 ├── WriteRefused
+├── UnreadableJob
 └── QueueUnavailable
     └── QueueReadOnly
 """
@@ -59,8 +60,12 @@ class WriteRefused(GlimmerError):
     """Redis keeps refusing a large write."""
 
 
+class UnreadableJob(GlimmerError):
+    """What Redis has of a job is damaged."""
+
+
 class QueueUnavailable(GlimmerError):
-    """Redis cannot be reached or refuses writes."""
+    """Redis cannot be reached, or answers with an error."""
 
 
 class QueueReadOnly(QueueUnavailable):

@@ -2,12 +2,11 @@
 
 from collections.abc import AsyncIterator
 
-import orjson
 import redis.asyncio
 
 from engine.jobs.connection import redis_errors
 from engine.jobs.events import JobEvents, WakeUps
-from engine.jobs.job import JobError, JobState
+from engine.jobs.job import JobState
 from engine.jobs.scripts import LuaScripts
 
 
@@ -16,7 +15,7 @@ class QueueBase:
 
     Args:
         redis: returns bytes; the caller closes it.
-        max_runs: lapsed leases that dead-letter a job.
+        orphan_ms: after which a silent API counts as dead; its clients are gone.
     """
 
     def __init__(
@@ -26,13 +25,10 @@ class QueueBase:
         prefix: str = "glimmer",
         lease_ms: int = 10_000,
         result_ttl_s: int = 600,
-        max_runs: int = 3,
+        orphan_ms: int = 60_000,
     ):
         self._redis, self._prefix = redis, prefix
-        self._lease_ms, self._result_ttl_ms, self._max_runs = lease_ms, 1000 * result_ttl_s, max_runs
-        self._dead_letter_error = orjson.dumps(
-            JobError(f"The job brought its engine down {max_runs} times and was given up.").to_dict()
-        )
+        self._lease_ms, self._result_ttl_ms, self._orphan_ms = lease_ms, 1000 * result_ttl_s, orphan_ms
         self._scripts = LuaScripts(redis, "engine.jobs", prefix=prefix, result_ttl_ms=self._result_ttl_ms)
         self.events = JobEvents(redis, f"{prefix}:events")
         self._wake_ups = WakeUps(redis, f"{prefix}:wake")

@@ -1,12 +1,20 @@
 """Converting the dataclasses of `job.py` to JSON and raw images, and back."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import orjson
+from pydantic import TypeAdapter
+from redis.exceptions import ResponseError
 
+from engine.errors import UnreadableJob
+from engine.geometry import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from engine.jobs.job import (
     Claim,
+    EngineInfo,
     ImageResult,
     JobError,
     JobRecord,
@@ -18,8 +26,28 @@ from engine.jobs.job import (
     Priority,
     SourceImages,
 )
+from engine.observability.logs import event, where
+
+R = TypeVar("R")
+
+logger = logging.getLogger("glimmer.queue")
 
 RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs", "progress", "error", "owner", "notes")
+
+
+@contextmanager
+def reading(job_id: str) -> Iterator[None]:
+    """Raise `UnreadableJob` for what does not decode, so that it fails one job only."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        event(logger, "job_unreadable", logging.ERROR, job=job_id, error=type(error).__name__, where=where(error))
+        raise UnreadableJob(f"job {job_id} cannot be read") from error
+    except ResponseError as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+        event(logger, "job_unreadable", logging.ERROR, job=job_id, error="WRONGTYPE")
+        raise UnreadableJob(f"job {job_id} cannot be read") from error
 
 
 def decode_record(job_id: str, values: Sequence[Any], position: int | None = None) -> JobRecord | None:
@@ -30,36 +58,98 @@ def decode_record(job_id: str, values: Sequence[Any], position: int | None = Non
     return JobRecord(
         id=job_id,
         state=JobState(stored["state"].decode()),
-        spec=JobSpec.from_dict(orjson.loads(stored["spec"])),
+        spec=_decode_spec(stored["spec"]),
         priority=cast(Priority, stored["priority"].decode()),
         submitted_at=int(stored["submitted_at"]),
         deadline_ms=int(stored["deadline"]),
         runs=int(stored["runs"]),
-        progress=orjson.loads(stored.get("progress", b"{}")),
-        error=JobError.from_dict(orjson.loads(stored["error"])) if "error" in stored else None,
+        progress=_decode_object(stored.get("progress", b"{}")),
+        error=_checked(JobError.from_dict(_decode_object(stored["error"]))) if "error" in stored else None,
         owner=stored.get("owner", b"").decode(),
-        notes=orjson.loads(stored.get("notes", b"{}")),
+        notes=_decode_object(stored.get("notes", b"{}")),
         position=position,
     )
 
 
-def decode_claim(reply: Sequence[Any]) -> Claim:
-    """Return the claim from the reply of `claim.lua`."""
+def decode_claim(reply: Sequence[Any], planner: str) -> Claim:
+    """Return the claim from the reply of `claim.lua`, without plans of another planner."""
     job_id, epoch, runs, quarantined, spec, submitted_at, deadline, claimed_at, plans, origin = reply
     return Claim(
         job_id=job_id.decode(),
         epoch=epoch,
-        spec=JobSpec.from_dict(orjson.loads(spec)),
+        spec=_decode_spec(spec),
         submitted_at=int(submitted_at),
         deadline_ms=int(deadline),
         claimed_at=claimed_at,
         runs=runs,
-        plans={
-            int(index): Plan.from_dict(orjson.loads(plan)) for index, plan in zip(plans[::2], plans[1::2], strict=True)
-        },
+        plans=_decode_plans(plans, planner),
         quarantined=bool(quarantined),
-        origin=Origin.from_dict(orjson.loads(origin or b"{}")),  # an older API writes none
+        origin=_checked(Origin.from_dict(_decode_object(origin or b"{}"))),  # an older API writes none
     )
+
+
+def encode_plan(plan: Plan, planner: str) -> bytes:
+    """Return a checkpoint, which names its planner."""
+    return orjson.dumps(plan.to_dict() | ({"planner": planner} if planner else {}))
+
+
+def _decode_plans(stored: Sequence[bytes], planner: str) -> dict[int, Plan]:
+    plans: dict[int, Plan] = {}
+    for index, document in zip(stored[::2], stored[1::2], strict=True):
+        data = _decode_object(document)
+        if data.get("planner", planner) == planner or not planner:  # an older engine writes none
+            plans[int(index)] = _decode_plan(data)
+    return plans
+
+
+def decode_cached_plan(document: bytes | str) -> Plan | None:
+    """Return a cached plan, None for a damaged one: it is made again."""
+    try:
+        return _decode_plan(_decode_object(document))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+
+
+def decode_engine(document: bytes) -> EngineInfo | None:
+    """Return an engine from its heartbeat, None if that is damaged."""
+    try:
+        return _checked(EngineInfo.from_dict(_decode_object(document)))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+
+
+def _decode_plan(data: dict[str, Any]) -> Plan:
+    plan = _checked(Plan.from_dict(data))
+    for grid in (plan, plan.preview) if plan.preview else (plan,):
+        if len(grid.tokens) != grid.rows * grid.cols:
+            raise ValueError("the number of tokens is not rows * cols")
+    return plan
+
+
+def _decode_spec(document: bytes) -> JobSpec:
+    spec = _checked(JobSpec.from_dict(_decode_object(document)))
+    sides_fit = all(MIN_SIDE <= side <= MAX_SIDE for side in (spec.width, spec.height))
+    if not (sides_fit and 1 <= spec.n <= MAX_IMAGES and spec.num_inference_steps <= MAX_STEPS):
+        raise ValueError("the job is larger than any that is accepted")
+    return spec
+
+
+def _decode_object(document: bytes | str) -> dict[str, Any]:
+    data = orjson.loads(document)
+    if not isinstance(data, dict):
+        raise ValueError("not a JSON object")
+    return data
+
+
+@functools.cache
+def _adapter(record_type: type[R]) -> TypeAdapter[R]:
+    return TypeAdapter(record_type)
+
+
+def _checked(record: R) -> R:
+    """Return the record; raise ValueError if a field has another type than declared."""
+    _adapter(type(record)).validate_python(record)
+    return record
 
 
 def encode_sources(sources: SourceImages | None) -> list[str | bytes]:

@@ -1,6 +1,8 @@
 """Connecting to Redis and mapping its errors."""
 
 import asyncio
+import logging
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,11 +15,13 @@ from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import DataError, MasterDownError, OutOfMemoryError, ReadOnlyError, RedisError, TryAgainError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from engine.errors import QueueReadOnly, QueueUnavailable, StartError
+from engine.observability.logs import event
 
+logger = logging.getLogger("glimmer.queue")
 T = TypeVar("T")
 
 RETRY_INTERVAL_S = 0.5
@@ -27,9 +31,13 @@ _UNIX_PATH, _DATABASE_PATH = re.compile(r"/.+"), re.compile(r"/?|/\d+")
 
 _MAX_CONNECTIONS = 64  # keeps Redis busy; further callers wait
 
-# Temporary refusals. Redis 6 wraps those of scripts: only the text has the code.
+# Refusals of writes. Redis 6 wraps those of scripts: only the text has the code.
 _REFUSAL_CLASSES = (OutOfMemoryError, ReadOnlyError, MasterDownError)
 _REFUSAL_CODES = ("-OOM", "MISCONF", "-READONLY", "-MASTERDOWN", "NOREPLICAS")
+
+# Others pass as well, but need somebody: rights (NOPERM), a key of another type (WRONGTYPE), an error in a script.
+_TEMPORARY_CODES = (["BUSY"], ["LOADING"], ["UNBLOCKED"])
+_REPORT_AGAIN_S = 60.0
 
 
 def connect(url: str) -> redis.asyncio.Redis:
@@ -68,11 +76,29 @@ def redis_errors() -> Iterator[None]:
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        _report(type(error).__name__, error, logging.WARNING)
         raise QueueUnavailable(f"Redis cannot be reached: {error}") from error
-    except ResponseError as error:
+    except DataError:
+        raise  # a value that cannot be sent
+    except RedisError as error:
         if isinstance(error, _REFUSAL_CLASSES) or any(code in str(error) for code in _REFUSAL_CODES):
+            _report("read-only", error, logging.WARNING)
             raise QueueReadOnly(f"Redis does not accept writes: {error}") from error
-        raise
+        code = str(error).split(maxsplit=1)[:1]
+        is_temporary = code in _TEMPORARY_CODES or isinstance(error, TryAgainError)
+        _report(f"{type(error).__name__} {code}", error, logging.WARNING if is_temporary else logging.ERROR)
+        raise QueueUnavailable(f"Redis answers with an error: {error}") from error
+
+
+_reported_at: dict[str, float] = {}  # monotonic seconds, by kind of error
+
+
+def _report(kind: str, error: Exception, level: int) -> None:
+    """Log an error of Redis, once while errors of its kind go on."""
+    now = time.monotonic()
+    if now - _reported_at.get(kind, -math.inf) > _REPORT_AGAIN_S:
+        event(logger, "queue_unavailable", level, reason=str(error))
+    _reported_at[kind] = now
 
 
 async def retry_while_away(call: Callable[[], Awaitable[T]], outage_timeout_s: float) -> T:

@@ -1,49 +1,97 @@
 """The engines' side of the job queue."""
 
+import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import orjson
+import redis.asyncio
 
+from engine.errors import UnreadableJob
 from engine.jobs.base import QueueBase
-from engine.jobs.codec import decode_claim, decode_sources, encode_result
+from engine.jobs.codec import decode_cached_plan, decode_claim, decode_sources, encode_plan, encode_result, reading
 from engine.jobs.connection import redis_errors
-from engine.jobs.job import Claim, EngineInfo, FreeCapacity, JobError, JobResult, PartialImage, Plan, SourceImages
+from engine.jobs.job import (
+    JOB_FORMAT,
+    Claim,
+    EngineInfo,
+    FreeCapacity,
+    JobError,
+    JobResult,
+    PartialImage,
+    Plan,
+    SourceImages,
+)
 from engine.jobs.scripts import Argument
+
+_DEAD_LETTER_ERROR = JobError("The job brought its engine down each time it ran and was given up.")
+_UNREADABLE_ERROR = JobError("The stored job cannot be read.", code="job_unreadable")
 
 
 class JobConsumer(QueueBase):
     """Claims jobs and writes for them. A write for a lost claim returns False, without effect."""
 
+    known_format = JOB_FORMAT
+    planner = ""  # fingerprint; of plans with another one, none is resumed
+
+    def __init__(self, redis: redis.asyncio.Redis, **options: Any):
+        super().__init__(redis, **options)
+        self._unanswered: dict[str, str] = {}  # attempts to claim whose reply was lost, by consumer
+
     async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
         """Claim the next job if it fits, else none: large and quarantined jobs must not starve.
 
-        Lapsed leases come first, also this engine's: renew before.
+        Lapsed leases come first, also this engine's: renew before. After a lost reply, the next call gets the same
+        grant. A claim is renewed before it is returned, which makes it a run.
         """
+        attempt = self._unanswered.pop(consumer, None) or secrets.token_hex(8)
+        try:
+            while True:
+                granted = await self.attempt_claim(consumer, free, attempt)
+                if granted is None or not await self.renew(consumer, [granted]):
+                    return granted
+                attempt = secrets.token_hex(8)
+        except BaseException:
+            self._unanswered[consumer] = attempt
+            raise
+
+    async def attempt_claim(self, consumer: str, free: FreeCapacity, attempt: str) -> Claim | None:
+        """Claim a job without making it a run. The same attempt gets the same grant while it holds."""
         while True:
             reply = await self._scripts.run(
                 "claim",
-                self._dead_letter_error,
+                orjson.dumps(_DEAD_LETTER_ERROR.to_dict()),
                 consumer=consumer,
+                attempt=attempt,
                 images=free.images,
                 kv_tokens=free.kv_tokens,
                 source_tokens=free.source_tokens,
                 idle=free.idle,
                 lease_ms=self._lease_ms,
-                max_runs=self._max_runs,
+                max_format=self.known_format,
+                orphan_ms=self._orphan_ms,
             )
             if reply is None:
                 return None
             if isinstance(reply, list):
-                return decode_claim(reply)
+                job_id, epoch = reply[0].decode(), reply[1]
+                with suppress(UnreadableJob), reading(job_id):
+                    return decode_claim(reply, self.planner)
+                error = orjson.dumps(_UNREADABLE_ERROR.to_dict())
+                await self._scripts.run("fail", error, id=job_id, epoch=epoch)
 
     async def renew(self, consumer: str, claims: Iterable[Claim]) -> list[Claim]:
-        """Restart leases, several times per `lease_ms`; return the lost claims."""
+        """Restart leases, several times per `lease_ms`; return the lost claims.
+
+        The first renewal makes a claim a run. One of a claim that was taken over tells that its engine is not dead.
+        """
         claims = list(claims)
         if not claims:
             return []
         held = [(claim.job_id, claim.epoch) for claim in claims]
-        return [claims[index] for index in await self._scripts.run("renew", consumer=consumer, claims=held)]
+        lost = await self._scripts.run("renew", consumer=consumer, claims=held, orphan_ms=self._orphan_ms)
+        return [claims[index] for index in lost]
 
     async def progress(self, claim: Claim, progress: dict[str, Any]) -> bool:
         """Store the progress."""
@@ -51,11 +99,11 @@ class JobConsumer(QueueBase):
 
     async def checkpoint_plan(self, claim: Claim, index: int, plan: Plan) -> bool:
         """Store a plan for a later run."""
-        return await self._write("checkpoint_plan", claim, orjson.dumps(plan.to_dict()), index=index)
+        return await self._write("checkpoint_plan", claim, encode_plan(plan, self.planner), index=index)
 
     async def source_images(self, claim: Claim) -> SourceImages | None:
-        """Return a live edit's images."""
-        with redis_errors():
+        """Return a live edit's images; raise `UnreadableJob` if they are damaged."""
+        with redis_errors(), reading(claim.job_id):
             return decode_sources(await self._redis.hgetall(self.key("sources", claim.job_id)))
 
     async def partial_image(self, claim: Claim, partial: PartialImage) -> bool:
@@ -67,7 +115,7 @@ class JobConsumer(QueueBase):
         """Return cached plans."""
         with redis_errors():
             plans = await self._redis.mget([self.key("plan", key) for key in keys])
-        return [None if plan is None else Plan.from_dict(orjson.loads(plan)) for plan in plans]
+        return [None if plan is None else decode_cached_plan(plan) for plan in plans]
 
     async def cache_plan(self, key: str, plan: Plan, ttl_s: int) -> None:
         """Cache a plan."""
@@ -90,7 +138,7 @@ class JobConsumer(QueueBase):
         """Requeue a dead engine's jobs; return how many.
 
         Args:
-            blame: the jobs may have ended the engine. False leaves no trace of the run.
+            blame: the jobs may have ended the engine, so they are suspected. False leaves no trace of the run.
         """
         return await self._scripts.run("requeue_all", consumer=consumer, blame=blame)
 

@@ -69,6 +69,7 @@ class Subscription:
 
 class JobEvents:
     def __init__(self, redis: redis.asyncio.Redis, channel: str):
+        self._channel = channel
         self._end_waiters: dict[str, set[asyncio.Event]] = {}
         self._change_waiters: dict[str, set[asyncio.Event]] = {}
         self._listeners: set[asyncio.Queue[str | None]] = set()
@@ -105,15 +106,20 @@ class JobEvents:
             ids.put_nowait(None)
 
     def _read(self, message: bytes) -> None:
-        event = orjson.loads(message)
-        for woken in self._change_waiters.get(event["job"], ()):
-            woken.set()
-        if event.get("state") not in TERMINAL_STATES:
+        try:
+            event = orjson.loads(message)
+            job_id, state = str(event["job"]), str(event.get("state"))
+        except (ValueError, TypeError, LookupError, AttributeError):
+            log.error("an event on %s cannot be read", self._channel)
             return
-        for woken in self._end_waiters.get(event["job"], ()):
+        for woken in self._change_waiters.get(job_id, ()):
+            woken.set()
+        if state not in TERMINAL_STATES:
+            return
+        for woken in self._end_waiters.get(job_id, ()):
             woken.set()
         for ids in self._listeners:
-            ids.put_nowait(event["job"])
+            ids.put_nowait(job_id)
 
     def _wake_all(self) -> None:
         for waiters in (*self._end_waiters.values(), *self._change_waiters.values()):

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from engine.errors import QueueUnavailable
+from engine.jobs.codec import reading
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, redis_errors
 from engine.jobs.job import JobRecord, JobState, PartialImage
 from engine.jobs.producer import JobProducer
@@ -20,7 +21,7 @@ class JobFollower:
     """Follows one job, once, and expires it at its deadline.
 
     Events only say when to read, so a broken connection loses nothing. Raises `QueueUnavailable` without a record, or
-    `REDIS_OUTAGE_TIMEOUT_S` after the deadline.
+    `REDIS_OUTAGE_TIMEOUT_S` after the deadline; `UnreadableJob`, if what Redis has of the job is damaged.
     """
 
     def __init__(self, queue: JobProducer, job_id: str) -> None:
@@ -72,21 +73,21 @@ class JobFollower:
 
     async def _time_left(self) -> float | None:
         """Return the seconds to the deadline, None after the end; every request polls it, so it reads two fields."""
-        with redis_errors():
+        with redis_errors(), reading(self._job_id):
             async with self._queue.client.pipeline(transaction=False) as pipe:
                 pipe.hmget(self._queue.key("job", self._job_id), ["state", "deadline"])
                 pipe.time()
                 (state, deadline_ms), (seconds, microseconds) = await pipe.execute()
-        if state is None or JobState(state.decode()).is_terminal:
-            return None
-        left_s = int(deadline_ms) / 1000 - (seconds + microseconds / 1e6)
+            if state is None or JobState(state.decode()).is_terminal:
+                return None
+            left_s = int(deadline_ms) / 1000 - (seconds + microseconds / 1e6)
         if left_s <= 0:
             await self._queue.expire(self._job_id)
         return max(left_s, 0.0)
 
     async def _new_partials(self) -> list[PartialImage]:
         key, client = self._queue.key("partials", self._job_id), self._queue.client
-        with redis_errors():
+        with redis_errors(), reading(self._job_id):
             names: list[Any] = await client.hkeys(key)  # type: ignore[misc]
             images = (name for name in names if not name.endswith(b":grid") and name not in self._known_partials)
             new = sorted(images, key=lambda name: name.split(b":")[::-1])
@@ -94,12 +95,12 @@ class JobFollower:
                 return []
             fields = [field for name in new for field in (name, name + b":grid")]
             values: list[Any] = await client.hmget(key, fields)  # type: ignore[misc]
-        self._known_partials.update(new)
-        return [
-            PartialImage(*(int(part) for part in name.split(b":")), data=data, grid=orjson.loads(grid))
-            for name, data, grid in zip(new, values[::2], values[1::2], strict=True)
-            if data is not None
-        ]
+            self._known_partials.update(new)
+            return [
+                PartialImage(*(int(part) for part in name.split(b":")), data=data, grid=orjson.loads(grid))
+                for name, data, grid in zip(new, values[::2], values[1::2], strict=True)
+                if data is not None
+            ]
 
     async def _pause(self, woken: asyncio.Event, left_s: float) -> None:
         self._give_up_at = time.monotonic() + left_s + REDIS_OUTAGE_TIMEOUT_S

@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from pydantic import ConfigDict
+
 from engine.geometry import Geometry, Grid
 
 Priority = Literal["interactive", "batch"]
@@ -35,8 +37,13 @@ def _wire_names(record: type) -> dict[str, str]:
     return {field.name: field.metadata.get("wire", field.name) for field in dataclasses.fields(record)}
 
 
+_STRICT = ConfigDict(strict=True, revalidate_instances="always")  # when `codec` checks the types of what was stored
+
+
 class _Record:
     """JSON-ready; a newer process's unknown keys are dropped."""
+
+    __pydantic_config__ = _STRICT
 
     def to_dict(self) -> dict[str, Any]:
         names = _wire_names(type(self))
@@ -58,6 +65,8 @@ class TokenGrid(_Record):
 
 @dataclass(frozen=True)
 class Plan:
+    __pydantic_config__ = _STRICT
+
     rows: int
     cols: int
     tokens: list[int]
@@ -87,6 +96,9 @@ class JobSpec(_Record):
         partial_images: 0..3 for each image.
         num_sources: images to edit, 0..4.
         source_tokens: upper bound of their prompt tokens.
+
+    A field that changes the image and came after these is declared with `field(metadata={"format": N})`, N one above
+    `JOB_FORMAT`: an engine that does not know it leaves the jobs that use it to others.
     """
 
     prompt: str
@@ -108,6 +120,12 @@ class JobSpec(_Record):
     source_tokens: int = 0
     model: str = ""
     embed_prompt: bool = False
+
+    @property
+    def format(self) -> int:
+        """Return the format that an engine has to know: the newest of the fields that differ from their default."""
+        used = (field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
+        return max(field.metadata.get("format", 1) for field in used)
 
     @property
     def geometry(self) -> Geometry:
@@ -142,6 +160,9 @@ class JobSpec(_Record):
     def prompt_tokens_bound(self) -> int:
         """Return an upper bound, capped so that too long a prompt is refused without waiting for an idle engine."""
         return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64 + self.source_tokens
+
+
+JOB_FORMAT = max(field.metadata.get("format", 1) for field in dataclasses.fields(JobSpec))
 
 
 @dataclass(frozen=True)
@@ -225,7 +246,8 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job. `plans` are checkpoints by image; a `quarantined` job cost two engines their lease."""
+    """The right to run a job, for the `runs`-th time. `plans` are checkpoints by image. A `quarantined` job runs alone:
+    an engine died while it ran there."""
 
     job_id: str
     epoch: int
@@ -267,6 +289,7 @@ class EngineInfo(_Record):
     images_running: int = 0
     default_steps: int = JobSpec.num_inference_steps  # without steps and quality in the request
     default_guidance: float = JobSpec.guidance_scale
+    fingerprint: str = ""  # of the model: engines of one queue have the same
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import orjson
 
 from engine.errors import GlimmerError, KeyReused, QueueFull, QueueReadOnly, SourcesFull, TooManyJobs
 from engine.jobs.base import QueueBase
-from engine.jobs.codec import RECORD_FIELDS, decode_record, decode_result, encode_sources
+from engine.jobs.codec import RECORD_FIELDS, decode_engine, decode_record, decode_result, encode_sources, reading
 from engine.jobs.connection import redis_errors, retry_while_away
 from engine.jobs.job import (
     EngineInfo,
@@ -51,6 +51,7 @@ class JobProducer(QueueBase):
         fingerprint: str = "",
         origin: Origin = Origin(),
         dry_run: bool = False,
+        api_id: str = "",
     ) -> str:
         """Queue a job. A known id is ignored, so a submit whose reply was lost can be repeated.
 
@@ -62,6 +63,7 @@ class JobProducer(QueueBase):
             idempotency_key: of one owner. Returns the id of its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
             dry_run: check everything, queue nothing.
+            api_id: the API process at which a client waits; the job is cancelled when that process is gone.
 
         Raises:
             QueueFull, SourcesFull, TooManyJobs, KeyReused: nothing was queued.
@@ -82,6 +84,8 @@ class JobProducer(QueueBase):
             "source_bytes": source_images.size if source_images else 0,
             "max_source_bytes": max_source_bytes,
             "dry_run": dry_run,
+            "format": spec.format if spec.format > 1 else None,
+            "api": api_id or None,
         }
         parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
         documents = [*map(orjson.dumps, parts), orjson.dumps(ended_notes) if ended_notes else b""]
@@ -108,22 +112,31 @@ class JobProducer(QueueBase):
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return {job_id.decode(): JobState(state.decode()) if state else None for job_id, state in pairs}
 
+    async def api_heartbeat(self, api_id: str) -> None:
+        """Report that an API process lives."""
+        await self._scripts.run("api_heartbeat", id=api_id)
+
     async def get(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobRecord | None:
-        """Return the record, None `result_ttl_s` after the end."""
+        """Return the record, None `result_ttl_s` after the end; raise `UnreadableJob` if it is damaged."""
 
-        async def read() -> list[Any]:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self.key("job", job_id), list(RECORD_FIELDS))
-                pipe.zrank(self.key("waiting"), job_id)
-                return await pipe.execute()
+        async def read() -> JobRecord | None:
+            with reading(job_id):
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    pipe.hmget(self.key("job", job_id), list(RECORD_FIELDS))
+                    pipe.zrank(self.key("waiting"), job_id)
+                    values, position = await pipe.execute()
+                return decode_record(job_id, values, position)
 
-        values, position = await retry_while_away(read, outage_timeout_s)
-        return decode_record(job_id, values, position)
+        return await retry_while_away(read, outage_timeout_s)
 
     async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
-        """Return the result, None once it is discarded or expired."""
-        key = self.key("result", job_id)
-        return decode_result(await retry_while_away(lambda: self._redis.hgetall(key), outage_timeout_s))
+        """Return the result, None once it is discarded or expired; raise `UnreadableJob` if it is damaged."""
+
+        async def read() -> JobResult | None:
+            with reading(job_id):
+                return decode_result(await self._redis.hgetall(self.key("result", job_id)))  # type: ignore[misc]
+
+        return await retry_while_away(read, outage_timeout_s)
 
     async def shorten_ttl(self, job_id: str) -> None:
         """Keep record and result, maybe megabytes, for `_DELIVERED_TTL_S`."""
@@ -162,13 +175,13 @@ class JobProducer(QueueBase):
         return QueueStats(*await self._scripts.run("stats"))
 
     async def engines(self) -> list[EngineInfo]:
-        """Return the live engines, by id."""
-        live = await self._heartbeats("info")
-        return [EngineInfo.from_dict(orjson.loads(info)) for info in live.values()]
+        """Return the live engines, by id, without those whose heartbeat cannot be read."""
+        live = (decode_engine(info) for info in (await self._heartbeats("info")).values())
+        return [engine for engine in live if engine is not None]
 
     async def engine_metrics(self) -> dict[str, str]:
         """Return Prometheus texts by engine id."""
-        return {engine: text.decode() for engine, text in (await self._heartbeats("metrics")).items()}
+        return {engine: text.decode(errors="replace") for engine, text in (await self._heartbeats("metrics")).items()}
 
     async def _heartbeats(self, field: str) -> dict[str, bytes]:
         reply = await self._scripts.run("engines", field=field)

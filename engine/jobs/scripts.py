@@ -13,7 +13,7 @@ Argument = str | int | bool | None | list[str] | list[tuple[str, int]]
 
 
 class LuaScripts:
-    """The scripts of a package, `lua/*.lua` behind its `prelude.lua`; every call gets `common`."""
+    """The scripts of a package, `lua/*.lua` behind its `prelude*.lua`; every call gets `common`."""
 
     def __init__(self, redis: redis.asyncio.Redis, package: str, **common: Argument) -> None:
         self._scripts = {name: redis.register_script(script) for name, script in _read(package).items()}
@@ -29,5 +29,5 @@ class LuaScripts:
 @functools.cache
 def _read(package: str) -> dict[str, str]:
     texts = {path.name: path.read_text("utf-8") for path in (files(package) / "lua").iterdir()}
-    prelude = texts.pop("prelude.lua")
+    prelude = "\n".join(texts.pop(name) for name in sorted(texts) if name.startswith("prelude"))
     return {name.removesuffix(".lua"): f"{prelude}\n{text}" for name, text in texts.items()}

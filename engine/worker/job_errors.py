@@ -1,5 +1,5 @@
 from engine.device_errors import is_out_of_memory
-from engine.errors import RequestError, WriteRefused
+from engine.errors import RequestError, UnreadableJob, WriteRefused
 from engine.jobs.job import JobError, JobSpec
 
 
@@ -13,6 +13,8 @@ def to_job_error(error: Exception, spec: JobSpec) -> JobError:
             "or webp.",
             code="result_too_large",
         )
+    if isinstance(error, UnreadableJob):
+        return JobError("The stored job cannot be read.", code="job_unreadable")
     if is_out_of_memory(error):
         return JobError(
             f"The engine's device has not enough memory for {_images(spec)} of {spec.width}x{spec.height}. "

@@ -178,10 +178,8 @@ class JobRunner:
             QueueUnavailable: the process ends.
         """
         for _ in range(MAX_WRITE_ATTEMPTS):
-            try:
+            with suppress(QueueUnavailable):
                 return await write()
-            except QueueUnavailable as error:
-                event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
             await self._until_small_writes_pass(job)
         raise WriteRefused(f"Redis refused a write {MAX_WRITE_ATTEMPTS} times")
 

@@ -56,7 +56,7 @@ class Worker:
         self._watchdog = Watchdog(
             lambda: [job.claim.spec for job in self._jobs.values()], on_cpu=engine.model.device.type == "cpu"
         )
-        planner = engine.model.planning_fingerprint() if settings.plan_cache_s else ""
+        planner = queue.planner = engine.model.planning_fingerprint()
         self._runner = JobRunner(
             engine,
             queue,
@@ -149,9 +149,8 @@ class Worker:
             if any(job.claim.quarantined for job in self._jobs.values()):
                 return None
             return await self._queue.claim(self._info.id, capacity)
-        except QueueUnavailable as error:
+        except QueueUnavailable:
             self._redis_was_away = True
-            event(logger, "queue_unavailable", logging.WARNING, reason=str(error))
             await asyncio.sleep(REDIS_RETRY_S)
             return None
 

@@ -103,6 +103,11 @@ class GlmImage:
         ]  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
+    def fingerprint(self) -> str:
+        """Return a digest of the weights that decide an image."""
+        parts = (self.vision, self.planner, self.glyphs.encoder, self.renderer, self.autoencoder.vae)
+        return hashlib.sha256("\n".join(map(fingerprint, parts)).encode()).hexdigest()[:16]
+
     def encode_source(self, image: PreprocessedImage) -> EncodedImage:
         """Encode a source image."""
         return EncodedImage(self.vision(image), self.autoencoder.encode(image.pixels))

@@ -157,7 +157,8 @@ async def poison(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
     evidence = Evidence.read(folder)
     _judge_poison(scene, evidence, entries)
     deaths = scene.stack.crashes
-    scene.report.check("engines killed by them", deaths, f"{LAST_RUN} for each", deaths == LAST_RUN * sizes.poison)
+    runs = sum(len(evidence.runs_of(prompt)) for prompt in entries)
+    scene.report.check("engines killed by them", deaths, "one by each run", deaths == runs)
     return scene.report.figures
 
 
@@ -178,8 +179,10 @@ def _judge_poison(scene: Scene, evidence: Evidence, outcomes: dict[str, str]) ->
     scene.report.note("poison jobs", len(outcomes))
     scene.report.check_none("not given up as such", others)
     runs = {prompt: [claim.quarantined for claim in evidence.runs_of(prompt)] for prompt in outcomes}
-    wrong = [f"{prompt}: {alone}" for prompt, alone in runs.items() if alone != [False] * (LAST_RUN - 1) + [True]]
-    scene.report.check_none(f"not run {LAST_RUN} times, the last time alone", wrong)
+    wrong = [
+        f"{prompt}: {alone}" for prompt, alone in runs.items() if alone[:3] != [False, True, True] or len(alone) > 4
+    ]
+    scene.report.check_none("not run 3 or 4 times, alone after the first", wrong)
 
 
 async def hang(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:

@@ -235,6 +235,9 @@ class StubModel:
     def planning_fingerprint(self) -> str:
         return "stub"
 
+    def fingerprint(self) -> str:
+        return "stub"
+
     def encode_source(self, image: PreprocessedImage) -> EncodedImage:
         return EncodedImage(torch.zeros(image.rows, image.cols, dtype=torch.long), torch.empty(0))
 

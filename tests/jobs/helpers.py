@@ -39,6 +39,7 @@ async def submit(
     idempotency_key: str = "",
     fingerprint: str = "",
     dry_run: bool = False,
+    api_id: str = "",
     **fields: Any,
 ) -> str:
     """Submit a small job with these fields of its spec; return its id, or that of the key's first job."""
@@ -59,6 +60,7 @@ async def submit(
         idempotency_key=idempotency_key,
         fingerprint=fingerprint,
         dry_run=dry_run,
+        api_id=api_id,
     )
 
 

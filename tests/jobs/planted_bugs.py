@@ -22,10 +22,23 @@ from engine.jobs.embedded import EmbeddedRedis
 from tests.jobs.test_any_order import SIZES, QueueMachine
 
 ROOT = Path(__file__).parents[2]
-PRELUDE, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT = (
+PRELUDE, RECORDS, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT, API_HEARTBEAT = (
     f"engine/jobs/lua/{name}.lua"
-    for name in ("prelude", "submit", "end_job", "discard", "claim", "renew", "requeue", "requeue_all", "commit")
+    for name in (
+        "prelude",
+        "prelude_records",
+        "submit",
+        "end_job",
+        "discard",
+        "claim",
+        "renew",
+        "requeue",
+        "requeue_all",
+        "commit",
+        "api_heartbeat",
+    )
 )
+CONSUMER = "engine/jobs/consumer.py"
 STATEFUL = "tests/jobs/test_any_order.py"
 LIFE_CYCLE = "tests/jobs/test_life_cycle.py"
 BATCH_SHARE = "tests/jobs/test_batch_share.py"
@@ -72,11 +85,11 @@ BUGS = [
         )
     ),
     Bug("claim does not raise the epoch", CLAIM, "redis.call('HINCRBY', job, 'epoch', 1)", "1"),
-    Bug("requeue raises the epoch", REQUEUE, "'runs', -1)", "'epoch', redis.call('HINCRBY', job_key(id), 'runs', -1))"),
-    Bug("any consumer can renew", RENEW, "epoch) or engine ~= consumer then\n", "epoch) then\n"),
-    Bug("any consumer can requeue", REQUEUE, "epoch) or engine ~= args.consumer then return 0", "epoch) then return 0"),
+    Bug("requeue raises the epoch", REQUEUE, "return 1", "return redis.call('HINCRBY', job_key(id), 'epoch', 1)"),
+    Bug("any consumer can renew", RENEW, "epoch == epoch and record.engine == consumer", "epoch == epoch"),
+    Bug("any consumer can requeue", REQUEUE, "epoch) or record.engine ~= args.consumer then", "epoch) then"),
     # leases
-    Bug("claim ignores leases", CLAIM, "'IDLE', args.lease_ms, '-'", "'IDLE', 0, '-'"),
+    Bug("claim ignores leases", CLAIM, "'IDLE', args.lease_ms, start", "'IDLE', 0, start"),
     Bug(
         "claim does not restart the lease",
         CLAIM,
@@ -84,7 +97,10 @@ BUGS = [
         "consumer, 9e9, entry)\n  else",
     ),
     Bug(
-        "renew renews nothing", RENEW, "redis.call('XCLAIM', queue_key(priority), GROUP, consumer", "tostring(consumer"
+        "renew renews nothing",
+        RENEW,
+        "redis.call('XCLAIM', queue_key(record.priority), GROUP, consumer",
+        "tostring(consumer",
     ),
     Bug("a requeued job waits for its lease", PRELUDE, "'TIME', 0, 'JUSTID'", "'JUSTID'"),
     Bug(
@@ -100,7 +116,7 @@ BUGS = [
     Bug(
         "stale entries are not deleted",
         CLAIM,
-        "entry)\n      redis.call('XDEL', queue, entry)",
+        "entry)\n    redis.call('XDEL', queue, entry)",
         "entry)",
         "tests/jobs/test_admission.py",
     ),
@@ -132,7 +148,12 @@ BUGS = [
         "  redis.call('SREM', RUNNING, id)\n  redis.call('DEL'",
         "  redis.call('DEL'",
     ),
-    Bug("a claim does not free the place", CLAIM, "redis.call('ZREM', WAITING, id)", ""),
+    Bug(
+        "a claim does not free the place",
+        CLAIM,
+        "redis.call('ZREM', WAITING, id)\n  redis.call('SADD'",
+        "redis.call('SADD'",
+    ),
     Bug(
         "a requeued job takes no place",
         PRELUDE,
@@ -185,29 +206,170 @@ BUGS = [
         "interactive or batch\n",
         "interactive and (interactive.fits or not batch) and interactive or batch\n",
     ),
-    Bug("images do not count", CLAIM, "tonumber(images) <= args.images", "true"),
-    Bug("KV tokens do not count", CLAIM, "tonumber(kv_tokens) <= args.kv_tokens", "true"),
-    Bug("source tokens do not count", CLAIM, "tonumber(source_tokens or 0) <= args.source_tokens", "true"),
-    # quarantined and dead-lettered jobs
+    Bug("images do not count", CLAIM, "record.images <= args.images", "true"),
+    Bug("KV tokens do not count", CLAIM, "record.kv_tokens <= args.kv_tokens", "true"),
+    Bug("source tokens do not count", CLAIM, "(record.source_tokens or 0) <= args.source_tokens", "true"),
+    # confirmed claims and repeated attempts
     Bug(
-        "runs are not counted", CLAIM, "redis.call('HINCRBY', job, 'runs', 1)", "redis.call('HINCRBY', job, 'runs', 0)"
+        "an unconfirmed claim is a run",
+        CLAIM,
+        "return granted_claim(id, epoch, record.runs, quarantined)",
+        "redis.call('HINCRBY', job, 'runs', 1) return granted_claim(id, epoch, record.runs, quarantined)",
     ),
-    Bug("a requeue counts as a run", REQUEUE, "redis.call('HINCRBY', job_key(id), 'runs', -1)\n", ""),
-    Bug("requeue_all blames always", REQUEUE_ALL, "if not args.blame then", "if false then"),
-    Bug("requeue_all never blames", REQUEUE_ALL, "if not args.blame then", "if true then"),
-    Bug("quarantined jobs run with others", CLAIM, "if runs < QUARANTINE_RUNS and ", "if "),
-    Bug("quarantined jobs are not marked", CLAIM, "runs > QUARANTINE_RUNS and 1 or 0", "0"),
-    Bug("no job is dead-lettered", CLAIM, "if runs >= args.max_runs then return 'dead letter' end", ""),
+    Bug("every renewal is a run", RENEW, "if record.confirmed ~= epoch then", "if true then"),
+    Bug("no claim becomes a run", RENEW, "if record.confirmed ~= epoch then", "if false then"),
+    Bug("a lapsed lease is a death unconfirmed", RECORDS, "or record.confirmed ~= record.epoch then", "then"),
+    Bug("a repeated attempt gets another job", CLAIM, "if before then return before end\n", ""),
+    Bug("any attempt gets the last grant", CLAIM, "if attempt ~= args.attempt then return nil end", ""),
+    Bug(
+        "an attempt gets a job that was taken over",
+        CLAIM,
+        "not record or not holds(id, tonumber(epoch)) or record.engine ~= consumer",
+        "not record",
+    ),
+    Bug(
+        "a repeated attempt does not restart the lease",
+        CLAIM,
+        "  take(queue_key(record.priority), record.entry, true)\n",
+        "",
+    ),
+    Bug(
+        "a lost confirmation is returned",
+        CONSUMER,
+        "granted is None or not await self.renew(consumer, [granted])",
+        "True",
+        "tests/jobs/test_blame.py",
+    ),
+    Bug(
+        "an attempt is forgotten with its reply",
+        CONSUMER,
+        "            self._unanswered[consumer] = attempt\n",
+        "",
+        "tests/jobs/test_blame.py",
+    ),
+    # deaths, and jobs that are given up
+    Bug("a handed back run counts", REQUEUE, "if record.confirmed == record.epoch then", "if false then"),
+    Bug(
+        "handing back an unconfirmed claim takes a run",
+        REQUEUE,
+        "if record.confirmed == record.epoch then",
+        "if true then",
+    ),
+    Bug("requeue_all blames always", REQUEUE_ALL, "if death and args.blame then", "if death then"),
+    Bug("requeue_all never blames", REQUEUE_ALL, "if death and args.blame then", "if false then"),
+    Bug("a death without blame is a run", REQUEUE_ALL, "redis.call('HINCRBY', job_key(id), 'runs', -1)", ""),
+    Bug(
+        "a lapsed lease is no death", CLAIM, "if record.death then store_death(id, record.epoch, record.death) end", ""
+    ),
+    Bug("a death counts for the next claim only", CLAIM, "deaths_in(id, record), pending", "{}, pending"),
+    Bug("every death was alone", RECORDS, "alone = record.alone == record.epoch", "alone = true"),
+    Bug("no death was alone", RECORDS, "alone = record.alone == record.epoch", "alone = false"),
+    Bug("a death forgets its phase", RECORDS, "type(progress.phase) == 'string' and progress.phase or ''", "''"),
+    Bug("a death forgets its step", RECORDS, "step = step or 0,\n    steps", "step = 0,\n    steps"),
+    Bug("suspects run with others", CLAIM, "if #record.deaths == 0 and record.images", "if record.images"),
+    Bug("suspects are not marked", CLAIM, "quarantined and 1 or 0", "0"),
+    Bug("no job is given up", CLAIM, "if record.runs >= MAX_RUNS or is_poison(record.deaths) then", "if false then"),
+    Bug("one death alone is enough", CLAIM, "if one.alone and deaths[j].alone and alike", "if one.alone and alike"),
+    Bug("deaths in company are enough", CLAIM, "if one.alone and deaths[j].alone and alike", "if alike"),
+    Bug(
+        "the step does not count",
+        CLAIM,
+        "return math.abs(one.step - other.step) <= slack",
+        "return true",
+        "tests/jobs/test_blame.py",
+    ),
+    Bug("the phase does not count", CLAIM, "if one.phase == other.phase then", "if true then"),
+    Bug("runs have no cap", CLAIM, "if record.runs >= MAX_RUNS or is", "if is", "tests/jobs/test_blame.py"),
     Bug("a dead-lettered job has no error", CLAIM, "finish(id, 'failed', dead_letter_error)", "finish(id, 'failed')"),
+    Bug("a living engine is not absolved", RENEW, "then absolve(id, epoch, consumer) end", "then end"),
+    Bug("anybody absolves", RECORDS, "or death.engine ~= consumer then return end", "then return end"),
+    Bug("an absolved run counts", RECORDS, "  redis.call('HINCRBY', job_key(id), 'runs', -1)\nend", "end"),
+    # formats, damaged records and orphans
+    Bug("an engine takes any format", CLAIM, "> args.max_format and", "> 99 and"),
+    Bug(
+        "newer jobs block the others",
+        CLAIM,
+        "    if not is_newer(new[2][2]) then return new[1], new[2][2], false end\n",
+        "    if is_newer(new[2][2]) then return end\n    if true then return new[1], new[2][2], false end\n",
+    ),
+    Bug("newer jobs do not expire", CLAIM, "and now < (tonumber(deadline) or 0)", ""),
+    Bug("a job passed over is lost", CLAIM, "0, entry, 'TIME', 0, 'JUSTID')", "0, entry, 'JUSTID')"),
+    Bug(
+        "the format is not stored",
+        SUBMIT,
+        "if args.format then redis.call('HSET', job, 'format', args.format) end",
+        "",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a damaged number stops a script",
+        RECORDS,
+        "if not record[name] then return false end\n  end\n  for",
+        "end\n  for",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a record of another type stops a script",
+        RECORDS,
+        "redis.pcall('HMGET'",
+        "redis.call('HMGET'",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a damaged job keeps its place",
+        RECORDS,
+        "finish(id, 'failed', UNREADABLE)",
+        "",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a damaged spec ends the claim",
+        CONSUMER,
+        "with suppress(UnreadableJob), reading(job_id):",
+        "with suppress(UnreadableJob):",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "types are not checked",
+        "engine/jobs/codec.py",
+        "    _adapter(type(record)).validate_python(record)\n",
+        "",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "other errors of Redis are raised",
+        "engine/jobs/connection.py",
+        'raise QueueUnavailable(f"Redis answers with an error: {error}") from error',
+        "raise",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug("claim runs orphans", CLAIM, "if is_orphan(record, now) then return 'orphan', record end", ""),
+    Bug("renew keeps orphans", RENEW, "elseif is_orphan(record, now) then", "elseif false then"),
+    Bug("the API of a job is not stored", SUBMIT, "if args.api then redis.call('HSET', job, 'api', args.api) end", ""),
+    Bug("heartbeats of APIs do not count", API_HEARTBEAT, "redis.call('ZADD', APIS, now, args.id)", ""),
+    Bug("orphans just after an outage", RECORDS, "return now - (tonumber(at) or 0) <= GAP_MS and", "return"),
+    Bug(
+        "a gap between heartbeats is not noticed",
+        RECORDS,
+        "if not at or now - at > GAP_MS or now < at then",
+        "if not at then",
+    ),
+    Bug(
+        "plans of any planner are resumed",
+        "engine/jobs/codec.py",
+        'if data.get("planner", planner) == planner or not planner:',
+        "if True:",
+        "tests/jobs/test_blame.py",
+    ),
     # deadlines and ends
-    Bug("a claim ignores the deadline", CLAIM, "if now_ms() >= tonumber(deadline) then return 'expired' end", ""),
-    Bug("renew ignores the deadline", RENEW, "elseif now >= tonumber(deadline) then", "elseif false then"),
-    Bug("expire comes early", END_JOB, "if state == 'expired' and now_ms() < tonumber(deadline) then return 0 end", ""),
+    Bug("a claim ignores the deadline", CLAIM, "if now >= record.deadline then return 'expired', record end", ""),
+    Bug("renew ignores the deadline", RENEW, "elseif now >= record.deadline then", "elseif false then"),
+    Bug("expire comes early", END_JOB, "if state == 'expired' and now_ms() < record.deadline then return 0 end", ""),
     Bug(
         "an ended job can end again",
         END_JOB,
-        "if not is_live(current) then return 0 end",
-        "if not current then return 0 end",
+        "if not record or not is_live(record.state) then return 0 end",
+        "if not record then return 0 end",
     ),
     Bug(
         "an end is not published",
@@ -297,14 +459,14 @@ BUGS = [
     Bug(
         "renew names the wrong claims",
         "engine/jobs/consumer.py",
-        'return [claims[index] for index in await self._scripts.run("renew", consumer=consumer, claims=held)]',
-        'return claims[: len(await self._scripts.run("renew", consumer=consumer, claims=held))]',
+        "return [claims[index] for index in lost]",
+        "return claims[: len(lost)]",
     ),
     Bug(
         "plans come back under another index",
         "engine/jobs/codec.py",
-        "int(index): Plan.from_dict",
-        "int(index) + 1: Plan.from_dict",
+        "plans[int(index)] =",
+        "plans[int(index) + 1] =",
     ),
     Bug(
         "an attached request gets its own id",

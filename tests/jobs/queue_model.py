@@ -6,7 +6,25 @@ from engine.errors import KeyReused, QueueFull, SourcesFull, TooManyJobs
 from engine.jobs.job import FreeCapacity, Plan, Priority
 from tests.jobs.helpers import spec
 
-CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 2, 8, 3
+CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 2, 8, 10
+
+
+@dataclass(frozen=True)
+class Death:
+    """A confirmed run that its engine did not end."""
+
+    engine: str | None
+    alone: bool
+    phase: str = ""
+    step: int = 0
+    steps: int = 0
+
+    def is_like(self, other: "Death") -> bool:
+        """Return whether both came at about the same step; none was reported where a job had hardly begun."""
+        slack = max(2, self.steps / 10, other.steps / 10)
+        if self.phase == other.phase:
+            return abs(self.step - other.step) <= slack
+        return "" in (self.phase, other.phase) and max(self.step, other.step) <= slack
 
 
 @dataclass
@@ -19,15 +37,21 @@ class Job:
     late: bool  # its deadline has passed
     sources: int  # bytes, and tokens
     owner: str = ""
+    api: str = ""
+    format: int = 1
+    orphaned: bool = False  # its API was not seen for long
     steps: int = 1
     state: str = "queued"
-    runs: int = 0
+    runs: int = 0  # confirmed ones
     epoch: int = 0
+    confirmed: bool = False  # whether the claim of this epoch is a run
+    alone: bool = False
+    deaths: dict[int, Death] = field(default_factory=dict)  # by epoch
     engine: str | None = None
     delivered: bool = False
     lapsed: bool = False  # requeued, or its lease has lapsed
     has_result: bool = False
-    progress: dict[str, int] = field(default_factory=dict)
+    progress: dict[str, str | int] = field(default_factory=dict)
     plans: dict[int, Plan] = field(default_factory=dict)
     partials: set[str] = field(default_factory=set)
 
@@ -39,12 +63,41 @@ class Job:
     def live(self) -> bool:
         return self.state in ("queued", "running")
 
+    @property
+    def death(self) -> Death | None:
+        """Return what the end of its engine is now."""
+        if self.state != "running" or not self.confirmed:
+            return None
+        return Death(self.engine, self.alone, **self.progress)  # type: ignore[arg-type]
+
+    @property
+    def known_deaths(self) -> list[Death]:
+        """Return its deaths, with that of a lapsed claim."""
+        return [*self.deaths.values(), *([self.death] if self.lapsed and self.death else [])]
+
+    @property
+    def is_given_up(self) -> bool:
+        alone = [death for death in self.known_deaths if death.alone]
+        pairs = [(one, other) for index, one in enumerate(alone) for other in alone[:index]]
+        return self.runs >= MAX_RUNS or any(one.is_like(other) for one, other in pairs)
+
+    def confirm(self) -> None:
+        """Renew the claim."""
+        self.runs += not self.confirmed
+        self.confirmed, self.lapsed = True, False
+
+    def absolve(self, epoch: int, engine: str) -> None:
+        """Take the death of an engine back that lives."""
+        if epoch in self.deaths and self.deaths[epoch].engine == engine:
+            del self.deaths[epoch]
+            self.runs -= 1
+
     def fits(self, free: FreeCapacity) -> bool:
         if free.idle:
             return True
         cost = spec(n=self.images, num_sources=int(self.sources > 0), source_tokens=self.sources)
         return (
-            self.runs < 2
+            not self.known_deaths
             and self.images <= free.images
             and cost.plan_tokens + cost.prompt_tokens_bound <= free.kv_tokens
             and self.sources <= free.source_tokens
@@ -61,6 +114,7 @@ class Model:
     overtaken: int = 0  # work of interactive jobs claimed while the first batch job waited
     overtaken_jobs: int = 0
     rival: Job | None = None  # the first interactive job at the last claim, if a batch job waited, too
+    heard: bool = False  # heartbeats have arrived without a gap
     dead_lettered: int = 0
     cleared: list[Job] = field(default_factory=list)  # ended by the last claim
 
@@ -102,12 +156,15 @@ class Model:
 
     @property
     def can_claim(self) -> bool:
-        return any(self._head(priority) for priority in self.streams)
+        return any(job.lapsed or not job.delivered for jobs in self.streams.values() for job in jobs)
 
-    def claim(self, free: FreeCapacity) -> Job | None:
+    def is_orphan(self, job: Job) -> bool:
+        return job.orphaned and self.heard
+
+    def claim(self, free: FreeCapacity, known_format: int) -> Job | None:
         """Return the job a claim must get, after clearing what comes before it."""
         self.cleared = []
-        interactive, batch = self._first("interactive"), self._first("batch")
+        interactive, batch = self._first("interactive", known_format), self._first("batch", known_format)
         self.rival = interactive if batch else None
         job = interactive or batch
         if batch is not None and self.overtaken >= 3 * batch.work:
@@ -115,12 +172,13 @@ class Model:
             job = batch if holds or batch.fits(free) else job
         return job if job and job.fits(free) else None
 
-    def _first(self, priority: str) -> Job | None:
-        while (job := self._head(priority)) is not None:
-            if job.late or job.runs >= MAX_RUNS:
+    def _first(self, priority: str, known_format: int) -> Job | None:
+        while (job := self._head(priority, known_format)) is not None:
+            if job.late or self.is_orphan(job) or job.is_given_up:
                 job.delivered = True
-                self.dead_lettered += not job.late
-                self.end(job, "expired" if job.late else "failed")
+                state = "expired" if job.late else "cancelled" if self.is_orphan(job) else "failed"
+                self.dead_lettered += state == "failed"
+                self.end(job, state)
                 self.cleared.append(job)
             else:
                 return job
@@ -135,11 +193,23 @@ class Model:
         else:
             self.overtaken += job.work
             self.overtaken_jobs += 1
-        job.runs, job.epoch = job.runs + 1, job.epoch + 1
+        if job.lapsed and job.death:
+            job.deaths[job.epoch] = job.death
+        job.epoch, job.confirmed, job.alone = job.epoch + 1, False, bool(job.deaths)
         job.state, job.engine, job.progress = "running", engine, {}
         job.delivered, job.lapsed = True, False
 
-    def _head(self, priority: str) -> Job | None:
+    def _head(self, priority: str, known_format: int) -> Job | None:
+        def is_newer(job: Job) -> bool:
+            return job.live and job.format > known_format and not job.late
+
         jobs = self.streams[priority]
-        lapsed = (job for job in jobs if job.delivered and job.lapsed)
-        return next(lapsed, None) or next((job for job in jobs if not job.delivered), None)
+        for job in jobs:
+            if job.delivered and job.lapsed and not is_newer(job):
+                return job
+        for job in jobs:
+            if not job.delivered:
+                if not is_newer(job):
+                    return job
+                job.delivered = job.lapsed = True  # passed over
+        return None

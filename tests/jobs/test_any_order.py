@@ -27,7 +27,7 @@ from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import TERMINAL_STATES, Claim, FreeCapacity, JobError, PartialImage, Plan, QueueStats, SourceImages
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, pass_deadline, spec, submit
-from tests.jobs.queue_model import CAP, MAX_RUNS, OWNED_CAP, SOURCES_CAP, Job, Model
+from tests.jobs.queue_model import CAP, OWNED_CAP, SOURCES_CAP, Job, Model
 
 LEASE_MS = 3_600_000
 # For every edit here, but no generation.
@@ -57,7 +57,7 @@ CALLS = (
 )
 PRIORITIES = st.sampled_from(["interactive", "batch"])
 RECENT = st.sampled_from([0, 0, 1, 2, 3, 3])  # how many jobs or claims to go back
-SIZES = settings(max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SIZES = settings(max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -69,6 +69,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.run = self.runner.run
         self.model = Model()
         self.claims: list[tuple[str, Job, Claim]] = []
+        self.attempts: dict[str, tuple[str, Job, Claim]] = {}  # the last granted one of each engine
         self.touched: list[Job] = []  # by the last call, where it named a job
         self.submits = 0
 
@@ -79,7 +80,7 @@ class QueueMachine(RuleBasedStateMachine):
     async def _open(self):
         self.client = connect(self.server.url)
         await self.client.flushdb()
-        self.queue = JobQueue(self.client, max_runs=MAX_RUNS, lease_ms=LEASE_MS, result_ttl_s=3600)
+        self.queue = JobQueue(self.client, lease_ms=LEASE_MS, result_ttl_s=3600, orphan_ms=LEASE_MS)
         self.events = self.client.pubsub()
         await self.events.subscribe("glimmer:events")
 
@@ -107,17 +108,19 @@ class QueueMachine(RuleBasedStateMachine):
         late=st.sampled_from([False] * 9 + [True]),
         sources=st.sampled_from([0, 0, 0, 1, 3, 5, 9]),
         owner=st.sampled_from(["anna", "bob"]),
+        api=st.sampled_from([""] * 6 + ["api-1", "api-2"]),
+        job_format=st.sampled_from([1] * 9 + [2]),
         key=st.sampled_from(["", "", "k"]),
         fingerprint=st.sampled_from(["f", "f", "g"]),
         steps=st.sampled_from([1, 1, 2, 50]),
     )
-    def submit(
-        self, priority: Any, images: int, late: bool, sources: int, owner: str, key: str, fingerprint: str, steps: int
-    ):
+    def submit(self, key: str, fingerprint: str, job_format: int, **fields: Any):
         self.submits += 1
-        job = Job(f"job-{self.submits}", priority, images, late, sources, owner, steps)
+        job = Job(f"job-{self.submits}", format=job_format, **fields)
         if not self._submit(job, key, fingerprint) and key:
             self._submit(job, key, "another")  # a refused submit has not stored its key
+        if job in self.model.jobs and job_format > 1:
+            self.run(self.client.hset(f"glimmer:job:{job.id}", "format", job_format))  # type: ignore[arg-type]
 
     def _submit(self, job: Job, key: str, fingerprint: str) -> bool:
         call = submit(
@@ -133,6 +136,7 @@ class QueueMachine(RuleBasedStateMachine):
             max_owned=OWNED_CAP,
             idempotency_key=key,
             fingerprint=fingerprint,
+            api_id=job.api,
             n=job.images,
             num_inference_steps=job.steps,
         )
@@ -176,32 +180,80 @@ class QueueMachine(RuleBasedStateMachine):
             if job.live:
                 self.model.end(job, "cancelled")
 
+    @precondition(lambda self: any(job.live and job.api for job in self.model.jobs))
+    @rule(api=st.sampled_from(["api-1", "api-2"]), what=st.sampled_from(["lives", "is silent", "is silent", "outage"]))
+    def api_process(self, api: str, what: str):
+        jobs = [job for job in self.model.jobs if job.live and job.api == api]
+        if what == "lives":
+            self.run(self.queue.api_heartbeat(api))
+        elif what == "is silent":
+            self.run(self._silence(api, jobs))
+            self.model.heard = True
+        else:
+            self.run(self.client.hset("glimmer:heard", "at", 0))  # type: ignore[arg-type]
+            self.model.heard = False
+        for job in jobs:
+            job.orphaned = what != "lives" if what != "outage" else job.orphaned
+
+    async def _silence(self, api: str, jobs: list[Job]):
+        """Let the API be silent for long while heartbeats of others arrive."""
+        seconds, microseconds = await self.client.time()
+        times = {"at": 1000 * seconds + microseconds // 1000, "since": 0}
+        await self.client.hset("glimmer:heard", mapping=times)  # type: ignore[misc]
+        await self.client.zadd("glimmer:apis", {api: 0})
+        for job in jobs:
+            await self.client.hset(f"glimmer:job:{job.id}", "submitted_at", 0)  # type: ignore[misc]
+
     # --- engines ------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.model.can_claim)
-    @rule(engine=ENGINES, free=CAPACITIES)
-    def claim(self, engine: str, free: FreeCapacity):
-        self._claim(engine, free)
+    @rule(engine=ENGINES, free=CAPACITIES, known_format=st.sampled_from([1, 1, 2]))
+    def claim(self, engine: str, free: FreeCapacity, known_format: int):
+        """Claim without a confirmation, as if the reply was lost."""
+        self._claim(engine, free, known_format)
 
     @precondition(lambda self: self.model.can_claim)
     @rule(engine=ENGINES, free=CAPACITIES)
-    def claim_more(self, engine: str, free: FreeCapacity):
-        """Claim, so that claims are as frequent as submits."""
-        self._claim(engine, free)
+    def claim_and_confirm(self, engine: str, free: FreeCapacity):
+        if self._claim(engine, free):
+            _, job, claim = self.claims[-1]
+            assert self.run(self.queue.renew(engine, [claim])) == []
+            job.confirm()
 
-    def _claim(self, engine: str, free: FreeCapacity):
-        granted = self.run(self.queue.claim(engine, free))
-        job = self.model.claim(free)
+    @precondition(lambda self: self.attempts)
+    @rule(engine=ENGINES, free=CAPACITIES)
+    def claim_again(self, engine: str, free: FreeCapacity):
+        """Repeat an attempt."""
+        if engine not in self.attempts:
+            return
+        attempt, job, claim = self.attempts[engine]
+        if job.state != "running" or job.epoch != claim.epoch:
+            self._claim(engine, free, attempt=attempt)
+            return
+        granted = self.run(self.queue.attempt_claim(engine, free, attempt))
+        assert granted is not None
+        repeated = (granted.job_id, granted.epoch, granted.runs, granted.quarantined, granted.plans)
+        assert repeated == (claim.job_id, claim.epoch, claim.runs, claim.quarantined, job.plans)
+        job.lapsed = False
+        self.touched = [job]
+
+    def _claim(self, engine: str, free: FreeCapacity, known_format: int = 1, attempt: str = "") -> bool:
+        attempt = attempt or f"attempt-{len(self.claims)}-{self.submits}"
+        self.queue.known_format = known_format
+        granted = self.run(self.queue.attempt_claim(engine, free, attempt))
+        job = self.model.claim(free, known_format)
         self.touched = self.model.cleared
         if job is None:
             assert granted is None
-            return
+            return False
         self.model.grant(job, engine)
         assert granted is not None
-        assert (granted.job_id, granted.epoch, granted.runs) == (job.id, job.epoch, job.runs)
-        assert (granted.quarantined, granted.plans) == (job.runs > 2, job.plans)
+        assert (granted.job_id, granted.epoch, granted.runs) == (job.id, job.epoch, job.runs + 1)
+        assert (granted.quarantined, granted.plans) == (job.alone, job.plans)
         self.claims.append((engine, job, granted))
+        self.attempts[engine] = attempt, job, granted
         self.touched = [job, *self.model.cleared]
+        return True
 
     @precondition(lambda self: self.model.count("running"))
     @rule(back=RECENT, what=st.sampled_from(["lease", "all leases", "deadline"]))
@@ -233,12 +285,13 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(back=RECENT, index=st.integers(0, 2))
     def write(self, back: int, index: int):
         _, job, claim, holds = self._claim_back(back)
+        progress = {"phase": ("planning", "rendering")[index % 2], "step": 4 * index, "steps": 10}
         plan, partial = Plan(1, 1, [claim.epoch]), PartialImage(index, 0, b"x", {})
-        assert self.run(self.queue.progress(claim, {"step": index})) == holds
+        assert self.run(self.queue.progress(claim, progress)) == holds
         assert self.run(self.queue.checkpoint_plan(claim, index, plan)) == holds
         assert self.run(self.queue.partial_image(claim, partial)) == holds
         if holds:
-            job.progress = {"step": index}
+            job.progress = dict(progress)
             job.plans[index] = plan
             job.partials.add(f"{index}:0")
 
@@ -258,12 +311,14 @@ class QueueMachine(RuleBasedStateMachine):
         engine = engine if by_itself else "engine-3"
         lost: list[Claim] = []
         for holder, job, claim, holds in chosen:
-            if not holds or holder != engine or job.late:
-                lost.append(claim)
-            else:
-                job.lapsed = False
-            if holds and holder == engine and job.late:
-                self.model.end(job, "expired")
+            if holds and holder == engine and not job.late and not self.model.is_orphan(job):
+                job.confirm()
+                continue
+            lost.append(claim)
+            if holds and holder == engine:
+                self.model.end(job, "expired" if job.late else "cancelled")
+            elif job.live:
+                job.absolve(claim.epoch, engine)
         assert self.run(self.queue.renew(engine, [claim for _, _, claim, _ in chosen])) == lost
         self.touched = [job for _, job, _, _ in chosen]
 
@@ -285,7 +340,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.run(self.queue.requeue(engine, claim)) == holds
         if holds:
             self.model.requeue(job)
-            job.runs -= 1
+            job.runs -= job.confirmed
 
     def _claim_back(self, back: int) -> tuple[str, Job, Claim, bool]:
         """Return a recent claim, mostly one that holds, and whether it does."""
@@ -309,8 +364,10 @@ class QueueMachine(RuleBasedStateMachine):
         lost = [job for job in self.model.jobs if job.state == "running" and job.engine == engine]
         assert self.run(self.queue.requeue_all(engine, blame)) == len(lost)
         for job in lost:
+            if job.death and blame:
+                job.deaths[job.epoch] = job.death
+            job.runs -= job.confirmed and not blame
             self.model.requeue(job)
-            job.runs -= not blame
         self.touched = lost
 
     # --- always -------------------------------------------------------------------------------------------------
@@ -350,6 +407,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert not job.live or record.progress == job.progress
         assert (record.error is not None) == (job.state == "failed")
         assert result == (RESULT if job.has_result else None)
+        deaths = [name async for name, _ in self.client.hscan_iter(f"glimmer:job:{job.id}", match="death:*")]
+        assert not job.live or set(deaths) == {b"death:%d" % epoch for epoch in job.deaths}
         if job.live and job.delivered:
             queue, entry = f"glimmer:queue:{job.priority}", await self._entry(job)
             lease: Any

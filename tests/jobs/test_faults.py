@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import redis.asyncio
-from redis.exceptions import ResponseError
 
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
@@ -223,12 +222,6 @@ async def test_jobs_can_be_claimed_and_ended_without_free_memory(queue: JobQueue
     assert claimed[0].job_id == requeued.job_id
     assert await queue.renew("engine-1", claimed) == []
     assert await queue.stats() == QueueStats(waiting=0, running=2)
-
-
-async def test_a_programming_error_is_not_mapped_to_unavailable(queue: JobQueue, client: redis.asyncio.Redis):
-    await client.set("glimmer:waiting", "not a sorted set")
-    with pytest.raises(ResponseError, match="WRONGTYPE"):
-        await submit(queue)
 
 
 async def test_result_retries_while_redis_restarts(server: EmbeddedRedis, queue: JobQueue):

@@ -10,7 +10,7 @@ import redis.asyncio
 from engine.errors import KeyReused, QueueUnavailable, TooManyJobs
 from engine.jobs.job import JobRecord, JobState, PartialImage, SourceImages
 from tests.job_queue import JobQueue
-from tests.jobs.helpers import RESULT, claim, submit
+from tests.jobs.helpers import IDLE, RESULT, claim, submit
 
 SOURCES = SourceImages([b"\x89PNG one", b"\x89PNG two"], b"overlay")
 
@@ -68,7 +68,7 @@ async def test_partial_images_of_a_lost_claim_are_refused(queue: JobQueue) -> No
     await submit(queue, job_id="a", partial_images=2)
     stale = await claim(queue)
     await queue.requeue_all("engine-1")
-    held = await claim(queue, "engine-2")
+    held = await claim(queue, "engine-2", IDLE)
     assert not await queue.partial_image(stale, PartialImage(0, 0, b"stale"))
     assert await queue.partial_image(held, PartialImage(0, 0, b"good"))
     await queue.commit(held, RESULT)
@@ -103,7 +103,7 @@ async def test_a_discarded_job_leaves_nothing(queue: JobQueue, redis_client: red
     await queue.discard("a")
     keys: list[Any] = await redis_client.keys("*")
     left = {key.decode().split(":")[1] for key in keys}
-    assert left <= {"job", "counters", "queue"}
+    assert left <= {"job", "counters", "queue", "attempt"}
 
 
 async def test_shared_files(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:

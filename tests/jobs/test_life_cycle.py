@@ -280,7 +280,7 @@ async def test_checkpointed_plans_are_in_the_next_claim(queue: JobQueue):
     assert await queue.checkpoint_plan(granted, 0, first)
     assert await queue.checkpoint_plan(granted, 2, second)
     assert await queue.requeue_all("engine-1") == 1
-    again = await claim(queue, "engine-2")
+    again = await claim(queue, "engine-2", IDLE)
     assert (again.job_id, again.plans) == (job_id, {0: first, 2: second})
 
 
@@ -335,7 +335,8 @@ async def test_engines_are_listed_until_their_heartbeat_expires(queue: JobQueue,
     assert await redis_client.smembers("glimmer:engines") == {b"e2"}
     await queue.deregister("e2")
     assert await queue.engines() == []
-    assert [key async for key in redis_client.scan_iter()] == []
+    assert [key async for key in redis_client.scan_iter()] == [b"glimmer:heard"]
+    assert await redis_client.pttl("glimmer:heard") > 0
 
 
 async def test_the_consumer_of_a_dead_engine_is_removed_after_its_jobs(
@@ -354,7 +355,7 @@ async def test_the_consumer_of_a_dead_engine_is_removed_after_its_jobs(
     assert await queue.engines() == []
     assert await names() == {b"dead"}
     without_lease = JobQueue(redis_client, lease_ms=0)
-    again = await claim(without_lease, "another")
+    again = await claim(without_lease, "another", IDLE)
     assert again.job_id == job_id
     assert await queue.engines() == []
     assert await names() == {b"another"}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import orjson
 import redis.asyncio
 
 from engine.jobs.job import EngineInfo, JobError, Origin, PartialImage, Plan, SourceImages, TokenGrid
@@ -91,7 +92,8 @@ async def test_a_running_job(queue: JobQueue, redis_client: Any) -> None:
     await queue.checkpoint_plan(held, 9, Plan(1, 1, [16383], TokenGrid(1, 1, [])))
     await queue.partial_image(held, PartialImage(9, 2, b"\0\xff", {"rows": 1}))
     record = await _record(redis_client)
-    assert {name: record[name] for name in (b"state", b"engine", b"epoch", b"runs", b"progress")} == {
+    assert {name: record[name] for name in (b"state", b"engine", b"epoch", b"runs", b"progress", b"confirmed")} == {
+        b"confirmed": b"1",
         b"state": b"running",
         b"engine": b"engine-1",
         b"epoch": b"1",
@@ -129,14 +131,18 @@ async def test_ended_jobs(queue: JobQueue, redis_client: Any) -> None:
 
 
 async def test_a_dead_lettered_job(redis_client: redis.asyncio.Redis) -> None:
-    queue, client = JobQueue(redis_client, max_runs=1), redis_client
+    queue, client = JobQueue(redis_client), redis_client
     await _submit(queue)
-    await claim(queue, "engine-1", IDLE)
-    await queue.requeue_all("engine-1")
+    for _ in range(3):
+        await queue.progress(await claim(queue, "engine-1", IDLE), {"phase": "rendering", "step": 3, "steps": 9})
+        await queue.requeue_all("engine-1")
+    death = orjson.loads((await _record(client))[b"death:3"])
+    assert death == {"engine": "engine-1", "alone": True, "phase": "rendering", "step": 3, "steps": 9}
+    assert (await _record(client))[b"alone"] == b"3"
     assert await queue.claim("engine-2", IDLE) is None
     record = await _record(client)
     assert record[b"state"] == b"failed"
-    message = b"The job brought its engine down 1 times and was given up."
+    message = b"The job brought its engine down each time it ran and was given up."
     assert record[b"error"] == b'{"message":"%s","type":"server_error","code":null,"param":null}' % message
     assert await client.hget("glimmer:counters", "given_up") == b"1"  # type: ignore[misc]
 
@@ -173,7 +179,8 @@ async def test_a_heartbeat(queue: JobQueue, redis_client: Any) -> None:
     await queue.heartbeat(info, "glimmer_x 1\n", ttl_s=60)
     info_json = (
         b'{"id":"e1","pid":1,"stage":"all","state":"ready","model":"nano","default_size":"512x512",'
-        b'"codebook_size":16384,"max_prompt_tokens":1024,"images_running":0,"default_steps":50,"default_guidance":1.5}'
+        b'"codebook_size":16384,"max_prompt_tokens":1024,"images_running":0,"default_steps":50,"default_guidance":1.5,'
+        b'"fingerprint":""}'
     )
     assert await redis_client.hgetall("glimmer:engine:e1") == {b"info": info_json, b"metrics": b"glimmer_x 1\n"}
     assert 0 < await redis_client.pttl("glimmer:engine:e1") <= 60_000

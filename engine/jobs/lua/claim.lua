@@ -4,27 +4,53 @@
 --
 -- A job whose turn it is and that does not fit is not passed over: the call grants nothing. Smaller jobs, of its queue or
 -- the other, would keep the engine full and starve it.
+-- Jobs of a newer format are passed over, for newer engines.
 --
--- args: consumer, images, kv_tokens, source_tokens, idle, lease_ms, max_runs
+-- An attempt that is repeated, because its reply was lost, gets the same grant again.
+--
+-- args: consumer, attempt, images, kv_tokens, source_tokens, idle, lease_ms, max_format, orphan_ms
 -- blobs: the error of a dead-lettered job
 -- returns: nil (nothing to claim) | 1 (MAX_CLEARED stale entries were cleared: call again)
---   | [id, epoch, runs, quarantined, spec, submitted_at, deadline, claimed_at, plans, origin]
+--   | [id, epoch, run, quarantined, spec, submitted_at, deadline, claimed_at, plans, origin]
 
 local BATCH_TURN, HOLD_TURN, HOLD_JOBS = 3, 16, 32
-local QUARANTINE_RUNS, MAX_CLEARED = 2, 64
+local MAX_RUNS, MAX_CLEARED, PAGE = 10, 64, 16
 local WORK_OF_IMAGE = 1024 * 1024 * 50 -- where an older API wrote no `work`
-local consumer, dead_letter_error = args.consumer, ARGV[2]
+local consumer, dead_letter_error, now = args.consumer, ARGV[2], now_ms()
+local attempt_key = PREFIX .. ':attempt:' .. consumer
+
+local function is_newer(id)
+  local fields = id and redis.pcall('HMGET', job_key(id), 'state', 'format', 'deadline')
+  if not fields or fields.err then return false end
+  local state, format, deadline = unpack(fields)
+  return is_live(state) and (tonumber(format) or 1) > args.max_format and now < (tonumber(deadline) or 0)
+end
+
+-- Keeps a job for newer engines: the entries behind it can be delivered only after it.
+local function pass_over(queue, entry)
+  redis.call('XREADGROUP', 'GROUP', GROUP, REQUEUED, 'COUNT', 1, 'STREAMS', queue, '>')
+  redis.call('XCLAIM', queue, GROUP, REQUEUED, 0, entry, 'TIME', 0, 'JUSTID')
+end
 
 -- Returns entry id, job id, whether the entry is pending already.
 local function head(queue)
-  local after = last_delivered(queue)
-  local lapsed = redis.call('XPENDING', queue, GROUP, 'IDLE', args.lease_ms, '-', '+', 1)[1]
-  if lapsed then
-    local entry = redis.call('XRANGE', queue, lapsed[1], lapsed[1])[1]
-    return lapsed[1], entry and entry[2][2], true
+  local after, start = last_delivered(queue), '-'
+  while start do
+    local lapsed = redis.call('XPENDING', queue, GROUP, 'IDLE', args.lease_ms, start, '+', PAGE)
+    for _, pending in ipairs(lapsed) do
+      local entry = redis.call('XRANGE', queue, pending[1], pending[1])[1]
+      local id = entry and entry[2][2]
+      if not is_newer(id) then return pending[1], id, true end
+    end
+    start = #lapsed == PAGE and '(' .. lapsed[PAGE][1]
   end
-  local new = redis.call('XRANGE', queue, '(' .. after, '+', 'COUNT', 1)[1]
-  if new then return new[1], new[2][2], false end
+  while true do
+    local new = redis.call('XRANGE', queue, '(' .. after, '+', 'COUNT', 1)[1]
+    if not new then return end
+    if not is_newer(new[2][2]) then return new[1], new[2][2], false end
+    pass_over(queue, new[1])
+    after = new[1]
+  end
 end
 
 local function take(queue, entry, pending)
@@ -35,35 +61,93 @@ local function take(queue, entry, pending)
   end
 end
 
--- Returns the class, and the work of a job that may run.
-local function classify(id, entry)
-  if not id then return 'stale' end
-  local state, current_entry, deadline, runs, images, kv_tokens, source_tokens, work = unpack(redis.call('HMGET',
-    job_key(id), 'state', 'entry', 'deadline', 'runs', 'images', 'kv_tokens', 'source_tokens', 'work'))
-  if not is_live(state) or current_entry ~= entry then return 'stale' end
-  if now_ms() >= tonumber(deadline) then return 'expired' end
-  runs, work = tonumber(runs), tonumber(work) or images * WORK_OF_IMAGE
-  if runs >= args.max_runs then return 'dead letter' end
-  if args.idle then return 'fits', work end
-  if runs < QUARANTINE_RUNS and tonumber(images) <= args.images and tonumber(kv_tokens) <= args.kv_tokens
-    and tonumber(source_tokens or 0) <= args.source_tokens then return 'fits', work end
-  return 'waits', work
+-- Returns whether two deaths look like the same one. The step is that of the last report, some 0.2 s before the death,
+-- so it differs by what a job does in that time; a job without a report had hardly begun.
+local function alike(one, other)
+  local slack = math.max(2, one.steps / 10, other.steps / 10)
+  if one.phase == other.phase then return math.abs(one.step - other.step) <= slack end
+  return (one.phase == '' or other.phase == '') and math.max(one.step, other.step) <= slack
 end
 
-local function grant(id)
-  local job = job_key(id)
+-- Returns whether a job ends engines: it was alone in two that died alike. Jobs that run together share the suspicion.
+local function is_poison(deaths)
+  for i, one in ipairs(deaths) do
+    for j = 1, i - 1 do
+      if one.alone and deaths[j].alone and alike(one, deaths[j]) then return true end
+    end
+  end
+  return false
+end
+
+-- Returns the class, and for jobs that can be read the record. Its `deaths` include that of a lapsed claim, `death`.
+local function classify(id, entry, pending)
+  local record = id and read_record(id)
+  if id and record == false then return 'unreadable' end
+  if not record or not is_live(record.state) or record.entry ~= entry then return 'stale', record end
+  if now >= record.deadline then return 'expired', record end
+  if is_orphan(record, now) then return 'orphan', record end
+  -- A running job that is not pending has lost its lease with the group.
+  record.deaths, record.death = deaths_in(id, record), pending and death_of(record) or nil
+  if record.death then table.insert(record.deaths, record.death) end
+  if record.runs >= MAX_RUNS or is_poison(record.deaths) then return 'dead letter', record end
+  if args.idle then return 'fits', record end
+  if #record.deaths == 0 and record.images <= args.images and record.kv_tokens <= args.kv_tokens
+    and (record.source_tokens or 0) <= args.source_tokens then return 'fits', record end
+  return 'waits', record
+end
+
+-- Ends a taken job that cannot run, or deletes its entry.
+local function clear(class, id, queue, entry, record)
+  if class == 'expired' then finish(id, 'expired') end
+  if class == 'orphan' then finish(id, 'cancelled') end
+  if class == 'unreadable' then fail_unreadable(id, queue == queue_key('batch') and 'batch' or 'interactive', entry) end
+  if class == 'dead letter' then
+    finish(id, 'failed', dead_letter_error)
+    redis.call('HINCRBY', COUNTERS, 'given_up', 1)
+  end
+  if class == 'stale' then
+    redis.call('XACK', queue, GROUP, entry)
+    redis.call('XDEL', queue, entry)
+    if id and not record then -- deleted by hand
+      redis.call('ZREM', WAITING, id)
+      redis.call('SREM', RUNNING, id)
+    end
+  end
+end
+
+local function granted_claim(id, epoch, runs, quarantined)
+  local spec, submitted_at, deadline, origin = unpack(
+    redis.call('HMGET', job_key(id), 'spec', 'submitted_at', 'deadline', 'origin'))
+  local plans = redis.pcall('HGETALL', plans_key(id))
+  if plans.err then plans = false end -- not a hash
+  return {id, epoch, runs + 1, quarantined and 1 or 0, spec, submitted_at, deadline, now, plans, origin}
+end
+
+local function grant(id, record)
+  local job, quarantined = job_key(id), #record.deaths > 0
   redis.call('ZREM', WAITING, id)
   redis.call('SADD', RUNNING, id)
   redis.call('HINCRBY', COUNTERS, 'granted', 1)
-  local epoch, runs = redis.call('HINCRBY', job, 'epoch', 1), redis.call('HINCRBY', job, 'runs', 1)
+  if record.death then store_death(id, record.epoch, record.death) end
+  local epoch = redis.call('HINCRBY', job, 'epoch', 1)
   redis.call('HSET', job, 'state', 'running', 'engine', consumer)
   redis.call('HDEL', job, 'progress')
+  if quarantined then redis.call('HSET', job, 'alone', epoch) end
+  redis.call('SET', attempt_key, args.attempt .. ' ' .. epoch .. ' ' .. id, 'PX', RESULT_TTL_MS)
   publish_state(id, 'running')
-  local spec, submitted_at, deadline, origin = unpack(
-    redis.call('HMGET', job, 'spec', 'submitted_at', 'deadline', 'origin'))
-  local quarantined = runs > QUARANTINE_RUNS and 1 or 0
-  local plans = redis.call('HGETALL', plans_key(id))
-  return {id, epoch, runs, quarantined, spec, submitted_at, deadline, now_ms(), plans, origin}
+  return granted_claim(id, epoch, record.runs, quarantined)
+end
+
+-- Returns the grant of an earlier call with the same attempt, if the job still runs here.
+local function granted_before()
+  local attempt, epoch, id = string.match(redis.call('GET', attempt_key) or '', '^(%S+) (%d+) (.*)$')
+  if attempt ~= args.attempt then return nil end
+  local record = read_record(id)
+  if not record or not holds(id, tonumber(epoch)) or record.engine ~= consumer then return nil end
+  last_delivered(queue_key(record.priority))
+  take(queue_key(record.priority), record.entry, true)
+  local runs = record.confirmed == record.epoch and record.runs - 1 or record.runs
+  return granted_claim(id, record.epoch, runs, record.alone == record.epoch)
 end
 
 -- Returns the first job of a queue that may run; clears what is before it.
@@ -71,25 +155,20 @@ local cleared = 0
 local function first(queue)
   local entry, id, pending = head(queue)
   while entry and cleared < MAX_CLEARED do
-    local class, work = classify(id, entry)
+    local class, record = classify(id, entry, pending)
     if class == 'fits' or class == 'waits' then
-      return {queue = queue, entry = entry, id = id, pending = pending, fits = class == 'fits', work = work}
+      return {queue = queue, entry = entry, id = id, pending = pending, fits = class == 'fits', record = record,
+        work = record.work or record.images * WORK_OF_IMAGE}
     end
     take(queue, entry, pending)
-    if class == 'expired' then finish(id, 'expired') end
-    if class == 'dead letter' then
-      finish(id, 'failed', dead_letter_error)
-      redis.call('HINCRBY', COUNTERS, 'given_up', 1)
-    end
-    if class == 'stale' then
-      redis.call('XACK', queue, GROUP, entry)
-      redis.call('XDEL', queue, entry)
-    end
+    clear(class, id, queue, entry, record)
     cleared = cleared + 1
     entry, id, pending = head(queue)
   end
 end
 
+local before = granted_before()
+if before then return before end
 -- Both groups from the first call on: creating one later could be refused for lack of memory.
 local queues = {queue_key('interactive'), queue_key('batch')}
 for _, queue in ipairs(queues) do last_delivered(queue) end
@@ -103,6 +182,7 @@ if both and overtaken >= BATCH_TURN * batch.work
   and (batch.fits or overtaken >= HOLD_TURN * batch.work and overtaken_jobs >= HOLD_JOBS) then job = batch end
 if not (job and job.fits) then return false end
 
+take(job.queue, job.entry, job.pending)
 if not both then
   redis.call('HDEL', COUNTERS, 'overtaken', 'overtaken_jobs')
 elseif job == batch then
@@ -112,5 +192,4 @@ elseif job == batch then
 else
   redis.call('HSET', COUNTERS, 'overtaken', overtaken + job.work, 'overtaken_jobs', overtaken_jobs + 1)
 end
-take(job.queue, job.entry, job.pending)
-return grant(job.id)
+return grant(job.id, job.record)

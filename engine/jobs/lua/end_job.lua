@@ -4,8 +4,12 @@
 -- returns: 1 if this call ended the job, else 0
 
 local id, state = args.id, args.state
-local current, deadline = unpack(redis.call('HMGET', job_key(id), 'state', 'deadline'))
-if not is_live(current) then return 0 end
-if state == 'expired' and now_ms() < tonumber(deadline) then return 0 end
+local record = read_record(id)
+if record == false then
+  fail_unreadable(id)
+  return 0
+end
+if not record or not is_live(record.state) then return 0 end
+if state == 'expired' and now_ms() < record.deadline then return 0 end
 finish(id, state)
 return 1

@@ -5,8 +5,12 @@
 
 local now, ended = now_ms(), {}
 for _, id in ipairs(args.ids) do
-  local state, deadline = unpack(redis.call('HMGET', job_key(id), 'state', 'deadline'))
-  if is_live(state) and now >= tonumber(deadline) then
+  local record = read_record(id)
+  local state = record and record.state
+  if record == false then
+    fail_unreadable(id)
+    state = 'failed'
+  elseif is_live(state) and now >= record.deadline then
     finish(id, 'expired')
     state = 'expired'
   end

@@ -4,8 +4,8 @@
 --   queued -> running                             claim
 --   running -> queued                             requeue, requeue_all
 --   running -> succeeded | failed                 commit, fail
---   queued, running -> failed                     claim, of a job that has cost max_runs engines their lease
---   queued, running -> cancelled                  end_job, discard
+--   queued, running -> failed                     claim, of a job that ends engines; any, of one that cannot be read
+--   queued, running -> cancelled                  end_job, discard; claim, renew, of one whose client is gone
 --   queued, running -> expired                    end_job, ended_among, claim, renew, from the deadline on
 --
 -- A running job whose lease has lapsed is claimed like a queued one.
@@ -28,6 +28,8 @@
 --                     (work and number of interactive jobs claimed while the first batch job waited),
 --                     `source_bytes` (size of all `sources:{id}`), `given_up` (dead-lettered jobs)
 --   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
+--   attempt:{engine}  the engine's last successful claim: id of the attempt, epoch, id of the job
+--   apis              sorted set of API processes by their last heartbeat; heard: hash, see prelude_records.lua
 --   events, wake      pub/sub channels; a lost message costs only time
 --
 -- Invariants:
@@ -35,6 +37,7 @@
 -- - A queued or running job has exactly one stream entry, named by its record and pending in the group from the first
 --   claim on. Ending the job deletes it: a client that submits and cancels leaves no entries for claims to skip.
 -- - A lease is the idle time of the pending entry. Any engine may take an entry that is idle for longer.
+-- - An entry of a newer format than an engine knows is pending under `handed-back`, for a newer engine.
 -- - A claim raises `epoch`. A write of an engine takes effect only while the job runs under the epoch of its claim.
 -- - The first write of a script is one that Redis refuses when it is out of memory, or else the script may run then
 --   (claiming, ending). So a script that has written is never stopped half way.
@@ -73,7 +76,9 @@ end
 local function wake_engines(id) redis.call('PUBLISH', PREFIX .. ':wake', id) end
 
 local function holds(id, epoch)
-  local state, current = unpack(redis.call('HMGET', job_key(id), 'state', 'epoch'))
+  local fields = redis.pcall('HMGET', job_key(id), 'state', 'epoch')
+  if fields.err then return false end -- not a hash
+  local state, current = unpack(fields)
   return state == 'running' and tonumber(current) == epoch
 end
 

@@ -1,22 +1,31 @@
--- Restarts the leases of claims; ends jobs whose deadline has passed. Only the job's engine may renew: XCLAIM would
--- hand the entry to any consumer that asks.
+-- Restarts the leases of claims; the first time, the claim becomes a run. Ends jobs whose deadline has passed or whose
+-- client is gone. Only the job's engine may renew: XCLAIM would hand the entry to any consumer that asks.
 --
--- args: consumer, claims as [id, epoch] pairs
+-- args: consumer, claims as [id, epoch] pairs, orphan_ms
 -- returns: indices, from 0, of the claims that are lost
 
 local consumer, now, lost = args.consumer, now_ms(), {}
 for i, claim in ipairs(args.claims) do
   local id, epoch = unpack(claim)
-  local engine, deadline, priority, entry = unpack(
-    redis.call('HMGET', job_key(id), 'engine', 'deadline', 'priority', 'entry'))
-  if not holds(id, epoch) or engine ~= consumer then
-    table.insert(lost, i - 1)
-  elseif now >= tonumber(deadline) then
+  local record = read_record(id)
+  local held = record and record.state == 'running' and record.epoch == epoch and record.engine == consumer
+  if record == false then
+    fail_unreadable(id)
+  elseif not held then
+    if record and is_live(record.state) then absolve(id, epoch, consumer) end
+  elseif now >= record.deadline then
     finish(id, 'expired')
-    table.insert(lost, i - 1)
+  elseif is_orphan(record, now) then
+    finish(id, 'cancelled')
   else
-    last_delivered(queue_key(priority))
-    redis.call('XCLAIM', queue_key(priority), GROUP, consumer, 0, entry, 'JUSTID')
+    last_delivered(queue_key(record.priority))
+    redis.call('XCLAIM', queue_key(record.priority), GROUP, consumer, 0, record.entry, 'JUSTID')
+    if record.confirmed ~= epoch then
+      redis.call('HINCRBY', job_key(id), 'runs', 1)
+      redis.call('HSET', job_key(id), 'confirmed', epoch)
+    end
+    held = 'still'
   end
+  if held ~= 'still' then table.insert(lost, i - 1) end
 end
 return lost

@@ -2,7 +2,8 @@
 -- result. However large the source images are, they fit where there are no others.
 --
 -- args: id, priority, images, kv_tokens, source_tokens, work, timeout_ms, owner, idempotency_key, fingerprint,
---   max_queue, max_owned?, source_bytes, max_source_bytes?, dry_run?
+--   max_queue, max_owned?, source_bytes, max_source_bytes?, dry_run?, format? (absent: 1),
+--   api?
 -- blobs: spec, notes, origin, ended_spec, ended_notes, then the fields of `sources:{id}`: name, value, name, value, ...
 -- returns: 'accepted' | 'known' (or discarded) | 'attached {id}' | 'full' | 'full of sources' | 'too many' (of this
 --   owner) | 'reused' (the key, by another request)
@@ -34,6 +35,8 @@ redis.call('HSET', job, 'state', 'queued', 'priority', args.priority, 'spec', sp
   'entry', entry, 'images', args.images, 'kv_tokens', args.kv_tokens, 'source_tokens', args.source_tokens,
   'work', args.work, 'submitted_at', now, 'deadline', now + args.timeout_ms, 'epoch', 0, 'runs', 0, 'owner', owner,
   'notes', notes, 'origin', origin, 'ended_spec', ended_spec, 'ended_notes', ended_notes)
+if args.format then redis.call('HSET', job, 'format', args.format) end
+if args.api then redis.call('HSET', job, 'api', args.api) end
 if has_sources then
   redis.call('HSET', sources_key(id), unpack(ARGV, 7))
   redis.call('HSET', job, 'source_bytes', args.source_bytes)

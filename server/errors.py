@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from engine.errors import QueueReadOnly, QueueUnavailable, RequestError
+from engine.errors import QueueReadOnly, QueueUnavailable, RequestError, UnreadableJob
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's code, for logs and metrics
 
@@ -96,6 +96,11 @@ async def _queue_read_only(_: Request, error: Exception) -> Response:
     return unavailable("The job queue does not accept jobs right now; try again shortly.", REDIS_RETRY_S).response()
 
 
+async def _unreadable_job(_: Request, error: Exception) -> Response:
+    message = "What is stored of this job is damaged."
+    return ApiError(500, message, type="server_error", code="job_unreadable").response()
+
+
 async def _client_disconnected(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -125,6 +130,7 @@ _HANDLERS: dict[type[Exception], Any] = {
     RequestError: _request_error,
     QueueUnavailable: _queue_unavailable,
     QueueReadOnly: _queue_read_only,
+    UnreadableJob: _unreadable_job,
     ClientDisconnect: _client_disconnected,
     HTTPException: _http_error,
 }

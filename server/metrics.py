@@ -68,6 +68,11 @@ class Metrics:
             "Jobs failed because they repeatedly crashed their engines, since the queue was created.",
             registry=self.registry,
         )
+        self._models = Gauge(
+            "glimmer_models",
+            "Different models of the ready engines; more than 1 is a mistake, or a change of the checkpoint.",
+            registry=self.registry,
+        )
         self._engines = Gauge("glimmer_engines", "Engines with a heartbeat.", ("state",), registry=self.registry)
         self._source_bytes = Gauge(
             "glimmer_queue_source_bytes", "Memory that source images take in Redis.", registry=self.registry
@@ -92,6 +97,7 @@ class Metrics:
         self._redis_up.set(stats is not None)
         self._redis_takes_writes.set(takes_writes)
         self._queue_cap.set(max_queue)
+        self._models.set(len({engine.fingerprint for engine in engines if engine.state == "ready"} - {""}))
         self._queue.clear()
         self._engines.clear()
         self._source_bytes.set(math.nan if stats is None else stats.source_bytes)

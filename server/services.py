@@ -12,6 +12,7 @@ from engine.jobs.connection import connect
 from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission
+from server.admission.api_heartbeat import ApiHeartbeat
 from server.admission.gate import Gate
 from server.admission.keys import KeyRing
 from server.admission.memory_budget import MemoryBudget
@@ -58,8 +59,15 @@ async def open_services(
         memory = MemoryBudget(settings.max_inflight_bytes)
         metrics.inflight_bytes.set_function(lambda: memory.in_use)
         abandoned_jobs = AbandonedJobs(job_queue, metrics)
+        heartbeat = ApiHeartbeat(job_queue)
+        heartbeat.start()
         admission = Admission(
-            job_queue, RateLimits(job_queue), settings.max_queue, abandoned_jobs, settings.max_source_bytes
+            job_queue,
+            RateLimits(job_queue),
+            settings.max_queue,
+            abandoned_jobs,
+            settings.max_source_bytes,
+            api_id=heartbeat.api_id,
         )
         outcomes = JobOutcomes(job_queue, metrics, admission.throughput)
         yield Services(
@@ -78,6 +86,7 @@ async def open_services(
         )
         await outcomes.close()
         await abandoned_jobs.close()
+        await heartbeat.close()
 
 
 @asynccontextmanager

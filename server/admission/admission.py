@@ -58,8 +58,10 @@ class Admission:
         max_queue: int,
         abandoned_jobs: AbandonedJobs,
         max_source_bytes: int | None = None,
+        *,
+        api_id: str = "",
     ) -> None:
-        self._queue, self._limits = queue, limits
+        self._queue, self._limits, self._api_id = queue, limits, api_id
         self._max_queue, self._max_source_bytes = max_queue, max_source_bytes
         self._abandoned_jobs = abandoned_jobs
         self.throughput = Throughput()
@@ -119,11 +121,15 @@ class Admission:
         notes: dict[str, Any] | None = None,
         idempotency: Idempotency | None = None,
         origin: Origin = Origin(),
+        waits: bool = False,
     ) -> Admitted:
         """Queue the job of the charged caller atomically.
 
         If Redis does not respond, the job may be queued all the same. It is discarded, then refunded, except with an
         idempotency key: other requests may find it, free of charge.
+
+        Args:
+            waits: the client gets the result over this connection only, so the job ends with this process.
 
         Raises:
             ApiError: 429 at a limit; 422 as `find_by_idempotency_key`.
@@ -143,6 +149,7 @@ class Admission:
                 notes=notes,
                 ended_notes=notes | {"revised_prompt": None} if notes and notes.get("revised_prompt") else None,
                 origin=origin,
+                api_id=self._api_id if waits else "",
             )
         except (QueueFull, TooManyJobs) as refusal:
             await self.refund(charge)

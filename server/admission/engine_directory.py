@@ -9,6 +9,11 @@ def ready_engines(engines: list[EngineInfo]) -> list[EngineInfo]:
     return [engine for engine in engines if engine.state == "ready"]
 
 
+def models_of(engines: list[EngineInfo]) -> set[str]:
+    """Return the fingerprints of the models of ready engines; older engines send none."""
+    return {engine.fingerprint for engine in ready_engines(engines)} - {""}
+
+
 def require_ready(engines: list[EngineInfo]) -> EngineInfo:
     """Return any ready engine (all serve the same model); raise a 503 without one."""
     ready = ready_engines(engines)

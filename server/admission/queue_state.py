@@ -1,17 +1,22 @@
 """What probes and requests read of the queue: at most once a second in a process, whatever their number."""
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from engine.jobs.job import EngineInfo
 from engine.jobs.producer import JobProducer
+from engine.observability.logs import event
+from server.admission.engine_directory import models_of, ready_engines
 from server.redis_timeout import with_redis_timeout
 
 CACHE_TTL_S = 1.0
 WRITE_PROBE_TTL_S = 2.0  # each is a write to the append-only file
 
+logger = logging.getLogger("glimmer.engines")
 T = TypeVar("T")
 
 
@@ -49,7 +54,18 @@ class QueueState:
     """Shared reads of the engines with a fresh heartbeat, in any state; of counts; of whether Redis takes writes."""
 
     def __init__(self, queue: JobProducer) -> None:
-        self.engines = SharedRead(lambda: queue.engines(), CACHE_TTL_S)
+        self._queue, self._models = queue, set[str]()
+        self.engines = SharedRead(self._read_engines, CACHE_TTL_S)
         self.engine_metrics = SharedRead(lambda: queue.engine_metrics(), CACHE_TTL_S)
         self.stats = SharedRead(lambda: queue.stats(), CACHE_TTL_S)
         self.takes_writes = SharedRead(lambda: queue.takes_writes(), WRITE_PROBE_TTL_S)
+
+    async def _read_engines(self) -> list[EngineInfo]:
+        """Read the engines; log if their models differ: then images depend on which engine takes the job."""
+        engines = await self._queue.engines()
+        models = models_of(engines)
+        if len(models) > 1 and models != self._models:
+            by_engine = {engine.id: engine.fingerprint for engine in ready_engines(engines)}
+            event(logger, "models_differ", logging.ERROR, engines=by_engine)
+        self._models = models
+        return engines

@@ -82,10 +82,11 @@ async def _accept(request: Request, services: Services, read_body: ReadBody, max
         body = await IncomingBody(request, max_bytes, held).read(read_body)
         validated = validate(body.request, services.settings)
         idempotency = _idempotency(request, body)
-        with_partials = body.request.stream or _wants_job(request)
+        wants_job = _wants_job(request)
+        with_partials, waits = body.request.stream or wants_job, idempotency is None and not wants_job
         job = (
             await _find(request, services, idempotency)
-            or await Submission(request, services, body, validated, idempotency, with_partials, held).submit()
+            or await Submission(request, services, body, validated, idempotency, with_partials, waits, held).submit()
         )
         return _Accepted(job, body.request.stream, idempotency is not None)
 

@@ -35,6 +35,7 @@ class Submission:
 
     Args:
         with_partials: whether the client can receive partial images.
+        waits: whether only this connection brings the client its result.
         held: the request's memory.
     """
 
@@ -44,6 +45,7 @@ class Submission:
     validated: ValidatedRequest
     idempotency: Idempotency | None
     with_partials: bool
+    waits: bool
     held: Hold
 
     async def submit(self) -> Admitted:
@@ -135,6 +137,7 @@ class Submission:
             notes=options.to_dict(),
             idempotency=self.idempotency,
             origin=self.request.state.origin,
+            waits=self.waits,
         )
         if not job.attached:
             _log_accepted(job.job_id, spec)

@@ -25,6 +25,7 @@ from engine.worker.worker import Worker
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.job_queue import JobQueue
+from tests.source_images import source_image, source_images
 from tests.waiting import until
 
 SPEC = JobSpec('a poster "HELLO"', 64, 64, seed=1, num_inference_steps=3)
@@ -318,6 +319,44 @@ async def test_a_job_taken_over_by_another_engine_is_dropped(queue: JobQueue, re
         assert await queue.requeue("other", claim)
         await queue.cancel("j")
         await other.close()
+
+
+@pytest.mark.parametrize("damage", ["spec", "sources", "plans"])
+async def test_a_damaged_job_fails_alone(queue: JobQueue, redis_client: Any, model: GlmImage, damage: str) -> None:
+    sources = source_images(source_image(1, 64, 64))
+    edit = replace(SPEC, num_sources=1, source_tokens=64)
+    await queue.submit(edit, job_id="bad", timeout_s=60, priority="interactive", max_queue=9, source_images=sources)
+    if damage == "spec":
+        await redis_client.hset("glimmer:job:bad", "spec", '{"prompt":5}')
+    else:
+        await redis_client.delete(f"glimmer:{damage}:bad")
+        await redis_client.set(f"glimmer:{damage}:bad", "text")
+    await submit(queue, SPEC, "good")
+    async with working(queue, small_engine(model)):
+        assert (await queue.wait("good")).state is JobState.SUCCEEDED
+        await until(lambda: _has_failed(redis_client, "bad"), seconds=20)
+
+
+async def _has_failed(client: Any, job_id: str) -> bool:
+    state, error = await client.hmget(f"glimmer:job:{job_id}", "state", "error")
+    return state == b"failed" and b"job_unreadable" in error
+
+
+async def test_an_engine_survives_errors_of_redis(queue: JobQueue, redis_client: Any, model: GlmImage) -> None:
+    """An error of a kind that no list names, for the calls beside a running job."""
+    async with working(queue, small_engine(model), lease_s=1.0):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=128, height=128), "running")
+        await until_running(queue, "running")
+        await redis_client.delete("glimmer:engines")
+        await redis_client.set("glimmer:engines", "text")  # for heartbeats
+        await redis_client.rename("glimmer:queue:batch", "glimmer:batch")
+        await redis_client.set("glimmer:queue:batch", "text")  # for claims
+        await asyncio.sleep(1.5)
+        await redis_client.delete("glimmer:engines", "glimmer:queue:batch")
+        await redis_client.rename("glimmer:batch", "glimmer:queue:batch")
+        assert (await queue.wait("running")).state is JobState.SUCCEEDED
+        await submit(queue, SPEC, "next")
+        assert (await queue.wait("next")).state is JobState.SUCCEEDED
 
 
 async def test_partial_images_reach_the_job_s_followers(queue: JobQueue, model: GlmImage) -> None:

@@ -10,6 +10,8 @@ from engine.errors import RequestError
 from engine.request import Request
 from models.errors import PromptError
 
+PROCESS_ENDS = (KeyboardInterrupt, SystemExit)
+
 
 class Item(Protocol):
     """Part of a request."""
@@ -29,6 +31,9 @@ class FaultBoundary:
     Args:
         live: requests that have not ended.
         fail: ends a request and removes it from `live`.
+
+    Attributes:
+        beat: called before all work, as a sign of life.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class FaultBoundary:
         out_of_memory: Counter,
     ):
         self.live = live
+        self.beat: Callable[[], object] = lambda: None
         self._device, self._fail, self._out_of_memory = device, fail, out_of_memory
 
     def run(
@@ -51,10 +57,13 @@ class FaultBoundary:
         """
         if not items:
             return []
+        self.beat()
         try:
             work(items)
             return items
-        except Exception as error:
+        except PROCESS_ENDS:
+            raise
+        except BaseException as error:  # a panic of the tokenizer, which is written in Rust, is no Exception
             if is_lost_device(error):
                 raise
             lacks_memory = is_out_of_memory(error)
@@ -85,5 +94,9 @@ class FaultBoundary:
             torch.cuda.empty_cache()
 
 
-def _as_request_error(error: Exception) -> Exception:
-    return RequestError(str(error), param="prompt") if isinstance(error, PromptError) else error
+def _as_request_error(error: BaseException) -> Exception:
+    if isinstance(error, PromptError):
+        return RequestError(str(error), param="prompt")
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")

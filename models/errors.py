@@ -11,3 +11,7 @@ class PromptError(ValueError):
 
 class SourceImageError(ValueError):
     """A source image is not accepted."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A network's output is infinite or not a number."""

@@ -15,6 +15,7 @@ from engine.planner.sampler import sample, uniforms
 from engine.planner.scheduler import PromptGroup, Sequence
 from engine.request import Request
 from models.batch_invariant import choose_tile_height, padded
+from models.errors import NonFiniteError
 from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_positions
@@ -53,6 +54,7 @@ class PlannerRunner:
         self._positions = torch.zeros(max_sequences, max_plan_tokens, 3, dtype=torch.long, device=self.device)
         self._temperature = torch.zeros(max_sequences, device=self.device)
         self._top_p = torch.ones(max_sequences, device=self.device)
+        self._is_finite = torch.ones(max_sequences, dtype=torch.bool, device=self.device)
         self._tables: dict[int, BlockTable] = {}  # by buffer index
         parameters = sum(weight.numel() for weight in model.parameters())
         self._decode_threads = 1 if self.device.type == "cpu" and parameters <= ONE_THREAD_UP_TO else None
@@ -99,8 +101,15 @@ class PlannerRunner:
             self._sample(sequences, hidden)
 
     def read(self, sequence: Sequence) -> list[int]:
-        """Return a plan's tokens, undefined from `written` on. Waits for the device."""
-        return self._tokens[sequence.buffer_index, : sequence.total].tolist()
+        """Return a plan's tokens, undefined from `written` on. Waits for the device.
+
+        Raises:
+            NonFiniteError: some token had no finite scores, from which any code would be sampled.
+        """
+        tokens = self._tokens[sequence.buffer_index, : sequence.total].tolist()
+        if not self._is_finite[sequence.buffer_index]:
+            raise NonFiniteError("scores of the planner are not finite")
+        return tokens
 
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> None:
         """Sample token `written` of every sequence from its row of `hidden`; further rows are padding."""
@@ -108,6 +117,7 @@ class PlannerRunner:
         buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])
         logits = self.model.logits(hidden, self._tile_height(len(hidden)))[:count]
+        self._is_finite[buffers] &= logits.isfinite().all(-1)
         uniforms, temperature, top_p = self._uniforms[buffers, steps], self._temperature[buffers], self._top_p[buffers]
         self._tokens[buffers, steps] = sample(logits, uniforms, temperature, top_p, self.sampling.top_k)
 
@@ -116,6 +126,7 @@ class PlannerRunner:
         start = int(_prompt_positions(sequence.request)[-1, 0]) + 1  # a prompt ends with a token of text
         grids = [(grid.rows, grid.cols) for grid in spec.grids]
         self._positions[index, :total] = plan_positions(start, grids).to(self.device)
+        self._is_finite[index] = True
         self._uniforms[index, :total] = uniforms(sequence.image.seed, total).to(self.device)
         self._temperature[index] = self.sampling.temperature if spec.temperature is None else spec.temperature
         self._top_p[index] = self.sampling.top_p if spec.top_p is None else spec.top_p

@@ -1,6 +1,7 @@
 from engine.device_errors import is_out_of_memory
 from engine.errors import RequestError, UnreadableJob, WriteRefused
 from engine.jobs.job import JobError, JobSpec
+from models.errors import NonFiniteError
 
 
 def to_job_error(error: Exception, spec: JobSpec) -> JobError:
@@ -20,6 +21,12 @@ def to_job_error(error: Exception, spec: JobSpec) -> JobError:
             f"The engine's device has not enough memory for {_images(spec)} of {spec.width}x{spec.height}. "
             f"{_advice(spec)}.",
             code="out_of_memory",
+        )
+    if isinstance(error, NonFiniteError):
+        return JobError(
+            "The model's numbers overflowed on this request, so there is no image. Another seed or a guidance_scale "
+            "nearer to 1 may help.",
+            code="numerical_error",
         )
     return JobError("The engine failed on this request.", code="engine_error")
 

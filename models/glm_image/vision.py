@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GlmImageConfig
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 
+from models.errors import NonFiniteError
 from models.glm_image.source_images import PreprocessedImage
 
 CHUNK = 1024  # features at once, 4 bytes per code each
@@ -31,12 +32,18 @@ class VisionTokenizer(nn.Module):
 
     @torch.inference_mode()
     def forward(self, image: PreprocessedImage) -> Tensor:
-        """Return codes [rows, cols]."""
+        """Return codes [rows, cols]. Waits for the device.
+
+        Raises:
+            NonFiniteError: there is no nearest code.
+        """
         device = self.vqmodel.quant_conv.weight.device
         grid = torch.tensor([[1, image.rows, image.cols]], device=device)
         features = self.visual(image.halved.to(device), grid_thw=grid).last_hidden_state
         convolution = self.vqmodel.quant_conv
         embeddings = F.linear(features, convolution.weight.flatten(1), convolution.bias)
+        if not embeddings.isfinite().all():
+            raise NonFiniteError("the features of a source image are not finite")
         codebook = F.normalize(self.vqmodel.quantize.embedding.weight.float(), dim=-1).t()
         # Of unit vectors, the nearest has the largest product.
         nearest = [(F.normalize(part.float(), dim=-1) @ codebook).argmax(-1) for part in embeddings.split(CHUNK)]

@@ -2,13 +2,14 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.device_memory import host_memory
 from engine.geometry import CELL, MAX_ASPECT, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, PATCH, Geometry
 from models.glm_image.model import GlmImage
 
 BLOCK_SIZE = 32  # tokens
-CPU_KV_BYTES = 1 << 30
+CPU_KV_BYTES, CPU_KV_SHARE = 1 << 30, 0.15  # of the memory that the process may use
+CPU_SOURCE_BYTES, CPU_SOURCE_SHARE = 2 << 30, 0.2
 CUDA_KV_SHARE = 0.4  # of memory free after loading
-CPU_SOURCE_BYTES = 2 << 30
 CUDA_SOURCE_SHARE = 0.25
 
 
@@ -79,14 +80,16 @@ class EngineLimits:
 
 
 def _affordable_kv_tokens(model: GlmImage) -> int:
-    available = _available_bytes(model, CUDA_KV_SHARE, CPU_KV_BYTES)
+    available = _available_bytes(model, CUDA_KV_SHARE, CPU_KV_SHARE, CPU_KV_BYTES)
     return available // model.planner.config.kv_bytes_per_token(model.dtype.itemsize)
 
 
 def _affordable_source_patches(model: GlmImage) -> int:
-    available = _available_bytes(model, CUDA_SOURCE_SHARE, CPU_SOURCE_BYTES)
+    available = _available_bytes(model, CUDA_SOURCE_SHARE, CPU_SOURCE_SHARE, CPU_SOURCE_BYTES)
     return available // model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
 
 
-def _available_bytes(model: GlmImage, cuda_share: float, cpu_bytes: int) -> int:
-    return int(torch.cuda.mem_get_info(model.device)[0] * cuda_share) if model.device.type == "cuda" else cpu_bytes
+def _available_bytes(model: GlmImage, cuda_share: float, cpu_share: float, cpu_bytes: int) -> int:
+    if model.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(model.device)[0] * cuda_share)
+    return min(cpu_bytes, int(host_memory() * cpu_share))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from engine.config import EXIT_CONFIGURATION, EngineSettings
+from engine.device_memory import device_lock, take_from_device
 from engine.engine import Engine
 from engine.errors import QueueUnavailable, StartError
 from engine.jobs.connection import connect
@@ -117,14 +118,18 @@ def _load(settings: EngineSettings) -> Engine:
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
     model = GlmImage.load(settings.model or str(CHECKPOINT), device, dtype)
-    limits = EngineLimits.choose(
-        model,
-        max_images=settings.max_images,
-        max_prompt_tokens=settings.max_prompt_tokens,
-        kv_tokens=settings.kv_tokens,
-        render_token_budget=settings.render_token_budget,
-    )
-    return Engine(model, limits)
+    with device_lock(device):
+        limits = EngineLimits.choose(
+            model,
+            max_images=settings.max_images,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            kv_tokens=settings.kv_tokens,
+            render_token_budget=settings.render_token_budget,
+        )
+        engine = Engine(model, limits)
+        patch_bytes = model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
+        take_from_device(device, limits.source_patches * patch_bytes)
+    return engine
 
 
 def _ready(starting: EngineInfo, model: GlmImage, configured: str | None) -> EngineInfo:

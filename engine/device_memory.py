@@ -1,0 +1,82 @@
+"""Memory that an engine shares with other processes."""
+
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from engine.observability.logs import event
+
+LOCK_TIMEOUT_S = 60.0  # the holder allocates, which takes seconds; one that hangs must not hold up others for ever
+LOCK_POLL_INTERVAL_S = 0.05
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
+
+logger = logging.getLogger("glimmer.engine")
+
+
+@contextmanager
+def device_lock(device: torch.device) -> Iterator[None]:
+    """Let one process of this host at a time look at a CUDA device's free memory and allocate its share.
+
+    The lock file is in the folder for temporary files: containers that do not share it do not see each other.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    path = Path(tempfile.gettempdir()) / f"glimmer-{torch.cuda.get_device_properties(device).uuid}.lock"
+    try:
+        file = _open(path)
+    except OSError as error:
+        event(logger, "device_not_locked", logging.WARNING, path=path, reason=str(error))
+        yield
+        return
+    try:
+        _lock(file, path)
+        yield
+    finally:
+        os.close(file)
+
+
+def take_from_device(device: torch.device, size: int) -> None:
+    """Move `size` bytes from a CUDA device to torch's cache, if it has them: no other process can take them then."""
+    if device.type == "cuda":
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(size, dtype=torch.uint8, device=device)  # its memory stays in the cache
+
+
+def host_memory() -> int:
+    """Return the bytes that this process may use: the host's, or its container's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in CGROUP_LIMITS:
+        try:
+            text = (CGROUP / name).read_text().strip()
+        except OSError:
+            continue
+        limits += [int(text)] if text.isdecimal() else []
+    return min(limits)
+
+
+def _open(path: Path) -> int:
+    """Open a lock file for reading: that is enough to lock one that another user made."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _lock(file: int, path: Path) -> None:
+    until = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return event(logger, "device_not_locked", logging.WARNING, path=path, reason="held for too long")
+            time.sleep(LOCK_POLL_INTERVAL_S)

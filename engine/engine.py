@@ -3,7 +3,8 @@
 One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`:
 
     _receive   check new requests, drop cancelled ones
-    _admit     in order of arrival: reserve all memory a request needs, encode its source images
+    _admit     in order of arrival: reserve all memory a request needs
+    _prepare   encode a source image, and glyphs
     _plan      planner stage: prefill prompts, write every plan one token further
     _render    renderer stage: one denoising step of a batch of images, decode finished ones
     _report    progress
@@ -16,7 +17,7 @@ Neither Redis nor HTTP is needed:
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from engine.jobs.job import JobSpec, SourceImages
 from engine.limits import EngineLimits
 from engine.observability.metrics import EngineMetrics
 from engine.planner.stage import PlannerStage
+from engine.preparation import Preparation
 from engine.renderer.stage import RendererStage
 from engine.request import Event, Failed, Finished, Rendered, Request
 from models.errors import SourceImageError
@@ -61,6 +63,7 @@ class Engine:
             on_preview=self.renderer.render_preview,
             on_plan=self.renderer.render,
         )
+        self._preparation = Preparation(model, self.renderer.runner, self.boundary)
 
     def submit(self, request: Request) -> None:
         """Add a request at the next step."""
@@ -70,6 +73,11 @@ class Engine:
         """Drop a request at the next step."""
         self._cancelled.append(request_id)
 
+    def on_progress(self, beat: Callable[[], object]) -> None:
+        """Call `beat` at least before every piece of work that may take seconds."""
+        self.boundary.beat = beat
+        self.model.on_progress(beat)
+
     @property
     def is_idle(self) -> bool:
         return not self._inbox and not self._live
@@ -78,6 +86,7 @@ class Engine:
         """Advance all requests; return their events."""
         self._receive()
         self._admit()
+        self._prepare()
         self._plan()
         self._render()
         self._report()
@@ -115,7 +124,8 @@ class Engine:
         """Raise AssertionError if memory leaked."""
         self.planner.check_integrity()
         self.renderer.check_integrity()
-        assert not self.is_idle or (self.planner.is_idle and self.renderer.is_idle and not self._waiting)
+        assert not self.is_idle or (self.planner.is_idle and self.renderer.is_idle)
+        assert not self.is_idle or not (self._waiting or len(self._preparation))
 
     def _receive(self) -> None:
         while self._inbox:
@@ -128,17 +138,15 @@ class Engine:
                 self._forget(request)
 
     def _admit(self) -> None:
-        """Admit in order of arrival, so that small requests cannot overtake a large one for ever.
-
-        One edit per step: nothing advances while source images are encoded.
-        """
+        """Admit in order of arrival, so that small requests cannot overtake a large one for ever."""
         for request in [r for r in self._waiting if r.deadline_at <= time.monotonic()]:
             self._fail(request, DeadlinePassed("the deadline came before there was room"))
         while self._waiting and self._fits(self._waiting[0]):
-            request = self._waiting.popleft()
-            self.boundary.run_each([request], self._begin)
-            if request.spec.num_sources:
-                break
+            self.boundary.run_each([self._waiting.popleft()], self._reserve)
+
+    def _prepare(self) -> None:
+        others_work = not (self.planner.is_idle and self.renderer.is_idle)
+        self.boundary.run_each(self._preparation.step(others_work=others_work), self._begin)
 
     def _plan(self) -> None:
         """Do one planner step, or as many as a renderer step takes if plans are needed soon.
@@ -172,11 +180,14 @@ class Engine:
     def _fits(self, request: Request) -> bool:
         return self.planner.fits(request) and self.renderer.fits(request)
 
-    def _begin(self, request: Request) -> None:
+    def _reserve(self, request: Request) -> None:
         for image in request.images:
             image.admitted_at = time.monotonic()
-        request.encoded = [self.model.encode_source(image) for image in request.preprocessed]
-        request.preprocessed = []
+        self.renderer.reserve(request)
+        self.planner.reserve(request)
+        self._preparation.add(request)
+
+    def _begin(self, request: Request) -> None:
         self.renderer.admit(request)
         self.planner.admit(request)
 
@@ -193,5 +204,6 @@ class Engine:
         del self._live[request]
         if request in self._waiting:
             self._waiting.remove(request)
+        self._preparation.abort(request)
         self.planner.abort(request)
         self.renderer.abort(request)

@@ -1,9 +1,40 @@
+"""Quoted strings of a prompt: the text to draw. No torch: the API imports this."""
+
 import re
+from collections.abc import Sequence
+
+from engine.errors import RequestError
 
 # The renderer gets strings in this order.
 QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"\u300c([^\u300c\u300d]*)\u300d")
 
+MAX_STRINGS = 1024
+MAX_STRING_TOKENS = 2048  # bytes and an end; what is longer is cut, as in the reference
+MAX_TOKENS = 8192  # of all strings
+
 
 def quoted_strings(prompt: str) -> list[str]:
-    """Return the quoted strings of a prompt: the text to draw."""
+    """Return the quoted strings of a prompt."""
     return [text for pattern in QUOTES for text in re.findall(pattern, prompt)]
+
+
+def glyph_tokens(strings: Sequence[str]) -> int:
+    """Count bytes, an end for each string and, if their number is even, a pad for each."""
+    pad = (len(strings) + 1) % 2
+    return sum(min(len(text.encode()) + 1, MAX_STRING_TOKENS) + pad for text in strings)
+
+
+def check_quoted_strings(field: str, prompt: str) -> None:
+    """Raise RequestError, naming `field`, if the quoted strings are more than can be rendered."""
+    strings = quoted_strings(prompt)
+    if len(strings) > MAX_STRINGS:
+        raise RequestError(
+            f"{field} has {len(strings)} quoted strings; at most {MAX_STRINGS} can be rendered", param=field
+        )
+    tokens = glyph_tokens(strings)
+    if tokens > MAX_TOKENS:
+        raise RequestError(
+            f"the quoted strings of {field} have {tokens} bytes, with one or two for the ends of each; at most "
+            f"{MAX_TOKENS} can be rendered",
+            param=field,
+        )

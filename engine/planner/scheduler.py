@@ -89,6 +89,7 @@ class PlannerScheduler:
         self.prefill_limit = BatchLimit(prefill_tokens)
         self.decode_limit = BatchLimit(max_sequences)
         self._free_buffers = list(range(max_sequences))[::-1]
+        self._reserved: dict[Request, PromptGroup] = {}  # of requests that are not yet admitted
         self._prefill: deque[PromptGroup] = deque()
         self._decode: list[Sequence] = []
 
@@ -102,7 +103,9 @@ class PlannerScheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        return self._decode + [sequence for group in self._prefill for sequence in group.sequences]
+        """Return the plans for which memory is reserved."""
+        groups = (*self._prefill, *self._reserved.values())
+        return self._decode + [sequence for group in groups for sequence in group.sequences]
 
     @property
     def steps_left(self) -> int:
@@ -121,13 +124,7 @@ class PlannerScheduler:
         """Raise RequestError if even an idle stage could not plan it."""
         if request.is_planned:
             return
-        prompt_tokens = len(request.prompt_ids) - request.source_tokens
-        if prompt_tokens > self.max_prompt_tokens:
-            raise RequestError(
-                f"the prompt has {prompt_tokens} tokens; this server takes at most {self.max_prompt_tokens}",
-                param="prompt",
-                code="prompt_too_long",
-            )
+        self.check_length("prompt", len(request.prompt_ids) - request.source_tokens)
         if self._blocks_needed(request) > self.allocator.total:
             raise RequestError(
                 f"{request.spec.n} images of {request.spec.width}x{request.spec.height} with this prompt need "
@@ -138,12 +135,21 @@ class PlannerScheduler:
         if request.spec.n > self.max_sequences:
             raise RequestError(f"this server makes at most {self.max_sequences} images of a request at once", param="n")
 
+    def check_length(self, field: str, tokens: int) -> None:
+        """Raise RequestError if a text is too long."""
+        if tokens > self.max_prompt_tokens:
+            raise RequestError(
+                f"the {field} has {tokens} tokens; this server takes at most {self.max_prompt_tokens}",
+                param=field,
+                code="prompt_too_long",
+            )
+
     def fits(self, request: Request) -> bool:
         """Return whether enough memory is free."""
         unplanned = self._unplanned(request)
         return not unplanned or (self._blocks_needed(request) <= self.allocator.free and unplanned <= self.free_buffers)
 
-    def admit(self, request: Request) -> None:
+    def reserve(self, request: Request) -> None:
         """Reserve memory."""
         sequences: list[Sequence] = []
         prompt_blocks: list[int] = []
@@ -155,7 +161,13 @@ class PlannerScheduler:
                     prompt_blocks = self.allocator.allocate(self._prompt_blocks(request))
                 blocks = prompt_blocks + self.allocator.allocate(self._image_blocks(request))
                 sequences.append(Sequence(image, len(request.prompt_ids), self._free_buffers.pop(), blocks))
-        self._prefill.append(PromptGroup(request, sequences))
+        self._reserved[request] = PromptGroup(request, sequences)
+
+    def admit(self, request: Request) -> None:
+        """Schedule a request; reserve for it first if that has not been done."""
+        if request not in self._reserved:
+            self.reserve(request)
+        self._prefill.append(self._reserved.pop(request))
 
     def schedule(self) -> PlannerStep:
         """Return the next step: prompts within the limit, and all prefilled sequences.
@@ -185,8 +197,12 @@ class PlannerScheduler:
 
     def abort(self, request: Request) -> None:
         """Free what the request holds."""
-        for group in [g for g in self._prefill if g.request is request]:
+        groups = [group for group in self._prefill if group.request is request]
+        for group in groups:
             self._prefill.remove(group)
+        if request in self._reserved:
+            groups.append(self._reserved.pop(request))
+        for group in groups:
             for sequence in group.sequences:
                 self._release(sequence)
         for sequence in [s for s in self._decode if s.request is request]:
@@ -196,7 +212,7 @@ class PlannerScheduler:
         """Raise AssertionError if memory leaked."""
         self.allocator.check_integrity()
         assert self.free_buffers + len(self.sequences) == self.max_sequences
-        assert not self.is_idle or self.allocator.used == 0
+        assert not self.is_idle or self._reserved or self.allocator.used == 0
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.blocks)

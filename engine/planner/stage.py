@@ -70,6 +70,7 @@ class PlannerStage:
             RequestError: even an idle stage could not plan it.
         """
         spec, geometry = request.spec, request.spec.geometry
+        self.scheduler.check_length("negative_prompt", self._prompts.count(spec.negative_prompt))
         ids = self._prompts.encode(spec.prompt, geometry.canvas_height, geometry.canvas_width, spec.num_sources)
         grids = [(image.rows, image.cols) for image in request.preprocessed]
         request.prompt_ids, request.prompt_positions = place_sources(ids, self._prompts.image_token, grids)
@@ -79,8 +80,13 @@ class PlannerStage:
         """Return whether enough memory is free."""
         return self.scheduler.fits(request)
 
+    def reserve(self, request: Request) -> None:
+        """Reserve memory, unless the request is planned."""
+        if not request.is_planned:
+            self.scheduler.reserve(request)
+
     def admit(self, request: Request) -> None:
-        """Reserve memory, once source images are encoded."""
+        """Schedule a request that has been reserved for, once source images are encoded."""
         codes = torch.cat([source.codes.flatten() for source in request.encoded]).tolist() if request.encoded else []
         request.prompt_ids = fill_in_codes(request.prompt_ids, self._prompts.image_token, codes)
         if not request.is_planned:

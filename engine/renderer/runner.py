@@ -1,5 +1,6 @@
 """Build the renderer's tensors and run it on what the scheduler has picked."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import TokenGrid
-from engine.quotes import quoted_strings
+from engine.renderer.glyphs import GlyphCache
 from engine.renderer.rendering import Rendering
 from engine.renderer.source_kv import SourceKVCache
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
@@ -40,8 +41,8 @@ class RendererRunner:
         self.temb_tile_height = choose_tile_height(TEMB_TILE_HEIGHT, model.device)
         self.source_kv = SourceKVCache(model, self.tile_height, self.temb_tile_height)
         self._packed: PackedRenderings | None = None
-        self._angles = lru_cache(maxsize=64)(self._rotary_angles)
-        self._glyphs = lru_cache(maxsize=64)(self._glyph_tokens)
+        self.glyphs = GlyphCache(model)
+        self._angles = lru_cache(maxsize=8)(self._rotary_angles)  # up to 8 MB each
         with torch.inference_mode():
             self._no_plan = self.renderer.no_plan()
 
@@ -73,9 +74,7 @@ class RendererRunner:
         partial_after: list[int],
         is_preview: bool = False,
     ) -> Rendering:
-        spec = image.request.spec
-        glyphs = self._glyphs(tuple(quoted_strings(spec.prompt)))
-        negative_glyphs = self._glyphs(tuple(quoted_strings(spec.negative_prompt))) if guided else None
+        glyphs, *negative_glyphs = self.glyphs.of(image.request)
         codes = torch.tensor(grid.tokens, device=self.model.device).view(grid.rows, grid.cols)
         timesteps, sigmas = schedule(self.model.scheduler, geometry, steps)
         noise = initial_noise(image.seed, self.renderer.config.in_channels, geometry)
@@ -88,7 +87,7 @@ class RendererRunner:
             latents=patchify(noise, self.renderer.config.patch_size).to(self.model.device),
             plan=self.renderer.plan(codes),
             glyphs=glyphs,
-            negative_glyphs=negative_glyphs,
+            negative_glyphs=negative_glyphs[0] if guided else None,
             time_embeddings=self.renderer.time_embeddings(
                 timesteps.to(self.model.device), geometry.canvas_height, geometry.canvas_width
             ),
@@ -97,9 +96,18 @@ class RendererRunner:
             source_kv=self.source_kv.of(image.request),
         )
 
+    def encode_glyphs(self, request: Request) -> Generator[int]:
+        """Compute the glyph tokens for `prepare`; yield the encoder's tokens after every batch."""
+        return self.glyphs.compute(request)
+
+    def read_sources(self, request: Request) -> Generator[bool]:
+        """Compute the keys and values for `prepare`; yield after every layer whether a source image is complete."""
+        return self.source_kv.compute(request)
+
     def release(self, request: Request) -> None:
-        """Free the source images' keys and values, and a layout with the request's images."""
+        """Free what the request's images share, and a layout with them."""
         self.source_kv.release(request)
+        self.glyphs.release(request)
         if self._packed is not None and any(r.request is request for r in self._packed.renderings):
             self._packed = None
 
@@ -203,9 +211,6 @@ class RendererRunner:
             source_kv=source_kv,
         )
         return PackedRenderings(list(renderings), batch, spans, size)
-
-    def _glyph_tokens(self, strings: tuple[str, ...]) -> Tensor:
-        return self.renderer.glyphs(self.model.glyphs.encode(strings))
 
     def _rotary_angles(self, rows: int, cols: int) -> Tensor:
         return rotary_angles(rows, cols, self.renderer.config.attention_head_dim)

@@ -1,5 +1,7 @@
 """Keys and values of source images, shared by a request's images; `EngineLimits.source_patches` bounds them."""
 
+from collections.abc import Generator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,27 +25,31 @@ class SourceKVCache:
     def __len__(self) -> int:
         return len(self._by_request)
 
-    @torch.inference_mode()
     def of(self, request: Request) -> Tensor | None:
         """Return a request's keys and values, computed on first use, in source order; None without sources."""
-        if request.encoded and request not in self._by_request:
-            self._by_request[request] = self._read(request.encoded)
+        for _ in self.compute(request):
+            pass
         return self._by_request.get(request)
+
+    @torch.inference_mode()
+    def compute(self, request: Request) -> Generator[bool]:
+        """Compute a request's keys and values; yield after every layer whether a source image is complete."""
+        if not request.encoded or request in self._by_request:
+            return
+        config, patches = self._renderer.config, [source.patches for source in request.encoded]
+        shape = (config.num_layers, 2, config.num_attention_heads, sum(patches), config.attention_head_dim)
+        source_kv = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for source, kv_out in zip(request.encoded, source_kv.split(patches, dim=3), strict=True):
+            for layer in self._read(source, kv_out):
+                yield layer == config.num_layers
+        self._by_request[request] = source_kv
 
     def release(self, request: Request) -> None:
         """Free a request's keys and values."""
         self._by_request.pop(request, None)
 
-    def _read(self, sources: list[EncodedImage]) -> Tensor:
-        config, patches = self._renderer.config, [source.patches for source in sources]
-        shape = (config.num_layers, 2, config.num_attention_heads, sum(patches), config.attention_head_dim)
-        source_kv = torch.empty(shape, dtype=self._dtype, device=self._device)
-        for source, kv_out in zip(sources, source_kv.split(patches, dim=3), strict=True):
-            self._read_one(source, kv_out)
-        return source_kv
-
-    def _read_one(self, source: EncodedImage, kv_out: Tensor) -> None:
-        """Fill `kv_out`; every source's positions start at 0."""
+    def _read(self, source: EncodedImage, kv_out: Tensor) -> Generator[int]:
+        """Fill `kv_out`; yield the number of layers after each. Every source's positions start at 0."""
         renderer, (rows, cols), patches = self._renderer, source.codes.shape, source.patches
         latents = patchify(source.latents, renderer.config.patch_size).to(self._dtype)
         padding = padded(patches, self._tile_height) - patches
@@ -52,7 +58,7 @@ class SourceKVCache:
         x[:patches] = projected[:patches] + renderer.plan(source.codes)
         temb = renderer.source_time_embedding(CELL * rows, CELL * cols)
         temb = F.pad(temb, (0, 0, 0, padded(1, self._temb_tile_height) - 1))
-        renderer.read_source(x, temb, self._batch(rows, cols, padding, kv_out))
+        yield from renderer.read_source(x, temb, self._batch(rows, cols, padding, kv_out))
 
     def _batch(self, rows: int, cols: int, padding: int, kv_out: Tensor) -> RendererBatch:
         angles = F.pad(rotary_angles(2 * rows, 2 * cols, self._renderer.config.attention_head_dim), (0, 0, 0, padding))

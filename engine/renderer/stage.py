@@ -1,4 +1,5 @@
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -8,11 +9,14 @@ from engine.fault_boundary import FaultBoundary
 from engine.geometry import PATCH
 from engine.limits import EngineLimits
 from engine.observability.metrics import EngineMetrics
+from engine.quotes import check_quoted_strings
 from engine.renderer.rendering import Rendering
 from engine.renderer.runner import RendererRunner
 from engine.renderer.scheduler import RenderScheduler
 from engine.request import Event, Finished, Image, Partial, Progress, Rendered, Request
 from models.glm_image.model import GlmImage
+
+DECODED_PIXELS = 1 << 20  # of a step; more images are decoded in the next ones
 
 
 class RendererStage:
@@ -37,12 +41,13 @@ class RendererStage:
         self._max_source_patches = limits.source_patches
         self._metrics, self._boundary, self._emit = metrics, boundary, emit
         self._images_left: dict[Request, int] = {}  # of every admitted request
+        self._undecoded: deque[Rendering] = deque()  # whose last step is done
         metrics.render_token_budget.set_function(lambda: self.scheduler.token_limit.current)
 
     @property
     def is_idle(self) -> bool:
         """Return whether nothing renders; admitted requests may still be in planning."""
-        return not len(self.scheduler)
+        return not len(self.scheduler) and not self._undecoded
 
     @property
     def seconds_left(self) -> float:
@@ -51,6 +56,8 @@ class RendererStage:
 
     def check(self, request: Request) -> None:
         """Raise RequestError if even an idle stage could not render it."""
+        check_quoted_strings("prompt", request.spec.prompt)
+        check_quoted_strings("negative_prompt", request.spec.negative_prompt)
         _check_sources(request, self._max_source_patches)
         for image in request.images:
             _check_plan(image, self._codebook_size)
@@ -60,9 +67,12 @@ class RendererStage:
         admitted = sum(other.source_patches for other in self._images_left)
         return admitted + request.source_patches <= self._max_source_patches
 
-    def admit(self, request: Request) -> None:
-        """Reserve memory for source images; render planned images."""
+    def reserve(self, request: Request) -> None:
+        """Reserve memory for source images."""
         self._images_left[request] = request.spec.n
+
+    def admit(self, request: Request) -> None:
+        """Render planned images of a request that has been reserved for and prepared."""
         self._render([image for image in request.images if image.plan])
 
     def render(self, image: Image) -> None:
@@ -75,9 +85,11 @@ class RendererStage:
 
     def step(self) -> None:
         """Advance a batch by one denoising step; decode what is due."""
-        batch = self.scheduler.pick()
-        if not batch:
-            return
+        if batch := self.scheduler.pick():
+            self._advance(batch)
+        self._decode_finished()
+
+    def _advance(self, batch: list[Rendering]) -> None:
         started = time.monotonic()
         tokens, sequences = sum(r.tokens for r in batch), sum(len(r.branches) for r in batch)
         advanced = self._boundary.run(batch, self.runner.advance, lambda: self.scheduler.token_limit.ran_out(tokens))
@@ -91,13 +103,26 @@ class RendererStage:
         self._metrics.renderer_padding.inc(self.runner.padding(tokens))
         partials = [r for r in advanced if r.has_partial_due and not self._waits_for_preview(r)]
         self._boundary.run_each(partials, self._send_partial)
-        self._boundary.run_each([r for r in advanced if not r.steps_left], self._finish)
+        for rendering in advanced:
+            if not rendering.steps_left and rendering.request in self._boundary.live:
+                self.scheduler.remove(rendering)
+                if not rendering.is_preview:
+                    self._undecoded.append(rendering)
+
+    def _decode_finished(self) -> None:
+        """Decode finished images, at least one, until they have `DECODED_PIXELS`: many can end in the same step."""
+        pixels = 0
+        while self._undecoded and pixels < DECODED_PIXELS:
+            rendering = self._undecoded.popleft()
+            pixels += rendering.patches * PATCH**2
+            self._boundary.run_each([rendering], self._finish_image)
 
     def abort(self, request: Request) -> None:
         """Free what the request holds."""
         self._images_left.pop(request, None)
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
+        self._undecoded = deque(r for r in self._undecoded if r.request is not request)
         self.runner.release(request)
 
     def progress(self, request: Request) -> Progress:
@@ -134,11 +159,6 @@ class RendererStage:
         self._metrics.partial_images.inc()
         self._emit(Partial(rendering.image, rendering.partial_index, pixels, rendering.grid))
         rendering.partials_sent = rendering.partials_due
-
-    def _finish(self, rendering: Rendering) -> None:
-        self.scheduler.remove(rendering)
-        if not rendering.is_preview:
-            self._finish_image(rendering)
 
     def _finish_image(self, rendering: Rendering) -> None:
         image, image.rendered_at = rendering.image, time.monotonic()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from models.checkpoint import find_checkpoint, fingerprint, load_weights
@@ -22,8 +23,9 @@ from models.glm_image.config import (
     RequestDefaults,
     SamplingDefaults,
 )
+from models.glm_image.glyphs import GlyphEncoder
 from models.glm_image.planner import Planner
-from models.glm_image.prompt import GlyphEncoder, PromptEncoder
+from models.glm_image.prompt import PromptEncoder
 from models.glm_image.renderer import Renderer
 from models.glm_image.source_images import EncodedImage, ImagePreprocessor, PreprocessedImage
 from models.glm_image.vision import VisionTokenizer, vision_key
@@ -49,6 +51,7 @@ class GlmImage:
     defaults: RequestDefaults
     device: torch.device
     dtype: torch.dtype
+    _hooks: list[RemovableHandle] = field(default_factory=list)
 
     @classmethod
     def load(cls, model: str, device: torch.device, dtype: torch.dtype) -> "GlmImage":
@@ -107,6 +110,21 @@ class GlmImage:
         """Return a digest of the weights that decide an image."""
         parts = (self.vision, self.planner, self.glyphs.encoder, self.renderer, self.autoencoder.vae)
         return hashlib.sha256("\n".join(map(fingerprint, parts)).encode()).hexdigest()[:16]
+
+    def on_progress(self, beat: Callable[[], object]) -> None:
+        """Call `beat`, instead of the one before, before every layer on a CPU, where one can take seconds.
+
+        On other devices a call only enqueues work.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.device.type != "cpu":
+            return
+        for network in (self.vision, self.planner, self.glyphs.encoder, self.renderer, self.autoencoder.vae):
+            lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+            layers = [layer for modules in lists for layer in modules if layer is not None]
+            self._hooks += [layer.register_forward_pre_hook(lambda *_: beat()) for layer in layers]
 
     def encode_source(self, image: PreprocessedImage) -> EncodedImage:
         """Encode a source image."""

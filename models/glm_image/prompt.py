@@ -1,4 +1,4 @@
-"""Prompts: token ids for the planner, glyph embeddings of quoted strings for the renderer."""
+"""Prompts as token ids for the planner."""
 
 import json
 from collections.abc import Sequence
@@ -6,13 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import ByT5Tokenizer, GlmImageProcessor, T5EncoderModel
+from transformers import GlmImageProcessor
 
 from models.errors import PromptError
 from models.glm_image.config import CODE_CELL
-
-MAX_GLYPH_TOKENS_PER_STRING = 2048
-MAX_GLYPH_TOKENS = 8192
 
 
 class PromptEncoder:
@@ -32,6 +29,10 @@ class PromptEncoder:
         tokenizer = self.processor.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, self.processor.chat_template]
         return json.dumps(parts, sort_keys=True)
+
+    def count(self, text: str) -> int:
+        """Return the tokens of a text without the chat template."""
+        return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
         """Return token ids, the last of which starts an image of height x width pixels (multiples of 32).
@@ -88,28 +89,3 @@ def fill_in_codes(ids: Sequence[int], image_token: int, codes: Sequence[int]) ->
     """Replace image tokens with the sources' codes."""
     remaining = iter(codes)
     return [next(remaining) if token == image_token else token for token in ids]
-
-
-class GlyphEncoder:
-    def __init__(self, tokenizer: ByT5Tokenizer, encoder: T5EncoderModel):
-        self.tokenizer, self.encoder = tokenizer, encoder
-
-    @torch.inference_mode()
-    def encode(self, strings: Sequence[str]) -> Tensor:
-        """Return embeddings [g, d_model] of all strings; of "" if there are none.
-
-        Raises:
-            PromptError: more than `MAX_GLYPH_TOKENS`.
-        """
-        ids = self.tokenizer(list(strings) or [""], max_length=MAX_GLYPH_TOKENS_PER_STRING, truncation=True).input_ids
-        total = sum(len(i) for i in ids)
-        if total > MAX_GLYPH_TOKENS:
-            raise PromptError(f"the quoted strings have {total} bytes; at most {MAX_GLYPH_TOKENS} can be rendered")
-        pad = self.tokenizer.pad_token_id
-        # As in training: if their number is even, each has a pad in front.
-        ids = [[pad] * ((len(ids) + 1) % 2) + i for i in ids]
-        longest = max(len(i) for i in ids)
-        device = self.encoder.device
-        tokens = torch.tensor([i + [pad] * (longest - len(i)) for i in ids], device=device)
-        mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in ids], device=device)
-        return self.encoder(tokens, attention_mask=mask).last_hidden_state[mask.bool()]

@@ -27,9 +27,10 @@ from transformers.models.glm_image.image_processing_pil_glm_image import GlmImag
 
 from models.glm_image.autoencoder import Autoencoder
 from models.glm_image.config import PlannerConfig, RendererConfig, RequestDefaults, SamplingDefaults
+from models.glm_image.glyphs import GlyphEncoder
 from models.glm_image.model import GlmImage, M, build_autoencoder, build_on_meta, build_scheduler
 from models.glm_image.planner import Planner
-from models.glm_image.prompt import GlyphEncoder, PromptEncoder
+from models.glm_image.prompt import PromptEncoder
 from models.glm_image.renderer import Renderer
 from models.glm_image.source_images import ImagePreprocessor
 from models.glm_image.vision import VisionTokenizer

@@ -12,7 +12,7 @@ Follows diffusers' `GlmImageTransformer2DModel` and takes its weights unchanged.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -248,10 +248,15 @@ class Renderer(nn.Module):
         """Return [1, E]; a source has no noise, so its timestep is 0."""
         return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
 
-    def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> None:
-        """Fill `batch.kv_out`; x is one sequence of patches, without glyph tokens."""
-        for layer in self.transformer_blocks:
+    def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Generator[int]:
+        """Fill `batch.kv_out`; yield the number of layers after each.
+
+        Args:
+            x: one sequence of patches, without glyph tokens.
+        """
+        for number, layer in enumerate(self.transformer_blocks, 1):
             x = layer(x, temb, batch)
+            yield number
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ import re
 import secrets
 from dataclasses import dataclass, replace
 
+from engine.errors import RequestError
 from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
 from engine.jobs.job import EngineInfo, JobSpec
+from engine.quotes import check_quoted_strings
 from server.errors import ApiError, invalid
 from server.requests.edit_input import EditInput
 from server.requests.schemas import MAX_SEED, GenerationRequest, PlanBody, TokenGridBody
@@ -48,6 +50,7 @@ def validate(request: GenerationRequest, settings: ServerSettings) -> ValidatedR
     """
     _check_model(request.model, settings.model_names)
     _refuse_unsupported(request, settings)
+    _check_quoted_strings(request)
     if request.timeout is not None and request.timeout > settings.max_timeout:
         raise invalid("timeout", f"Invalid value for timeout: it takes at most {settings.max_timeout:g} seconds.")
     if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
@@ -132,6 +135,14 @@ def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) ->
         )
     if request.rewrite_prompt and settings.prompt_rewriter is None:
         raise invalid("rewrite_prompt", "This server has no prompt rewriter; leave rewrite_prompt out or send false.")
+
+
+def _check_quoted_strings(request: GenerationRequest) -> None:
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        try:
+            check_quoted_strings(field, text)
+        except RequestError as error:
+            raise invalid(field, f"Invalid value for {field}: {error.message}.") from None
 
 
 def _size(request: GenerationRequest, max_pixels: int) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +126,12 @@ class SleepingRenderer:
         self._tick_s, self._journal = model.settings.renderer_tick_s, model.journal
         self.source_kv: dict[Request, None] = {}
 
+    def encode_glyphs(self, request: Request) -> Iterator[int]:
+        return iter(())
+
+    def read_sources(self, request: Request) -> Iterator[bool]:
+        return iter(())
+
     def prepare(self, image: Image) -> Rendering:
         spec, plan = image.request.spec, image.plan
         assert plan is not None
@@ -202,6 +208,9 @@ class StubPrompts:
 
     image_token = IMAGE_TOKEN
 
+    def count(self, text: str) -> int:
+        return len(text.encode())
+
     def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
         return [IMAGE_TOKEN] * num_sources + list(prompt.encode())
 
@@ -237,6 +246,9 @@ class StubModel:
 
     def fingerprint(self) -> str:
         return "stub"
+
+    def on_progress(self, beat: Callable[[], object]) -> None:
+        """Do nothing: a step of the stub is short."""
 
     def encode_source(self, image: PreprocessedImage) -> EncodedImage:
         return EncodedImage(torch.zeros(image.rows, image.cols, dtype=torch.long), torch.empty(0))

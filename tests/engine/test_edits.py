@@ -110,7 +110,7 @@ def test_images_of_an_edit_share_their_source_images(model: GlmImage, monkeypatc
     separately = [pngs(engine, [(replace(spec, seed=seed, n=1), given)])[0][0] for seed in (3, 4, 5)]
     read: list[int] = []
     real = model.renderer.read_source
-    monkeypatch.setattr(model.renderer, "read_source", lambda x, *rest: (read.append(len(x)), real(x, *rest)))
+    monkeypatch.setattr(model.renderer, "read_source", lambda x, *rest: (read.append(len(x)), real(x, *rest))[1])
     [together] = pngs(engine, [(spec, given)])
     assert together == separately
     assert len(set(together)) == 3
@@ -238,7 +238,7 @@ def test_a_cancelled_edit_frees_everything_within_a_step(model: GlmImage, steps:
     )
     for _ in range(steps):
         engine.step()
-    assert len(engine.renderer.runner.source_kv) == (steps > 6)  # a plan of six tokens, then rendering
+    assert len(engine.renderer.runner.source_kv) == (steps > 2)  # the source image's codes and latents, then its layers
     engine.cancel("gone")
     assert not any(isinstance(event, Finished | Failed) for event in engine.step())
     assert engine.is_idle

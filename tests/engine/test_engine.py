@@ -205,7 +205,7 @@ def test_a_failure_anywhere_ends_one_request_and_changes_no_other(
         "prefill": (planner, "prefill", lambda groups: [g.request.spec.prompt for g in groups]),
         "decode": (planner, "decode", lambda items: [s.request.spec.prompt for s in items]),
         "read": (planner, "read", lambda sequence: [sequence.request.spec.prompt]),
-        "glyphs": (model.glyphs, "encode", lambda strings: [VICTIM.prompt] if "w3" in strings else []),
+        "glyphs": (model.glyphs, "encode_by_batch", lambda strings: [VICTIM.prompt] if "w3" in strings else []),
         "prepare": (renderer, "prepare", lambda image: [image.request.spec.prompt]),
         "prepare preview": (renderer, "prepare_preview", lambda image: [image.request.spec.prompt]),
         "advance": (renderer, "advance", lambda items: [r.request.spec.prompt for r in items]),

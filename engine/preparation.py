@@ -1,0 +1,100 @@
+"""What comes before planning: source images and glyphs, encoded piece by piece so that no step is long."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.fault_boundary import FaultBoundary
+from engine.renderer.runner import RendererRunner
+from engine.request import Request
+from models.glm_image.model import GlmImage
+from models.glm_image.source_images import EncodedImage
+
+GLYPH_TOKENS = 2048  # of a step, or one batch more
+SOURCE_SECONDS = 0.5  # of a step, or one layer more
+
+
+@dataclass(eq=False)
+class Preparing:
+    """A request and what is left to encode.
+
+    Args:
+        sources: yields after every piece whether a source image is complete.
+        glyphs: yields the tokens of every batch after computing it.
+        size: of all its work, to compare requests.
+    """
+
+    request: Request
+    sources: Iterator[bool]
+    glyphs: Iterator[int]
+    size: int
+    has_sources_left: bool
+    is_complete: bool = False
+
+
+class Preparation:
+    """Encodes for several requests at once, in every other step for the smallest first, else for the oldest."""
+
+    def __init__(self, model: GlmImage, runner: RendererRunner, boundary: FaultBoundary):
+        self._model, self._runner, self._boundary = model, runner, boundary
+        self._requests: dict[Request, Preparing] = {}  # in order of arrival
+        self._steps = 0
+        self._tokens_left = 0
+        self._next_source_at = 0.0  # while others work
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Add a request, for which memory is reserved."""
+        size = request.source_patches + len(request.spec.prompt) + len(request.spec.negative_prompt)
+        sources, glyphs = self._encode_sources(request), self._runner.encode_glyphs(request)
+        self._requests[request] = Preparing(request, sources, glyphs, size, bool(request.spec.num_sources))
+
+    def abort(self, request: Request) -> None:
+        """Drop a request."""
+        self._requests.pop(request, None)
+
+    def step(self, *, others_work: bool) -> list[Request]:
+        """Encode at most one source image, and some glyphs; return the requests that are complete.
+
+        While others work, source images take at most half of the time.
+        """
+        self._steps += 1
+        in_order = list(self._requests.values())
+        if self._steps % 2:
+            in_order.sort(key=lambda preparing: preparing.size)
+        with_sources = [preparing for preparing in in_order if preparing.has_sources_left]
+        if with_sources and (not others_work or time.monotonic() >= self._next_source_at):
+            began = time.monotonic()
+            self._boundary.run_each(with_sources[:1], self._advance_sources)
+            self._next_source_at = 2 * time.monotonic() - began
+        self._tokens_left = GLYPH_TOKENS
+        self._boundary.run_each([p for p in in_order if not p.has_sources_left], self._advance_glyphs)
+        complete = [request for request, preparing in self._requests.items() if preparing.is_complete]
+        for request in complete:
+            del self._requests[request]
+        return complete
+
+    def _advance_sources(self, preparing: Preparing) -> None:
+        until = time.monotonic() + SOURCE_SECONDS
+        for ends_source in preparing.sources:
+            if ends_source or time.monotonic() >= until:
+                return
+        preparing.has_sources_left = False
+
+    def _advance_glyphs(self, preparing: Preparing) -> None:
+        while self._tokens_left > 0:
+            tokens = next(preparing.glyphs, None)
+            if tokens is None:
+                preparing.is_complete = True
+                return
+            self._tokens_left -= tokens
+
+    def _encode_sources(self, request: Request) -> Iterator[bool]:
+        encoded: list[EncodedImage] = []
+        for image in request.preprocessed:
+            encoded.append(self._model.encode_source(image))
+            yield True
+        request.encoded, request.preprocessed = encoded, []
+        yield from self._runner.read_sources(request)

@@ -1,18 +1,20 @@
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from engine.config import EXIT_STUCK
-from engine.errors import QueueUnavailable
+from engine.config import EXIT_STUCK, HAND_BACK_S
+from engine.geometry import CELL, PATCH
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import JobSpec
 from engine.observability.logs import event
+from engine.quotes import MAX_TOKENS
 
-STEP_TIMEOUT_S = 11.0  # of one engine step
-CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added per megapixel in flight: a step can take that long
+STEP_TIMEOUT_S = 11.0  # between two signs of life
+CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added per megapixel of the largest job: one layer can take that long
 
 logger = logging.getLogger("glimmer.engine")
 
@@ -22,33 +24,58 @@ class Watchdog:
 
     def __init__(self, running: Callable[[], Sequence[JobSpec]], *, on_cpu: bool):
         self._running, self._on_cpu = running, on_cpu
-        self._step_began_at = time.monotonic()
-        self._suspected_step: float | None = None  # by its start
+        self._beat_at = time.monotonic()
+        self._suspected: float | None = None  # the beat after which nothing came
 
-    def begin_step(self) -> None:
-        """Restart the timeout."""
-        self._step_began_at = time.monotonic()
+    def beat(self) -> None:
+        """Restart the timeout. Thread-safe."""
+        self._beat_at = time.monotonic()
 
     @property
     def is_stuck(self) -> bool:
         timeout = STEP_TIMEOUT_S
         if self._on_cpu:
-            pixels = sum(spec.n * spec.width * spec.height for spec in self._running())
-            timeout += CPU_TIMEOUT_PER_MEGAPIXEL_S * pixels / 1e6
-        return time.monotonic() - self._step_began_at > timeout
+            timeout += CPU_TIMEOUT_PER_MEGAPIXEL_S * max(map(_pixels, self._running()), default=0) / 1e6
+        return time.monotonic() - self._beat_at > timeout
 
     def check(self) -> bool:
         """Return whether a step is stuck for the second check in a row: one stopped by SIGSTOP ends in between."""
-        began_at = self._step_began_at
+        beat_at = self._beat_at
         stuck = self.is_stuck
-        confirmed = stuck and began_at == self._suspected_step
-        self._suspected_step = began_at if stuck else None
+        confirmed = stuck and beat_at == self._suspected
+        self._suspected = beat_at if stuck else None
         return confirmed
 
     async def give_up(self, queue: JobConsumer, engine_id: str) -> NoReturn:
-        """Requeue all jobs; exit with `EXIT_STUCK`."""
-        seconds = time.monotonic() - self._step_began_at
+        """Requeue all jobs, if Redis answers; exit with `EXIT_STUCK`."""
+        seconds = time.monotonic() - self._beat_at
         event(logger, "engine_stuck", logging.CRITICAL, jobs=len(self._running()), seconds=seconds)
-        with suppress(QueueUnavailable):
+        with exit_within(HAND_BACK_S), suppress(Exception):
             await queue.requeue_all(engine_id)
         os._exit(EXIT_STUCK)
+
+
+@contextmanager
+def exit_within(seconds: float) -> Iterator[None]:
+    """End the process with `EXIT_STUCK` if the block takes longer, whatever it waits for."""
+    timer = threading.Timer(seconds, _exit)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _exit() -> None:
+    event(logger, "engine_stuck", logging.CRITICAL, while_ending=True)
+    os._exit(EXIT_STUCK)
+
+
+def _pixels(spec: JobSpec) -> int:
+    """Return the pixels of an image and its source images, and the area that has as many patches as text tokens.
+
+    The images of a job, and jobs of a batch, need no sum: there are beats between their layers.
+    """
+    text_tokens = sum(min(len(text.encode()), MAX_TOKENS) for text in (spec.prompt, spec.negative_prompt))
+    return spec.width * spec.height + spec.source_tokens * CELL**2 + text_tokens * PATCH**2

@@ -13,10 +13,12 @@ from engine.jobs.job import Claim, EngineInfo, FreeCapacity
 from engine.observability.logs import event
 from engine.observability.tracing import Tracing
 from engine.request import Event, Request
+from engine.tasks import stop
+from engine.worker import watchdog
 from engine.worker.job_runner import REDIS_RETRY_S, JobRunner, Lost, RunningJob
 from engine.worker.plan_cache import PlanCache
 from engine.worker.status import EngineState
-from engine.worker.watchdog import Watchdog
+from engine.worker.watchdog import Watchdog, exit_within
 
 HEARTBEAT_S, HEARTBEAT_TTL_S = 1.0, 5.0
 CLAIM_POLL_INTERVAL_S = 0.5  # in case a wake-up was lost
@@ -56,6 +58,7 @@ class Worker:
         self._watchdog = Watchdog(
             lambda: [job.claim.spec for job in self._jobs.values()], on_cpu=engine.model.device.type == "cpu"
         )
+        engine.on_progress(self._watchdog.beat)
         planner = queue.planner = engine.model.planning_fingerprint()
         self._runner = JobRunner(
             engine,
@@ -73,24 +76,19 @@ class Worker:
             Exception: the engine's thread failed.
         """
         thread = asyncio.ensure_future(asyncio.to_thread(self._engine_loop))
-        loops = [asyncio.ensure_future(loop()) for loop in (self._renew_loop, self._watch_ends, self._heartbeat_loop)]
+        coroutines = (self._renew_loop, self._watch_ends, self._heartbeat_loop, self._watchdog_loop)
+        loops = [asyncio.ensure_future(loop()) for loop in coroutines]
         claiming = asyncio.ensure_future(self._claim_loop())
         try:
             await asyncio.wait({thread, claiming, *loops}, return_when=asyncio.FIRST_COMPLETED)
             for task in (thread, claiming, *loops):
                 if task.done():
                     task.result()
-            await self._finish_jobs(thread)
+            await self._finish_jobs({thread, *loops})
         finally:
-            self._stopping.set()
-            self._wake_engine.set()
-            for task in (claiming, *loops, *self._job_tasks):
-                task.cancel()
-            await asyncio.gather(claiming, *loops, *self._job_tasks, return_exceptions=True)
-            with suppress(QueueUnavailable):
-                await self._queue.deregister(self._info.id)
-                await self._queue.requeue_all(self._info.id)  # some are left only after a failure
-        await thread
+            with exit_within(watchdog.STEP_TIMEOUT_S):  # the thread may hang in a step
+                await self._end({claiming, *loops})
+                await thread
 
     @property
     def state(self) -> EngineState:
@@ -109,7 +107,7 @@ class Worker:
 
     def _engine_loop(self) -> None:
         while not self._stopping.is_set():
-            self._watchdog.begin_step()
+            self._watchdog.beat()
             if self._engine.is_idle:
                 self._wake_engine.wait(HEARTBEAT_S)
                 self._wake_engine.clear()
@@ -185,12 +183,17 @@ class Worker:
 
     async def _heartbeat_loop(self) -> None:
         while not self._stopping.is_set():
-            if self._watchdog.check():
-                await self._watchdog.give_up(self._queue, self._info.id)
             images = sum(job.claim.spec.n for job in self._jobs.values())
             info = replace(self._info, state=self.state, images_running=images)
             with suppress(QueueUnavailable):
                 await self._queue.heartbeat(info, self._engine.metrics.exposition(), HEARTBEAT_TTL_S)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _watchdog_loop(self) -> None:
+        """Check apart from the heartbeats, which wait for Redis."""
+        while not self._stopping.is_set():
+            if self._watchdog.check():
+                await self._watchdog.give_up(self._queue, self._info.id)
             await asyncio.sleep(HEARTBEAT_S)
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -229,17 +232,27 @@ class Worker:
         if request_id in self._jobs:
             self._jobs[request_id].events.put_nowait(Lost())
 
-    async def _finish_jobs(self, thread: asyncio.Future[None]) -> None:
+    async def _finish_jobs(self, needed: set[asyncio.Future[None]]) -> None:
+        """Let jobs finish until the grace period is over or a task they need ends; hand back the others."""
         if self._job_tasks:
             ends = asyncio.create_task(asyncio.wait(self._job_tasks))
             over = asyncio.create_task(self._hand_back.wait())
-            await asyncio.wait({ends, over, thread}, timeout=self._settings.grace_s, return_when="FIRST_COMPLETED")
+            await asyncio.wait({ends, over, *needed}, timeout=self._settings.grace_s, return_when="FIRST_COMPLETED")
             over.cancel()
         for job in list(self._jobs.values()):
             with suppress(QueueUnavailable):
                 await self._queue.requeue(self._info.id, job.claim)
                 event(logger, "job_handed_back", **job.log_fields)
             self._drop(job.request.id)
+
+    async def _end(self, tasks: set[asyncio.Future[None]]) -> None:
+        """End all tasks; hand back what is left, if Redis answers."""
+        self._stopping.set()
+        self._wake_engine.set()
+        await asyncio.gather(*(stop(task) for task in (*tasks, *self._job_tasks)))
+        with suppress(Exception):
+            await self._queue.requeue_all(self._info.id)  # some are left only after a failure
+            await self._queue.deregister(self._info.id)
 
 
 def _request_id(claim: Claim) -> str:

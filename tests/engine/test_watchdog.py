@@ -10,7 +10,10 @@ from engine.jobs.job import JobSpec
 from engine.worker import watchdog
 from engine.worker.watchdog import CPU_TIMEOUT_PER_MEGAPIXEL_S, STEP_TIMEOUT_S, Watchdog
 
-MEGAPIXEL = JobSpec("a poster", 1000, 500, seed=0, n=2)
+HALF_A_MEGAPIXEL = JobSpec("", 1000, 500, seed=0, n=2)
+SMALL = JobSpec("", 64, 64, seed=0)
+EDIT = JobSpec("", 1000, 500, seed=0, num_sources=1, source_tokens=1_500_000 // 32**2)
+LONG_TEXT = JobSpec("x" * 2000, 512, 512, seed=0, negative_prompt="y" * ((1_000_000 - 512**2) // 16**2 - 2000))
 
 
 class Clock:
@@ -47,18 +50,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize(
     ("specs", "on_cpu", "timeout"),
     [
-        ([MEGAPIXEL], False, STEP_TIMEOUT_S),
+        ([HALF_A_MEGAPIXEL], False, STEP_TIMEOUT_S),
         ([], True, STEP_TIMEOUT_S),
-        ([MEGAPIXEL, MEGAPIXEL], True, STEP_TIMEOUT_S + 2 * CPU_TIMEOUT_PER_MEGAPIXEL_S),
+        ([SMALL, HALF_A_MEGAPIXEL, HALF_A_MEGAPIXEL], True, STEP_TIMEOUT_S + 0.5 * CPU_TIMEOUT_PER_MEGAPIXEL_S),
+        ([EDIT, HALF_A_MEGAPIXEL], True, STEP_TIMEOUT_S + 2 * CPU_TIMEOUT_PER_MEGAPIXEL_S),
+        ([LONG_TEXT], True, STEP_TIMEOUT_S + CPU_TIMEOUT_PER_MEGAPIXEL_S),
+        ([EDIT, LONG_TEXT], False, STEP_TIMEOUT_S),
     ],
 )
 def test_a_step_is_stuck_after_its_timeout(clock: Clock, specs: list[JobSpec], on_cpu: bool, timeout: float) -> None:
     dog = Watchdog(lambda: specs, on_cpu=on_cpu)
     clock.now += 1000
-    dog.begin_step()
-    clock.now += timeout
+    dog.beat()
+    clock.now += timeout - 0.1
     assert not dog.is_stuck
-    clock.now += 0.1
+    clock.now += 0.2
     assert dog.is_stuck
 
 
@@ -66,7 +72,7 @@ def test_only_a_step_that_is_stuck_at_two_checks_is_confirmed(clock: Clock) -> N
     dog = Watchdog(list, on_cpu=False)
     clock.now += STEP_TIMEOUT_S + 1
     assert not dog.check()
-    dog.begin_step()  # the process was only frozen
+    dog.beat()  # the process was only frozen
     clock.now += STEP_TIMEOUT_S + 1
     assert not dog.check()
     assert dog.check()
@@ -82,6 +88,6 @@ async def test_giving_up_requeues_the_jobs_and_ends_the_process(
     monkeypatch.setattr(watchdog.os, "_exit", end_process)
     queue = Queue(reachable=reachable)
     with pytest.raises(SystemExit) as ended:
-        await Watchdog(lambda: [MEGAPIXEL], on_cpu=False).give_up(queue, "engine-0")  # type: ignore[arg-type]
+        await Watchdog(lambda: [SMALL], on_cpu=False).give_up(queue, "engine-0")  # type: ignore[arg-type]
     assert ended.value.code == EXIT_STUCK
     assert queue.requeued == ["engine-0"] * reachable

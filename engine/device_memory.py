@@ -16,7 +16,7 @@ from engine.observability.logs import event
 LOCK_TIMEOUT_S = 60.0  # the holder allocates, which takes seconds; one that hangs must not hold up others for ever
 LOCK_POLL_INTERVAL_S = 0.05
 CGROUP = Path("/sys/fs/cgroup")
-CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
 logger = logging.getLogger("glimmer.engine")
 
@@ -54,13 +54,25 @@ def take_from_device(device: torch.device, size: int) -> None:
 def host_memory() -> int:
     """Return the bytes that this process may use: the host's, or its container's limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in CGROUP_LIMITS:
-        try:
-            text = (CGROUP / name).read_text().strip()
-        except OSError:
-            continue
-        limits += [int(text)] if text.isdecimal() else []
+    for file in _limit_files():
+        with suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(file.read_text()))
     return min(limits)
+
+
+def _limit_files() -> Iterator[Path]:
+    """Yield the files of this process's cgroups and of those around them, in versions 1 and 2."""
+    try:
+        lines = PROCESS_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        folder = Path(path.lstrip("/"))
+        for group in (folder, *folder.parents):
+            if not controllers:
+                yield CGROUP / group / "memory.max"
+            elif "memory" in controllers.split(","):
+                yield CGROUP / "memory" / group / "memory.limit_in_bytes"
 
 
 def _open(path: Path) -> int:

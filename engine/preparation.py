@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.fault_boundary import FaultBoundary
@@ -32,6 +33,20 @@ class Preparing:
     is_complete: bool = False
 
 
+class HalfOfTheTime:
+    def __init__(self) -> None:
+        self._next_at = 0.0
+
+    @contextmanager
+    def turn(self, others_work: bool) -> Iterator[bool]:
+        """Yield whether the block's work is due: if others work, not before they had as much time."""
+        began = time.monotonic()
+        is_due = not others_work or began >= self._next_at
+        yield is_due
+        if is_due:
+            self._next_at = 2 * time.monotonic() - began
+
+
 class Preparation:
     """Encodes for several requests at once, in every other step for the smallest first, else for the oldest."""
 
@@ -40,7 +55,7 @@ class Preparation:
         self._requests: dict[Request, Preparing] = {}  # in order of arrival
         self._steps = 0
         self._tokens_left = 0
-        self._next_source_at = 0.0  # while others work
+        self._source_share, self._glyph_share = HalfOfTheTime(), HalfOfTheTime()
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -58,19 +73,19 @@ class Preparation:
     def step(self, *, others_work: bool) -> list[Request]:
         """Encode at most one source image, and some glyphs; return the requests that are complete.
 
-        While others work, source images take at most half of the time.
+        While others work, either is followed by a pause of the same length.
         """
         self._steps += 1
         in_order = list(self._requests.values())
         if self._steps % 2:
             in_order.sort(key=lambda preparing: preparing.size)
         with_sources = [preparing for preparing in in_order if preparing.has_sources_left]
-        if with_sources and (not others_work or time.monotonic() >= self._next_source_at):
-            began = time.monotonic()
-            self._boundary.run_each(with_sources[:1], self._advance_sources)
-            self._next_source_at = 2 * time.monotonic() - began
-        self._tokens_left = GLYPH_TOKENS
-        self._boundary.run_each([p for p in in_order if not p.has_sources_left], self._advance_glyphs)
+        with self._source_share.turn(others_work) as is_due:
+            self._boundary.run_each(with_sources[: int(is_due)], self._advance_sources)
+        without = [preparing for preparing in in_order if not preparing.has_sources_left]
+        with self._glyph_share.turn(others_work) as is_due:
+            self._tokens_left = GLYPH_TOKENS
+            self._boundary.run_each(without if is_due else [], self._advance_glyphs)
         complete = [request for request, preparing in self._requests.items() if preparing.is_complete]
         for request in complete:
             del self._requests[request]

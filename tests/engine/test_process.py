@@ -25,6 +25,7 @@ def test_the_heartbeat_has_the_checkpoint_s_defaults(model: GlmImage) -> None:
         codebook_size=512,
         default_steps=50,
         default_guidance=1.5,
+        fingerprint=model.fingerprint(),
     )
     info = process._ready(STARTING, replace(model, defaults=RequestDefaults(12, 0.0, "128x96")), "some/model")
     assert info == replace(plain, default_size="128x96", default_steps=12, default_guidance=0.0)

@@ -171,7 +171,7 @@ def test_request_defaults_that_cannot_be_used_are_named(tmp_path: Path, text: st
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("num_inference_steps", value) for value in (0, 1, 200, 201, 2.0, True)),
+        *(("num_inference_steps", value) for value in (0, 1, 200, 201, True)),
         *(("guidance_scale", value) for value in (-0.1, 0, 1, 20, 20.1, True)),
         *(("size", f"{side}x{side}") for side in (63, 64, 99, 2048, 2049, 10000)),
         *(("size", size) for size in ("64x256", "64x257", "256x64", "257x64", "x64", "64", "٦٤x٦٤", "64x64\n")),

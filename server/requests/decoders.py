@@ -16,7 +16,8 @@ from server.errors import ApiError, invalid_image, unavailable
 from server.requests.decode_protocol import Frame, decode_reply, encode_request, receive_frame
 from server.requests.edit_input import EditFiles, EditInput, InvalidImage
 
-PLACES, PLACES_PER_CALLER = 3, 2  # one caller never holds the last
+PLACES = 3
+PLACES_PER_CALLER = 2 if (os.cpu_count() or 1) > 2 else 1  # leaves a place and a processor to the others
 DECODE_TIMEOUT_S = 30.0  # of an edit, by the clock; `decode_worker.MAX_CPU_S` ends most before
 TURN_TIMEOUT_S = 60.0  # for a place
 EXIT_TIMEOUT_S = 2.0

@@ -161,7 +161,7 @@ import tests.server.test_decoders as t
 async def main():
     decoders = Decoders(t.ODD)
     orders = (b"sleep", b"spin")
-    tasks = [asyncio.create_task(decoders.decode("", EditFiles([order], None, None, 1))) for order in orders]
+    tasks = [asyncio.create_task(decoders.decode(str(order), EditFiles([order], None, None, 1))) for order in orders]
     await t.until(lambda: len(decoders._busy) == 2 and all(worker.file for worker in decoders._busy))
     print(*t.children(), flush=True)
     await asyncio.gather(*tasks)

@@ -20,6 +20,8 @@ from server.app import create_app
 from server.requests import prompt_rewriter
 from server.requests.decoders import Decoders
 from server.requests.edit_input import EditInput
+from server.requests.images import prepare
+from server.services import Services
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
 from tests.server.image_files import file_of, plain
@@ -55,6 +57,7 @@ class Api:
     queue: Clumsy
     redis: redis.asyncio.Redis
     endpoint: Endpoint
+    services: Services
     decodes: int = 0
 
     async def post(self, *images: bytes, key: str = "a", **fields: str) -> httpx.Response:
@@ -91,8 +94,9 @@ async def opened_api(url: str, folder: Path, *, delay_s: float = 0.0, **options:
         app = create_app(ServerSettings(api_keys_file=path, prompt_rewriter=endpoint.url, **options), queue)
         await stack.enter_async_context(app.router.lifespan_context(app))
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t")
-        api = Api(await stack.enter_async_context(client), queue, redis_client, endpoint)
-        decoders, decode = app.state.services.decoders, app.state.services.decoders._decode
+        api = Api(await stack.enter_async_context(client), queue, redis_client, endpoint, app.state.services)
+        decoders: Any = api.services.decoders
+        decode = decoders._decode
 
         async def counted(*args: Any) -> EditInput:
             api.decodes += 1
@@ -240,3 +244,17 @@ async def test_calls_of_the_rewriter_at_once_are_bounded(
             task.cancel()
         await asyncio.wait(tasks)
         assert await api.used() == (2, 0)  # two never had their turn
+
+
+async def test_decoded_images_count_as_memory_until_they_are_submitted(
+    redis_server: EmbeddedRedis, tmp_path: Path
+) -> None:
+    jpeg = file_of(plain(512, 512), "JPEG")
+    decoded = prepare([jpeg], None, None, 2048 * 2048).source_images.size
+    async with opened_api(redis_server.url, tmp_path, delay_s=60.0) as api:
+        task = asyncio.create_task(api.post(jpeg, num_inference_steps="1"))
+        await until(lambda: api.endpoint.requests)
+        assert api.services.memory.in_use == decoded
+        task.cancel()
+        await asyncio.wait([task])
+        assert api.services.memory.in_use == 0

@@ -4,11 +4,12 @@ import dataclasses
 import enum
 import functools
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
-
-from pydantic import ConfigDict
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from engine.geometry import Geometry, Grid
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict  # decode processes import this module, and have no use for pydantic
 
 Priority = Literal["interactive", "batch"]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -37,7 +38,10 @@ def _wire_names(record: type) -> dict[str, str]:
     return {field.name: field.metadata.get("wire", field.name) for field in dataclasses.fields(record)}
 
 
-_STRICT = ConfigDict(strict=True, revalidate_instances="always")  # when `codec` checks the types of what was stored
+_STRICT: "ConfigDict" = {
+    "strict": True,
+    "revalidate_instances": "always",
+}  # when `codec` checks the types of what was stored
 
 
 class _Record:

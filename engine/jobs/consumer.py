@@ -118,9 +118,8 @@ class JobConsumer(QueueBase):
         return [None if plan is None else decode_cached_plan(plan) for plan in plans]
 
     async def cache_plan(self, key: str, plan: Plan, ttl_s: int) -> None:
-        """Cache a plan."""
-        with redis_errors():
-            await self._redis.set(self.key("plan", key), orjson.dumps(plan.to_dict()), ex=ttl_s)
+        """Cache a plan; the oldest give way when all take more than 64 MiB."""
+        await self._scripts.run("cache_plan", orjson.dumps(plan.to_dict()), key=key, ttl_ms=1000 * ttl_s)
 
     async def commit(self, claim: Claim, result: JobResult) -> bool:
         """Store the result and end the job."""

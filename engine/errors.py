@@ -4,8 +4,10 @@ GlimmerError
 ├── StartError
 ├── RequestError
 ├── QueueFull
-│   └── SourcesFull
+│   ├── SourcesFull
+│   └── ResultsFull
 ├── TooManyJobs
+│   └── TooMuchKept
 ├── KeyReused
 ├── DeadlinePassed
 ├── WriteRefused
@@ -44,8 +46,16 @@ class SourcesFull(QueueFull):
     """Queued source images are at their cap."""
 
 
+class ResultsFull(QueueFull):
+    """Records and results are at their cap."""
+
+
 class TooManyJobs(GlimmerError):
     """One owner's jobs are at their cap."""
+
+
+class TooMuchKept(TooManyJobs):
+    """One owner's jobs and results take the memory of one owner."""
 
 
 class KeyReused(GlimmerError):

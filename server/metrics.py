@@ -77,6 +77,11 @@ class Metrics:
         self._source_bytes = Gauge(
             "glimmer_queue_source_bytes", "Memory that source images take in Redis.", registry=self.registry
         )
+        self._result_bytes = Gauge(
+            "glimmer_queue_result_bytes",
+            "Memory that records and results take in Redis, with those that live jobs may come to.",
+            registry=self.registry,
+        )
         self._redis_up = Gauge("glimmer_redis_up", "1 if Redis responded during this scrape.", registry=self.registry)
         self._redis_takes_writes = Gauge(
             "glimmer_redis_takes_writes",
@@ -101,6 +106,7 @@ class Metrics:
         self._queue.clear()
         self._engines.clear()
         self._source_bytes.set(math.nan if stats is None else stats.source_bytes)
+        self._result_bytes.set(math.nan if stats is None else stats.result_bytes)
         self._dead_lettered.set(math.nan if stats is None else stats.dead_lettered)
         if stats is not None:
             self._queue.labels("waiting").set(stats.waiting)

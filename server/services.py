@@ -67,6 +67,7 @@ async def open_services(
             settings.max_queue,
             abandoned_jobs,
             settings.max_source_bytes,
+            settings.result_bytes,
             api_id=heartbeat.api_id,
         )
         outcomes = JobOutcomes(job_queue, metrics, admission.throughput)

@@ -93,6 +93,13 @@ class ServerSettings(BaseSettings):
         description="Maximum memory of an API process for requests that arrive and responses that are sent, half of it "
         "for one key; above it the answer is 503, or 429 for the key.",
     )
+    max_result_bytes: Annotated[int | None, _NO_FLAG] = Field(
+        default=None,
+        ge=1,
+        description="Maximum memory in Redis for the results of all jobs, kept ones and those to come; above it the "
+        "answer is 503, and for a key that takes half of it 429. When unset 8 MiB for each of `max_queue` jobs, at "
+        "least 2 GiB.",
+    )
     public_url: Annotated[str | None, _NO_FLAG] = Field(
         default=None,
         description="Base URL of this server for clients, used in image URLs; taken from each request when unset.",
@@ -164,6 +171,7 @@ class ServerSettings(BaseSettings):
         "redis_url",
         "api_key",
         "api_keys_file",
+        "max_result_bytes",
         "public_url",
         "prompt_rewriter",
         "prompt_rewriter_key",
@@ -179,6 +187,11 @@ class ServerSettings(BaseSettings):
     def model_names(self) -> list[str]:
         """Return the served names, the default first."""
         return [name.strip() for name in self.served_model_name.split(",") if name.strip()]
+
+    @property
+    def result_bytes(self) -> int:
+        """Return `max_result_bytes` or its default: 8 MiB hold an image of 1024x1024 in one key's half."""
+        return self.max_result_bytes or max(2 * 2**30, self.max_queue * 8 * 2**20)
 
     @property
     def asks_for_keys(self) -> bool:

@@ -5,7 +5,16 @@ from typing import Any
 
 import orjson
 
-from engine.errors import GlimmerError, KeyReused, QueueFull, QueueReadOnly, SourcesFull, TooManyJobs
+from engine.errors import (
+    GlimmerError,
+    KeyReused,
+    QueueFull,
+    QueueReadOnly,
+    ResultsFull,
+    SourcesFull,
+    TooManyJobs,
+    TooMuchKept,
+)
 from engine.jobs.base import QueueBase
 from engine.jobs.codec import RECORD_FIELDS, decode_engine, decode_record, decode_result, encode_sources, reading
 from engine.jobs.connection import redis_errors, retry_while_away
@@ -15,11 +24,13 @@ from engine.jobs.job import (
     JobResult,
     JobSpec,
     JobState,
+    MemoryUse,
     Origin,
     Priority,
     QueueStats,
     SourceImages,
 )
+from engine.jobs.result_size import max_result_size
 from engine.jobs.scripts import Argument
 
 _DELIVERED_TTL_S = 5.0  # time to ask again after a lost response
@@ -27,6 +38,8 @@ _DELIVERED_TTL_S = 5.0  # time to ask again after a lost response
 _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `submit.lua`
     b"full": (QueueFull, "{max_queue} jobs are waiting already"),
     b"full of sources": (SourcesFull, "the jobs in the queue have {max_source_bytes} bytes of sources, or nearly so"),
+    b"full of results": (ResultsFull, "results and jobs take all the memory for them, or nearly so"),
+    b"too much": (TooMuchKept, "results and jobs of this owner take all the memory for one owner, or nearly so"),
     b"too many": (TooManyJobs, "{max_owned} jobs of this owner are waiting or running already"),
     b"reused": (KeyReused, "this idempotency key came with another request before"),
 }
@@ -47,6 +60,10 @@ class JobProducer(QueueBase):
         owner: str = "",
         max_owned: int | None = None,
         max_source_bytes: int | None = None,
+        max_result_bytes: int | None = None,
+        max_kept_bytes: int | None = None,
+        owner_parts: int | None = None,
+        url_copies: bool = False,
         idempotency_key: str = "",
         fingerprint: str = "",
         origin: Origin = Origin(),
@@ -60,14 +77,21 @@ class JobProducer(QueueBase):
             max_queue: waiting jobs of both priorities.
             max_owned: live jobs of the owner.
             max_source_bytes: of all live jobs; one edit always fits alone.
+            max_result_bytes: of records and results, of live jobs what they may come to. Any job fits where little is
+                kept.
+            max_kept_bytes: of source images and results together.
+            owner_parts: an owner may take this part of each of the three: 2 for half.
+            url_copies: the response stores the images a second time, to serve them by URL.
             idempotency_key: of one owner. Returns the id of its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
             dry_run: check everything, queue nothing.
             api_id: the API process at which a client waits; the job is cancelled when that process is gone.
 
         Raises:
-            QueueFull, SourcesFull, TooManyJobs, KeyReused: nothing was queued.
+            QueueFull, SourcesFull, ResultsFull, TooManyJobs, TooMuchKept, KeyReused: nothing was queued.
         """
+        parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
+        documents = [*map(orjson.dumps, parts), orjson.dumps(ended_notes) if ended_notes else b""]
         arguments: dict[str, Argument] = {
             "id": job_id,
             "priority": priority,
@@ -86,9 +110,12 @@ class JobProducer(QueueBase):
             "dry_run": dry_run,
             "format": spec.format if spec.format > 1 else None,
             "api": api_id or None,
+            "result_bytes": sum(map(len, documents)) + max_result_size(spec, copies=1 + url_copies),
+            "max_result_bytes": max_result_bytes,
+            "max_kept_bytes": max_kept_bytes,
+            "owner_parts": owner_parts,
+            "url_copies": int(url_copies) or None,
         }
-        parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
-        documents = [*map(orjson.dumps, parts), orjson.dumps(ended_notes) if ended_notes else b""]
         reply = await self._scripts.run("submit", *documents, *encode_sources(source_images), **arguments)
         if reply in _REFUSALS:
             error, message = _REFUSALS[reply]
@@ -143,16 +170,9 @@ class JobProducer(QueueBase):
         ttl_ms = min(round(1000 * _DELIVERED_TTL_S), self._result_ttl_ms)
         await self._scripts.run("shorten_ttl", id=job_id, ttl_ms=ttl_ms)
 
-    async def share_file(self, token: str, data: bytes, media_type: str) -> None:
-        """Store a file for `result_ttl_s`, once."""
-        key = self.key("file", token)
-        with redis_errors():
-            if await self._redis.exists(key):
-                return
-            async with self._redis.pipeline() as pipe:
-                pipe.hset(key, mapping={"data": data, "type": media_type})
-                pipe.pexpire(key, self._result_ttl_ms)
-                await pipe.execute()
+    async def share_file(self, job_id: str, token: str, data: bytes, media_type: str) -> None:
+        """Store a file of a job's result for `result_ttl_s`, once."""
+        await self._scripts.run("share_file", data, media_type, id=job_id, token=token)
 
     async def shared_file(self, token: str) -> tuple[bytes, str] | None:
         """Return a shared file and its media type."""
@@ -169,6 +189,13 @@ class JobProducer(QueueBase):
         except QueueReadOnly:
             return False
         return True
+
+    async def memory_use(self) -> MemoryUse:
+        """Return what counts against `maxmemory`."""
+        with redis_errors():
+            memory = await self._redis.info("memory")
+        used = memory["used_memory"] - memory.get("mem_not_counted_for_evict", 0)
+        return MemoryUse(used, memory["maxmemory"] or None)
 
     async def stats(self) -> QueueStats:
         """Return the counts."""

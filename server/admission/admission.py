@@ -7,20 +7,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import KeyReused, QueueFull, QueueUnavailable, SourcesFull, TooManyJobs
+from engine.errors import KeyReused, QueueFull, QueueUnavailable, ResultsFull, SourcesFull, TooManyJobs, TooMuchKept
 from engine.geometry import MIN_SIDE
 from engine.jobs.job import JobSpec, Origin, Priority, SourceImages
 from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.keys import Caller
 from server.admission.rate_limits import NO_CHARGE, Charge, RateLimits
+from server.admission.redis_memory import RedisMemory
 from server.admission.throughput import Throughput
-from server.errors import ApiError
+from server.errors import ApiError, unavailable
 from server.redis_timeout import with_redis_timeout
 
 _NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # to look up an idempotency key
 _ONE_BYTE = SourceImages([b"\0"])  # to ask for room for any
 _QUEUE_FULL = "The queue is full"
+_RESULTS_FULL = "The jobs and the results that are kept take all the memory reserved for them"
+_TOO_MUCH_KEPT = "The jobs of this key and its results, which are kept for a while, take all the memory one key may use"
+_OWNER_PARTS = 2  # one key may keep half of what all may
 _SOURCES_FULL = "The images of queued edits take all the memory reserved for them"
 
 
@@ -58,11 +62,13 @@ class Admission:
         max_queue: int,
         abandoned_jobs: AbandonedJobs,
         max_source_bytes: int | None = None,
+        max_result_bytes: int | None = None,
         *,
         api_id: str = "",
     ) -> None:
         self._queue, self._limits, self._api_id = queue, limits, api_id
-        self._max_queue, self._max_source_bytes = max_queue, max_source_bytes
+        self._max_queue, self._max_source_bytes, self._max_result_bytes = max_queue, max_source_bytes, max_result_bytes
+        self.memory = RedisMemory(queue)
         self._abandoned_jobs = abandoned_jobs
         self.throughput = Throughput()
 
@@ -79,8 +85,8 @@ class Admission:
                 priority="batch",
                 max_queue=self._max_queue,
                 source_images=_ONE_BYTE if has_sources else None,
-                max_source_bytes=self._max_source_bytes,
                 dry_run=True,
+                **await self._memory_limits(),
             )
         except (QueueFull, TooManyJobs) as refusal:
             raise self._refused(refusal, caller) from None
@@ -132,7 +138,7 @@ class Admission:
             waits: the client gets the result over this connection only, so the job ends with this process.
 
         Raises:
-            ApiError: 429 at a limit; 422 as `find_by_idempotency_key`.
+            ApiError: 429 at a limit; 503 without memory in Redis; 422 as `find_by_idempotency_key`.
         """
         job_id, caller = _new_id(), charge.caller
         try:
@@ -145,7 +151,8 @@ class Admission:
                 priority=priority,
                 max_queue=self._max_queue,
                 source_images=source_images,
-                max_source_bytes=self._max_source_bytes,
+                **await self._memory_limits(),
+                url_copies=bool(notes and notes.get("file_tokens")),
                 notes=notes,
                 ended_notes=notes | {"revised_prompt": None} if notes and notes.get("revised_prompt") else None,
                 origin=origin,
@@ -195,9 +202,22 @@ class Admission:
                 param="Idempotency-Key",
             ) from None
 
+    async def _memory_limits(self) -> dict[str, int | None]:
+        return {
+            "max_source_bytes": self._max_source_bytes,
+            "max_result_bytes": self._max_result_bytes,
+            "max_kept_bytes": await self.memory.max_kept_bytes(),
+            "owner_parts": _OWNER_PARTS,
+        }
+
     def _refused(self, refusal: QueueFull | TooManyJobs, caller: Caller) -> ApiError:
         if isinstance(refusal, SourcesFull):
             return self._try_again_later(_SOURCES_FULL, 1)
+        if isinstance(refusal, ResultsFull):
+            retry = self.throughput.retry_after_s(self._max_queue)
+            return unavailable(f"{_RESULTS_FULL}; try again in about {retry} s.", retry)
+        if isinstance(refusal, TooMuchKept):
+            return self._try_again_later(_TOO_MUCH_KEPT, self._max_queue)
         if isinstance(refusal, QueueFull):
             return self._try_again_later(_QUEUE_FULL, self._max_queue)
         maximum = caller.max_concurrent or 0

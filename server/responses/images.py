@@ -59,7 +59,7 @@ async def share_images(queue: JobProducer, record: JobRecord, result: JobResult)
     options = ResponseOptions.from_record(record)
     if options.response_format == "url":
         for token, image in zip(options.file_tokens, result.images, strict=True):
-            await queue.share_file(token, image.data, f"image/{record.spec.output_format}")
+            await queue.share_file(record.id, token, image.data, f"image/{record.spec.output_format}")
 
 
 async def encode(result: JobResult | None, make_body: Callable[[], dict[str, Any]]) -> bytes:

@@ -38,12 +38,12 @@ async def health(request: Request, services: ServicesDep) -> Response:
     pids of engines are for callers with a key, or without keys for those on this machine."""
     state = services.queue_state
     try:
-        engines, stats, takes_writes = await asyncio.gather(
-            state.engines.get(), state.stats.get(), state.takes_writes.get()
+        engines, stats, takes_writes, is_full = await asyncio.gather(
+            state.engines.get(), state.stats.get(), state.takes_writes.get(), services.admission.memory.is_full()
         )
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
-    reason = _unavailable_reason(services, engines, stats, takes_writes=takes_writes)
+    reason = _unavailable_reason(services, engines, stats, takes_writes=takes_writes, is_full=is_full)
     describe = _describe if _is_trusted(request, services) else _describe_without_ids
     return _health(reason, [describe(engine) for engine in engines], stats)
 
@@ -64,10 +64,12 @@ def _describe_without_ids(engine: EngineInfo) -> dict[str, Any]:
 
 
 def _unavailable_reason(
-    services: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool
+    services: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool, is_full: bool
 ) -> str | None:
     if not takes_writes:
         return "The job queue (Redis) refuses writes: memory or disk full, or a replica."
+    if is_full:
+        return "The job queue (Redis) is nearly out of memory."
     if services.gate.draining:
         return "This server is shutting down."
     if not ready_engines(engines):

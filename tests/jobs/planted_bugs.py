@@ -41,6 +41,7 @@ PRELUDE, RECORDS, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, 
 CONSUMER = "engine/jobs/consumer.py"
 STATEFUL = "tests/jobs/test_any_order.py"
 LIFE_CYCLE = "tests/jobs/test_life_cycle.py"
+KEPT = "tests/jobs/test_kept_bytes.py"
 BATCH_SHARE = "tests/jobs/test_batch_share.py"
 NOT_FOUND = "not found"
 
@@ -374,8 +375,8 @@ BUGS = [
     Bug(
         "an end is not published",
         PRELUDE,
-        "redis.call('PEXPIRE', job, RESULT_TTL_MS)\n  publish_state(id, state)",
-        "redis.call('PEXPIRE', job, RESULT_TTL_MS)",
+        "  expire_kept()\n  publish_state(id, state)",
+        "  expire_kept()",
     ),
     Bug("an error is not stored", PRELUDE, "if error then redis.call('HSET', job, 'error', error) end", ""),
     Bug(
@@ -401,13 +402,6 @@ BUGS = [
         "an ended job keeps its prompt",
         PRELUDE,
         "if spec then redis.call('HSET', job, 'spec', spec) end",
-        "",
-        LIFE_CYCLE,
-    ),
-    Bug(
-        "an ended job keeps its prompt twice",
-        PRELUDE,
-        "redis.call('HDEL', job, 'ended_spec', 'ended_notes')",
         "",
         LIFE_CYCLE,
     ),
@@ -437,11 +431,70 @@ BUGS = [
         "redis.call('HDEL', job, 'engine')",
     ),
     Bug("source bytes are not subtracted", PRELUDE, "'source_bytes', -source_bytes)", "'source_bytes', 0)"),
-    Bug("source bytes are not added", SUBMIT, "redis.call('HINCRBY', COUNTERS, 'source_bytes', args.source_bytes)", ""),
-    Bug("sources may exceed their limit once", SUBMIT, "held + args.source_bytes >", "held >"),
-    Bug("a large edit never fits", SUBMIT, "if held > 0 and held +", "if held +"),
+    Bug("source bytes are not added", SUBMIT, "redis.call('HINCRBY', COUNTERS, 'source_bytes', source_bytes)", ""),
+    Bug(
+        "sources may exceed their limit once",
+        SUBMIT,
+        "over(kept_sources, source_bytes, max_sources, 0)",
+        "over(kept_sources, 0, max_sources, 0)",
+    ),
+    Bug("a large edit never fits", SUBMIT, "held > (little or limit / 16) and ", ""),
+    # bytes that are kept
+    Bug(
+        "a live job counts for nothing",
+        SUBMIT,
+        "count_kept(id, owner, KEPT_BESIDE + results,",
+        "count_kept(id, owner, 0,",
+    ),
+    Bug("an end is not counted", PRELUDE, "  count_ended(id, RESULT_TTL_MS, file_bytes(id))\n", ""),
+    Bug("results do not count", PRELUDE, "partials_key(id), result_key(id)}) do", "partials_key(id)}) do"),
+    Bug("partial images do not count", PRELUDE, "job_key(id), partials_key(id), result", "job_key(id), result"),
+    Bug("a discarded result goes on counting", DISCARD, "count_ended(id, files", "tostring(id, files"),
+    Bug("what is counted again is added", PRELUDE, "'bytes', bytes - (old_bytes or 0))", "'bytes', bytes)"),
+    Bug(
+        "owners have no counts",
+        PRELUDE,
+        "if owner ~= '' then\n    redis.call('HINCRBY', KEPT",
+        "if false then\n    redis.call('HINCRBY', KEPT",
+    ),
+    Bug("what has expired goes on counting", SUBMIT, "look_again(now)\nif", "if", KEPT),
+    Bug("a job that nothing ended stays", SUBMIT, "finish(id, 'expired')", "", KEPT),
+    Bug("what an older process ended counts for nothing", SUBMIT, "count_ended(id, ttl, file_bytes(id))", "", KEPT),
+    Bug("results have no limit", SUBMIT, "if over(kept, results, max_results) or", "if", KEPT),
+    Bug(
+        "results and sources have no limit",
+        SUBMIT,
+        " or over(kept + kept_sources, results + source_bytes, max_kept)",
+        "",
+        KEPT,
+    ),
+    Bug("an owner may keep everything", SUBMIT, "    or over(owned, results, part(max_results))", "   ", KEPT),
+    Bug(
+        "an owner may send all sources",
+        SUBMIT,
+        "has_sources and over(owned_sources",
+        "false and over(owned_sources",
+        KEPT,
+    ),
+    Bug("files do not count", PRELUDE, "(tonumber(copies) or 0) * memory_usage", "0 * memory_usage", KEPT),
+    Bug("the counts stay for ever", PRELUDE, "do redis.call('PEXPIRE', key, RESULT_TTL_MS) end", "do end", KEPT),
+    Bug("the counts expire before live jobs", SUBMIT, "do redis.call('PERSIST', name) end", "do end", KEPT),
+    Bug(
+        "an idempotency key outlives its job",
+        PRELUDE,
+        "if key then redis.call('PEXPIRE', idempotency_key(key), RESULT_TTL_MS) end",
+        "",
+        KEPT,
+    ),
+    Bug(
+        "images may be larger than counted",
+        "engine/jobs/result_size.py",
+        '"png": 3.1, "jpeg": 2.2, "webp": 1.3',
+        '"png": 2.5, "jpeg": 1.5, "webp": 1.0',
+        KEPT,
+    ),
     # idempotency keys
-    Bug("a key is not stored", SUBMIT, "if key ~= '' then redis.call('SET'", "if false then redis.call('SET'"),
+    Bug("a key is not stored", SUBMIT, "redis.call('SET', job_of_key, fingerprint .. ' ' .. id, 'PX'", "tostring('PX'"),
     Bug(
         "a refused request stores its key",
         SUBMIT,

@@ -397,6 +397,29 @@ class QueueMachine(RuleBasedStateMachine):
         assert {name.decode() for name in annas} == model.owned("anna")
         assert {name.decode() for name in bobs} == model.owned("bob")
 
+        await self._check_kept()
+
+    async def _check_kept(self):
+        """Check that every job is counted once: an ended one with what it has left, a live one with its sources."""
+        kept: Any = await self.client.hgetall("glimmer:counters:kept")  # type: ignore[misc]
+        entries = {job_id.decode(): value.decode().split(" ") for job_id, value in kept.items()}
+        assert entries.keys() == {job.id for job in self.model.jobs}
+        total: Any = await self.client.hgetall("glimmer:counters:kept_total")  # type: ignore[misc]
+        assert int(total.get(b"bytes", 0)) == sum(int(size) for size, _, _ in entries.values())
+        for owner in ("anna", "bob"):
+            sizes = [(int(size), int(sources)) for size, sources, name in entries.values() if name == owner]
+            assert int(total.get(b"bytes:%b" % owner.encode(), 0)) == sum(size for size, _ in sizes)
+            assert int(total.get(b"sources:%b" % owner.encode(), 0)) == sum(sources for _, sources in sizes)
+        for job in self.touched:
+            size, sources, _ = entries[job.id]
+            assert int(sources) == (job.sources if job.live else 0)
+            if not job.live:
+                names = (f"glimmer:{name}:{job.id}" for name in ("job", "result", "partials"))
+                left = [await self.client.memory_usage(name, samples=0) or 0 for name in names]
+                assert int(size) == sum(left) + 1024
+            elif job.state == "queued":
+                assert int(size) > 64 * 64 * 3 * job.images
+
     async def _check_job(self, job: Job):
         """Check the record and the keys beside it, which have no TTL for live jobs only."""
         record, result = await self.queue.get(job.id), await self.queue.result(job.id)

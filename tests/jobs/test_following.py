@@ -107,8 +107,8 @@ async def test_a_discarded_job_leaves_nothing(queue: JobQueue, redis_client: red
 
 
 async def test_shared_files(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
-    await queue.share_file("token", b"image", "image/png")
-    await queue.share_file("token", b"another", "image/webp")  # the first stays
+    await queue.share_file("job", "token", b"image", "image/png")
+    await queue.share_file("job", "token", b"another", "image/webp")  # the first stays
     assert await queue.shared_file("token") == (b"image", "image/png")
     assert await queue.shared_file("other") is None
     [stored] = await redis_client.keys("*file*")

@@ -34,6 +34,7 @@ async def _submit(queue: JobQueue) -> None:
         max_source_bytes=2**53,
         notes={"empty": [], "none": None, "share": 0.1},
         ended_notes={"empty": []},
+        url_copies=True,
         owner="anna",
         max_owned=4,
         idempotency_key="k",
@@ -71,6 +72,8 @@ async def test_a_submitted_job(queue: JobQueue, redis_client: Any) -> None:
         b"ended_notes": b'{"empty":[]}',
         b"origin": b'{"request_id":"req_1","traceparent":"00-1"}',
         b"source_bytes": b"2007",
+        b"url_copies": b"1",
+        b"idempotency_key": b"k",
     }
     assert await redis_client.hgetall("glimmer:sources:ü:1") == {
         b"0": b"\0\xff" * 1000,

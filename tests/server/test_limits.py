@@ -15,18 +15,19 @@ from hypothesis import given, settings
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import JobSpec
+from engine.jobs.job import JobSpec, MemoryUse
 from server import redis_timeout
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission, Idempotency
 from server.admission.keys import ANONYMOUS, Caller
-from server.admission.rate_limits import RateLimits
+from server.admission.rate_limits import NO_CHARGE, Charge, RateLimits
+from server.admission.redis_memory import RedisMemory
 from server.app import create_app
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
-from tests.jobs.helpers import kill
+from tests.jobs.helpers import RESULT, claim, kill
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
 from tests.server.test_errors import error_of
@@ -435,3 +436,54 @@ class TestOfficialSdk:
 async def _busy(queue: JobQueue) -> bool:
     stats = await queue.stats()
     return stats.waiting + stats.running > 0
+
+
+class TestMemory:
+    """New jobs are refused before Redis is full: what is left is for those that run."""
+
+    async def test_new_jobs_are_refused_above_the_high_water_mark(
+        self, admission: Admission, queue: JobQueue, redis_client: redis.asyncio.Redis
+    ) -> None:
+        running = await admission.submit(SPEC, 9.0, "batch", NO_CHARGE)
+        granted = await claim(queue)
+        used_memory = (await redis_client.info("memory"))["used_memory"]
+        await redis_client.config_set("maxmemory", int(used_memory / 0.9))
+        admission.memory = RedisMemory(queue)
+        try:
+            with pytest.raises(ApiError, match="nearly out of memory") as refused:
+                await admission.submit(SPEC, 9.0, "batch", NO_CHARGE)
+            assert await queue.commit(granted, RESULT)
+        finally:
+            await redis_client.config_set("maxmemory", 0)
+        assert (refused.value.status, refused.value.headers["retry-after"]) == (503, "5")
+        assert await queue.result(running.job_id) == RESULT
+
+    async def test_a_key_that_keeps_its_half_is_refused_and_others_are_not(self, queue: JobQueue) -> None:
+        admission = Admission(queue, RateLimits(queue), 100, AbandonedJobs(queue, Metrics()), max_result_bytes=120_000)
+
+        async def fill(name: str) -> ApiError:
+            with pytest.raises(ApiError) as refused:
+                await asyncio.gather(*(admission.submit(SPEC, 9.0, "batch", Charge(Caller(name))) for _ in range(9)))
+            assert int(refused.value.headers["retry-after"]) >= 1
+            return refused.value
+
+        first, second = await fill("alice"), await fill("bob")
+        assert (first.status, second.status) == (429, 429)
+        assert "one key may use" in first.message
+        third = await fill("carol")
+        assert third.status == 503
+        assert "all the memory reserved" in third.message
+
+    async def test_the_memory_is_read_once_for_many_requests(
+        self, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reads, memory = 0, RedisMemory(queue)
+
+        async def count() -> MemoryUse:
+            nonlocal reads
+            reads += 1
+            return MemoryUse(0, 100)
+
+        monkeypatch.setattr(queue, "memory_use", count)
+        await asyncio.gather(*(memory.max_kept_bytes() for _ in range(100)))
+        assert reads == 1

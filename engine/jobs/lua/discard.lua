@@ -9,11 +9,16 @@ if record == nil then
   redis.call('SET', withdrawn_key(id), 1, 'PX', RESULT_TTL_MS)
   return 0
 end
+local files, owner = 0, ''
+if record then files, owner = file_bytes(id) end
 redis.call('DEL', result_key(id), partials_key(id))
 if record == false then
   fail_unreadable(id)
   return 0
 end
-if not is_live(record.state) then return 0 end
-finish(id, 'cancelled')
-return 1
+if is_live(record.state) then
+  finish(id, 'cancelled')
+  return 1
+end
+count_ended(id, files > 0 and RESULT_TTL_MS or redis.call('PTTL', job_key(id)), files, owner)
+return 0

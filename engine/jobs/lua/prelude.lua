@@ -27,6 +27,11 @@
 --   counters          hash: `submitted` (source of the sequence), `granted` (claims), `overtaken`, `overtaken_jobs`
 --                     (work and number of interactive jobs claimed while the first batch job waited),
 --                     `source_bytes` (size of all `sources:{id}`), `given_up` (dead-lettered jobs)
+--   counters:kept     hash: bytes of a job in Redis as `{bytes} {source bytes} {owner}`: what a live one may come to,
+--                     what an ended one has left. counters:kept_until: sorted set of these jobs by the time at which
+--                     submits look at them again. counters:kept_total: hash of sums, `bytes`, and by owner
+--                     `bytes:{owner}`, `sources:{owner}`
+--   counters:plans    sorted set of `{bytes} {key}` of cached plans by their expiry; counters:plan_bytes: their sum
 --   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
 --   attempt:{engine}  the engine's last successful claim: id of the attempt, epoch, id of the job
 --   apis              sorted set of API processes by their last heartbeat; heard: hash, see prelude_records.lua
@@ -52,6 +57,8 @@ local args = cjson.decode(ARGV[1])
 local PREFIX, RESULT_TTL_MS = args.prefix, args.result_ttl_ms
 local GROUP, REQUEUED = 'engines', 'handed-back'
 local WAITING, RUNNING, COUNTERS = PREFIX .. ':waiting', PREFIX .. ':running', PREFIX .. ':counters'
+local KEPT, KEPT_UNTIL, KEPT_TOTAL = COUNTERS .. ':kept', COUNTERS .. ':kept_until', COUNTERS .. ':kept_total'
+local KEPT_BESIDE = 1024 -- bytes of a job in keys that list jobs, and of its idempotency key
 
 local function job_key(id) return PREFIX .. ':job:' .. id end
 local function plans_key(id) return PREFIX .. ':plans:' .. id end
@@ -60,6 +67,7 @@ local function partials_key(id) return PREFIX .. ':partials:' .. id end
 local function owned_key(owner) return PREFIX .. ':owned:' .. owner end
 local function result_key(id) return PREFIX .. ':result:' .. id end
 local function withdrawn_key(id) return PREFIX .. ':withdrawn:' .. id end
+local function idempotency_key(key) return PREFIX .. ':idempotency:' .. key end
 local function queue_key(priority) return PREFIX .. ':queue:' .. priority end
 
 local function now_ms()
@@ -96,6 +104,45 @@ local function last_delivered(queue)
   return '0-0'
 end
 
+-- Sets what a job counts for; without a time it counts for nothing.
+local function count_kept(id, owner, bytes, source_bytes, until_ms)
+  local old_bytes, old_source_bytes, old_owner = string.match(redis.call('HGET', KEPT, id) or '', '^(%d+) (%d+) (.*)$')
+  owner = old_owner or owner
+  redis.call('HINCRBY', KEPT_TOTAL, 'bytes', bytes - (old_bytes or 0))
+  if owner ~= '' then
+    redis.call('HINCRBY', KEPT_TOTAL, 'bytes:' .. owner, bytes - (old_bytes or 0))
+    redis.call('HINCRBY', KEPT_TOTAL, 'sources:' .. owner, source_bytes - (old_source_bytes or 0))
+  end
+  if until_ms then
+    redis.call('HSET', KEPT, id, string.format('%.0f %.0f %s', bytes, source_bytes, owner))
+    redis.call('ZADD', KEPT_UNTIL, until_ms, id)
+  else
+    redis.call('HDEL', KEPT, id)
+    redis.call('ZREM', KEPT_UNTIL, id)
+  end
+end
+
+-- Lets the counts expire with the last data, if no job is live.
+local function expire_kept()
+  if redis.call('ZCARD', WAITING) + redis.call('SCARD', RUNNING) > 0 then return end
+  for _, key in ipairs({KEPT, KEPT_UNTIL, KEPT_TOTAL}) do redis.call('PEXPIRE', key, RESULT_TTL_MS) end
+end
+
+local function memory_usage(key) return redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0 end
+
+-- Returns the size of the files that responses with URLs make of a job's result, and the job's owner.
+local function file_bytes(id)
+  local copies, owner = unpack(redis.call('HMGET', job_key(id), 'url_copies', 'owner'))
+  return (tonumber(copies) or 0) * memory_usage(result_key(id)), owner or ''
+end
+
+-- Counts what an ended job has left, for `ttl_ms`.
+local function count_ended(id, ttl_ms, files, owner)
+  local bytes = KEPT_BESIDE + files
+  for _, key in ipairs({job_key(id), partials_key(id), result_key(id)}) do bytes = bytes + memory_usage(key) end
+  count_kept(id, owner, bytes, 0, now_ms() + ttl_ms)
+end
+
 -- Ends a job that the caller found live. Its prompt is not kept: `ended_spec` takes the place of `spec`, and without a
 -- result `ended_notes` that of `notes`.
 local function finish(id, state, error)
@@ -104,8 +151,8 @@ local function finish(id, state, error)
   redis.call('SREM', RUNNING, id)
   redis.call('DEL', plans_key(id), sources_key(id))
   redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS)
-  local priority, entry, owner, source_bytes, spec, notes = unpack(
-    redis.call('HMGET', job, 'priority', 'entry', 'owner', 'source_bytes', 'ended_spec', 'ended_notes'))
+  local priority, entry, owner, source_bytes, spec, notes, key = unpack(redis.call('HMGET', job, 'priority', 'entry',
+    'owner', 'source_bytes', 'ended_spec', 'ended_notes', 'idempotency_key'))
   if owner and owner ~= '' then redis.call('SREM', owned_key(owner), id) end
   if source_bytes then redis.call('HINCRBY', COUNTERS, 'source_bytes', -source_bytes) end
   local queue = queue_key(priority)
@@ -117,6 +164,9 @@ local function finish(id, state, error)
   redis.call('HDEL', job, 'ended_spec', 'ended_notes')
   if error then redis.call('HSET', job, 'error', error) end
   redis.call('PEXPIRE', job, RESULT_TTL_MS)
+  if key then redis.call('PEXPIRE', idempotency_key(key), RESULT_TTL_MS) end
+  count_ended(id, RESULT_TTL_MS, file_bytes(id))
+  expire_kept()
   publish_state(id, state)
 end
 

@@ -70,7 +70,7 @@ async def _run_api(settings: ServerSettings, stop: StopSignals) -> None:
     server = _make_server(settings)
     with await stop.unless_stopped(asyncio.to_thread(listen, settings.host, settings.port)) as listener:
         _warn_if_open(settings, listener)
-        _print(f"Glimmer's API listens on {url_of(listener)}")
+        server.on_start = lambda: _print(f"Glimmer's API listens on {url_of(listener)}")
         signals = asyncio.create_task(server.follow(stop))
         try:
             await server.serve(sockets=[listener])

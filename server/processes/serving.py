@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import cast
 
@@ -87,6 +87,7 @@ class DrainingServer(uvicorn.Server):
         self._grace_s, self._delay_s = grace_s, min(drain_delay_s, grace_s / 2)
         self._gate_closes_at = self._drain_ends_at = math.inf
         self.drained = asyncio.Event()
+        self.on_start: Callable[[], None] = lambda: None
 
     @property
     def grace_left_s(self) -> float:
@@ -135,6 +136,11 @@ class DrainingServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Leave the signals alone."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve."""
+        await super().startup(sockets)
+        self.on_start()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to exit; called ten times a second."""

@@ -1,10 +1,12 @@
 """The embedded server starts, keeps its data, locks its folder, and ends with its parent."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import redis
 
 from engine.errors import QueueUnavailable
 from engine.jobs import embedded
+from engine.jobs.data_folder import drop_trailing_zeros
 from engine.jobs.embedded import EmbeddedRedis, find_redis_server
 from tests.jobs.helpers import TIMEOUT_S, kill, restart
 
@@ -129,3 +132,89 @@ def test_a_server_that_does_not_start_raises_and_unlocks_the_folder(tmp_path: Pa
     (tmp_path / "appendonly.aof").rmdir()
     (tmp_path / "appendonlydir").unlink()
     EmbeddedRedis(tmp_path).stop()
+
+
+class TestFolder:
+    def test_folder_and_files_are_private(self, tmp_path: Path):
+        previous = os.umask(0o022)
+        try:
+            with EmbeddedRedis(tmp_path / "new") as server, client(server) as connection:
+                connection.set("a", 1)
+                modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+                assert not any(mode & 0o077 for mode in modes.values()), modes
+                assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+        finally:
+            os.umask(previous)
+
+    def test_those_of_older_versions_are_closed_to_others(self, tmp_path: Path):
+        EmbeddedRedis(tmp_path / "old").stop()
+        for path in (tmp_path / "old", *(tmp_path / "old").iterdir()):
+            path.chmod(0o755)
+        EmbeddedRedis(tmp_path / "old").stop()
+        modes = {path.name: path.stat().st_mode & 0o777 for path in ((tmp_path / "old"), *(tmp_path / "old").iterdir())}
+        assert not any(mode & 0o077 for mode in modes.values()), modes
+
+    def test_a_folder_with_other_files_keeps_its_mode(self, tmp_path: Path):
+        """It might be /tmp."""
+        (tmp_path / "shared").mkdir(mode=0o755)
+        (tmp_path / "shared" / "other").touch(mode=0o644)
+        EmbeddedRedis(tmp_path / "shared").stop()
+        assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o755
+        assert (tmp_path / "shared" / "other").stat().st_mode & 0o777 == 0o644
+        assert (tmp_path / "shared" / "appendonly.aof").stat().st_mode & 0o777 == 0o600
+
+    def test_a_name_that_is_not_utf_8(self, tmp_path: Path):
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xfcll"))
+        with EmbeddedRedis(folder) as server, client(server) as connection:
+            connection.set("a", 1)
+        with EmbeddedRedis(folder) as server, client(server) as connection:
+            assert connection.get("a") == b"1"
+
+    @pytest.mark.parametrize("name", ["file", "file/below", "loop"])
+    def test_one_that_cannot_be_used_is_named(self, tmp_path: Path, name: str):
+        (tmp_path / "file").touch()
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(QueueUnavailable, match=rf"{tmp_path / name} .*--data-dir"):
+            EmbeddedRedis(tmp_path / name)
+
+
+class TestDamagedFile:
+    @pytest.fixture
+    def written(self, tmp_path: Path) -> Path:
+        with EmbeddedRedis(tmp_path) as server, client(server) as connection:
+            connection.set("a", b"\0" * 9)  # zeros that belong to a command
+        return tmp_path / "appendonly.aof"
+
+    @pytest.mark.parametrize(
+        "tail",
+        [b"\0", b"\0" * 37, b"\0" * 100_000, b"*3\r\n$3\r\nSET", b"*3\r\n$3\r\nSET\r\n$1\r\nb\r\n$9\r\n" + b"\0" * 40],
+    )
+    def test_what_a_power_cut_leaves_is_dropped(self, written: Path, tail: bytes):
+        whole = written.read_bytes()
+        written.write_bytes(whole + tail)
+        with EmbeddedRedis(written.parent) as server, client(server) as connection:
+            assert (connection.get("a"), connection.get("b")) == (b"\0" * 9, None)
+        assert written.read_bytes() == whole
+
+    def test_a_file_of_an_rdb_preamble_may_end_in_zeros(self, written: Path):
+        """They may be its checksum."""
+        written.write_bytes(b"REDIS0009" + b"x" * 20 + b"\0" * 8)
+        assert list(drop_trailing_zeros(written.parent)) == []
+        written.write_bytes(b"REDIS0009" + b"x" * 20 + b"*1\r\n$4\r\nPING\r\n" + b"\0" * 9)
+        assert list(drop_trailing_zeros(written.parent)) == [(written, 9)]
+
+    def test_other_damage_is_reported_with_a_command_that_repairs_it(self, written: Path):
+        written.write_bytes(written.read_bytes() + b"garbage")
+        with pytest.raises(QueueUnavailable, match="Bad file format") as caught:
+            EmbeddedRedis(written.parent)
+        (command,) = re.findall(r"\(exec -a redis-check-aof .*? --fix .*?\)", str(caught.value))
+        assert "\n" not in str(caught.value)
+        subprocess.run(["bash", "-c", command], input=b"y\n", check=True)
+        with EmbeddedRedis(written.parent) as server, client(server) as connection:
+            assert connection.get("a") == b"\0" * 9
+
+
+def test_a_full_disk_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with EmbeddedRedis(tmp_path) as server:
+        monkeypatch.setattr(embedded.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        assert "no space left" in server.last_words()

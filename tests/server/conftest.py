@@ -61,8 +61,8 @@ class LiveServer:
 
     def __init__(self, queue: JobQueue, settings: ServerSettings):
         listener = listen("127.0.0.1", 0)
-        self.url = url_of(listener)
-        self.server = DrainingServer(create_app(settings, queue), settings.grace_s)
+        self.url, self.address = url_of(listener), listener.getsockname()
+        self.server = DrainingServer(create_app(settings, queue), settings.grace_s, settings.drain_delay_s)
         self.task = asyncio.create_task(self.server.serve(sockets=[listener]))
 
     async def stop(self) -> None:

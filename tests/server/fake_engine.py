@@ -1,6 +1,7 @@
 """An engine process without a model, started by the supervisor in tests: `fake_engine.py MODE --engine-id ID`.
 
-Modes: `serve` is a stub engine until SIGTERM, `busy` one that keeps working after it, `stubborn` ignores SIGTERM and
+Modes: `serve` is a stub engine until SIGTERM, `busy` one that keeps working after it, `patient` one until the second
+(it writes a letter for each into the file FAKE_ENGINE_LOG.signals), `stubborn` ignores SIGTERM and
 does nothing, `die` ends at once, `misconfigured` exits with the code for it.
 Every start appends a line to the file FAKE_ENGINE_LOG: engine id, pid, and three environment variables.
 """
@@ -20,9 +21,17 @@ from tests.job_queue import JobQueue
 from tests.server.stub_engine import StubEngine
 
 
-async def serve(engine_id: str, stops: bool) -> None:
-    stopped = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set if stops else lambda: None)
+async def serve(engine_id: str, mode: str) -> None:
+    stopped, received = asyncio.Event(), Path(os.environ["FAKE_ENGINE_LOG"] + ".signals")
+
+    def on_signal() -> None:
+        if mode == "patient":
+            with received.open("a") as file:
+                file.write("x")
+        if mode == "serve" or (mode == "patient" and received.stat().st_size >= 2):
+            stopped.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, on_signal)
     redis = connect(os.environ["GLIMMER_REDIS_URL"])
     queue = JobQueue(redis)
     stub = StubEngine(queue, step_s=float(os.environ.get("FAKE_ENGINE_STEP_S", "0")))
@@ -44,8 +53,8 @@ def main() -> int:
     if mode == "misconfigured":
         print("no checkpoint there", file=sys.stderr)
         return 2
-    if mode in ("serve", "busy"):
-        asyncio.run(serve(engine_id, stops=mode == "serve"))
+    if mode in ("serve", "busy", "patient"):
+        asyncio.run(serve(engine_id, mode))
     if mode == "stubborn":
         time.sleep(60)
     return 1 if mode == "die" else 0

@@ -1,12 +1,16 @@
 """Engines that die, are misconfigured or ignore SIGTERM."""
 
 import asyncio
+import errno
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 
 from engine.jobs.job import JobSpec
 from server.processes import supervisor as supervisor_module
@@ -91,6 +95,57 @@ async def test_a_dead_engine_s_jobs_are_free_at_once(
     monkeypatch.setattr(supervisor_module, "HAND_BACK_S", 0.1)
     await supervisor.stop(0)
     await asyncio.wait_for(running, 1)
+
+
+async def test_a_job_is_blamed_for_a_crash(queue: JobQueue, starts: Starts) -> None:
+    supervisor = make(queue, starts, "stubborn")
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) == 1)
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
+    engine_id, pid = starts.lines()[0][:2]
+    assert await queue.claim(engine_id, IDLE) is not None
+    os.kill(int(pid), signal.SIGSEGV)
+    await until(lambda: len(starts.lines()) == 2, seconds=3)
+    claim = await queue.claim("another", IDLE)
+    assert claim is not None
+    assert claim.runs == 2
+    running.cancel()
+    os.kill(int(starts.lines()[1][1]), signal.SIGKILL)
+    await supervisor.stop(5)
+
+
+async def test_an_engine_that_cannot_be_forked_is_tried_again(
+    queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, errors = asyncio.create_subprocess_exec, [errno.EAGAIN, errno.ENOMEM, errno.ENOENT]
+
+    async def fail_first(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise OSError(errors[0], os.strerror(errors.pop(0)))
+        return await create(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_first)
+    supervisor = make(queue, starts, "stubborn")
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) == 1)
+    assert not running.done()
+    os.kill(starts.pids()[0], signal.SIGKILL)
+    await supervisor.stop(5)
+    await asyncio.wait_for(running, 5)
+
+
+async def test_an_error_while_requeueing_does_not_end_the_supervision(
+    queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> int:
+        raise ResponseError("BUSY")
+
+    monkeypatch.setattr(queue, "requeue_all", fail)
+    supervisor = make(queue, starts, "die")
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) >= 2)
+    await supervisor.stop(5)
+    await asyncio.wait_for(running, 5)
 
 
 async def test_a_misconfigured_engine_is_not_restarted(

@@ -15,7 +15,7 @@ logger = logging.getLogger("glimmer.serve")
 async def keep_alive(redis: EmbeddedRedis, backoff: Backoff = Backoff(initial=0.5)) -> None:
     """Restart Redis whenever it dies, without waiting until it has loaded: its data is on disk, clients reconnect."""
     clock = asyncio.get_running_loop().time
-    delay, started_at, loading = 0.0, clock(), False
+    delay, deaths, started_at, loading = 0.0, 0, clock(), False
     while True:
         await asyncio.sleep(POLL_INTERVAL_S)
         if redis.alive:
@@ -23,7 +23,9 @@ async def keep_alive(redis: EmbeddedRedis, backoff: Backoff = Backoff(initial=0.
                 loading = False
                 event(logger, "redis_started", pid=redis.pid)
             continue
-        delay = backoff.next_delay(delay, clock() - started_at)
+        uptime = clock() - started_at
+        deaths = 1 if uptime >= backoff.reset_after else deaths + 1
+        delay = backoff.next_delay(delay, uptime) if deaths > 1 else 0.0
         event(logger, "redis_died", logging.ERROR, reason=redis.last_words(), restart_in_s=delay)
         await asyncio.sleep(delay)
         started_at = clock()

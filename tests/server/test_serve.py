@@ -92,7 +92,7 @@ def client(serve: Serving) -> httpx.AsyncClient:
 
 
 async def test_sigterm_finishes_running_requests_and_leaves_no_process(tmp_path: Path) -> None:
-    async with serving(tmp_path, "serve", step_s=0.5) as serve:
+    async with serving(tmp_path, "serve", step_s=3) as serve:  # longer than what /health says is old
         await serve.ready()
         children = serve.children()
         async with client(serve) as http:
@@ -161,6 +161,22 @@ async def test_a_redis_that_restarts_slowly_blocks_nothing(tmp_path: Path, monke
         await asyncio.wait([keeping])
 
 
+async def test_a_redis_that_cannot_start_is_tried_less_and_less_and_the_log_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redis_keeper, "POLL_INTERVAL_S", 0.01)
+    with EmbeddedRedis(tmp_path) as redis:
+        kill(redis)
+        (tmp_path / "appendonly.aof").write_bytes(b"garbage")
+        keeping = asyncio.create_task(redis_keeper.keep_alive(redis, Backoff(0.02, 0.16)))
+        await until(lambda: len(caplog.records) >= 6, seconds=10)
+        keeping.cancel()
+        await asyncio.wait([keeping])
+    fields = [record.__dict__["fields"] for record in caplog.records]
+    assert [event["restart_in_s"] for event in fields[:6]] == [0.0, 0.02, 0.04, 0.08, 0.16, 0.16]
+    assert all("Bad file format" in event["reason"] and "--fix" in event["reason"] for event in fields[1:])
+
+
 async def _running(http: httpx.AsyncClient, count: int) -> bool:
     return (await http.get("/health")).json()["queue"]["running"] == count
 
@@ -177,8 +193,11 @@ async def test_a_killed_engine_and_a_killed_redis_are_restarted(tmp_path: Path) 
             assert (await http.post(URL, json={"prompt": "x"})).status_code == 200
             os.kill(redis_pid, signal.SIGKILL)
             await until(lambda: not alive(redis_pid))
-            await until(lambda: _healthy(http), seconds=10)
-            assert (await http.post(URL, json={"prompt": "x"})).status_code == 200
+            await until(lambda: _generates(http), seconds=10)  # /health may be older than the kill
+
+
+async def _generates(http: httpx.AsyncClient) -> bool:
+    return (await http.post(URL, json={"prompt": "x"})).status_code == 200
 
 
 async def _healthy(http: httpx.AsyncClient) -> bool:

@@ -57,9 +57,10 @@ class Transfers:
         taken = self.written - unsent - _unacknowledged(transport)
         if self._taken is None:
             self._response.start(now)
-        else:
-            self._response.progress(now, max(0, taken - self._taken))
-        self._taken = taken
+            self._taken = taken
+        elif taken > self._taken:  # less, while the kernel takes more from the transport
+            self._response.progress(now, taken - self._taken)
+            self._taken = taken
         return self._response.is_late(now)
 
 

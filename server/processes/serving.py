@@ -17,6 +17,7 @@ from engine.errors import StartError
 from engine.observability.logs import event, where
 from engine.stop_signals import StopSignals
 from server.admission.gate import Gate
+from server.processes.allocator import return_large_allocations
 from server.processes.http_limits import HttpLimits, raise_file_limit, share_files
 from server.processes.http_protocol import http_protocol
 
@@ -69,6 +70,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, grace_s: float, drain_delay_s: float = 0.0) -> None:
+        return_large_allocations()
         connections, backlog = share_files(raise_file_limit())
         super().__init__(
             uvicorn.Config(

@@ -220,6 +220,20 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.run(self.queue.renew(engine, [claim])) == []
             job.confirm()
 
+    @precondition(lambda self: self.model.can_claim)
+    @rule(engine=ENGINES, steps=st.lists(st.sampled_from([None, 0, 1, 1, 2]), min_size=1, max_size=3))
+    def die_repeatedly(self, engine: str, steps: list[int | None]):
+        """Let an idle engine die with what it gets, at a step or before the first report."""
+        for step in steps:
+            if not self._claim(engine, IDLE):
+                return
+            _, job, claim = self.claims[-1]
+            assert self.run(self.queue.renew(engine, [claim])) == []
+            job.confirm()
+            if step is not None:
+                self._progress(job, claim, step)
+            self._crash(engine, blame=True)
+
     @precondition(lambda self: self.attempts)
     @rule(engine=ENGINES, free=CAPACITIES)
     def claim_again(self, engine: str, free: FreeCapacity):
@@ -285,13 +299,11 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(back=RECENT, index=st.integers(0, 2))
     def write(self, back: int, index: int):
         _, job, claim, holds = self._claim_back(back)
-        progress = {"phase": ("planning", "rendering")[index % 2], "step": 4 * index, "steps": 10}
+        assert self._progress(job, claim, index) == holds
         plan, partial = Plan(1, 1, [claim.epoch]), PartialImage(index, 0, b"x", {})
-        assert self.run(self.queue.progress(claim, progress)) == holds
         assert self.run(self.queue.checkpoint_plan(claim, index, plan)) == holds
         assert self.run(self.queue.partial_image(claim, partial)) == holds
         if holds:
-            job.progress = dict(progress)
             job.plans[index] = plan
             job.partials.add(f"{index}:0")
 
@@ -361,6 +373,16 @@ class QueueMachine(RuleBasedStateMachine):
         running = [job for job in self.model.jobs if job.state == "running"]
         engine = running[-1 - back % len(running)].engine
         assert engine is not None
+        self._crash(engine, blame)
+
+    def _progress(self, job: Job, claim: Claim, index: int) -> bool:
+        progress = {"phase": ("planning", "rendering")[index % 2], "step": 4 * index, "steps": 10}
+        written = self.run(self.queue.progress(claim, progress))
+        if written:
+            job.progress = dict(progress)
+        return written
+
+    def _crash(self, engine: str, blame: bool):
         lost = [job for job in self.model.jobs if job.state == "running" and job.engine == engine]
         assert self.run(self.queue.requeue_all(engine, blame)) == len(lost)
         for job in lost:

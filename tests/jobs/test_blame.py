@@ -181,6 +181,17 @@ async def test_after_a_lost_reply_the_next_call_gets_the_same_job(
     assert [await state_of(queue, job_id) for job_id in jobs] == [(JobState.RUNNING, 1)] * 2
 
 
+async def test_a_repeated_attempt_restarts_the_lease(queue: JobQueue):
+    await submit(queue)
+    first = await queue.attempt_claim("engine-1", ROOMY, "attempt")
+    await lapse(queue)
+    again = await queue.attempt_claim("engine-1", ROOMY, "attempt")
+    assert first is not None
+    assert again is not None
+    assert (again.job_id, again.epoch) == (first.job_id, first.epoch)
+    assert await queue.claim("engine-2", IDLE) is None
+
+
 async def test_a_claim_that_is_lost_at_once_is_not_returned(queue: JobQueue, monkeypatch: pytest.MonkeyPatch):
     cancelled, job_id = await submit(queue), await submit(queue)
     real = queue.attempt_claim

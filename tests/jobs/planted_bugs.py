@@ -7,9 +7,6 @@ named for it, or if a test fails without a bug.
 """
 
 import itertools
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,9 +16,10 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from engine.jobs.embedded import EmbeddedRedis
+from tests import planting
 from tests.jobs.test_any_order import SIZES, QueueMachine
+from tests.planting import NOT_FOUND, copied, run_python, try_all
 
-ROOT = Path(__file__).parents[2]
 PRELUDE, RECORDS, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT, API_HEARTBEAT = (
     f"engine/jobs/lua/{name}.lua"
     for name in (
@@ -43,21 +41,12 @@ STATEFUL = "tests/jobs/test_any_order.py"
 LIFE_CYCLE = "tests/jobs/test_life_cycle.py"
 KEPT = "tests/jobs/test_kept_bytes.py"
 BATCH_SHARE = "tests/jobs/test_batch_share.py"
-NOT_FOUND = "not found"
 
 
 @dataclass(frozen=True)
-class Bug:
-    """Replaces `old` by `new` in a file, once.
+class Bug(planting.Bug):
+    """A bug that the stateful test finds, or another if that cannot."""
 
-    Args:
-        found_by: the test that finds it, if the stateful one cannot.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
     found_by: str = STATEFUL
 
 
@@ -585,44 +574,20 @@ BUGS = [
 
 
 def main() -> int:
-    wanted = sys.argv[1:]
-    clean = try_bug(Bug("no bug", PRELUDE, "", ""))
+    clean = run_stateful()
     print(f"no bug: {clean}", flush=True)
-    missed = int(clean != NOT_FOUND)
-    for bug in BUGS:
-        if all(word in bug.name for word in wanted):
-            found = try_bug(bug)
-            missed += found.startswith(NOT_FOUND)
-            print(f"{bug.name}: {found}", flush=True)
-    return 1 if missed else 0
+    missed = try_all(BUGS, sys.argv[1:], try_bug)
+    return 0 if clean == NOT_FOUND and not missed else 1
 
 
-def try_bug(bug: Bug) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in ("engine", "server", "models", "tests"):
-            shutil.copytree(
-                ROOT / name, copy / name, ignore=shutil.ignore_patterns("node_modules", "__pycache__", "nano")
-            )
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        plant(bug, copy)
-        if bug.found_by == STATEFUL:
-            command = ["-m", "tests.jobs.planted_bugs", "--run"]
-        else:
-            command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", bug.found_by]
-        environment = {**os.environ, "PYTHONPATH": folder}
-        ran = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
-        if bug.found_by == STATEFUL:
-            return ran.stdout.strip() or f"{NOT_FOUND}: {ran.stderr[-500:]}"
-        return f"found by {bug.found_by}" if ran.returncode == 1 else NOT_FOUND
+def try_bug(bug: planting.Bug) -> str:
+    return run_stateful(bug) if bug.found_by == STATEFUL else planting.try_bug(bug)
 
 
-def plant(bug: Bug, root: Path) -> None:
-    """Plant a bug; raise AssertionError if the code has changed, so that it cannot be planted."""
-    file = root / bug.file
-    code = file.read_text()
-    assert bug.old in code, f"{bug.name}: {bug.old!r} is not in {bug.file}"
-    file.write_text(code.replace(bug.old, bug.new, 1) if bug.old else code)
+def run_stateful(*bugs: planting.Bug) -> str:
+    with copied(*bugs) as folder:
+        ran = run_python(folder, "-m", "tests.jobs.planted_bugs", "--run")
+    return ran.stdout.strip() or f"{NOT_FOUND}: {ran.stderr[-500:]}"
 
 
 def run() -> None:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.admission.memory_budget import Hold
 from server.errors import ApiError, invalid
-from server.requests.schemas import GenerationRequest, parse
+from server.requests.schemas import MAX_NAME_CHARS, GenerationRequest, parse
 
 LINGER_S = 2.0
 MAX_VALUES = 100_000  # a plan has 4352 tokens; prompt and negative prompt together 64,000 characters
@@ -110,7 +110,7 @@ def _field_with_lone_surrogate(raw: bytearray) -> str | None:
             try:
                 json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                return name
+                return name[:MAX_NAME_CHARS]
     except (ValueError, AttributeError, RecursionError):
         pass
     return None

@@ -82,6 +82,18 @@ def edit_size(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
+def limit_pixels(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """Return a size of at most `max_pixels` (4096 or more): the given one, or a smaller one of about its aspect."""
+    if width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    sides = [max(MIN_SIDE, CELL * math.floor(side * scale / CELL)) for side in (width, height)]
+    width, height = (min(side, MAX_ASPECT * min(sides)) for side in sides)
+    while width * height > max_pixels:  # a side was raised to MIN_SIDE
+        width, height = (width - CELL, height) if width >= height else (width, height - CELL)
+    return width, height
+
+
 def source_tokens(width: int, height: int) -> int:
     """Bound the prompt tokens of a source image."""
     scale = min(max(1.0, ENLARGED_SIDE / min(width, height)), MAX_SIDE / max(width, height))

@@ -76,7 +76,7 @@ class ServerSettings(BaseSettings):
         default=MAX_SIDE * MAX_SIDE, ge=64 * 64, description="Maximum width times height of an image."
     )
     max_body_bytes: Annotated[int, _NO_FLAG] = Field(
-        default=8 * 2**20, ge=1024, description="Maximum body size of a generation request."
+        default=2 * 2**20, ge=1024, description="Maximum body size of a generation request."
     )
     max_upload_bytes: Annotated[int, _NO_FLAG] = Field(
         default=32 * 2**20, ge=1024, description="Maximum body size of an edit request, all its images together."

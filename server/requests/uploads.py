@@ -88,8 +88,10 @@ async def _decode_base64(text: str, start: int) -> bytes:
             raise ValueError("more follows after the padding")
         end = len(piece) // 4 * 4
         decoded.write(binascii.a2b_base64(piece[:end], strict_mode=True))
-        rest, is_padded = piece[end:], piece[:end].endswith(b"=")
+        rest, is_padded = piece[end:], is_padded or piece[:end].endswith(b"=")
         await asyncio.sleep(0)
+    if rest and is_padded:
+        raise ValueError("more follows after the padding")
     decoded.write(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4), strict_mode=True))
     return decoded.getvalue()
 

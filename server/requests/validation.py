@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass, replace
 
 from engine.errors import RequestError
-from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid
+from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid, limit_pixels
 from engine.jobs.job import EngineInfo, JobSpec
 from engine.quotes import check_quoted_strings
 from server.errors import ApiError, invalid
@@ -28,11 +28,13 @@ class ValidatedRequest:
 
     Args:
         size: in pixels; None for the engine's default, or the size of an edit's first image.
+        max_pixels: the engine's default size is made smaller if it has more.
     """
 
     request: GenerationRequest
     model: str
     size: tuple[int, int] | None
+    max_pixels: int
     timeout_s: float
     response_format: str
 
@@ -59,6 +61,7 @@ def validate(request: GenerationRequest, settings: ServerSettings) -> ValidatedR
         request,
         model=request.model or settings.model_names[0],
         size=_size(request, settings.max_pixels),
+        max_pixels=settings.max_pixels,
         timeout_s=request.timeout or settings.default_timeout,
         response_format=request.response_format or ("b64_json" if request.stream else settings.default_response_format),
     )
@@ -76,7 +79,7 @@ def to_job_spec(
         ApiError: 400 when a plan does not fit the size or the codebook.
     """
     request = validated.request
-    width, height = validated.size or (edit.size if edit else _default_size(engine))
+    width, height = validated.size or (edit.size if edit else _default_size(engine, validated.max_pixels))
     if request.plan is not None:
         _check_plan(request.plan, Geometry(width, height), engine.codebook_size)
     return JobSpec(
@@ -180,9 +183,9 @@ def _steps(validated: ValidatedRequest, engine: EngineInfo) -> int:
     return engine.default_steps if validated.request.quality == "auto" else STEPS_BY_QUALITY[validated.quality]
 
 
-def _default_size(engine: EngineInfo) -> tuple[int, int]:
+def _default_size(engine: EngineInfo, max_pixels: int) -> tuple[int, int]:
     width, height = engine.default_size.split("x")
-    return int(width), int(height)
+    return limit_pixels(int(width), int(height), max_pixels)
 
 
 def _check_plan(plan: PlanBody, geometry: Geometry, codebook_size: int) -> None:

@@ -77,12 +77,12 @@ class _FormReader:
         boundary = parse_options_header(content_type[:MAX_CONTENT_TYPE_CHARS])[1].get(b"boundary")
         if not boundary:
             raise _invalid_form("its Content-Type does not name a boundary")
-        callbacks: dict[str, Any] = {}
-        self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+        self._callbacks: dict[str, Any] = {}
+        self._parser = MultipartParser(boundary, self._callbacks)  # type: ignore[arg-type]
         # The parser knows no preamble (RFC 2046): let it read one as the content of a part that nothing collects.
         self._parser.write(b"--%b\r\n\r\n\r\n" % boundary)
         names = ("part_begin", "part_data", "header_field", "header_value", "header_end", "headers_finished", "end")
-        callbacks.update({f"on_{name}": getattr(self, f"_{name}") for name in names})
+        self._callbacks.update({f"on_{name}": getattr(self, f"_{name}") for name in names})
         self._large, self._delimiter, self._delimiters = large, b"\r\n--" + boundary, 0
         self._padded_delimiter = re.compile(re.escape(self._delimiter) + _PADDING.pattern)
         self._parts: list[Part] = []
@@ -92,9 +92,12 @@ class _FormReader:
         self._is_complete = False
 
     async def read(self, chunks: AsyncIterator[bytes]) -> list[Part]:
-        async for chunk in chunks:
-            self._check(chunk)
-            self._parser.write(chunk)
+        try:
+            async for chunk in chunks:
+                self._check(chunk)
+                self._parser.write(chunk)
+        finally:
+            self._callbacks.clear()  # a cycle would keep the files until a garbage collection
         if not self._is_complete:
             raise _invalid_form("it ends before its last boundary")
         return self._parts

@@ -166,12 +166,12 @@ class Worker:
     async def _renew_loop(self) -> None:
         while not self._stopping.is_set():
             await asyncio.sleep(self._settings.lease_s / 4)
-            if self._watchdog.is_stuck:
-                continue  # the leases lapse, should `give_up` not reach Redis
             with suppress(QueueUnavailable):
                 await self._renew_leases()
 
     async def _renew_leases(self) -> None:
+        if self._watchdog.is_stuck:
+            return  # the leases lapse, should `give_up` not reach Redis
         for claim in await self._queue.renew(self._info.id, [job.claim for job in self._jobs.values()]):
             self._drop(_request_id(claim))
         self._renewed_at = time.monotonic()

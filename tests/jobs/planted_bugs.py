@@ -516,6 +516,7 @@ BUGS = [
     ),
     # idempotency keys
     Bug("a key is not stored", SUBMIT, "redis.call('SET', job_of_key, fingerprint .. ' ' .. id, 'PX'", "tostring('PX'"),
+    Bug("a key ends before its job", SUBMIT, "'PX', args.timeout_ms + RESULT_TTL_MS)", "'PX', RESULT_TTL_MS)", KEPT),
     Bug(
         "a refused request stores its key",
         SUBMIT,

@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import pytest
 import redis.asyncio
 
 from engine.errors import QueueUnavailable
 from engine.jobs import follower
+from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobError, JobState, QueueStats
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, TIMEOUT_S, claim, pass_deadline, submit
@@ -76,6 +78,34 @@ async def test_polling_finds_an_end_whose_event_was_lost(queue: JobQueue, redis_
     await asyncio.sleep(0.1)
     await redis_client.hset(f"glimmer:job:{job_id}", "state", "cancelled")  # an end without an event
     assert (await asyncio.wait_for(waiter, TIMEOUT_S)).state == JobState.CANCELLED
+
+
+@pytest.mark.parametrize("how", ["wait", "follow"])
+async def test_patience_with_redis_begins_anew_after_each_answer(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    """Many outages, each shorter than the job's deadline and the patience after it; the last one is too long."""
+    job_id, now, reads = await submit(queue, timeout_s=1000), 0.0, 0
+    real = JobFollower._time_left
+
+    async def away_most_of_the_time(following: JobFollower) -> float | None:
+        nonlocal now, reads
+        now, reads = now + 300.0, reads + 1
+        if reads % 4 == 1 and reads <= 20:
+            return await real(following)
+        raise QueueUnavailable("planted")
+
+    monkeypatch.setattr(follower, "POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr(follower, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(JobFollower, "_time_left", away_most_of_the_time)
+    with pytest.raises(QueueUnavailable):
+        await (queue.wait(job_id) if how == "wait" else _last_update(queue, job_id))
+    assert reads == 17 + 4
+
+
+async def _last_update(queue: JobQueue, job_id: str) -> None:
+    async for _ in queue.follow(job_id):
+        pass
 
 
 async def test_waiting_for_an_unknown_job_does_not_hang(queue: JobQueue):

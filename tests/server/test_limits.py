@@ -17,6 +17,7 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import JobSpec, MemoryUse
 from server import redis_timeout
+from server.admission import abandoned_jobs as abandoned_jobs_module
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission, Idempotency
 from server.admission.keys import ANONYMOUS, Caller
@@ -146,6 +147,14 @@ async def test_a_refund_undoes_the_charge_and_no_more(limits: RateLimits, redis_
     await limits.charge(BOTH, 100)
     await limits.refund(charge)
     assert (await used(redis_client))[1] == 0
+
+
+async def test_a_refund_takes_a_later_charge_back_too(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
+    charge = await limits.charge(BOTH, 100)
+    await limits.top_up(charge, 500)
+    assert await used(redis_client) == (1, 500)
+    await limits.refund(charge)
+    assert await used(redis_client) == (0, 0)
 
 
 async def test_counts_expire(limits: RateLimits, redis_client: redis.asyncio.Redis) -> None:
@@ -324,6 +333,25 @@ class TestAdmission:
                 await admission.submit(SPEC, 9.0, "batch", await admission.charge(alice, SPEC), idempotency=again)
             ).attached
             assert await used(redis_client) == (1, STEPS)
+
+    async def test_a_job_that_may_be_queued_is_not_refunded(
+        self, queue: JobQueue, redis_client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither its submit nor its discard gets a response; else an outage would make jobs free."""
+
+        async def away(*_: object, **__: object) -> None:
+            raise QueueUnavailable("planted")
+
+        monkeypatch.setattr(abandoned_jobs_module, "REDIS_OUTAGE_TIMEOUT_S", 0)
+        monkeypatch.setattr(queue, "submit", away)
+        monkeypatch.setattr(queue, "discard", away)
+        abandoned_jobs = AbandonedJobs(queue, Metrics())
+        admission = Admission(queue, RateLimits(queue), 100, abandoned_jobs)
+        charge = await admission.charge(Caller("alice", None, 5, 100 * STEPS), SPEC)
+        with pytest.raises(QueueUnavailable):
+            await admission.submit(SPEC, 9.0, "batch", charge)
+        await abandoned_jobs.close()
+        assert await used(redis_client) == (1, STEPS)
 
 
 @asynccontextmanager

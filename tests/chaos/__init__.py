@@ -12,9 +12,12 @@ cases              requests and the bytes they must return
 clients            clients: plain, streaming, polling, with idempotency keys, disconnecting
 ledger             what the clients received
 faults             seeded kills, freezes and outages
+memory_cgroup      a limit on the memory of engines
 redis_contents     what is left in Redis at the end
 scene              processes with clients, and the checks after every scenario
+sizes              sizes of the scenarios
 scenarios          load with faults
+deaths             load with engines that die at random, of jobs, or for want of memory
 traffic            load that is itself the fault
 campaign           all scenarios by name
 soak               long load, to find growth

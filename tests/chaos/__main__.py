@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.chaos.campaign import SCENARIOS, run
 from tests.chaos.report import Figure, print_table
-from tests.chaos.scenarios import SHORT, Sizes
+from tests.chaos.sizes import SHORT, Sizes
 
 
 def main() -> int:

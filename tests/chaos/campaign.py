@@ -7,9 +7,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import scenarios, traffic
+from tests.chaos import deaths, scenarios, traffic
 from tests.chaos.report import Figure
-from tests.chaos.scenarios import Sizes
+from tests.chaos.sizes import Sizes
 
 Scenario = Callable[[Path, int, Sizes], Coroutine[Any, Any, list[Figure]]]
 
@@ -17,8 +17,11 @@ SCENARIOS: dict[str, Scenario] = {
     "kills": scenarios.kills,
     "freezes": scenarios.freezes,
     "redis": scenarios.redis_kills,
-    "poison": scenarios.poison,
-    "hang": scenarios.hang,
+    "flapping": scenarios.flapping,
+    "random_kills": deaths.random_kills,
+    "poison": deaths.poison,
+    "hang": deaths.hang,
+    "oom": deaths.oom,
     "leavers": traffic.leavers,
     "overload": traffic.overload,
     "rolling": traffic.rolling,

@@ -32,12 +32,16 @@ class Clients:
     Args:
         urls: returns the current servers, used in turn.
         retry_refused: whether to retry after a 429.
+        key: API key.
     """
 
-    def __init__(self, urls: Callable[[], list[str]], ledger: Ledger, *, retry_refused: bool = True):
+    def __init__(
+        self, urls: Callable[[], list[str]], ledger: Ledger, *, retry_refused: bool = True, key: str | None = None
+    ):
         self._urls, self._ledger, self._retry_refused = urls, ledger, retry_refused
         self._turn = itertools.count()
         self._http = httpx.AsyncClient(
+            headers={"authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(CASE_TIMEOUT_S, connect=5.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,

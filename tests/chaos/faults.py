@@ -1,14 +1,12 @@
-"""Kill and freeze processes, and record which jobs were running.
-
-Engines with a job in its third run are spared: three kills that meet a job by chance dead-letter it by design.
-"""
+"""Kill and freeze processes, and record which jobs were running."""
 
 import asyncio
 import os
 import random
 import signal
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,6 @@ from redis.exceptions import RedisError
 from tests.chaos.processes import Engine, Stack
 from tests.chaos.redis_contents import PREFIX
 
-LAST_RUN = 3
 TRIES = 200
 SETTLE_S = 0.02  # for commands that a stopped process has sent
 THAWED_S = 0.3  # for the stale writes of a continued engine
@@ -41,11 +38,12 @@ class Outage:
 
 
 class Faults:
-    """Kills and freezes engines, and kills Redis."""
+    """Kills and freezes engines, and kills Redis. `killed_at_random` has the names of engines."""
 
     def __init__(self, stack: Stack, rng: random.Random):
         self._stack, self._rng = stack, rng
         self.killed: list[EngineFault] = []
+        self.killed_at_random: list[str] = []
         self.frozen: list[EngineFault] = []
         self.outages: list[Outage] = []
 
@@ -54,6 +52,24 @@ class Faults:
         engine, jobs = await self._stop_busy_engine(planned)
         engine.kill()
         self.killed.append(EngineFault(time.monotonic(), engine.id, jobs))
+
+    async def kill_at_random(self, count: int | None, interval_s: float) -> None:
+        """Kill `count` engines (None: no end) at random moments, `interval_s` apart on average, whatever they do."""
+        while count is None or len(self.killed_at_random) < count:
+            await asyncio.sleep(self._rng.expovariate(1 / interval_s))
+            if alive := [engine for engine in self._stack.engines if engine.alive]:
+                engine = self._rng.choice(alive)
+                self.killed_at_random.append(engine.id)
+                engine.kill()
+
+    @asynccontextmanager
+    async def random_kills(self, interval_s: float) -> AsyncIterator[None]:
+        """Kill engines at random during the block."""
+        killing = asyncio.create_task(self.kill_at_random(None, interval_s))
+        try:
+            yield
+        finally:
+            killing.cancel()
 
     async def freeze_engine(self) -> None:
         """Freeze a busy engine until its leases have lapsed and others have its jobs."""
@@ -73,29 +89,25 @@ class Faults:
         self.outages.append(Outage(began, time.monotonic()))
 
     async def _stop_busy_engine(self, planned: bool = False) -> tuple[Engine, list[str]]:
-        """Stop an engine with jobs, none of them in its last run; return both."""
+        """Stop an engine with jobs; return both."""
         for _ in range(TRIES):
             engine = self._rng.choice([e for e in self._stack.engines if not e.managed and e.alive])
-            runs: dict[str, int] = {}
+            jobs: list[str] = []
             plans = 0
             with suppress(ProcessLookupError, RedisError):  # either may have died
                 engine.freeze()
                 await asyncio.sleep(SETTLE_S)
-                runs = await self._runs(engine.id)
-                plans = await self._stack.client.exists(*(f"{PREFIX}:plans:{job}" for job in runs)) if runs else 0
-            if runs and max(runs.values()) < LAST_RUN and (plans or not planned):
-                return engine, sorted(runs)
+                jobs = await self._jobs(engine.id)
+                plans = await self._stack.client.exists(*(f"{PREFIX}:plans:{job}" for job in jobs)) if jobs else 0
+            if jobs and (plans or not planned):
+                return engine, sorted(jobs)
             with suppress(ProcessLookupError):
                 engine.thaw()
             await asyncio.sleep(self._rng.uniform(0.02, 0.1))
         raise AssertionError("no engine was busy")
 
-    async def _runs(self, engine_id: str) -> dict[str, int]:
-        """Return the runs of each job of an engine."""
+    async def _jobs(self, engine_id: str) -> list[str]:
         client: Any = self._stack.client  # redis-py's return types are too loose
-        runs_by_job: dict[str, int] = {}
-        for job in await client.smembers(f"{PREFIX}:running"):
-            owner, runs = await client.hmget(f"{PREFIX}:job:{job.decode()}", ["engine", "runs"])
-            if owner is not None and owner.decode() == engine_id:
-                runs_by_job[job.decode()] = int(runs)
-        return runs_by_job
+        jobs = [job.decode() for job in await client.smembers(f"{PREFIX}:running")]
+        owners = [await client.hget(f"{PREFIX}:job:{job}", "engine") for job in jobs]
+        return [job for job, owner in zip(jobs, owners, strict=True) if owner == engine_id.encode()]

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+from urllib.parse import unquote
 
 import httpx
 import redis.asyncio
@@ -18,8 +20,11 @@ from engine.config import EngineSettings
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
+from server.processes.engine_death import OomKills, death_is_evidence
+from tests.chaos.memory_cgroup import MemoryCgroup
 from tests.chaos.stub import StubSettings, run_engine
 from tests.job_queue import JobQueue
+from tests.proxy import Proxy
 from tests.waiting import until
 
 START_S, STOP_S = 120.0, 60.0
@@ -39,6 +44,9 @@ class StackSettings:
     Args:
         requeue_on_death: requeue the jobs of a dead engine at once, as the supervisor of `glimmer serve` does; else
             they wait for the end of the lease, as with an orchestrator of containers.
+        through_link: APIs and engines reach Redis through `Stack.link`.
+        cgroup: of the engines, and `oom_root` a root folder in which `OomKills` finds its counter.
+        api_options: further options of APIs; `key` is that of the clients.
     """
 
     engines: int = 3
@@ -47,7 +55,21 @@ class StackSettings:
     max_queue: int = 256
     grace_s: float = 30.0
     requeue_on_death: bool = False
+    through_link: bool = False
+    cgroup: MemoryCgroup | None = None
+    oom_root: Path = Path("/")
+    api_options: Mapping[str, object] = field(default_factory=dict)
+    key: str | None = None
     stub: StubSettings = field(default_factory=StubSettings)
+
+
+@dataclass(frozen=True)
+class Death:
+    """An engine that ended without being asked to."""
+
+    at: float
+    engine: str
+    exit_code: int
 
 
 class Engine:
@@ -73,8 +95,11 @@ class Engine:
             plan_cache_s=0,  # so that known plans are those kept by an earlier run of the job
             grace_s=self._settings.grace_s,
         )
+        self._oom_kills = OomKills(self._settings.oom_root)
         self._process = _FORKS.Process(target=run_engine, args=(settings, self._settings.stub, self._folder))
         self._process.start()
+        if self._settings.cgroup is not None:
+            self._settings.cgroup.add(self.pid)
 
     @property
     def pid(self) -> int:
@@ -89,6 +114,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self.exit_code is None
+
+    @property
+    def death_is_evidence(self) -> bool:
+        """Return whether a supervisor would suspect the jobs."""
+        return death_is_evidence(self.exit_code or 0, may_be_oom=self._oom_kills.may_have_risen())
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -117,7 +147,7 @@ class Api(ApiProcess):
 
     def __init__(self, number: int, redis_url: str, settings: StackSettings, folder: Path):
         options = {"redis-url": redis_url, "max-queue": settings.max_queue, "grace-s": settings.grace_s}
-        options["drain-delay-s"] = 2 * BALANCER_S
+        options |= {"drain-delay-s": 2 * BALANCER_S, **settings.api_options}
         super().__init__(options, folder / f"api-{number}-{time.monotonic_ns()}.log")
 
     async def ready(self) -> None:
@@ -136,20 +166,26 @@ class Api(ApiProcess):
 class Stack:
     """A Redis, APIs and engines; dead engines are restarted. Create it in the main thread.
 
-    `queue` and `client` are connections to the Redis, for tests.
+    `queue` and `client` are connections to the Redis, for tests. `requeues_on_death` is that of the settings and may be
+    changed.
     """
 
     def __init__(self, folder: Path, settings: StackSettings):
         self.settings, self.folder = settings, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.redis = EmbeddedRedis(folder / "redis")
-        self.engines = [Engine(number, self.redis.url, settings, folder) for number in range(settings.engines)]
-        self.apis = [Api(number, self.redis.url, settings, folder) for number in range(settings.apis)]
-        self.crashes = 0
+        self.link = Proxy(Path(unquote(self.redis.url.removeprefix("unix://"))))
+        self._url = self.link.url if settings.through_link else self.redis.url
+        self.engines = [Engine(number, self._url, settings, folder) for number in range(settings.engines)]
+        self.apis = [Api(number, self._url, settings, folder) for number in range(settings.apis)]
+        self.requeues_on_death = settings.requeue_on_death
+        self.deaths: list[Death] = []
         self.exit_codes: list[int] = []
         self._restarting: asyncio.Task[None] | None = None
+        self._resources = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        await self._resources.enter_async_context(self.link)
         self.client: redis.asyncio.Redis = connect(self.redis.url)
         self.queue = JobQueue(self.client, lease_ms=round(1000 * self.settings.lease_s))
         try:
@@ -176,8 +212,13 @@ class Stack:
             self.exit_codes = list(await asyncio.gather(*drains))
             await self.queue.close()
             await self.client.aclose()
+            await self._resources.aclose()
         finally:
             self._kill_all()
+
+    @property
+    def crashes(self) -> int:
+        return len(self.deaths)
 
     @property
     def urls(self) -> list[str]:
@@ -196,7 +237,7 @@ class Stack:
 
         Returns the old one's exit code.
         """
-        new = Api(number, self.redis.url, self.settings, self.folder)
+        new = Api(number, self._url, self.settings, self.folder)
         await new.ready()
         old = self.apis[number]
         draining = asyncio.create_task(old.drain())
@@ -214,6 +255,8 @@ class Stack:
             if process.alive:
                 os.kill(process.pid, signal.SIGKILL)
         self.redis.stop()
+        if self.settings.cgroup is not None:
+            self.settings.cgroup.remove()
 
     async def _all_ready(self) -> bool:
         for engine in self.engines:
@@ -224,11 +267,14 @@ class Stack:
         while True:
             for engine in self.engines:
                 if not engine.alive and not engine.managed:
-                    self.crashes += 1
-                    dead_id = engine.id
-                    engine.start()
-                    if self.settings.requeue_on_death:
-                        with suppress(QueueUnavailable):
-                            await self.queue.requeue_all(dead_id)
-                            await self.queue.deregister(dead_id)
+                    await self._replace(engine)
             await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _replace(self, engine: Engine) -> None:
+        dead_id, blame = engine.id, engine.death_is_evidence
+        self.deaths.append(Death(time.monotonic(), dead_id, engine.exit_code or 0))
+        engine.start()
+        if self.requeues_on_death:
+            with suppress(QueueUnavailable):
+                await self.queue.requeue_all(dead_id, blame)
+                await self.queue.deregister(dead_id)

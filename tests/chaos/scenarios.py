@@ -1,65 +1,27 @@
 """Scenarios with load and faults at the same time."""
 
 import asyncio
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
-from tests.chaos.cases import MIXED, Case, Cases
-from tests.chaos.clients import CASE_TIMEOUT_S
+from tests.chaos.cases import MIXED, Cases
+from tests.chaos.deaths import fatal_jobs, not_given_up
 from tests.chaos.evidence import Evidence
-from tests.chaos.faults import LAST_RUN
 from tests.chaos.ledger import quantile
 from tests.chaos.processes import StackSettings
 from tests.chaos.report import Figure
 from tests.chaos.scene import Scene, open_scene
-from tests.chaos.stub import HANG, POISON
+from tests.chaos.sizes import Sizes
+from tests.chaos.stub import POISON
+from tests.proxy import Proxy
 from tests.waiting import until
 
 REDELIVERY_S = 2.0  # beyond the lease
 CONSUMING_AGAIN_S = 10.0
 REFUSED_S = 1.0  # while Redis is down
-LIVENESS_S = 15.0
+LOST_S, BLACKHOLE_S = (0.1, 1.0), (0.1, 1.5)  # of a link that flaps
 LONG = (80, 160)  # denoising steps, some seconds
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the scenarios; the defaults are a full campaign.
-
-    Args:
-        jobs, kills: of `kills`; the kills are spread over the jobs.
-        redis_kills, freezes, leavers, poison: of the scenario of that name.
-        faults: engine kills and freezes of `everything`.
-        restarts: of every API and engine, in `rolling`.
-        overload_s: seconds of ten times the load that can be served.
-        concurrency: clients at once, unless a scenario needs more.
-    """
-
-    jobs: int = 5000
-    kills: int = 100
-    redis_kills: int = 20
-    freezes: int = 50
-    leavers: int = 1000
-    poison: int = 10
-    faults: int = 40
-    restarts: int = 4
-    overload_s: float = 600.0
-    concurrency: int = 18
-
-
-SHORT = Sizes(
-    jobs=100,
-    kills=4,
-    redis_kills=2,
-    freezes=2,
-    leavers=30,
-    poison=1,
-    faults=6,
-    restarts=1,
-    overload_s=5.0,
-    concurrency=12,
-)
 
 
 async def kills(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
@@ -147,63 +109,58 @@ def _consuming_again(scene: Scene, evidence: Evidence) -> None:
     )
 
 
-async def poison(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
-    """Mix jobs that kill their engine with ordinary ones."""
+async def flapping(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
+    """Disturb the link of APIs and engines to Redis, some times for longer than the leases."""
     async with (
-        open_scene("poison job", folder, seed, StackSettings()) as scene,
+        open_scene("flapping link", folder, seed, StackSettings(through_link=True)) as scene,
         scene.load(iter(Cases(seed)), sizes.concurrency),
     ):
-        entries = await poisoned(scene, sizes.poison)
-    evidence = Evidence.read(folder)
-    _judge_poison(scene, evidence, entries)
-    deaths = scene.stack.crashes
-    runs = sum(len(evidence.runs_of(prompt)) for prompt in entries)
-    scene.report.check("engines killed by them", deaths, "one by each run", deaths == runs)
+        flaps = Flaps(scene.stack.link, scene.rng, scene.stack.settings.lease_s)
+        for number in range(sizes.flaps):
+            await asyncio.sleep(scene.rng.uniform(0.2, 1.5))
+            await flaps.disturb(number)
+        await asyncio.sleep(2.0)
+    crashes = scene.stack.crashes
+    scene.report.note("disturbances", f"{sizes.flaps}, {flaps.lost} replies lost")
+    scene.report.check("of these to a granted claim", flaps.lost_grants, "> 0", flaps.lost_grants > 0)
+    scene.report.note("runs beyond the first", sum(claim.runs > 1 for claim in Evidence.read(folder).all_claims()))
+    scene.report.check("engines that died", crashes, "0", not crashes)
     return scene.report.figures
 
 
-async def poisoned(scene: Scene, count: int) -> dict[str, str]:
-    """Submit fatal jobs one after the other. Returns their outcomes by prompt."""
-    outcomes: dict[str, str] = {}
-    for number in range(count):
-        case = Case(-number, "job", f"{POISON} {number}", seed=number)
-        entry = await scene.clients.serve(case)
-        scene.ledger.entries.remove(entry)  # it has to fail
-        outcomes[case.prompt] = entry.outcome
-        await asyncio.sleep(scene.rng.uniform(0.0, 0.5))
-    return outcomes
+@dataclass
+class Flaps:
+    """Disturbances of a link: lost replies to scripts or to granted claims, resets, and silence."""
 
+    link: Proxy
+    rng: Random
+    lease_s: float
+    lost: int = 0
+    lost_grants: int = 0
 
-def _judge_poison(scene: Scene, evidence: Evidence, outcomes: dict[str, str]) -> None:
-    others = [outcome for outcome in outcomes.values() if "brought its engine down" not in outcome]
-    scene.report.note("poison jobs", len(outcomes))
-    scene.report.check_none("not given up as such", others)
-    runs = {prompt: [claim.quarantined for claim in evidence.runs_of(prompt)] for prompt in outcomes}
-    wrong = [
-        f"{prompt}: {alone}" for prompt, alone in runs.items() if alone[:3] != [False, True, True] or len(alone) > 4
-    ]
-    scene.report.check_none("not run 3 or 4 times, alone after the first", wrong)
+    async def disturb(self, number: int) -> None:
+        kind = number % 4
+        if kind == 0:
+            self.link.reset()
+        elif kind == 1:
+            self.link.stall()
+            await asyncio.sleep(self.lease_s + 1.0 if number % 32 == 1 else self.rng.uniform(*BLACKHOLE_S))
+            self.link.resume()
+        else:
+            self.link.loses = self._is_script if kind == 2 else self._is_grant
+            await asyncio.sleep(self.rng.uniform(*LOST_S))
+            self.link.loses = None
 
+    def _is_script(self, command: bytes, reply: bytes) -> bool:
+        is_script = b"EVALSHA" in command
+        self.lost += is_script
+        return is_script
 
-async def hang(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
-    """Run a step that never ends; its engine has to end."""
-    ended: list[float] = []
-    async with (
-        open_scene("hung step", folder, seed, StackSettings()) as scene,
-        scene.load(iter(Cases(seed)), sizes.concurrency),
-    ):
-        request = asyncio.create_task(scene.clients.serve(Case(0, "job", f"{HANG} 0", seed=0)))
-        for number in range(LAST_RUN):
-            await until(lambda n=number: scene.stack.crashes > n, CASE_TIMEOUT_S)
-            ended.append(time.monotonic())
-        entry = await request
-        scene.ledger.entries.remove(entry)  # it has to fail
-    began = sorted(Evidence.read(folder).hangs.values())
-    slowest = max(end - begin for begin, end in zip(began, ended, strict=True))
-    scene.report.check("until its engine ends, max s", slowest, f"<= {LIVENESS_S:g}", slowest <= LIVENESS_S, timed=True)
-    given_up = "brought its engine down" in entry.outcome
-    scene.report.check(f"after {LAST_RUN} runs, the job has", entry.outcome, "given up", given_up)
-    return scene.report.figures
+    def _is_grant(self, command: bytes, reply: bytes) -> bool:
+        is_grant = b'"attempt":' in command and reply.startswith(b"*")
+        self.lost += is_grant
+        self.lost_grants += is_grant
+        return is_grant
 
 
 async def everything(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
@@ -214,7 +171,7 @@ async def everything(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
         scene.load(iter(Cases(seed, {**MIXED, "disconnects": 20})), sizes.concurrency),
     ):
         outcomes, *_ = await asyncio.gather(
-            poisoned(scene, max(1, sizes.poison // 2)),
+            fatal_jobs(scene, POISON, max(1, sizes.poison // 2)),
             _strike(scene, sizes.faults),
             _outages(scene, sizes.faults // 3),
         )
@@ -225,8 +182,7 @@ async def everything(folder: Path, seed: int, sizes: Sizes) -> list[Figure]:
     scene.report.note("stale writes refused", len(evidence.stale(accepted=False)))
     scene.report.note("images resumed with a kept plan", evidence.resumed())
     _consuming_again(scene, evidence)
-    others = [outcome for outcome in outcomes.values() if "brought its engine down" not in outcome]
-    scene.report.check_none("poison jobs not given up as such", others)
+    scene.report.check_none("poison jobs not given up as such", not_given_up(outcomes))
     return scene.report.figures
 
 

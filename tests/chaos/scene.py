@@ -45,6 +45,7 @@ class Scene:
 
     Args:
         restarts_apis: APIs end while clients use them.
+        fatal: number of jobs that have to be given up.
     """
 
     stack: Stack
@@ -53,9 +54,10 @@ class Scene:
     ledger: Ledger = field(default_factory=Ledger)
     announced: Announcements = field(default_factory=Announcements)
     restarts_apis: bool = False
+    fatal: int = 0
 
     def __post_init__(self) -> None:
-        self.clients = Clients(lambda: self.stack.urls, self.ledger)
+        self.clients = Clients(lambda: self.stack.urls, self.ledger, key=self.stack.settings.key)
         self.faults = Faults(self.stack, self.rng)
 
     @asynccontextmanager
@@ -98,6 +100,8 @@ async def open_scene(name: str, folder: Path, seed: int, settings: StackSettings
             await subscription.close()
             await scene.clients.close()
         used = await _kv_blocks_used(scene)
+        given_up = (await stack.queue.stats()).dead_lettered
+        report.check("jobs given up", given_up, f"{scene.fatal}", given_up == scene.fatal)
         await stack.stop()
         judge(scene, contents, used, Evidence.read(folder))
 

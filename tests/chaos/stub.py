@@ -4,8 +4,9 @@ Everything but the networks is what `glimmer engine` runs: process, worker, queu
 encoder. Plans and images are pure functions of the request and its source images, so that a client knows the bytes
 beforehand.
 
-A prompt that begins with `POISON` kills the process in its third denoising step; one that begins with `HANG` never
-finishes that step.
+A prompt that begins with `POISON` crashes the process in its third denoising step, one that begins with `OOM` takes
+memory there until the kernel kills the process, and one that begins with `HANG` never finishes that step. The image of
+one that begins with `NOISE` cannot be compressed.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -47,10 +49,11 @@ from models.glm_image.model import GlmImage
 from models.glm_image.source_images import EncodedImage, PreprocessedImage
 from tests.chaos.journal import Journal, WitnessedConsumer
 
-POISON, HANG = "POISON", "HANG"
+POISON, HANG, OOM, NOISE = "POISON", "HANG", "OOM", "NOISE"
 FATAL_STEP = 3
 CODEBOOK_SIZE, IMAGE_TOKEN = 256, -1
 TILE = 8  # pixels; side of one colour
+HOARD_BYTES, HOARD = 2**24, 96  # 1.5 GiB at most, should there be no limit
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class StubSettings:
         planner_step_s, renderer_tick_s: duration of one step of a batch.
         max_images: images in flight.
         images_per_tick: 64x64 images that fit a renderer tick.
+        oom_counter: a file in which `OOM` counts its death instead of taking memory.
     """
 
     planner_step_s: float = 0.001
     renderer_tick_s: float = 0.012
     max_images: int = 8
     images_per_tick: int = 6
+    oom_counter: Path | None = None
 
 
 # --- plans and images -------------------------------------------------------------------------------------------------
@@ -83,9 +88,10 @@ def pixels(spec: JobSpec, seed: int, tokens: Sequence[int], sources: SourceImage
     known = hashlib.sha256(f"{spec.prompt}|{seed}|{stage}".encode() + bytes(tokens))
     for file in sources.files if sources else ():
         known.update(file)
-    rows, cols = math.ceil(spec.height / TILE), math.ceil(spec.width / TILE)
+    tile = 1 if spec.prompt.startswith(NOISE) else TILE
+    rows, cols = math.ceil(spec.height / tile), math.ceil(spec.width / tile)
     colours = np.frombuffer(hashlib.shake_256(known.digest()).digest(rows * cols * 3), np.uint8).reshape(rows, cols, 3)
-    tiled = colours.repeat(TILE, 0).repeat(TILE, 1)[: spec.height, : spec.width]
+    tiled = colours.repeat(tile, 0).repeat(tile, 1)[: spec.height, : spec.width]
     return torch.from_numpy(np.ascontiguousarray(tiled))
 
 
@@ -124,6 +130,7 @@ class SleepingRenderer:
 
     def __init__(self, model: "StubModel"):
         self._tick_s, self._journal = model.settings.renderer_tick_s, model.journal
+        self._oom_counter = model.settings.oom_counter
         self.source_kv: dict[Request, None] = {}
 
     def encode_glyphs(self, request: Request) -> Iterator[int]:
@@ -167,10 +174,21 @@ class SleepingRenderer:
 
     def _fail_on_purpose(self, prompt: str) -> None:
         if prompt.startswith(POISON):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if prompt.startswith(OOM):
+            _run_out_of_memory(self._oom_counter)
         if prompt.startswith(HANG):
             self._journal.write("hangs")
             time.sleep(3600)
+
+
+def _run_out_of_memory(counter: Path | None) -> None:
+    if counter is not None:
+        counter.write_text(f"oom_kill {int(counter.read_text().split()[1]) + 1}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+    hoard: list[bytes] = []
+    while len(hoard) < HOARD:
+        hoard.append(b"\1" * HOARD_BYTES)
 
 
 def _rendering(image: Image, grid: TokenGrid, steps: int, partial_after: list[int], *, is_preview: bool) -> Rendering:
@@ -259,7 +277,8 @@ class StubModel:
 
 def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> None:
     """Run one engine process to its exit; its stderr and journal are in `folder`, named by the engine's id."""
-    _die_with_parent()
+    die_with_parent()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     log = os.open(folder / f"{settings.engine_id}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -278,7 +297,7 @@ def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> No
     sys.exit(code)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End with the fork server, which ends with the campaign."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)

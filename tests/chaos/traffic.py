@@ -15,8 +15,8 @@ from tests.chaos.ledger import Entry, Ledger, quantile
 from tests.chaos.processes import StackSettings
 from tests.chaos.redis_contents import RedisContents
 from tests.chaos.report import Figure
-from tests.chaos.scenarios import Sizes
 from tests.chaos.scene import DELIVERED_S, Scene, open_scene
+from tests.chaos.sizes import Sizes
 from tests.chaos.stub import StubSettings
 from tests.waiting import until
 

@@ -136,11 +136,12 @@ async def test_a_failing_encoder_fails_only_its_job(
 
 async def test_a_cancelled_job_frees_the_engine_at_once(queue: JobQueue, model: GlmImage) -> None:
     engine = small_engine(model)
-    async with working(queue, engine):
+    async with working(queue, engine, lease_s=300):  # not at the next renewal
         await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256, n=4), "long")
         await until_running(queue, "long")
         assert await queue.cancel("long")
         await until(lambda: engine.is_idle, seconds=3)  # a step of this engine takes far less than a second
+        assert engine.metrics.images._value.get() == 0
         assert engine.planner.scheduler.allocator.used == 0
 
 
@@ -200,7 +201,7 @@ async def test_a_worker_checkpoints_plans(queue: JobQueue, model: GlmImage) -> N
 
 async def test_a_drain_finishes_running_jobs_and_claims_no_more(queue: JobQueue, model: GlmImage) -> None:
     async with working(queue, small_engine(model)) as worker:
-        await submit(queue, replace(SPEC, num_inference_steps=20), "running")
+        await submit(queue, replace(SPEC, num_inference_steps=20), "running", timeout_s=20)
         await until_running(queue, "running")
         worker.drain()
         await submit(queue, SPEC, "later")
@@ -307,12 +308,13 @@ async def test_a_job_taken_over_by_another_engine_is_dropped(queue: JobQueue, re
     """Take the job over: the worker neither finishes nor commits it."""
     engine = small_engine(model)
     async with working(queue, engine, lease_s=1.0):
-        await submit(queue, replace(SPEC, num_inference_steps=200, width=256, height=256), "j")
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512, n=4), "j")
         await until_running(queue, "j")
         other = JobQueue(redis_client, lease_ms=0)
         claim = await other.claim("other", FreeCapacity(8, 100_000, 0, True))
         assert claim is not None
         await until(lambda: engine.is_idle, seconds=5)
+        assert engine.metrics.images._value.get() == 0
         record = await queue.get("j")
         assert record is not None
         assert record.state is JobState.RUNNING

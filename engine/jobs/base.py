@@ -15,7 +15,7 @@ class QueueBase:
 
     Args:
         redis: returns bytes; the caller closes it.
-        orphan_ms: after which a silent API counts as dead; its clients are gone.
+        orphan_ms: silence after which an API counts as dead.
     """
 
     def __init__(
@@ -35,7 +35,6 @@ class QueueBase:
 
     @property
     def client(self) -> redis.asyncio.Redis:
-        """Return the client."""
         return self._redis
 
     @property
@@ -47,7 +46,6 @@ class QueueBase:
         return self._prefix
 
     def key(self, *parts: str) -> str:
-        """Return a key with the prefix."""
         return ":".join((self._prefix, *parts))
 
     async def ping(self) -> None:

@@ -37,7 +37,7 @@ RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs"
 
 @contextmanager
 def reading(job_id: str) -> Iterator[None]:
-    """Raise `UnreadableJob` for what does not decode, so that it fails one job only."""
+    """Raise `UnreadableJob` for damaged data, which fails one job only."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -72,7 +72,7 @@ def decode_record(job_id: str, values: Sequence[Any], position: int | None = Non
 
 
 def decode_claim(reply: Sequence[Any], planner: str) -> Claim:
-    """Return the claim from the reply of `claim.lua`, without plans of another planner."""
+    """Decode a reply of `claim.lua`, without plans of another planner."""
     job_id, epoch, runs, quarantined, spec, submitted_at, deadline, claimed_at, plans, origin = reply
     return Claim(
         job_id=job_id.decode(),
@@ -103,7 +103,7 @@ def _decode_plans(stored: Sequence[bytes], planner: str) -> dict[int, Plan]:
 
 
 def decode_cached_plan(document: bytes | str) -> Plan | None:
-    """Return a cached plan, None for a damaged one: it is made again."""
+    """Return the plan, None if damaged: it is made again."""
     try:
         return _decode_plan(_decode_object(document))
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -111,7 +111,7 @@ def decode_cached_plan(document: bytes | str) -> Plan | None:
 
 
 def decode_engine(document: bytes) -> EngineInfo | None:
-    """Return an engine from its heartbeat, None if that is damaged."""
+    """Return the engine, None if its heartbeat is damaged."""
     try:
         return _checked(EngineInfo.from_dict(_decode_object(document)))
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -147,7 +147,7 @@ def _adapter(record_type: type[R]) -> TypeAdapter[R]:
 
 
 def _checked(record: R) -> R:
-    """Return the record; raise ValueError if a field has another type than declared."""
+    """Raise ValueError if a field has another type than declared."""
     _adapter(type(record)).validate_python(record)
     return record
 
@@ -163,7 +163,6 @@ def encode_sources(sources: SourceImages | None) -> list[str | bytes]:
 
 
 def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
-    """Return the source images from their hash."""
     if not stored:
         return None
     count = len(stored) - (b"overlay" in stored)
@@ -185,7 +184,6 @@ def encode_result(result: JobResult) -> list[str | bytes]:
 
 
 def decode_result(stored: Mapping[Any, Any]) -> JobResult | None:
-    """Return the result from its hash."""
     if b"meta" not in stored:
         return None
     meta = orjson.loads(stored[b"meta"])

@@ -35,7 +35,7 @@ _MAX_CONNECTIONS = 64  # keeps Redis busy; further callers wait
 _REFUSAL_CLASSES = (OutOfMemoryError, ReadOnlyError, MasterDownError)
 _REFUSAL_CODES = ("-OOM", "MISCONF", "-READONLY", "-MASTERDOWN", "NOREPLICAS")
 
-# Others pass as well, but need somebody: rights (NOPERM), a key of another type (WRONGTYPE), an error in a script.
+# Other errors (NOPERM, WRONGTYPE, an error in a script) need an operator.
 _TEMPORARY_CODES = (["BUSY"], ["LOADING"], ["UNBLOCKED"])
 _REPORT_AGAIN_S = 60.0
 
@@ -44,7 +44,7 @@ def connect(url: str) -> redis.asyncio.Redis:
     """Return a client of a `redis[s]://` or `unix://` URL; it retries for half a second (a proxy's restart).
 
     Raises:
-        StartError: the URL is not valid. The message does not quote it, since it may hold a password.
+        StartError: invalid URL; not quoted, since it may hold a password.
     """
     try:
         parts = urlsplit(url)
@@ -90,11 +90,11 @@ def redis_errors() -> Iterator[None]:
         raise QueueUnavailable(f"Redis answers with an error: {error}") from error
 
 
-_reported_at: dict[str, float] = {}  # monotonic seconds, by kind of error
+_reported_at: dict[str, float] = {}  # monotonic seconds, by kind
 
 
 def _report(kind: str, error: Exception, level: int) -> None:
-    """Log an error of Redis, once while errors of its kind go on."""
+    """Log an error, once while its kind goes on."""
     now = time.monotonic()
     if now - _reported_at.get(kind, -math.inf) > _REPORT_AGAIN_S:
         event(logger, "queue_unavailable", level, reason=str(error))

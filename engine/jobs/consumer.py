@@ -33,17 +33,17 @@ class JobConsumer(QueueBase):
     """Claims jobs and writes for them. A write for a lost claim returns False, without effect."""
 
     known_format = JOB_FORMAT
-    planner = ""  # fingerprint; of plans with another one, none is resumed
+    planner = ""  # fingerprint; plans of another are not resumed
 
     def __init__(self, redis: redis.asyncio.Redis, **options: Any):
         super().__init__(redis, **options)
-        self._unanswered: dict[str, str] = {}  # attempts to claim whose reply was lost, by consumer
+        self._unanswered: dict[str, str] = {}  # claim attempts without a reply, by consumer
 
     async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
         """Claim the next job if it fits, else none: large and quarantined jobs must not starve.
 
         Lapsed leases come first, also this engine's: renew before. After a lost reply, the next call gets the same
-        grant. A claim is renewed before it is returned, which makes it a run.
+        grant. The claim is renewed once.
         """
         attempt = self._unanswered.pop(consumer, None) or secrets.token_hex(8)
         try:
@@ -57,7 +57,7 @@ class JobConsumer(QueueBase):
             raise
 
     async def attempt_claim(self, consumer: str, free: FreeCapacity, attempt: str) -> Claim | None:
-        """Claim a job without making it a run. The same attempt gets the same grant while it holds."""
+        """Claim a job, not yet a run. The same attempt gets the same grant while it holds."""
         while True:
             reply = await self._scripts.run(
                 "claim",
@@ -84,7 +84,7 @@ class JobConsumer(QueueBase):
     async def renew(self, consumer: str, claims: Iterable[Claim]) -> list[Claim]:
         """Restart leases, several times per `lease_ms`; return the lost claims.
 
-        The first renewal makes a claim a run. One of a claim that was taken over tells that its engine is not dead.
+        The first renewal makes a claim a run; one of a lost claim shows that its engine lives.
         """
         claims = list(claims)
         if not claims:
@@ -94,7 +94,6 @@ class JobConsumer(QueueBase):
         return [claims[index] for index in lost]
 
     async def progress(self, claim: Claim, progress: dict[str, Any]) -> bool:
-        """Store the progress."""
         return await self._write("progress", claim, orjson.dumps(progress))
 
     async def checkpoint_plan(self, claim: Claim, index: int, plan: Plan) -> bool:
@@ -102,23 +101,21 @@ class JobConsumer(QueueBase):
         return await self._write("checkpoint_plan", claim, encode_plan(plan, self.planner), index=index)
 
     async def source_images(self, claim: Claim) -> SourceImages | None:
-        """Return a live edit's images; raise `UnreadableJob` if they are damaged."""
+        """Return a live edit's images; raise `UnreadableJob` if damaged."""
         with redis_errors(), reading(claim.job_id):
             return decode_sources(await self._redis.hgetall(self.key("sources", claim.job_id)))
 
     async def partial_image(self, claim: Claim, partial: PartialImage) -> bool:
-        """Store a partial image."""
         grid = orjson.dumps(partial.grid)
         return await self._write("partial_image", claim, partial.data, grid, image=partial.image, index=partial.index)
 
     async def cached_plans(self, keys: Sequence[str]) -> list[Plan | None]:
-        """Return cached plans."""
         with redis_errors():
             plans = await self._redis.mget([self.key("plan", key) for key in keys])
         return [None if plan is None else decode_cached_plan(plan) for plan in plans]
 
     async def cache_plan(self, key: str, plan: Plan, ttl_s: int) -> None:
-        """Cache a plan; the oldest give way when all take more than 64 MiB."""
+        """Cache a plan; beyond 64 MiB, the oldest go."""
         await self._scripts.run("cache_plan", orjson.dumps(plan.to_dict()), key=key, ttl_ms=1000 * ttl_s)
 
     async def commit(self, claim: Claim, result: JobResult) -> bool:
@@ -137,7 +134,7 @@ class JobConsumer(QueueBase):
         """Requeue a dead engine's jobs; return how many.
 
         Args:
-            blame: the jobs may have ended the engine, so they are suspected. False leaves no trace of the run.
+            blame: the jobs may have ended the engine. False leaves no trace of the run.
         """
         return await self._scripts.run("requeue_all", consumer=consumer, blame=blame)
 

@@ -1,4 +1,4 @@
-"""The folder of the embedded Redis: private, and without the zeros that a power cut leaves at the end of a file."""
+"""The folder of the embedded Redis: private, without the zeros that a power cut appends."""
 
 import os
 import stat
@@ -8,11 +8,11 @@ from pathlib import Path
 
 _OURS = ("redis.lock", "redis.log", "redis.sock", "appendonly.aof*", "appendonlydir", "temp-*", "lost+found")
 _CHUNK_BYTES = 64 * 2**10
-_CHECKSUM_BYTES = 8  # at the end of an RDB preamble; may be zeros
+_CHECKSUM_BYTES = 8  # ends an RDB preamble; may be zeros
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder for its owner alone. An existing one is closed to others if it holds nothing but our files."""
+    """Create a private folder, or close an existing one to others if it holds only our files."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     entries = list(folder.iterdir())
     ours = [path for path in entries if any(fnmatch(path.name, name) for name in _OURS)]
@@ -23,10 +23,10 @@ def make_private(folder: Path) -> None:
 
 
 def drop_trailing_zeros(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Cut zeros off the ends of append-only files; yield each changed file with their number.
+    """Cut trailing zeros off append-only files; yield each changed file with their number.
 
-    A complete command ends with a line break: zeros belong to one that was never acknowledged. Redis drops what is
-    left of it (`aof-load-truncated`).
+    A complete command ends with a line break: zeros belong to an unacknowledged one, whose rest Redis
+    drops (`aof-load-truncated`).
     """
     for path in (folder / "appendonly.aof", *folder.glob("appendonlydir/*.incr.aof")):
         if not path.is_file():
@@ -41,7 +41,7 @@ def drop_trailing_zeros(folder: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _may_be_checksum(file: int, kept: int, size: int) -> bool:
-    """Return whether a file may be an RDB preamble and nothing else, whose last bytes may be zeros."""
+    """Return whether a file may be only an RDB preamble, whose last bytes may be zeros."""
     is_command = os.pread(file, 2, max(0, kept - 2)) == b"\r\n"
     return os.pread(file, 5, 0) == b"REDIS" and (size - kept <= _CHECKSUM_BYTES or not is_command)
 

@@ -110,7 +110,7 @@ class EmbeddedRedis:
         return self._ping() == "ready"
 
     def wait_until_ready(self) -> None:
-        """Return when a server that starts takes commands; loading its file may take any time.
+        """Wait until the server takes commands; loading its file may take any time.
 
         Raises:
             QueueUnavailable: it ended, or says nothing for a minute; stopped.
@@ -125,7 +125,7 @@ class EmbeddedRedis:
             time.sleep(0.01)
 
     def last_words(self) -> str:
-        """Return on one line why the server ended, from its log since its start."""
+        """Return on one line why the server ended, from its latest log."""
         with suppress(OSError):
             if shutil.disk_usage(self._data_dir).free < _FULL_DISK_BYTES:
                 return f"no space left on the disk of {self._data_dir}"
@@ -193,7 +193,7 @@ class EmbeddedRedis:
             "appendonly": "yes",
             "appendfsync": self._fsync,
             "aof-load-truncated": "yes",
-            # With a preamble, zeros at the end of a file could be a checksum.
+            # With a preamble, trailing zeros could be a checksum.
             "aof-use-rdb-preamble": "no",
         }
         server = [str(self._binary), *(word for name, value in settings.items() for word in (f"--{name}", value))]

@@ -39,7 +39,6 @@ class Subscription:
             self._task = asyncio.create_task(self._stay_subscribed())
 
     async def close(self) -> None:
-        """Stop reading."""
         if self._task is not None:
             await stop(self._task)
             self._task = None

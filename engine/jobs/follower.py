@@ -21,7 +21,7 @@ class JobFollower:
     """Follows one job, once, and expires it at its deadline.
 
     Events only say when to read, so a broken connection loses nothing. Raises `QueueUnavailable` without a record, or
-    `REDIS_OUTAGE_TIMEOUT_S` after the deadline; `UnreadableJob`, if what Redis has of the job is damaged.
+    `REDIS_OUTAGE_TIMEOUT_S` after the deadline; `UnreadableJob` if it is damaged.
     """
 
     def __init__(self, queue: JobProducer, job_id: str) -> None:

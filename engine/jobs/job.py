@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from engine.geometry import Geometry, Grid
 
 if TYPE_CHECKING:
-    from pydantic import ConfigDict  # decode processes import this module, and have no use for pydantic
+    from pydantic import ConfigDict  # decode processes need this module, but not pydantic
 
 Priority = Literal["interactive", "batch"]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -41,7 +41,7 @@ def _wire_names(record: type) -> dict[str, str]:
 _STRICT: "ConfigDict" = {
     "strict": True,
     "revalidate_instances": "always",
-}  # when `codec` checks the types of what was stored
+}  # for the type checks of `codec`
 
 
 class _Record:
@@ -127,7 +127,7 @@ class JobSpec(_Record):
 
     @property
     def format(self) -> int:
-        """Return the format that an engine has to know: the newest of the fields that differ from their default."""
+        """Return the format an engine needs: the newest of the fields not at their default."""
         used = (field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
         return max(field.metadata.get("format", 1) for field in used)
 
@@ -292,12 +292,12 @@ class EngineInfo(_Record):
     images_running: int = 0
     default_steps: int = JobSpec.num_inference_steps  # without steps and quality in the request
     default_guidance: float = JobSpec.guidance_scale
-    fingerprint: str = ""  # of the model: engines of one queue have the same
+    fingerprint: str = ""  # of the model; the same in all engines of a queue
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes in Redis; `maximum` is None without a `maxmemory`."""
+    """Bytes in Redis; `maximum` is None without `maxmemory`."""
 
     used: int
     maximum: int | None
@@ -311,4 +311,4 @@ class QueueStats:
     running: int
     source_bytes: int = 0
     dead_lettered: int = 0
-    result_bytes: int = field(default=0, compare=False)  # with records, and what live jobs may come to
+    result_bytes: int = field(default=0, compare=False)  # with records and bounds of live jobs

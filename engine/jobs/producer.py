@@ -70,22 +70,21 @@ class JobProducer(QueueBase):
         dry_run: bool = False,
         api_id: str = "",
     ) -> str:
-        """Queue a job. A known id is ignored, so a submit whose reply was lost can be repeated.
+        """Queue a job. A known id is ignored: a submit without a reply can be repeated.
 
         Args:
             ended_notes: replace `notes` when the job ends without a result.
             max_queue: waiting jobs of both priorities.
             max_owned: live jobs of the owner.
             max_source_bytes: of all live jobs; one edit always fits alone.
-            max_result_bytes: of records and results, of live jobs what they may come to. Any job fits where little is
-                kept.
+            max_result_bytes: of records and results, with bounds for live jobs. Any job fits where little is kept.
             max_kept_bytes: of source images and results together.
-            owner_parts: an owner may take this part of each of the three: 2 for half.
-            url_copies: the response stores the images a second time, to serve them by URL.
+            owner_parts: divides the three for one owner: 2 allows half.
+            url_copies: the response stores the images again, to serve them by URL.
             idempotency_key: of one owner. Returns the id of its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
             dry_run: check everything, queue nothing.
-            api_id: the API process at which a client waits; the job is cancelled when that process is gone.
+            api_id: the API process at which a client waits; the job is cancelled when it is gone.
 
         Raises:
             QueueFull, SourcesFull, ResultsFull, TooManyJobs, TooMuchKept, KeyReused: nothing was queued.
@@ -144,7 +143,7 @@ class JobProducer(QueueBase):
         await self._scripts.run("api_heartbeat", id=api_id)
 
     async def get(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobRecord | None:
-        """Return the record, None `result_ttl_s` after the end; raise `UnreadableJob` if it is damaged."""
+        """Return the record, None `result_ttl_s` after the end; raise `UnreadableJob` if damaged."""
 
         async def read() -> JobRecord | None:
             with reading(job_id):
@@ -157,7 +156,7 @@ class JobProducer(QueueBase):
         return await retry_while_away(read, outage_timeout_s)
 
     async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
-        """Return the result, None once it is discarded or expired; raise `UnreadableJob` if it is damaged."""
+        """Return the result, None once discarded or expired; raise `UnreadableJob` if damaged."""
 
         async def read() -> JobResult | None:
             with reading(job_id):
@@ -182,7 +181,6 @@ class JobProducer(QueueBase):
         return None if data is None else (data, media_type.decode())
 
     async def takes_writes(self) -> bool:
-        """Return whether Redis takes writes."""
         try:
             with redis_errors():
                 await self._redis.set(self.key("probe"), b"", px=1000)
@@ -198,11 +196,10 @@ class JobProducer(QueueBase):
         return MemoryUse(used, memory["maxmemory"] or None)
 
     async def stats(self) -> QueueStats:
-        """Return the counts."""
         return QueueStats(*await self._scripts.run("stats"))
 
     async def engines(self) -> list[EngineInfo]:
-        """Return the live engines, by id, without those whose heartbeat cannot be read."""
+        """Return the live engines by id, without unreadable heartbeats."""
         live = (decode_engine(info) for info in (await self._heartbeats("info")).values())
         return [engine for engine in live if engine is not None]
 

@@ -1,4 +1,4 @@
-"""How much memory in Redis the result of a job may take."""
+"""The Redis memory of a job's result."""
 
 from engine.jobs.job import JobSpec, OutputFormat
 

@@ -23,7 +23,7 @@ Redis that may be slow."""
 
 
 def new_engine_id() -> str:
-    """Return a new id, which anybody may see."""
+    """Return a new, public id."""
     return f"engine-{os.urandom(8).hex()}"
 
 

@@ -1,4 +1,4 @@
-"""Stop signals during the whole life of a process, and an event loop that ends without waiting for threads."""
+"""Stop signals of a process, and an event loop that ends without waiting for threads."""
 
 import asyncio
 import os
@@ -19,10 +19,10 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Counts SIGTERM, SIGINT and SIGHUP: the first asks for a drain, the second for a quick end, others change nothing.
+    """Counts SIGTERM, SIGINT and SIGHUP: the first asks for a drain, the second for a quick end.
 
-    An event loop's own handlers end with the loop, and the next signal would kill the process. Create it in the main
-    thread. A signal that was ignored before, as by `nohup`, stays ignored.
+    An event loop's own handlers end with it, and the next signal would kill the process. Create it in the main
+    thread. Signals ignored before, as by `nohup`, stay ignored.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StopSignals:
 
     def install(self) -> Self:
         """Handle signals from now on; before `attach` they are only counted."""
-        # A signal between two instructions of the interpreter would not wake an event loop that begins to wait.
+        # Otherwise a signal just before the event loop waits would not wake it.
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for sig in _SIGNALS:
             if signal.getsignal(sig) is not signal.SIG_IGN:
@@ -79,7 +79,7 @@ class StopSignals:
     def _wake(self) -> None:
         with suppress(BlockingIOError):
             os.read(self._reader, 4096)
-        asyncio.get_running_loop().call_soon(self._notice)  # after the interpreter has called `_count`
+        asyncio.get_running_loop().call_soon(self._notice)  # after `_count`
 
     def _notice(self) -> None:
         if self.count >= 1:
@@ -89,7 +89,7 @@ class StopSignals:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` as `asyncio.run` does, but wait for no thread: one may hang in a device call or a name lookup."""
+    """Run `main` as `asyncio.run`, but wait for no thread: one may hang in a device call or name lookup."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     try:

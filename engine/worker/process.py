@@ -110,7 +110,7 @@ def _load_or_explain(settings: EngineSettings) -> Engine:
     try:
         return _load(settings)
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # Of the files and libraries, which a restart does not mend; a device raises RuntimeError.
+        # Of files and libraries, where a restart does not help; a device raises RuntimeError.
         raise StartError(f"the checkpoint cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The state of an engine in a file, for health checks on the same machine: they must not depend on Redis. No torch."""
+"""An engine's state in a file, for health checks on the same machine, independent of Redis. No torch."""
 
 import asyncio
 import json
@@ -30,8 +30,8 @@ class StatusFile:
     """What one engine wrote.
 
     Args:
-        born: when the process started, in ticks since boot; tells it from a later one with its pid.
-        written_at: seconds of the machine's monotonic clock.
+        born: start of the process in ticks since boot, because pids are reused.
+        written_at: monotonic seconds.
     """
 
     id: str
@@ -42,7 +42,7 @@ class StatusFile:
 
     @property
     def is_alive(self) -> bool:
-        """Return whether the process exists, whatever it does."""
+        """Return whether the process exists."""
         return _born(self.pid) == self.born
 
     @property
@@ -51,7 +51,7 @@ class StatusFile:
 
 
 class EngineStatus:
-    """Writes this process's file every second, on the event loop, so that a hanging loop shows."""
+    """Writes the file every second, on the event loop: a hanging loop shows."""
 
     def __init__(self, engine_id: str) -> None:
         self.state: Callable[[], EngineState] = lambda: "starting"
@@ -70,7 +70,7 @@ class EngineStatus:
             await asyncio.sleep(INTERVAL_S)
 
     def write(self) -> None:
-        """Replace the file; raise OSError if that is not possible."""
+        """Replace the file; raise OSError."""
         folder = status_folder()
         folder.mkdir(mode=0o700, exist_ok=True)
         _require_private(folder)
@@ -80,7 +80,7 @@ class EngineStatus:
         temporary.replace(self._path)
 
     def remove(self) -> None:
-        """Delete the file, and those of engines that were killed."""
+        """Delete the file, and those of killed engines."""
         with suppress(OSError):
             self._path.unlink()
             for status in read_statuses():
@@ -93,12 +93,12 @@ class EngineStatus:
 
 
 def status_folder() -> Path:
-    """Return this user's private folder for the files of all engines."""
+    """Return this user's private folder for the files."""
     return Path(tempfile.gettempdir(), f"glimmer-engines-{os.geteuid()}")
 
 
 def read_statuses() -> list[StatusFile]:
-    """Return the files of all engines of this machine or container; raise OSError if the folder is not private."""
+    """Return all files of this machine or container; raise OSError if the folder is not private."""
     folder = status_folder()
     if not folder.exists():
         return []
@@ -122,7 +122,7 @@ def _require_private(folder: Path) -> None:
 
 
 def _born(pid: int) -> str:
-    """Return when a process started, "" if it has ended. Without /proc, its pid has to do."""
+    """Return when a process started, "" if it has ended; its pid without /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state == "Z" else fields[18]

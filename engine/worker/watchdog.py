@@ -13,7 +13,7 @@ from engine.jobs.job import JobSpec
 from engine.observability.logs import event
 from engine.quotes import MAX_TOKENS
 
-STEP_TIMEOUT_S = 11.0  # between two signs of life
+STEP_TIMEOUT_S = 11.0  # between two beats
 CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added per megapixel of the largest job: one layer can take that long
 
 logger = logging.getLogger("glimmer.engine")
@@ -57,7 +57,7 @@ class Watchdog:
 
 @contextmanager
 def exit_within(seconds: float) -> Iterator[None]:
-    """End the process with `EXIT_STUCK` if the block takes longer, whatever it waits for."""
+    """End the process with `EXIT_STUCK` if the block takes longer."""
     timer = threading.Timer(seconds, _exit)
     timer.daemon = True
     timer.start()
@@ -73,9 +73,9 @@ def _exit() -> None:
 
 
 def _pixels(spec: JobSpec) -> int:
-    """Return the pixels of an image and its source images, and the area that has as many patches as text tokens.
+    """Return the pixels of an image and its sources, and the area of as many patches as text tokens.
 
-    The images of a job, and jobs of a batch, need no sum: there are beats between their layers.
+    Images of a job and jobs of a batch are not summed: beats come between their layers.
     """
     text_tokens = sum(min(len(text.encode()), MAX_TOKENS) for text in (spec.prompt, spec.negative_prompt))
     return spec.width * spec.height + spec.source_tokens * CELL**2 + text_tokens * PATCH**2

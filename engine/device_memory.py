@@ -13,7 +13,7 @@ import torch
 
 from engine.observability.logs import event
 
-LOCK_TIMEOUT_S = 60.0  # the holder allocates, which takes seconds; one that hangs must not hold up others for ever
+LOCK_TIMEOUT_S = 60.0  # allocating takes seconds; a hanging holder must not block others for ever
 LOCK_POLL_INTERVAL_S = 0.05
 CGROUP = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
@@ -23,9 +23,9 @@ logger = logging.getLogger("glimmer.engine")
 
 @contextmanager
 def device_lock(device: torch.device) -> Iterator[None]:
-    """Let one process of this host at a time look at a CUDA device's free memory and allocate its share.
+    """Let one process per host at a time read a CUDA device's free memory and allocate.
 
-    The lock file is in the folder for temporary files: containers that do not share it do not see each other.
+    The lock file is in the temporary folder: containers that do not share it are not excluded.
     """
     if device.type != "cuda":
         yield
@@ -45,14 +45,14 @@ def device_lock(device: torch.device) -> Iterator[None]:
 
 
 def take_from_device(device: torch.device, size: int) -> None:
-    """Move `size` bytes from a CUDA device to torch's cache, if it has them: no other process can take them then."""
+    """Move `size` bytes of a CUDA device, if free, to torch's cache: other processes cannot take them."""
     if device.type == "cuda":
         with suppress(torch.OutOfMemoryError):
             torch.empty(size, dtype=torch.uint8, device=device)  # its memory stays in the cache
 
 
 def host_memory() -> int:
-    """Return the bytes that this process may use: the host's, or its container's limit."""
+    """Return this process's memory limit in bytes: the container's or the host's."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in _limit_files():
         with suppress(OSError, ValueError):  # not there, or "max"
@@ -61,7 +61,7 @@ def host_memory() -> int:
 
 
 def _limit_files() -> Iterator[Path]:
-    """Yield the files of this process's cgroups and of those around them, in versions 1 and 2."""
+    """Yield the limit files of this process's cgroups (versions 1 and 2) and their parents."""
     try:
         lines = PROCESS_CGROUPS.read_text().splitlines()
     except OSError:
@@ -76,7 +76,7 @@ def _limit_files() -> Iterator[Path]:
 
 
 def _open(path: Path) -> int:
-    """Open a lock file for reading: that is enough to lock one that another user made."""
+    """Open a lock file for reading, which suffices to lock another user's."""
     try:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -74,7 +74,7 @@ class Engine:
         self._cancelled.append(request_id)
 
     def on_progress(self, beat: Callable[[], object]) -> None:
-        """Call `beat` at least before every piece of work that may take seconds."""
+        """Call `beat` before all work that may take seconds."""
         self.boundary.beat = beat
         self.model.on_progress(beat)
 
@@ -138,7 +138,7 @@ class Engine:
                 self._forget(request)
 
     def _admit(self) -> None:
-        """Admit in order of arrival, so that small requests cannot overtake a large one for ever."""
+        """Admit in order of arrival: small requests must not starve a large one."""
         for request in [r for r in self._waiting if r.deadline_at <= time.monotonic()]:
             self._fail(request, DeadlinePassed("the deadline came before there was room"))
         while self._waiting and self._fits(self._waiting[0]):

@@ -22,7 +22,7 @@ class GlimmerError(Exception):
 
 
 class StartError(GlimmerError):
-    """The process cannot start and a restart would not help; the message is for the operator."""
+    """A restart would not help; the message is for the operator."""
 
 
 class RequestError(GlimmerError):
@@ -55,7 +55,7 @@ class TooManyJobs(GlimmerError):
 
 
 class TooMuchKept(TooManyJobs):
-    """One owner's jobs and results take the memory of one owner."""
+    """One owner's jobs and results are at their cap."""
 
 
 class KeyReused(GlimmerError):
@@ -71,7 +71,7 @@ class WriteRefused(GlimmerError):
 
 
 class UnreadableJob(GlimmerError):
-    """What Redis has of a job is damaged."""
+    """The stored job is damaged."""
 
 
 class QueueUnavailable(GlimmerError):

@@ -33,7 +33,7 @@ class FaultBoundary:
         fail: ends a request and removes it from `live`.
 
     Attributes:
-        beat: called before all work, as a sign of life.
+        beat: called before all work.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FaultBoundary:
             return items
         except PROCESS_ENDS:
             raise
-        except BaseException as error:  # a panic of the tokenizer, which is written in Rust, is no Exception
+        except BaseException as error:  # a panic of the Rust tokenizer is no Exception
             if is_lost_device(error):
                 raise
             lacks_memory = is_out_of_memory(error)

@@ -7,7 +7,7 @@ from engine.geometry import CELL, MAX_ASPECT, MAX_IMAGES, MAX_SIDE, MAX_SOURCES,
 from models.glm_image.model import GlmImage
 
 BLOCK_SIZE = 32  # tokens
-CPU_KV_BYTES, CPU_KV_SHARE = 1 << 30, 0.15  # of the memory that the process may use
+CPU_KV_BYTES, CPU_KV_SHARE = 1 << 30, 0.15  # of `host_memory`
 CPU_SOURCE_BYTES, CPU_SOURCE_SHARE = 2 << 30, 0.2
 CUDA_KV_SHARE = 0.4  # of memory free after loading
 CUDA_SOURCE_SHARE = 0.25

@@ -1,4 +1,4 @@
-"""What comes before planning: source images and glyphs, encoded piece by piece so that no step is long."""
+"""Encode source images and glyphs before planning, piece by piece: no step may be long."""
 
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Preparing:
 
     Args:
         sources: yields after every piece whether a source image is complete.
-        glyphs: yields the tokens of every batch after computing it.
+        glyphs: yields the tokens of every computed batch.
         size: of all its work, to compare requests.
     """
 
@@ -39,7 +39,7 @@ class HalfOfTheTime:
 
     @contextmanager
     def turn(self, others_work: bool) -> Iterator[bool]:
-        """Yield whether the block's work is due: if others work, not before they had as much time."""
+        """Yield whether the block's work is due: if others work, after they had as much time."""
         began = time.monotonic()
         is_due = not others_work or began >= self._next_at
         yield is_due
@@ -48,7 +48,7 @@ class HalfOfTheTime:
 
 
 class Preparation:
-    """Encodes for several requests at once, in every other step for the smallest first, else for the oldest."""
+    """Encodes for several requests: in every other step the smallest first, else the oldest."""
 
     def __init__(self, model: GlmImage, runner: RendererRunner, boundary: FaultBoundary):
         self._model, self._runner, self._boundary = model, runner, boundary
@@ -67,13 +67,12 @@ class Preparation:
         self._requests[request] = Preparing(request, sources, glyphs, size, bool(request.spec.num_sources))
 
     def abort(self, request: Request) -> None:
-        """Drop a request."""
         self._requests.pop(request, None)
 
     def step(self, *, others_work: bool) -> list[Request]:
-        """Encode at most one source image, and some glyphs; return the requests that are complete.
+        """Encode at most one source image and some glyphs; return the complete requests.
 
-        While others work, either is followed by a pause of the same length.
+        While others work, either is followed by an equal pause.
         """
         self._steps += 1
         in_order = list(self._requests.values())

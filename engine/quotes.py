@@ -9,12 +9,11 @@ from engine.errors import RequestError
 QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"\u300c([^\u300c\u300d]*)\u300d")
 
 MAX_STRINGS = 1024
-MAX_STRING_TOKENS = 2048  # bytes and an end; what is longer is cut, as in the reference
+MAX_STRING_TOKENS = 2048  # bytes and an end; the rest is cut, as in the reference
 MAX_TOKENS = 8192  # of all strings
 
 
 def quoted_strings(prompt: str) -> list[str]:
-    """Return the quoted strings of a prompt."""
     return [text for pattern in QUOTES for text in re.findall(pattern, prompt)]
 
 
@@ -25,7 +24,7 @@ def glyph_tokens(strings: Sequence[str]) -> int:
 
 
 def check_quoted_strings(field: str, prompt: str) -> None:
-    """Raise RequestError, naming `field`, if the quoted strings are more than can be rendered."""
+    """Raise RequestError for more quoted strings than can be rendered."""
     strings = quoted_strings(prompt)
     if len(strings) > MAX_STRINGS:
         raise RequestError(

@@ -32,7 +32,6 @@ def bind(**fields: Any) -> None:
 
 
 def bound() -> dict[str, Any]:
-    """Return this task's bound fields."""
     return _bound.get() or {}
 
 

@@ -89,7 +89,7 @@ class PlannerScheduler:
         self.prefill_limit = BatchLimit(prefill_tokens)
         self.decode_limit = BatchLimit(max_sequences)
         self._free_buffers = list(range(max_sequences))[::-1]
-        self._reserved: dict[Request, PromptGroup] = {}  # of requests that are not yet admitted
+        self._reserved: dict[Request, PromptGroup] = {}  # not yet admitted
         self._prefill: deque[PromptGroup] = deque()
         self._decode: list[Sequence] = []
 
@@ -103,7 +103,7 @@ class PlannerScheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Return the plans for which memory is reserved."""
+        """Return the plans with reserved memory."""
         groups = (*self._prefill, *self._reserved.values())
         return self._decode + [sequence for group in groups for sequence in group.sequences]
 
@@ -150,7 +150,6 @@ class PlannerScheduler:
         return not unplanned or (self._blocks_needed(request) <= self.allocator.free and unplanned <= self.free_buffers)
 
     def reserve(self, request: Request) -> None:
-        """Reserve memory."""
         sequences: list[Sequence] = []
         prompt_blocks: list[int] = []
         for image in request.images:
@@ -164,7 +163,7 @@ class PlannerScheduler:
         self._reserved[request] = PromptGroup(request, sequences)
 
     def admit(self, request: Request) -> None:
-        """Schedule a request; reserve for it first if that has not been done."""
+        """Schedule a request; reserve memory first unless that is done."""
         if request not in self._reserved:
             self.reserve(request)
         self._prefill.append(self._reserved.pop(request))

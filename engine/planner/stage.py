@@ -77,7 +77,6 @@ class PlannerStage:
         self.scheduler.check(request)
 
     def fits(self, request: Request) -> bool:
-        """Return whether enough memory is free."""
         return self.scheduler.fits(request)
 
     def reserve(self, request: Request) -> None:
@@ -86,7 +85,7 @@ class PlannerStage:
             self.scheduler.reserve(request)
 
     def admit(self, request: Request) -> None:
-        """Schedule a request that has been reserved for, once source images are encoded."""
+        """Schedule a reserved request, once its source images are encoded."""
         codes = torch.cat([source.codes.flatten() for source in request.encoded]).tolist() if request.encoded else []
         request.prompt_ids = fill_in_codes(request.prompt_ids, self._prompts.image_token, codes)
         if not request.is_planned:
@@ -115,7 +114,6 @@ class PlannerStage:
         self._metrics.planner_step.observe(seconds)
 
     def abort(self, request: Request) -> None:
-        """Free what the request holds."""
         self.scheduler.abort(request)
 
     def progress(self, request: Request) -> Progress:
@@ -126,7 +124,6 @@ class PlannerStage:
         return Progress(request, "planning", written, tokens * request.spec.n)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if memory leaked."""
         self.scheduler.check_integrity()
 
     def _finish_preview(self, sequence: Sequence) -> None:

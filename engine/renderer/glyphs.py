@@ -22,7 +22,7 @@ class GlyphCache:
         self._by_strings: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
 
     def of(self, request: Request) -> list[Tensor]:
-        """Return the tokens of a request's branches, the conditional one first; computed on first use."""
+        """Return the tokens of all branches, the conditional one first; computed on first use."""
         for _ in self.compute(request):
             pass
         return self._by_request[request]
@@ -38,7 +38,6 @@ class GlyphCache:
         self._by_request[request] = branches
 
     def release(self, request: Request) -> None:
-        """Drop a request."""
         self._by_request.pop(request, None)
 
     @torch.inference_mode()

@@ -97,11 +97,11 @@ class RendererRunner:
         )
 
     def encode_glyphs(self, request: Request) -> Generator[int]:
-        """Compute the glyph tokens for `prepare`; yield the encoder's tokens after every batch."""
+        """Compute glyph tokens for `prepare`, as `GlyphCache.compute`."""
         return self.glyphs.compute(request)
 
     def read_sources(self, request: Request) -> Generator[bool]:
-        """Compute the keys and values for `prepare`; yield after every layer whether a source image is complete."""
+        """Compute source keys and values for `prepare`, as `SourceKVCache.compute`."""
         return self.source_kv.compute(request)
 
     def release(self, request: Request) -> None:

@@ -49,7 +49,7 @@ class SourceKVCache:
         self._by_request.pop(request, None)
 
     def _read(self, source: EncodedImage, kv_out: Tensor) -> Generator[int]:
-        """Fill `kv_out`; yield the number of layers after each. Every source's positions start at 0."""
+        """Fill `kv_out`; yield the layers done. Every source's positions start at 0."""
         renderer, (rows, cols), patches = self._renderer, source.codes.shape, source.patches
         latents = patchify(source.latents, renderer.config.patch_size).to(self._dtype)
         padding = padded(patches, self._tile_height) - patches

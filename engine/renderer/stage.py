@@ -16,7 +16,7 @@ from engine.renderer.scheduler import RenderScheduler
 from engine.request import Event, Finished, Image, Partial, Progress, Rendered, Request
 from models.glm_image.model import GlmImage
 
-DECODED_PIXELS = 1 << 20  # of a step; more images are decoded in the next ones
+DECODED_PIXELS = 1 << 20  # of a step; further images wait
 
 
 class RendererStage:
@@ -72,7 +72,7 @@ class RendererStage:
         self._images_left[request] = request.spec.n
 
     def admit(self, request: Request) -> None:
-        """Render planned images of a request that has been reserved for and prepared."""
+        """Render the planned images of a reserved and prepared request."""
         self._render([image for image in request.images if image.plan])
 
     def render(self, image: Image) -> None:
@@ -110,7 +110,7 @@ class RendererStage:
                     self._undecoded.append(rendering)
 
     def _decode_finished(self) -> None:
-        """Decode finished images, at least one, until they have `DECODED_PIXELS`: many can end in the same step."""
+        """Decode finished images, at least one, until they have `DECODED_PIXELS`: many can end at once."""
         pixels = 0
         while self._undecoded and pixels < DECODED_PIXELS:
             rendering = self._undecoded.popleft()
@@ -118,7 +118,6 @@ class RendererStage:
             self._boundary.run_each([rendering], self._finish_image)
 
     def abort(self, request: Request) -> None:
-        """Free what the request holds."""
         self._images_left.pop(request, None)
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
@@ -132,7 +131,6 @@ class RendererStage:
         return Progress(request, "rendering", steps - steps_left, steps)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if memory leaked."""
         assert all(request in self._boundary.live for request in self._images_left)
         assert self._images_left or (self.is_idle and not len(self.runner.source_kv))
 

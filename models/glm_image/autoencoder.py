@@ -29,13 +29,13 @@ class Autoencoder:
         """Decode normalised latents [channels, H/8, W/8] to [H, W, 3] uint8, on the CPU.
 
         Raises:
-            NonFiniteError: as of latents that are not finite.
+            NonFiniteError: the image is not finite.
         """
         scaled = latents.to(self.vae.dtype) * self._std + self._mean
         image = self.vae.decode(scaled[None], return_dict=False)[0][0].float()  # type: ignore[index]
         is_finite = image.isfinite().all()
         pixels = (image * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
-        if not is_finite:  # read with the pixels: no further wait for the device
+        if not is_finite:  # read with the pixels: no further wait
             raise NonFiniteError("the decoded image is not finite")
         return pixels
 

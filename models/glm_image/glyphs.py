@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.errors import PromptError
 
-# Also in engine/quotes.py, since the API runs without this package; a test compares them.
+# Also in engine/quotes.py: the API runs without this package; a test compares them.
 MAX_GLYPH_TOKENS_PER_STRING = 2048  # the reference cuts longer strings, too
 MAX_GLYPH_TOKENS = 8192
 
@@ -38,7 +38,7 @@ class GlyphEncoder:
 
     @torch.inference_mode()
     def encode_by_batch(self, strings: Sequence[str]) -> Generator[int, None, Tensor]:
-        """Encode as `encode`; yield the padded tokens of every batch after computing it."""
+        """Encode as `encode`; yield the padded tokens of every computed batch."""
         ids = self._ids(strings)
         total = sum(map(len, ids))
         if total > MAX_GLYPH_TOKENS:
@@ -52,7 +52,7 @@ class GlyphEncoder:
         return torch.cat([embeddings[i] for i in ids])
 
     def _ids(self, strings: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return ByT5's tokens, without its names for control tokens: `</s>` in a string is text to draw."""
+        """Return ByT5 tokens, without named control tokens: `</s>` in a string is text to draw."""
         strings = strings or [""]
         # As in training: if their number is even, each has a pad in front.
         front = [self._pad] * ((len(strings) + 1) % 2)
@@ -60,7 +60,6 @@ class GlyphEncoder:
         return [(*front, *(byte + self._offset for byte in text), self._end) for text in texts]
 
     def _encode_batch(self, ids: list[tuple[int, ...]]) -> Sequence[Tensor]:
-        """Return the embeddings of each string."""
         lengths, device = [len(i) for i in ids], self.encoder.device
         longest = max(lengths)
         tokens = torch.tensor([[*i, *[self._pad] * (longest - len(i))] for i in ids], device=device)

@@ -112,7 +112,7 @@ class GlmImage:
         return hashlib.sha256("\n".join(map(fingerprint, parts)).encode()).hexdigest()[:16]
 
     def on_progress(self, beat: Callable[[], object]) -> None:
-        """Call `beat`, instead of the one before, before every layer on a CPU, where one can take seconds.
+        """Call only `beat` before every layer on a CPU, where one can take seconds.
 
         On other devices a call only enqueues work.
         """

@@ -249,7 +249,7 @@ class Renderer(nn.Module):
         return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
 
     def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Generator[int]:
-        """Fill `batch.kv_out`; yield the number of layers after each.
+        """Fill `batch.kv_out`; yield the layers done.
 
         Args:
             x: one sequence of patches, without glyph tokens.

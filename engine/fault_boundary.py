@@ -24,7 +24,7 @@ T = TypeVar("T", bound=Item)
 
 
 class FaultBoundary:
-    """Runs a batch and, if that raises, each item alone: only requests that fail alone end.
+    """Runs a batch and, if that raises, each item alone: only what fails alone ends.
 
     A lost device ends the process. Work must leave items unchanged when it raises.
 

@@ -49,7 +49,6 @@ class QueueBase:
         return ":".join((self._prefix, *parts))
 
     async def ping(self) -> None:
-        """Raise `QueueUnavailable` if Redis does not answer."""
         with redis_errors():
             await self._redis.ping()
 

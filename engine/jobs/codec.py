@@ -51,7 +51,7 @@ def reading(job_id: str) -> Iterator[None]:
 
 
 def decode_record(job_id: str, values: Sequence[Any], position: int | None = None) -> JobRecord | None:
-    """Return the record from the values of `RECORD_FIELDS`."""
+    """Decode the values of `RECORD_FIELDS`."""
     stored = {name: value for name, value in zip(RECORD_FIELDS, values, strict=True) if value is not None}
     if "state" not in stored:
         return None
@@ -89,7 +89,6 @@ def decode_claim(reply: Sequence[Any], planner: str) -> Claim:
 
 
 def encode_plan(plan: Plan, planner: str) -> bytes:
-    """Return a checkpoint, which names its planner."""
     return orjson.dumps(plan.to_dict() | ({"planner": planner} if planner else {}))
 
 

@@ -52,10 +52,10 @@ def find_redis_server() -> Path:
 class EmbeddedRedis:
     """A server with its data in `data_dir`, ready when the constructor returns.
 
-    Acknowledged writes are on disk, readable by this user alone. With `appendfsync everysec` on a slow disk, a killed
-    server loses up to two seconds; with `fsync="no"`, faster, a crash of the machine loses half a minute. On Linux the
-    server ends with the thread that started it: use the main thread. Ctrl-C does not reach it: engines requeue their
-    jobs first.
+    Acknowledged writes are on disk, readable by this user alone. With `appendfsync everysec`, a server killed
+    on a slow disk loses up to two seconds; with `fsync="no"`, faster, a machine crash loses half a minute. On Linux it
+    ends with the thread that started it: use the main thread. Ctrl-C does not reach it: engines requeue their jobs
+    first.
 
     Args:
         wait: False returns at once, for `wait_until_ready` on a thread.
@@ -102,7 +102,6 @@ class EmbeddedRedis:
 
     @property
     def alive(self) -> bool:
-        """Return whether the process runs."""
         return self._process.poll() is None
 
     def answers(self) -> bool:

@@ -89,7 +89,6 @@ class JobEvents:
                 del waiters[job_id]
 
     async def ended(self) -> AsyncIterator[str]:
-        """Yield the ids of ending jobs."""
         self._subscription.start()
         ids: asyncio.Queue[str | None] = asyncio.Queue()
         self._listeners.add(ids)

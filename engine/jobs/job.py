@@ -101,8 +101,8 @@ class JobSpec(_Record):
         num_sources: images to edit, 0..4.
         source_tokens: upper bound of their prompt tokens.
 
-    A field that changes the image and came after these is declared with `field(metadata={"format": N})`, N one above
-    `JOB_FORMAT`: an engine that does not know it leaves the jobs that use it to others.
+    Declare a later field that changes the image with `field(metadata={"format": N})`, N one above `JOB_FORMAT`: engines
+    that do not know it leave its jobs to others.
     """
 
     prompt: str
@@ -249,8 +249,8 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job, for the `runs`-th time. `plans` are checkpoints by image. A `quarantined` job runs alone:
-    an engine died while it ran there."""
+    """The right to run a job for the `runs`-th time. `plans` are checkpoints by image. A `quarantined` job runs alone:
+    an engine died running it."""
 
     job_id: str
     epoch: int

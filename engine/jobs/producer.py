@@ -70,7 +70,7 @@ class JobProducer(QueueBase):
         dry_run: bool = False,
         api_id: str = "",
     ) -> str:
-        """Queue a job. A known id is ignored: a submit without a reply can be repeated.
+        """Queue a job. A known id is ignored: repeat a submit without a reply.
 
         Args:
             ended_notes: replace `notes` when the job ends without a result.
@@ -83,8 +83,8 @@ class JobProducer(QueueBase):
             url_copies: the response stores the images again, to serve them by URL.
             idempotency_key: of one owner. Returns the id of its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
-            dry_run: check everything, queue nothing.
-            api_id: the API process at which a client waits; the job is cancelled when it is gone.
+            dry_run: check, but queue nothing.
+            api_id: the API process whose end cancels the job, because its client waits there.
 
         Raises:
             QueueFull, SourcesFull, ResultsFull, TooManyJobs, TooMuchKept, KeyReused: nothing was queued.
@@ -174,7 +174,6 @@ class JobProducer(QueueBase):
         await self._scripts.run("share_file", data, media_type, id=job_id, token=token)
 
     async def shared_file(self, token: str) -> tuple[bytes, str] | None:
-        """Return a shared file and its media type."""
         with redis_errors():
             stored: list[Any] = await self._redis.hmget(self.key("file", token), ["data", "type"])
         data, media_type = stored

@@ -38,7 +38,7 @@ class TracingError(StartError):
 
 
 class Span:
-    """A span in progress, to which finished ones can be added.
+    """A span in progress, which finished ones can join.
 
     Times are monotonic seconds; with one offset, clock changes cannot reorder them.
 
@@ -108,7 +108,6 @@ class Tracing:
         self._tracer = (provider or trace.NoOpTracerProvider()).get_tracer("glimmer")
 
     def request(self, method: str, traceparent: str) -> Span:
-        """Start an HTTP request's span."""
         if self._provider is None:
             traceparent = ""  # no-op spans would forward it
         return Span(self._tracer, method, traceparent, {"http.request.method": method}, SpanKind.SERVER)

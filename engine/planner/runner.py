@@ -1,4 +1,4 @@
-"""Build the planner's tensors and run it on what the scheduler has picked.
+"""Build the planner's tensors and run what the scheduler picks.
 
 Tokens stay on the device; the host reads a plan when it is complete.
 """
@@ -104,7 +104,7 @@ class PlannerRunner:
         """Return a plan's tokens, undefined from `written` on. Waits for the device.
 
         Raises:
-            NonFiniteError: some token had no finite scores, from which any code would be sampled.
+            NonFiniteError: scores were not finite: any code could have been sampled.
         """
         tokens = self._tokens[sequence.buffer_index, : sequence.total].tolist()
         if not self._is_finite[sequence.buffer_index]:
@@ -183,7 +183,7 @@ class PlannerRunner:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set the number of torch's threads; None leaves it as it is. Costs less than a microsecond."""
+    """Set the number of torch threads, unless None. Costs less than a microsecond."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""Sampling of image codes: a pure function of a row, independent of the batch, without reads from the device."""
+"""Sample image codes: a pure function of a row, not its batch, without reads from the device."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Decides what is prefilled and decoded.
 
-A plan's length is known, so admission reserves all its memory: nothing is preempted or recomputed.
+A plan's length is known, so admission reserves its memory: nothing is preempted or recomputed.
 """
 
 from collections import deque
@@ -109,12 +109,12 @@ class PlannerScheduler:
 
     @property
     def steps_left(self) -> int:
-        """Return the steps that all admitted plans still take."""
+        """Return the steps left for all admitted plans."""
         left = [sequence.total - sequence.written for sequence in self.sequences]
         return max(max(left, default=0), -(-sum(left) // self.decode_limit.current))
 
     def sequences_with_new_preview(self) -> list[Sequence]:
-        """Return sequences whose preview is wanted, written and not yet set."""
+        """Return sequences whose preview is wanted and written but not set."""
         return [s for s in self._decode if s.request.spec.partial_images and s.image.preview is None and s.has_preview]
 
     def completed_sequences(self) -> list[Sequence]:

@@ -1,4 +1,4 @@
-"""Build the renderer's tensors and run it on what the scheduler has picked."""
+"""Build the renderer's tensors and run what the scheduler picks."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -123,7 +123,6 @@ class RendererRunner:
             rendering.step += 1
 
     def padding(self, tokens: int) -> int:
-        """Return the padding of packed tokens."""
         return padded(tokens, self.tile_height) - tokens
 
     @torch.inference_mode()

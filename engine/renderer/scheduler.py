@@ -16,9 +16,7 @@ class Work(Protocol):
     """An image being rendered."""
 
     @property
-    def tokens(self) -> int:
-        """Return the packed tokens of a step."""
-        ...
+    def tokens(self) -> int: ...
 
     @property
     def steps_left(self) -> int: ...
@@ -62,7 +60,6 @@ class RenderScheduler(Generic[W]):
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the time for all remaining steps."""
         return sum(entry.remaining for entry in self._entries) * (self._seconds_per_token.value or 0.0)
 
     def add(self, work: W) -> None:

@@ -45,7 +45,6 @@ class SourceKVCache:
         self._by_request[request] = source_kv
 
     def release(self, request: Request) -> None:
-        """Free a request's keys and values."""
         self._by_request.pop(request, None)
 
     def _read(self, source: EncodedImage, kv_out: Tensor) -> Generator[int]:

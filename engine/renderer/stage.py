@@ -80,7 +80,6 @@ class RendererStage:
         self._render([image])
 
     def render_preview(self, image: Image) -> None:
-        """Render an image's preview."""
         self.scheduler.add(self.runner.prepare_preview(image))
 
     def step(self) -> None:

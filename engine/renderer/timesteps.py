@@ -27,7 +27,7 @@ def schedule(scheduler: FlowMatchEulerDiscreteScheduler, geometry: Geometry, ste
 
 
 def partial_steps(steps: int, count: int) -> list[int]:
-    """Return the numbers of steps, at most `count`, after which a partial image is sent; evenly spaced."""
+    """Return at most `count` evenly spaced steps after which a partial image is sent."""
     return sorted({steps * (index + 1) // (count + 1) for index in range(count)} - {0, steps})
 
 

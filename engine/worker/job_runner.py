@@ -48,7 +48,7 @@ class RunningJob:
 
     @property
     def source_tokens(self) -> int:
-        """Return the source images' tokens: a bound until they are preprocessed."""
+        """Return the source tokens: a bound until preprocessing."""
         return self.request.source_tokens or self.claim.spec.source_tokens
 
     @property
@@ -57,12 +57,12 @@ class RunningJob:
 
 
 class JobRunner:
-    """Runs claimed jobs, each in one call of `run`, so that a failure ends only its job.
+    """Runs each claimed job in one call of `run`: a failure ends only that job.
 
     Args:
         stopping: ends retries.
         wake_engine: called after a submit.
-        capacity_changed: called when a job's exact memory is known.
+        capacity_changed: called when exact memory is known.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""The engine. This file imports no torch: the API imports from the package."""
+"""The engine. No torch here: the API imports the package."""

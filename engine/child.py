@@ -1,5 +1,3 @@
-"""Child processes that end with their parent."""
-
 import os
 import signal
 import sys

@@ -48,7 +48,7 @@ def take_from_device(device: torch.device, size: int) -> None:
     """Move `size` bytes of a CUDA device, if free, to torch's cache: other processes cannot take them."""
     if device.type == "cuda":
         with suppress(torch.OutOfMemoryError):
-            torch.empty(size, dtype=torch.uint8, device=device)  # its memory stays in the cache
+            torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def host_memory() -> int:

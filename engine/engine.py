@@ -6,7 +6,7 @@ One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`:
     _admit     in order of arrival: reserve all memory a request needs
     _prepare   encode a source image, and glyphs
     _plan      planner stage: prefill prompts, write every plan one token further
-    _render    renderer stage: one denoising step of a batch of images, decode finished ones
+    _render    renderer stage: one denoising step of a batch, decode finished images
     _report    progress
 
 Neither Redis nor HTTP is needed:
@@ -40,8 +40,6 @@ PLANNING_MARGIN = 1.5  # each stage is slower while both work
 
 
 class Engine:
-    """Both stages over one model."""
-
     def __init__(self, model: GlmImage, limits: EngineLimits | None = None, metrics: EngineMetrics | None = None):
         self.model = model
         self.limits = limits = limits or EngineLimits.choose(model)
@@ -151,7 +149,7 @@ class Engine:
     def _plan(self) -> None:
         """Do one planner step, or as many as a renderer step takes if plans are needed soon.
 
-        Running further ahead makes planner batches small, and a step costs almost the same for 1 sequence as for 16.
+        Running further ahead makes batches small, and a step costs almost as much for 1 sequence as for 16.
         """
         until = time.monotonic() + self.renderer.tick_seconds
         while not self.planner.is_idle:

@@ -14,8 +14,6 @@ PROCESS_ENDS = (KeyboardInterrupt, SystemExit)
 
 
 class Item(Protocol):
-    """Part of a request."""
-
     @property
     def request(self) -> Request: ...
 

@@ -15,7 +15,7 @@ CUDA_SOURCE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Bounds of everything that takes an engine's memory.
+    """Bounds of everything that takes engine memory.
 
     Args:
         max_images: in flight.

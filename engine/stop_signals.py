@@ -1,5 +1,3 @@
-"""Stop signals of a process, and an event loop that ends without waiting for threads."""
-
 import asyncio
 import os
 import signal

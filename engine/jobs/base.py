@@ -1,4 +1,4 @@
-"""What both sides of the job queue share. A job may run more than once, but ends once."""
+"""What both sides of the job queue share."""
 
 from collections.abc import AsyncIterator
 
@@ -58,7 +58,7 @@ class QueueBase:
         await self._wake_ups.close()
 
     def ended(self) -> AsyncIterator[str]:
-        """Yield the ids of jobs that end; misses some while the connection is broken."""
+        """Yield the ids of jobs that end; misses some while disconnected."""
         return self.events.ended()
 
     async def expire(self, job_id: str) -> bool:

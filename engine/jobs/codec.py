@@ -169,7 +169,6 @@ def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
 
 
 def encode_result(result: JobResult) -> list[str | bytes]:
-    """Return the hash's fields and values in turn."""
     meta = {
         "images": [{"seed": image.seed, "plan": image.plan} for image in result.images],
         "prompt_tokens": result.prompt_tokens,

@@ -1,5 +1,3 @@
-"""Connecting to Redis and mapping its errors."""
-
 import asyncio
 import logging
 import math
@@ -102,7 +100,7 @@ def _report(kind: str, error: Exception, level: int) -> None:
 
 
 async def retry_while_away(call: Callable[[], Awaitable[T]], outage_timeout_s: float) -> T:
-    """Await a call, repeated while Redis is away for up to `outage_timeout_s`."""
+    """Await a call; repeat it for `outage_timeout_s` while Redis is away."""
     give_up_at = time.monotonic() + outage_timeout_s
     while True:
         try:

@@ -123,7 +123,6 @@ class JobConsumer(QueueBase):
         return await self._write("commit", claim, *encode_result(result))
 
     async def fail(self, claim: Claim, error: JobError) -> bool:
-        """End the job as failed."""
         return await self._write("fail", claim, orjson.dumps(error.to_dict()))
 
     async def requeue(self, consumer: str, claim: Claim) -> bool:
@@ -145,7 +144,6 @@ class JobConsumer(QueueBase):
         )
 
     async def deregister(self, engine_id: str) -> None:
-        """Delete the heartbeat."""
         with redis_errors():
             await self._redis.delete(self.key("engine", engine_id))
 

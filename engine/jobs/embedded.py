@@ -71,7 +71,7 @@ class EmbeddedRedis:
             self._data_dir = Path(data_dir).resolve()
             make_private(self._data_dir)
             self._lock = _lock(self._data_dir / "redis.lock")
-        except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+        except (OSError, RuntimeError) as error:  # of a loop of links
             raise QueueUnavailable(
                 f"cannot use the data folder {data_dir} ({getattr(error, 'strerror', None) or error}); choose another "
                 "with --data-dir or GLIMMER_DATA_DIR"

@@ -1,5 +1,3 @@
-"""Waiting for the end of a job, and following every change."""
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator

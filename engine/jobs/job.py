@@ -136,22 +136,20 @@ class JobSpec(_Record):
         return Geometry(self.width, self.height)
 
     def ended(self) -> dict[str, Any]:
-        """Return what a record keeps after the end: neither texts nor plan."""
+        """Return what an ended record keeps: neither texts nor plan."""
         return self.to_dict() | {"prompt": "", "negative_prompt": "", "plan": None}
 
     @property
     def pixel_steps(self) -> int:
-        """Return the work that limits and the turns of batch jobs count."""
+        """Return the work, for limits and turns of batch jobs."""
         return self.width * self.height * self.num_inference_steps * self.n
 
     @property
     def plan_tokens(self) -> int:
-        """Return the tokens of all images."""
         return 0 if self.plan else self.n * self.image_plan_tokens
 
     @property
     def grids(self) -> list[Grid]:
-        """Return an image's grids in order."""
         geometry = self.geometry
         return [geometry.plan] if self.num_sources else [geometry.preview, geometry.plan]
 
@@ -161,7 +159,7 @@ class JobSpec(_Record):
 
     @property
     def prompt_tokens_bound(self) -> int:
-        """Return an upper bound, capped so that too long a prompt is refused without waiting for an idle engine."""
+        """Return an upper bound, capped: too long a prompt is refused without waiting for an idle engine."""
         return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64 + self.source_tokens
 
 
@@ -221,7 +219,7 @@ class PartialImage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job leaves. `prompt_tokens` include `source_tokens`."""
+    """`prompt_tokens` include `source_tokens`."""
 
     images: list[ImageResult]
     prompt_tokens: int
@@ -231,7 +229,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job as Redis has it now. `position` counts the queued jobs before it."""
+    """A job as Redis has it. `position` counts the queued jobs before it."""
 
     id: str
     state: JobState
@@ -279,7 +277,7 @@ ENGINE_STATES = ("starting", "ready", "draining", "stuck")
 
 @dataclass(frozen=True)
 class EngineInfo(_Record):
-    """An engine's heartbeat. Defaults are for engines of an older version."""
+    """An engine's heartbeat; defaults are for older engines."""
 
     id: str
     pid: int
@@ -292,7 +290,7 @@ class EngineInfo(_Record):
     images_running: int = 0
     default_steps: int = JobSpec.num_inference_steps  # without steps and quality in the request
     default_guidance: float = JobSpec.guidance_scale
-    fingerprint: str = ""  # of the model; the same in all engines of a queue
+    fingerprint: str = ""  # of the model; the same throughout a queue
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Logs: one line per event. Events hold ids and sizes, never prompts or images."""
+"""One line per event: ids and sizes, never prompts or images."""
 
 import json
 import logging

@@ -1,6 +1,6 @@
 """Build the planner's tensors and run what the scheduler picks.
 
-Tokens stay on the device; the host reads a plan when it is complete.
+Tokens stay on the device; the host reads complete plans.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedK
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_positions
 
 DECODE_TILE_HEIGHT = 16  # on CPU
-SMALL_TILE_HEIGHTS = (4, 8)  # for fewer sequences, where no bit of the result changes
+SMALL_TILE_HEIGHTS = (4, 8)  # for fewer sequences, if no bit changes
 PREFILL_TILE_HEIGHT = 128
 ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would wait for each other longer than they compute
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # on other devices, so that each can be captured as one graph
@@ -150,7 +150,7 @@ class PlannerRunner:
     def _invariant_tile_heights(self) -> list[int]:
         """Return the `SMALL_TILE_HEIGHTS` that give every row the same bits as `DECODE_TILE_HEIGHT`.
 
-        One try with any tokens is enough: kernels depend on shapes alone, and attention runs per sequence.
+        One try with any tokens suffices: kernels depend on shapes alone, and attention runs per sequence.
         """
         config = self.model.config
         tokens = torch.arange(DECODE_TILE_HEIGHT) % config.vocab_size

@@ -117,7 +117,6 @@ class PlannerStage:
         self.scheduler.abort(request)
 
     def progress(self, request: Request) -> Progress:
-        """Count plan tokens."""
         tokens = request.spec.image_plan_tokens
         written = sum(tokens for image in request.images if image.plan)
         written += sum(s.written for s in self.scheduler.sequences if s.request is request)

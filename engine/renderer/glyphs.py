@@ -14,7 +14,7 @@ MAX_CACHED_TOKENS = 16384  # 128 MB of the published model's
 
 
 class GlyphCache:
-    """Holds glyph tokens [g, dim], projected: of running requests, and the last used ones for further requests."""
+    """Holds projected glyph tokens [g, dim] of running requests, and the last used for further ones."""
 
     def __init__(self, model: GlmImage):
         self._model = model

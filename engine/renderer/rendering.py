@@ -1,5 +1,3 @@
-"""The state of an image or preview while it is rendered."""
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,13 +9,13 @@ from engine.request import Image, Request
 
 @dataclass(eq=False)
 class Rendering:
-    """What all steps of an image share (filled by `RendererRunner.prepare`), and how far it is."""
+    """What the steps of an image or preview share (filled by `RendererRunner.prepare`), and its progress."""
 
     image: Image
     geometry: Geometry  # of the canvas
     grid: TokenGrid
     is_preview: bool
-    partial_after: list[int]  # steps after which a partial image is due
+    partial_after: list[int]  # numbers of steps
     latents: Tensor  # [patches, P] float32, replaced by every step
     plan: Tensor  # [patches, dim], embedded
     glyphs: Tensor  # [g, dim] of the conditional branch

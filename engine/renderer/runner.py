@@ -33,8 +33,6 @@ class PackedRenderings:
 
 
 class RendererRunner:
-    """Prepares images, advances sets of them by one step, decodes the finished ones."""
-
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer
         self.tile_height = choose_tile_height(TILE_HEIGHT, model.device)

@@ -87,7 +87,6 @@ class RenderScheduler(Generic[W]):
         return [entry.work for entry in picked]
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Record a tick's duration."""
         self._seconds_per_token.add(seconds / tokens)
 
     def _rank(self, entry: _Entry[W], now: float) -> tuple[bool, float]:

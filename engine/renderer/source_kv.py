@@ -1,5 +1,3 @@
-"""Keys and values of source images, shared by a request's images; `EngineLimits.source_patches` bounds them."""
-
 from collections.abc import Generator
 
 import torch
@@ -15,7 +13,7 @@ from models.glm_image.source_images import EncodedImage
 
 
 class SourceKVCache:
-    """Holds [layers, 2, heads, S, D] by request."""
+    """Holds source keys and values [layers, 2, heads, S, D] by request; `EngineLimits.source_patches` bounds them."""
 
     def __init__(self, model: GlmImage, tile_height: int | None, temb_tile_height: int | None):
         self._renderer, self._device, self._dtype = model.renderer, model.device, model.dtype

@@ -124,7 +124,6 @@ class RendererStage:
         self.runner.release(request)
 
     def progress(self, request: Request) -> Progress:
-        """Count denoising steps."""
         steps_left = sum(r.steps_left for r in self.scheduler if r.request is request and not r.is_preview)
         steps = request.spec.num_inference_steps * request.spec.n
         return Progress(request, "rendering", steps - steps_left, steps)

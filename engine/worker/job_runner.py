@@ -21,7 +21,7 @@ from engine.worker.job_errors import to_job_error
 from engine.worker.plan_cache import PlanCache
 
 REDIS_RETRY_S = 0.3
-MAX_WRITE_ATTEMPTS = 10  # while small ones succeed
+MAX_WRITE_ATTEMPTS = 10
 
 logger = logging.getLogger("glimmer.engine")
 T = TypeVar("T")
@@ -34,8 +34,6 @@ class Lost:
 
 @dataclass(eq=False)
 class RunningJob:
-    """A claimed job and its results."""
-
     claim: Claim
     request: Request
     span: Span
@@ -44,7 +42,7 @@ class RunningJob:
     results: dict[int, asyncio.Task[ImageResult]] = field(default_factory=dict)
     partials: list[asyncio.Task[None]] = field(default_factory=list)
     progress: dict[str, str | int] = field(default_factory=dict)  # last reported
-    error_code: str | None = None  # filled when it fails
+    error_code: str | None = None
 
     @property
     def source_tokens(self) -> int:

@@ -59,7 +59,6 @@ class EngineStatus:
         self._failed = False
 
     async def keep(self) -> None:
-        """Write until cancelled."""
         while True:
             try:
                 self.write()

@@ -95,7 +95,7 @@ class Worker:
         return "stuck" if self._watchdog.is_stuck else "draining" if self._draining.is_set() else "ready"
 
     def drain(self) -> None:
-        """Stop claiming; `run` returns after the running jobs or the grace period. A second call ends that period."""
+        """Stop claiming; `run` returns after the running jobs or the grace period, which a second call ends."""
         event(logger, "draining", jobs=len(self._jobs))
         if self._draining.is_set():
             self._hand_back.set()

@@ -1,4 +1,4 @@
-"""What the death of an engine says about the jobs it ran."""
+"""Whether its jobs may have caused an engine's death."""
 
 import signal
 from pathlib import Path
@@ -10,10 +10,8 @@ _OTHERS_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signa
 
 
 class OomKills:
-    """Tells whether the kernel may have killed a process for want of memory since this object was made.
-
-    Counters of the whole machine and of this process's memory cgroup (version 2 or 1), in which its children run: one
-    that has not risen rules it out.
+    """OOM kills since this object was made, by the counters of the machine and of this process's memory cgroup (version
+    2 or 1), in which its children run.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -21,7 +19,7 @@ class OomKills:
         self._before = [_oom_kills(path) for path in self._files]
 
     def may_have_risen(self) -> bool:
-        """Return False if a counter proves that there was none."""
+        """Return False if a counter rules it out."""
         after = [_oom_kills(path) for path in self._files]
         return not any(a is not None and a == b for a, b in zip(after, self._before, strict=True))
 
@@ -36,7 +34,7 @@ def death_is_evidence(code: int, *, may_be_oom: bool, killed_by_us: bool = False
 
 
 def _cgroup_files(root: Path) -> list[Path]:
-    """Return the file that counts the OOM kills of this process's memory cgroup, if it can be found."""
+    """Return the cgroup's file of counters, if found."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,5 +1,3 @@
-"""A request with its response."""
-
 import re
 import urllib.parse
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ from server.errors import ApiError
 from server.processes.http_errors import Refused, malformed
 from server.processes.http_pace import Transfers
 
-# RFC 3986. Starlette would take any other for a part of the URL.
+# RFC 3986. Starlette would read others as parts of the URL.
 _HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 
 
@@ -67,7 +65,7 @@ class Exchange(RequestResponseCycle):
 
 
 def target(url: bytes, headers: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:
-    """Return the path and the query of an ASGI scope; raise `Refused` if they or the host could be read in two ways."""
+    """Return path and query of an ASGI scope; raise `Refused` if they or the host are ambiguous."""
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (hosts and not _HOST.fullmatch(hosts[0])):
         raise Refused(malformed("The Host header must name one host, with or without a port."))

@@ -1,4 +1,4 @@
-"""Limits of connections, and the sweep that ends what is late."""
+"""Limits of connections, and the sweep that enforces them."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from typing import Protocol
 from engine.observability.logs import event
 
 MAX_HEAD_BYTES = 64 * 1024  # request line, headers and trailers; chunk extensions between two bytes of a body
-MAX_HEADERS = 256  # each costs some 200 bytes, however short it is
+MAX_HEADERS = 256  # some 200 bytes each, however short
 MAX_URL_BYTES = 8 * 1024
 MAX_PIPELINED = 16  # requests, and
 MAX_PIPELINED_BYTES = 64 * 1024  # that are kept while the response before them is in progress
@@ -18,7 +18,7 @@ HEAD_READ_BYTES, BODY_READ_BYTES = 16 * 1024, 64 * 1024  # at once; what is refu
 
 MIN_BYTES_PER_S = 1024  # of a body or a response; the slowest mobile networks have ten times as much
 
-MAX_CONNECTIONS = 4096  # an idle one costs about 10 kB, one with half a head up to 100 kB
+MAX_CONNECTIONS = 4096  # about 10 kB each, up to 100 kB with half a head
 MAX_BACKLOG = 2048
 _UNLIMITED_FILES = 1 << 16
 
@@ -34,8 +34,8 @@ class HttpLimits:
         body_s: without progress of a body that the app reads.
         response_s: without progress of a response. A slow client's window opens in steps of up to 64 KiB.
         linger_s: for the rest of a body after its response, and for what follows a refusal.
-        connections: when there are more, those without a request in progress are closed, the longest waiting first.
-        sweep_s: between two looks at all connections, which is cheaper than a timer for each.
+        connections: above it, those without a request in progress are closed, the longest waiting first.
+        sweep_s: between checks of all connections; cheaper than a timer each.
     """
 
     head_s: float = 20.0
@@ -58,9 +58,9 @@ def raise_file_limit() -> int:
 
 
 def share_files(files: int) -> tuple[int, int]:
-    """Return how many connections, and how many more in the backlog, fit into a limit of open files.
+    """Divide a limit of open files into connections and backlog.
 
-    asyncio accepts a whole backlog before the first of its connections can be refused. A quarter is left for Redis.
+    asyncio accepts a whole backlog before any of it can be refused. A quarter is left for Redis.
     """
     return min(MAX_CONNECTIONS, files // 2), min(MAX_BACKLOG, files // 4)
 
@@ -76,7 +76,7 @@ class Connection(Protocol):
 
 
 class ConnectionTable:
-    """All connections of a server, and in which order those without a request in progress began to wait."""
+    """All connections of a server; those without a request in progress in order of waiting."""
 
     def __init__(self, limits: HttpLimits) -> None:
         self.limits = limits
@@ -86,7 +86,7 @@ class ConnectionTable:
         self._sweeper: asyncio.TimerHandle | None = None
 
     def add(self, connection: Connection) -> bool:
-        """Add a connection that waits for a request; return False if it has to be refused: all others are busy."""
+        """Add a waiting connection; return False to refuse it if all others are busy."""
         self._open.add(connection)
         if self._sweeper is None:
             self._schedule()

@@ -1,4 +1,4 @@
-"""Whether the body and the response of a connection make progress."""
+"""Progress of bodies and responses."""
 
 import asyncio
 import fcntl
@@ -49,7 +49,7 @@ class Transfers:
         return self._body.is_late(now)
 
     def is_response_late(self, now: float, transport: asyncio.Transport) -> bool:
-        """Return whether the client does not take what waits for it; called regularly."""
+        """Return whether the client stalls; called regularly."""
         unsent = transport.get_write_buffer_size()
         if not unsent:
             self._taken = None

@@ -1,7 +1,7 @@
 """HTTP/1.1 on one connection: uvicorn's protocol, with limits, pipelining and errors in JSON.
 
-An offered upgrade is ignored. A disconnect is seen whatever else the client has sent: reading stops only while the body
-of the request in progress waits for the app.
+Offered upgrades are ignored. To see disconnects, reading stops only while the body of the request in progress waits
+for the app.
 """
 
 import asyncio
@@ -63,8 +63,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._unanswered: deque[Exchange] = deque()  # the first is in progress, the others are pipelined
         self._part = _Part.NONE
         self._head_bytes = 0
-        self._quiet_bytes = 0  # received since the last byte of a body or the last end of a request
-        self._ahead_bytes = 0  # received since the request in progress was complete
+        self._quiet_bytes = 0  # since the last byte of a body or end of a request
+        self._ahead_bytes = 0  # since the request in progress was complete
         self._is_dropping = False  # parses no further; reads on, to see the disconnect
         self._last_error: ApiError | None = None  # the response after the last one
         self._deadline = 0.0  # while no request is in progress
@@ -97,7 +97,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def check(self, now: float) -> None:
-        """End what is late; a closing connection, too, which stays until the client has taken its response."""
+        """End what is late, also a closing connection whose client does not take the response."""
         if self._transfers.is_response_late(now, self.transport):
             event(logger, "response_not_read", bytes=self.transport.get_write_buffer_size())
             self.transport.abort()
@@ -137,7 +137,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self._fail(head_too_large())
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        """Parse the head again, without the offer: the parser would take the body for another protocol."""
+        """Parse the head again without the offer: the parser would read no body."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
@@ -229,7 +229,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's, of one call
 
     def _fail(self, error: ApiError | None) -> None:
-        """Parse no further. The error, if any, is the response to the request that is not complete."""
+        """Parse no further. The error, if any, is the response to the incomplete request."""
         self._is_dropping = True
         self.flow.resume_reading()
         if not self._unanswered:

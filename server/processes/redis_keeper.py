@@ -1,5 +1,3 @@
-"""Restarting the embedded Redis."""
-
 import asyncio
 import logging
 
@@ -13,7 +11,7 @@ logger = logging.getLogger("glimmer.serve")
 
 
 async def keep_alive(redis: EmbeddedRedis, backoff: Backoff = Backoff(initial=0.5)) -> None:
-    """Restart Redis whenever it dies, without waiting until it has loaded: its data is on disk, clients reconnect."""
+    """Restart Redis whenever it dies. Do not wait until it has loaded: its data is on disk, clients reconnect."""
     clock = asyncio.get_running_loop().time
     delay, deaths, started_at, loading = 0.0, 0, clock(), False
     while True:

@@ -1,5 +1,3 @@
-"""The app under uvicorn, with a drain."""
-
 import asyncio
 import logging
 import math
@@ -21,7 +19,7 @@ from server.processes.allocator import return_large_allocations
 from server.processes.http_limits import HttpLimits, raise_file_limit, share_files
 from server.processes.http_protocol import http_protocol
 
-# Longer than clients keep idle connections (httpx 5 s, nginx and cloud balancers 60 s): a request sent as the server
+# Longer than clients do (httpx 5 s, nginx and cloud balancers 60 s): a request sent as the server
 # closes one is lost.
 KEEP_ALIVE_S = 75
 LAST_BYTES_S = 5  # for slow clients when the drain ends
@@ -45,7 +43,7 @@ def listen(host: str, port: int) -> socket.socket:
         # Inherited by connections: else a small body waits 40 ms for the acknowledgement of the headers. asyncio sets
         # it only on its own sockets.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Ethernet's: from the same machine, with segments of 64 KiB, the kernels take 4 MB more than is read.
+        # Ethernet's: with a local client's segments of 64 KiB, kernels take 4 MB more than is read.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
         return listener
     except (OSError, ValueError, OverflowError) as error:  # a name that cannot be encoded is a ValueError
@@ -55,7 +53,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Return the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -63,7 +60,7 @@ def url_of(listener: socket.socket) -> str:
 class DrainingServer(uvicorn.Server):
     """The app under uvicorn; `drain` ends it in order, `hurry` at once.
 
-    `drained` is set when requests need no engine any more. Signals are for `StopSignals`, not for uvicorn.
+    `drained` is set when requests need no engine any more.
 
     Args:
         drain_delay_s: how long a draining server accepts requests; at most half of `grace_s` counts.
@@ -136,11 +133,10 @@ class DrainingServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Leave the signals alone."""
+        """Leave signals to `StopSignals`."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to serve."""
         await super().startup(sockets)
         self.on_start()
 

@@ -1,4 +1,4 @@
-"""Restarts dead engines and requeues their jobs at once, before the leases end."""
+"""Restarting dead engines and requeuing their jobs before the leases end."""
 
 import asyncio
 import logging
@@ -63,15 +63,15 @@ class Supervisor:
     async def stop(self, grace_s: float, hurried: asyncio.Event | None = None) -> None:
         """Stop every engine; return when their jobs are free.
 
-        SIGTERM drains; after `grace_s`, or when `hurried` is set, another makes them requeue their jobs, `HAND_BACK_S`
-        later SIGKILL.
+        SIGTERM drains; another, after `grace_s` or `hurried`, makes them requeue their jobs; SIGKILL follows after
+        `HAND_BACK_S`.
         """
         self._stopping.set()
         self._signal(signal.SIGTERM)
         if await self._all_ended(grace_s, hurried):
             return
         for _ in range(round(HAND_BACK_S / _SIGTERM_INTERVAL_S)):
-            self._signal(signal.SIGTERM)  # again and again: two that arrive at once count as one
+            self._signal(signal.SIGTERM)  # repeated: two that arrive at once count as one
             if await self._all_ended(_SIGTERM_INTERVAL_S):
                 return
         event(logger, "engines_killed", logging.WARNING, count=self._alive, grace_s=grace_s)
@@ -89,7 +89,7 @@ class Supervisor:
                 process.send_signal(sig)
 
     async def _all_ended(self, timeout_s: float, hurried: asyncio.Event | None = None) -> bool:
-        """Return whether all engines end and their jobs are requeued in time and before `hurried` is set."""
+        """Return whether all engines end and their jobs are requeued before the timeout and `hurried`."""
         ends = [*(asyncio.ensure_future(process.wait()) for process in self._processes.values()), *self._keepers]
         if not ends:
             return True
@@ -138,7 +138,7 @@ class Supervisor:
 
     async def _start(self, index: int, engine_id: str) -> Process:
         return await asyncio.create_subprocess_exec(
-            # An engine must not outlive this process: it would hold a GPU for nothing.
+            # A surviving engine would hold a GPU for nothing.
             *die_with_parent([*self._command, "--engine-id", engine_id], signal.SIGKILL),
             env=dict(self._environments[index]),
             # Ctrl+C is for this process alone: engines finish.
@@ -150,7 +150,7 @@ class Supervisor:
         try:
             jobs = await with_redis_timeout(self._queue.requeue_all(engine_id, blame=blame))
             await with_redis_timeout(self._queue.deregister(engine_id))
-        except Exception as error:  # whatever it is, the engine is to be started again
+        except Exception as error:  # the engine must be restarted all the same
             event(logger, "jobs_not_requeued", logging.WARNING, engine=engine_id, reason=error)
             return
         if jobs:

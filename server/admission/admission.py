@@ -1,5 +1,3 @@
-"""Submitting jobs within the limits of queue and caller."""
-
 import asyncio
 import hashlib
 import uuid
@@ -30,13 +28,13 @@ _SOURCES_FULL = "The images of queued edits take all the memory reserved for the
 
 @dataclass(frozen=True)
 class Idempotency:
-    """An `Idempotency-Key`, and a hash of the only request that it may come with."""
+    """An `Idempotency-Key` and the hash of its request."""
 
     key: str
     fingerprint: str
 
     def scoped(self, caller: Caller) -> str:
-        """Return the key in Redis; each caller has its own keys."""
+        """Return the key in Redis, one per caller."""
         return hashlib.sha256(f"{caller.owner}\0{self.key}".encode()).hexdigest()
 
 
@@ -49,7 +47,7 @@ class Admitted:
 
 
 class Admission:
-    """Submits the jobs of requests.
+    """Submits jobs within the limits of queue and caller.
 
     A request calls `find_by_idempotency_key`, which is free; `check_room`, before anything expensive; `charge`;
     `top_up` once its size is known; `submit`, or `refund` if it does not get there. Methods raise `QueueUnavailable`.
@@ -73,7 +71,7 @@ class Admission:
         self.throughput = Throughput()
 
     async def check_room(self, caller: Caller, idempotency: Idempotency | None, *, has_sources: bool) -> str | None:
-        """Raise as `submit` would now; return the job of a request with the same key that came meanwhile."""
+        """Raise as `submit` would now; return the job of a concurrent request with the same key."""
         job_id = _new_id()
         try:
             found = await self._enqueue(
@@ -131,11 +129,11 @@ class Admission:
     ) -> Admitted:
         """Queue the job of the charged caller atomically.
 
-        If Redis does not respond, the job may be queued all the same. It is discarded, then refunded, except with an
-        idempotency key: other requests may find it, free of charge.
+        If Redis does not respond, the job may still be queued. It is discarded, then refunded, except with an
+        idempotency key, by which other requests may find it free of charge.
 
         Args:
-            waits: the client gets the result over this connection only, so the job ends with this process.
+            waits: only this connection brings the client the result: the job ends with this process.
 
         Raises:
             ApiError: 429 at a limit; 503 without memory in Redis; 422 as `find_by_idempotency_key`.

@@ -1,5 +1,3 @@
-"""Which engines accept work."""
-
 from engine.jobs.job import EngineInfo
 from server.errors import ENGINE_RETRY_S, unavailable
 
@@ -23,7 +21,6 @@ def require_ready(engines: list[EngineInfo]) -> EngineInfo:
 
 
 def not_ready_reason(engines: list[EngineInfo]) -> str:
-    """Return why none of `engines` is ready."""
     if not engines:
         return "No engine is running."
     states = sorted({engine.state for engine in engines})

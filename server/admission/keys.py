@@ -6,8 +6,7 @@ The file of `--api-keys` is TOML, one table per key, which `glimmer key NAME` pr
     sha256 = "..."
     max_concurrent = 4  # limits are optional
 
-Plain SHA-256 is enough: a random token of 256 bits cannot be guessed, and a slow hash would slow every request, which
-is compared with all keys.
+Plain SHA-256 is enough: random tokens of 256 bits cannot be guessed. A slow hash would slow every request.
 """
 
 import asyncio
@@ -33,8 +32,8 @@ from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # part of Redis keys
 POLL_INTERVAL_S = 0.5
-SETTLE_S = 2.0  # a change counts when the file has stayed the same for so long
-CUT_OFF_S = 10.0  # if it takes keys or limits away, as a file that is half written does
+SETTLE_S = 2.0  # a changed file counts once unchanged for so long
+CUT_OFF_S = 10.0  # if it lacks keys or limits, as one half written does
 START_INTERVAL_S, START_LOOKS = 1.0, 5
 MAX_FILE_BYTES = 4 * 2**20
 
@@ -87,7 +86,6 @@ _ACCEPTED = {
 
 
 def new_key() -> str:
-    """Return a random key."""
     return f"glm-{secrets.token_urlsafe(32)}"
 
 
@@ -137,8 +135,8 @@ def _read_table(name: str, table: object) -> tuple[bytes, Caller]:
 class KeyRing:
     """The known keys; a `KeyFileError` if the file is invalid at the start.
 
-    `watch` follows the file. A version counts when it is complete: valid, and unchanged for some seconds while somebody
-    may be writing it. Until then the old keys stay in force.
+    `watch` follows the file. A version counts once it is valid and has been unchanged for some seconds; until then the
+    old keys stay in force.
     """
 
     def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -201,7 +199,7 @@ class KeyRing:
 
 
 def _may_be_cut_off(callers: dict[bytes, Caller], text: str, old: dict[bytes, Caller]) -> bool:
-    """Return whether a file that is still being written could look so: it takes keys or limits away."""
+    """Return whether keys or limits are missing, as in a file that is still being written."""
     before = {caller.owner: caller for caller in old.values()}
     after = {caller.owner: caller for caller in callers.values()}
     if not text.endswith("\n") or not callers or not before.keys() <= after.keys():
@@ -218,7 +216,7 @@ def _loses_a_limit(old: Caller, new: Caller) -> bool:
 
 
 def _settled_version(path: Path) -> object:
-    """Return the file's version; wait up to some seconds while it is being written."""
+    """Return the file's version; wait some seconds while it is being written."""
     version = _version_of(path)
     for _ in range(START_LOOKS):
         status = path.stat() if version else None
@@ -240,7 +238,6 @@ def _version_of(path: Path) -> object:
 
 
 def _read(path: Path) -> tuple[dict[bytes, Caller], str]:
-    """Return the callers and the text."""
     try:
         if not (path.is_file() or path.samefile(os.devnull)):
             raise KeyFileError("not a file")

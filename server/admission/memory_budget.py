@@ -1,4 +1,4 @@
-"""Bounding the memory that one API process holds for requests that arrive and responses that are sent."""
+"""Bounding the memory of requests and responses in flight in one API process."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ RETRY_S = 2
 class MemoryBudget:
     """Counts bytes held, together and by caller. A caller with a key may hold half of the maximum.
 
-    Without other holds any size is accepted: a request larger than the maximum is served alone, not refused for ever.
+    Without other holds any size is accepted: a larger request is served alone, not refused for ever.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -65,10 +65,9 @@ class Hold:
         self._size = 0
 
     def resize(self, size: int) -> None:
-        """Count `size` bytes from now on; raise as `MemoryBudget.hold` and keep the count if they do not fit."""
+        """Count `size` bytes; if they do not fit, raise as `MemoryBudget.hold` and keep the count."""
         self._budget._resize(self._owner, self._size, size)
         self._size = size
 
     def release(self) -> None:
-        """Count nothing any more."""
         self.resize(0)

@@ -1,4 +1,4 @@
-"""What probes and requests read of the queue: at most once a second in a process, whatever their number."""
+"""Reads of the queue for probes and requests: at most one a second, whatever their number."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class SharedRead(Generic[T]):
-    """Lets concurrent requests share one read and its failure: in turn, each would wait for a hanging Redis."""
+    """Shares one read and its failure among concurrent requests: in turn, each would wait for a hanging Redis."""
 
     def __init__(self, read: Callable[[], Coroutine[Any, Any, T]], ttl_s: float) -> None:
         self._read, self._ttl_s = read, ttl_s
@@ -51,7 +51,7 @@ def _retrieve(task: "asyncio.Task[Any]") -> None:
 
 
 class QueueState:
-    """Shared reads of the engines with a fresh heartbeat, in any state; of counts; of whether Redis takes writes."""
+    """Shared reads; `engines` are those with a fresh heartbeat, in any state."""
 
     def __init__(self, queue: JobProducer) -> None:
         self._queue, self._models = queue, set[str]()
@@ -61,7 +61,7 @@ class QueueState:
         self.takes_writes = SharedRead(lambda: queue.takes_writes(), WRITE_PROBE_TTL_S)
 
     async def _read_engines(self) -> list[EngineInfo]:
-        """Read the engines; log if their models differ: then images depend on which engine takes the job."""
+        """Read the engines; log if their models differ: images would depend on the engine."""
         engines = await self._queue.engines()
         models = models_of(engines)
         if len(models) > 1 and models != self._models:

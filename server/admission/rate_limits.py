@@ -12,13 +12,13 @@ from server.errors import ApiError
 
 @dataclass
 class Charge:
-    """What a caller was charged for a job.
+    """A caller's charge for a job.
 
     Args:
         headers: `x-ratelimit-*` of the response; empty without a request limit.
         ticket, day: for `refund`; an empty ticket is no charge.
-        worked: images were decoded or the rewriter called; then the request counts whatever comes of it.
-        rest: the pixel-steps that were charged later.
+        worked: images were decoded or the rewriter called; the request then counts even if it fails.
+        rest: charged later.
     """
 
     caller: Caller
@@ -52,7 +52,7 @@ class RateLimits:
         return await self._charge(caller, pixel_steps)
 
     async def top_up(self, charge: Charge, pixel_steps: int) -> None:
-        """Count the rest of a job of `pixel_steps` that was charged with fewer. Raises as `charge`."""
+        """Count the rest of a job's `pixel_steps`. Raises as `charge`."""
         caller = replace(charge.caller, requests_per_minute=None)
         charge.rest = await self._charge(caller, pixel_steps - charge.pixel_steps, already=charge.pixel_steps)
 
@@ -76,7 +76,7 @@ class RateLimits:
         return Charge(caller, pixel_steps, headers, ticket, day)
 
     async def refund(self, charge: Charge) -> None:
-        """Take a charge back; of one that caused work, the pixel-steps."""
+        """Take a charge back; after work, only the pixel-steps."""
         if charge.rest is not None:
             await self.refund(charge.rest)
         if charge.ticket:

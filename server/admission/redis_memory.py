@@ -1,12 +1,12 @@
-"""Refusing new jobs before Redis is full, so that those it has can end."""
+"""Refusing new jobs before Redis is full, so that the others can end."""
 
 from engine.jobs.job import MemoryUse
 from engine.jobs.producer import JobProducer
 from server.admission.queue_state import SharedRead
 from server.errors import unavailable
 
-HIGH_WATER = 0.85  # of `maxmemory`; what is left is for results, partial images and heartbeats of running jobs
-KEPT_PART = 0.8  # of `maxmemory` that source images, records and results may come to
+HIGH_WATER = 0.85  # of `maxmemory`; the rest is for results, partial images and heartbeats of running jobs
+KEPT_PART = 0.8  # of `maxmemory`, for source images, records and results
 CACHE_TTL_S = 0.5
 RETRY_S = 5
 

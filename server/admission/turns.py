@@ -1,4 +1,4 @@
-"""Places for work that is expensive to this process, shared fairly among callers."""
+"""Places for expensive work, shared fairly among callers."""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
@@ -10,8 +10,8 @@ class Turns:
     """Each caller waits in its own line; the lines take turns at free places.
 
     Args:
-        places: taken at once by all callers.
-        per_caller: taken at once by one caller; fewer than `places`, so that one caller cannot fill them.
+        places: for all callers.
+        per_caller: for one caller; fewer than `places`, so that it cannot fill them.
     """
 
     def __init__(self, places: int, per_caller: int) -> None:

@@ -1,7 +1,6 @@
-"""Reading bodies, limited in size as they arrive and in JSON's values and depth (orjson stops at 1024 levels).
+"""Reading bodies, limited in size, JSON values and depth (orjson stops at 1024 levels).
 
-Whatever a body contains, parsing it takes time and memory in proportion to its bytes: what could take more per byte
-is counted first.
+So parsing takes time and memory in proportion to the bytes of a body, whatever it contains.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ _EXAMPLE = 'for example {"prompt": "a red fox"}'
 
 @dataclass(frozen=True)
 class ParsedBody:
-    """Checked fields without images and mask, and those files, not decoded yet."""
+    """Checked fields, and the undecoded files."""
 
     request: GenerationRequest
     images: list[bytes] = field(default_factory=list)
@@ -103,7 +102,7 @@ def _check_utf8(raw: bytearray) -> None:
 
 
 def _field_with_lone_surrogate(raw: bytearray) -> str | None:
-    """Return the first field with half of a surrogate pair, which `json` accepts and orjson does not."""
+    """Return the first field with half of a surrogate pair, which `json` accepts."""
     try:
         for name, value in json.loads(raw).items():
             name.encode()
@@ -117,10 +116,10 @@ def _field_with_lone_surrogate(raw: bytearray) -> str | None:
 
 
 class IncomingBody:
-    """The body of a request as it arrives: at most `max_bytes`, counted in the memory budget.
+    """A body as it arrives: at most `max_bytes`, counted in the memory budget.
 
     Args:
-        held: is resized to the declared length, or to what has arrived of a body without one.
+        held: is resized to the declared length, or to what has arrived without one.
     """
 
     def __init__(self, request: Request, max_bytes: int, held: Hold) -> None:
@@ -131,12 +130,12 @@ class IncomingBody:
 
     @property
     def charset(self) -> str:
-        """Return the encoding that the Content-Type names, UTF-8 by default."""
+        """Return the Content-Type's encoding, UTF-8 by default."""
         match = _CHARSET.search(self.content_type)
         return match[1].lower() if match else "utf-8"
 
     async def read(self, parse_body: Callable[[Self], Awaitable[ParsedBody]]) -> ParsedBody:
-        """Return what `parse_body` makes of this body. An error sent before its end lingers."""
+        """Return the parsed body. An error before its end lingers."""
         try:
             return await parse_body(self)
         except ApiError as error:
@@ -149,8 +148,7 @@ class IncomingBody:
         """Yield the body piece by piece.
 
         Raises:
-            ApiError: 413 as soon as it exceeds `max_bytes`; 429 or 503 if the budget has no room for it; 400 if it is
-                compressed.
+            ApiError: 413 as soon as it exceeds `max_bytes`; 429 or 503 without room in the budget; 400 if compressed.
             ClientDisconnect: it is incomplete.
         """
         headers = self._request.headers
@@ -194,8 +192,8 @@ class _EarlyRefusal(ApiError):
 class _LingeringResponse(Response):
     """Reads and drops the rest of the body for up to `LINGER_S`.
 
-    Closing the connection of a client that is still sending resets it. Most clients read only after sending: they would
-    see a broken connection, and retry.
+    Closing resets a client that is still sending. Most read only after sending: they would see a broken connection, and
+    retry.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,6 +1,6 @@
 """The process that decodes uploaded files: `python -m server.requests.decode_worker`.
 
-What a file may do to its decoder (take long, take memory, crash it) ends here. It is started and killed by `Decoders`.
+Contains what a file may do to its decoder: take long, take memory, crash it. Started and killed by `Decoders`.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def _limit_process() -> None:
 
 
 def _limit_cpu_time() -> None:
-    """Let the kernel end this process with SIGXCPU, also when the API is gone or Pillow never returns."""
+    """Let the kernel end this process with SIGXCPU, even if the API is gone or Pillow never returns."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(usage.ru_utime + usage.ru_stime) + MAX_CPU_S
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))

@@ -17,7 +17,7 @@ from server.requests.decode_protocol import Frame, decode_reply, encode_request,
 from server.requests.edit_input import EditFiles, EditInput, InvalidImage
 
 PLACES = 3
-PLACES_PER_CALLER = 2 if (os.cpu_count() or 1) > 2 else 1  # leaves a place and a processor to the others
+PLACES_PER_CALLER = 2 if (os.cpu_count() or 1) > 2 else 1  # leaves a place and a processor
 DECODE_TIMEOUT_S = 30.0  # of an edit, by the clock; `decode_worker.MAX_CPU_S` ends most before
 TURN_TIMEOUT_S = 60.0  # for a place
 EXIT_TIMEOUT_S = 2.0
@@ -32,7 +32,7 @@ logger = logging.getLogger("glimmer.decoders")
 
 
 class _WorkerDied(Exception):
-    """The process ended, with an exit status, while it looked at a file (field and name), if at any."""
+    """The process ended, with an exit status, at a file (field and name), if any."""
 
     def __init__(self, file: tuple[str, str] | None, status: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Worker:
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        self.file: tuple[str, str] | None = None  # field and name of the file that is decoded
+        self.file: tuple[str, str] | None = None  # field and name
 
     @classmethod
     async def start(cls, command: Sequence[str]) -> "_Worker":
@@ -77,7 +77,7 @@ class _Worker:
             self._process.kill()
 
     async def wait(self) -> int:
-        """Return the exit status of a process that ends; kill it if that takes long."""
+        """Return the exit status; kill the process after `EXIT_TIMEOUT_S`."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -89,7 +89,7 @@ class _Worker:
 
 
 class Decoders:
-    """A few decode processes, started when needed, with a place for each edit that is being decoded."""
+    """Decode processes, started when needed: at most one for each place."""
 
     def __init__(self, command: Sequence[str] = COMMAND) -> None:
         self._command = command
@@ -124,7 +124,7 @@ class Decoders:
         await asyncio.gather(*self._ending)
 
     async def _decode(self, files: EditFiles) -> EditInput:
-        for _ in range(2):  # the death of an idle process is noticed here, and says nothing about the files
+        for _ in range(2):  # an idle process may have died; the files are not to blame
             try:
                 worker = self._idle.pop() if self._idle else await _Worker.start(self._command)
                 return decode_reply(*await self._run(worker, files))
@@ -163,9 +163,9 @@ class Decoders:
 
 
 def _error(param: str, name: str, status: int) -> Exception:
-    """Return the error for a process that ended while it decoded the file."""
+    """Return the error for a process that ended at the file."""
     event(logger, "decoder_died", logging.WARNING, status=status)
-    if status in (-signal.SIGKILL, -signal.SIGTERM):  # the system or an operator, for want of memory or at a shutdown
+    if status in (-signal.SIGKILL, -signal.SIGTERM):  # for want of memory or at a shutdown
         return _stopped()
     reason = "takes too long to decode" if status == -signal.SIGXCPU else "cannot be read: it crashes the decoder"
     return InvalidImage(param, f"{name} {reason}; save it again.")

@@ -1,4 +1,4 @@
-"""The decoded files of an edit, and the error for one that cannot be decoded. Light: decoder processes import it."""
+"""The files of an edit, before and after decoding. Light: decoder processes import it."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,6 @@
 """Reading a multipart form as it arrives.
 
-What parts may take is bounded before it is kept: their number, their headers, and the text of fields. Only files may be
-as large as the body.
+Number, headers and text of parts are bounded before they are kept. Only files may be as large as the body.
 """
 
 import io
@@ -19,7 +18,7 @@ MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, up to
 MAX_TEXT_BYTES = 2**20  # a prompt has at most 128,000 bytes, a plan as JSON about 100,000
 MAX_HEADER_BYTES = 8192  # of one part
 MAX_SEMICOLONS = 64  # of a Content-Disposition: the library takes 2 ms to split 4 kB of them
-MAX_PADDING = 100  # blanks between a boundary and the end of its line
+MAX_PADDING = 100  # blanks after a boundary
 MAX_CONTENT_TYPE_CHARS = 1000
 
 _PADDING = re.compile(rb"[ \t]{%d}" % MAX_PADDING)
@@ -46,7 +45,6 @@ class Part:
 
     @property
     def text(self) -> str:
-        """Return the content of a field."""
         if self.is_file:
             raise invalid(self.name, f"{self.name} must be sent as text, without a file name.")
         try:
@@ -62,7 +60,7 @@ async def read_parts(content_type: str, chunks: AsyncIterator[bytes], large: fro
         large: names of parts that may be larger than `MAX_TEXT_BYTES`.
 
     Raises:
-        ApiError: 400 saying what is wrong with the form.
+        ApiError: 400 naming the mistake.
     """
     try:
         return await _FormReader(content_type, large).read(chunks)
@@ -79,7 +77,7 @@ class _FormReader:
             raise _invalid_form("its Content-Type does not name a boundary")
         self._callbacks: dict[str, Any] = {}
         self._parser = MultipartParser(boundary, self._callbacks)  # type: ignore[arg-type]
-        # The parser knows no preamble (RFC 2046): let it read one as the content of a part that nothing collects.
+        # The parser knows no preamble (RFC 2046): let it read one as a part that nothing collects.
         self._parser.write(b"--%b\r\n\r\n\r\n" % boundary)
         names = ("part_begin", "part_data", "header_field", "header_value", "header_end", "headers_finished", "end")
         self._callbacks.update({f"on_{name}": getattr(self, f"_{name}") for name in names})
@@ -103,7 +101,7 @@ class _FormReader:
         return self._parts
 
     def _check(self, chunk: bytes) -> None:
-        """Refuse what the parser reads byte by byte in Python, 150 ms per megabyte: delimiters and their padding."""
+        """Refuse many delimiters and blanks: the parser takes 150 ms per megabyte, byte by byte in Python."""
         delimiters = chunk.count(self._delimiter)
         self._delimiters += delimiters  # also those in a file that end no part
         if self._delimiters > 2 * MAX_PARTS:

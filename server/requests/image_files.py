@@ -27,7 +27,7 @@ def format_of(data: bytes) -> str:
 
 
 def check_structure(data: bytes, file_format: str, max_pixels: int) -> None:
-    """Raise `UnsuitableFile` for a file whose parts would take long to parse."""
+    """Raise `UnsuitableFile` if the parts would take long to parse."""
     if file_format == "PNG":
         _check_png(data)
     elif file_format == "WEBP":
@@ -74,7 +74,7 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
 
 
 def count_scans(data: bytes) -> int:
-    """Return the scans of a JPEG, each a pass over the whole image."""
+    """Count the scans of a JPEG, each a pass over the whole image."""
     position, scans, fill = 2, 0, 0
     for _ in range(MAX_SEGMENTS):
         marker = _MARKER.search(data, position)

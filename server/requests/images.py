@@ -45,9 +45,7 @@ def prepare(
     """Decode uploaded files. Takes up to seconds.
 
     Args:
-        size: of the edit; None for the first image's, on the 32-pixel grid.
-        max_pixels: larger images are scaled down.
-        report: called with field and name of each file before work on it.
+        size, max_pixels: as in `EditFiles`.        report: called with field and name of each file before work on it.
 
     Raises:
         InvalidImage: names the image and the reason.

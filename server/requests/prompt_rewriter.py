@@ -48,7 +48,7 @@ class Rewriter:
         self._turns = Turns(CALLS, CALLS_PER_CALLER)
 
     async def rewrite(self, prompt: str, owner: str = "", on_start: Callable[[], None] = lambda: None) -> str | None:
-        """Return a richer prompt; None if that fails or takes longer than `REWRITE_TIMEOUT_S`.
+        """Return a richer prompt; None on failure or after `REWRITE_TIMEOUT_S`.
 
         Args:
             on_start: called when it is `owner`'s turn.

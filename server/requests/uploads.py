@@ -1,6 +1,6 @@
 """Reading the body of an edit: a multipart form, or JSON with `data:` URLs.
 
-Strings of a form are converted to the types of their fields; what cannot be stays a string, refused by `parse`.
+Strings of a form are converted to their fields' types, where they can be; `parse` refuses the others.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ async def _decode_reference(param: str, reference: str | ImageReference) -> byte
 
 
 async def _decode_base64(text: str, start: int) -> bytes:
-    """Decode what follows `start`, without white space, which a URL may be wrapped with; padding may be left out.
+    """Decode what follows `start`. White space is dropped; padding may be left out.
 
     Other requests are served between pieces: 32 MB at once would take 40 ms.
 

@@ -1,5 +1,3 @@
-"""Network addresses."""
-
 from ipaddress import ip_address
 
 

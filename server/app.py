@@ -1,5 +1,3 @@
-"""The ASGI application."""
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

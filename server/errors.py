@@ -57,7 +57,6 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> Api
 
 
 def invalid_image(param: str, message: str) -> ApiError:
-    """Return a 400 for an uploaded image."""
     return ApiError(400, message, type="image_generation_user_error", code="invalid_image_file", param=param)
 
 

@@ -1,5 +1,3 @@
-"""A timeout for Redis calls."""
-
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -8,7 +6,7 @@ from engine.errors import QueueUnavailable
 
 REDIS_TIMEOUT_S = 0.8  # even if the connection hangs, a client gets a 503 within a second
 SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis, for large images
-MAX_ABANDONED = 64  # calls: a Redis that hangs must not take memory and connections without end
+MAX_ABANDONED = 64  # bounds the memory and connections of calls that hang
 
 T = TypeVar("T")
 
@@ -16,10 +14,10 @@ _abandoned: "set[asyncio.Task[Any]]" = set()
 
 
 async def with_redis_timeout(call: Coroutine[Any, Any, T], size: int = 0) -> T:
-    """Await a call that sends `size` bytes, if many; raise `QueueUnavailable` after the timeout.
+    """Await a call that sends `size` bytes; raise `QueueUnavailable` after the timeout.
 
-    The call is then cancelled and left to itself: Python 3.11 and the client can swallow a cancellation and read on
-    for 20 s. While `MAX_ABANDONED` calls have not ended, further ones fail at once.
+    The call is then cancelled but not awaited: Python 3.11 and the client can swallow a cancellation and read on
+    for 20 s. While `MAX_ABANDONED` are left, further calls fail at once.
     """
     if len(_abandoned) >= MAX_ABANDONED and len(_still_running()) >= MAX_ABANDONED:
         call.close()

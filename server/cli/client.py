@@ -45,12 +45,10 @@ class Task:
 
     @property
     def count(self) -> int:
-        """Return the number of images requested."""
         return self.body.get("n", 1)
 
     @property
     def outputs(self) -> list[Path]:
-        """Return the image files in order."""
         return _numbered(self.output, self.count)
 
 
@@ -141,7 +139,7 @@ def _open_stream(url: str, api_key: str | None, route: str, content: dict[str, A
 
 
 def _receive(response: httpx.Response, task: Task, display: Display) -> list[Path]:
-    """Show and write what the events contain; data may be malformed, since any server may be at the URL."""
+    """Show and write what the events contain; any server may be at the URL, so data may be malformed."""
     written = []
     try:
         for name, data in _events(_lines(response)):

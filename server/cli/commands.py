@@ -106,7 +106,7 @@ def key(name: Annotated[str, typer.Argument(help="Name of the key's owner: lette
 
 
 def main() -> NoReturn:
-    """Run the `glimmer` command and end the process, without waiting for threads that may hang."""
+    """Run the `glimmer` command and end the process."""
     prepare_streams()
     try:
         app()

@@ -1,4 +1,4 @@
-"""The edges of a process: its streams, errors that nothing else handles, and its end."""
+"""A process's streams, unhandled errors and end."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # else the next socket would get this number, and what children print
+            os.open(os.devnull, os.O_RDWR)  # else the next socket would get this number and children's output
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -33,7 +33,7 @@ def one_line_errors(requirement: str = "reinstall glimmer") -> Iterator[None]:
     """Exit with one line and without a traceback, whose texts may quote a prompt.
 
     Args:
-        requirement: what to do about a library that is missing or broken.
+        requirement: what to do about a missing or broken library.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def one_line_errors(requirement: str = "reinstall glimmer") -> Iterator[None]:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit at once, where `sys.exit` would wait for threads: one may hang in a device call or a name lookup."""
+    """Exit without waiting for threads, as `sys.exit` would: one may hang in a device call or name lookup."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # closed, full or none

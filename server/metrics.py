@@ -90,7 +90,6 @@ class Metrics:
         )
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request; `route` is a template."""
         method = method if method in _METHODS else "other"
         self._requests.labels(route, method, status).inc()
         self._seconds.labels(route, method).observe(seconds)
@@ -140,8 +139,8 @@ def exposition(api: CollectorRegistry, engines: dict[str, str]) -> bytes:
 
 
 def _add(families: dict[str, Metric], family: Metric, labels: dict[str, str]) -> None:
-    """Merge `family` into the one of its name. Leave out what would make the text invalid: another type (an engine of
-    another version), and `_created` gauges, whose names collide."""
+    """Merge `family` into the one of its name. Leave out what would be invalid: another type (another version's) and
+    `_created` gauges, whose names collide."""
     if family.name.endswith("_created"):
         return
     target = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

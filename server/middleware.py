@@ -41,7 +41,7 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Counts requests, and sets `request.state`: `origin`, and `places`, held until the response has been sent.
+    """Counts requests, and sets `request.state`: `origin`, and `places`, held until the response is sent.
 
     Adds `request.state.response_headers` to every response, also to errors.
     """

@@ -49,8 +49,8 @@ class Admitted:
 class Admission:
     """Submits jobs within the limits of queue and caller.
 
-    A request calls `find_by_idempotency_key`, which is free; `check_room`, before anything expensive; `charge`;
-    `top_up` once its size is known; `submit`, or `refund` if it does not get there. Methods raise `QueueUnavailable`.
+    A request calls `find_by_idempotency_key`, which is free; `check_room`, before expensive work; `charge`; `top_up`
+    once its size is known; `submit`, or `refund`. Methods raise `QueueUnavailable`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Admission:
             await with_redis_timeout(self._limits.top_up(charge, spec.pixel_steps))
 
     async def refund(self, charge: Charge) -> None:
-        """Take back the charge for a job that was not queued."""
+        """Take the charge back."""
         with suppress(QueueUnavailable):  # the charge stays, at most until the end of the day
             await with_redis_timeout(self._limits.refund(charge))
 

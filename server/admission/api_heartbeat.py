@@ -1,4 +1,4 @@
-"""Sign of life of this API process, so that engines cancel the jobs whose clients wait at one that is gone."""
+"""Heartbeat of this API process: engines cancel the jobs whose clients waited at a dead one."""
 
 import asyncio
 import secrets

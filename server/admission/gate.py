@@ -1,4 +1,4 @@
-"""Count requests in progress; bound those of /v1, of each key and of each idempotency key; refuse while draining."""
+"""Bounds on requests in progress, of /v1, each key and each idempotency key; refusal while draining."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class Gate:
     """Counts of one API process.
 
     Args:
-        max_queue: a request for each waiting job must fit.
+        max_queue: a request for each of its jobs must fit.
     """
 
     def __init__(self, metrics: Metrics, max_queue: int = 0) -> None:
@@ -31,11 +31,9 @@ class Gate:
         self._of_jobs: Counter[str] = Counter()
 
     def close(self) -> None:
-        """Refuse further jobs."""
         self.draining = self.closed = True
 
     def require_open(self) -> None:
-        """Raise a 503 if the gate is closed."""
         if self.closed:
             raise unavailable("This server is shutting down; try again.", DRAINING_RETRY_S)
 

@@ -1,4 +1,4 @@
-"""API keys: the callers and their limits.
+"""API keys, callers and limits.
 
 The file of `--api-keys` is TOML, one table per key, which `glimmer key NAME` prints:
 
@@ -90,7 +90,6 @@ def new_key() -> str:
 
 
 def hash_key(key: str) -> bytes:
-    """Return the stored form of a key."""
     return hashlib.sha256(key.encode()).digest()
 
 
@@ -160,7 +159,7 @@ class KeyRing:
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[None]:
-        """Follow changes of the file, on a thread: its disk may hang."""
+        """Follow the file, on a thread: its disk may hang."""
         task = asyncio.create_task(self._look_forever()) if self._path else None
         try:
             yield

@@ -25,7 +25,7 @@ GLIMMER = (sys.executable, "-m", "server.cli")
 
 @contextmanager
 def running_server(data_dir: Path) -> Iterator[str]:
-    """Start a server and yield its URL once it is ready; stop it in the end. Exit with its log if it does not start."""
+    """Yield the URL of a ready server and stop it in the end; exit with its log if it does not start."""
     command = [*GLIMMER, "serve", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(data_dir)]
     environment = {name: value for name, value in os.environ.items() if name != "GLIMMER_REDIS_URL"}
     LOG.parent.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def _url_when_ready(server: subprocess.Popen[bytes]) -> str:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.send_signal(signal.SIGINT)  # nothing in front of it has to notice
+    server.send_signal(signal.SIGINT)  # to it alone
     try:
         server.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -64,7 +64,7 @@ def _reason(body: bytes) -> str:
 
 
 def _engine_problem(engine_id: str | None) -> str | None:
-    """Look at the files of this machine's engines; a Redis outage must not get them restarted."""
+    """Look at this machine's status files: a Redis outage must not get engines restarted."""
     from engine.worker.status import MAX_AGE_S, read_statuses, status_folder
 
     try:

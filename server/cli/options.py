@@ -47,7 +47,7 @@ def meaning(field: FieldInfo) -> str:
 
 
 def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's parameters, which are settings models, by one option per field with a flag."""
+    """Replace a command's settings models by one option per field with a flag."""
     models = {name: model for name, model in get_type_hints(command).items() if name != "return"}
 
     @functools.wraps(command)

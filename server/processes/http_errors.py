@@ -14,7 +14,7 @@ logger = logging.getLogger("glimmer.http")
 
 
 class Refused(Exception):
-    """Stops the parser. Without an error the connection is closed without a response."""
+    """Stops the parser; without an error, the connection is closed silently."""
 
     def __init__(self, error: ApiError | None) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class HttpLimits:
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files as far as allowed, and return it."""
+    """Raise the limit of open files as far as allowed; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, _UNLIMITED_FILES) if hard == resource.RLIM_INFINITY else hard
     try:

@@ -63,7 +63,7 @@ class DrainingServer(uvicorn.Server):
     `drained` is set when requests need no engine any more.
 
     Args:
-        drain_delay_s: how long a draining server accepts requests; at most half of `grace_s` counts.
+        drain_delay_s: how long a draining server accepts requests, at most half of `grace_s`.
     """
 
     def __init__(self, app: FastAPI, grace_s: float, drain_delay_s: float = 0.0) -> None:
@@ -150,7 +150,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the listener; give requests and answers the last seconds, then cut them."""
+        """Close the listener; cut requests and responses after the last seconds."""
         self._gate.close()
         self.drained.set()
         for listener in (*self.servers, *(sockets or ())):

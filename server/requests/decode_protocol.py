@@ -1,4 +1,4 @@
-"""Frames between the API and a decode worker: length and JSON of a head, then the bytes that its `sizes` count."""
+"""Frames between API and decode worker: length and JSON of a head, then blobs of its `sizes`."""
 
 import json
 from asyncio import StreamReader

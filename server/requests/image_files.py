@@ -1,4 +1,4 @@
-"""Bounds on what a file costs before a decoder sees it, from its structure alone. No Pillow."""
+"""Bounds on a file's cost from its structure alone, before decoding. No Pillow."""
 
 import re
 import struct
@@ -67,7 +67,7 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
         if kind == b"VP8X" and position + 18 <= len(data):
             canvas = data[position + 12 : position + 18]
             width, height = (1 + int.from_bytes(side, "little") for side in (canvas[:3], canvas[3:]))
-            if width * height > max_pixels:  # a canvas takes 8 bytes a pixel, before any is decoded
+            if width * height > max_pixels:  # a canvas takes 8 bytes a pixel
                 raise too_many_pixels(width, height, max_pixels)
         position += 8 + length + length % 2
     raise UnsuitableFile("is a WEBP of too many chunks; save it again")

@@ -1,6 +1,6 @@
-"""Decoding uploaded files into source images: upright RGB as PNG. Runs in the processes of `decode_worker`.
+"""Decoding uploaded files into source images: upright RGB as PNG. Runs in `decode_worker`.
 
-A file's type is that of its first bytes, not the declared one. Headers are checked before any pixel is decoded.
+A file's type is that of its first bytes. Headers are checked before any pixel is decoded.
 """
 
 import io
@@ -42,7 +42,7 @@ def prepare(
     max_pixels: int,
     report: Callable[[str, str], None] = lambda param, name: None,
 ) -> EditInput:
-    """Decode uploaded files. Takes up to seconds.
+    """Decode files, for up to seconds.
 
     Args:
         size, max_pixels: as in `EditFiles`.        report: called with field and name of each file before work on it.
@@ -200,7 +200,7 @@ def _overlay(first: Image, alpha: Image, size: tuple[int, int]) -> Image:
 
 
 def _png(image: Image) -> bytes:
-    """Encode without metadata, fast rather than small: the file lives only as long as the job."""
+    """Encode without metadata, fast rather than small: it is kept no longer than the job."""
     image.info = {}
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)

@@ -73,7 +73,7 @@ def to_job_spec(
     """Return the job of a request, with a random seed if it has none.
 
     Args:
-        with_partials: whether the client can receive partial images.
+        with_partials: the client can receive partial images.
 
     Raises:
         ApiError: 400 when a plan does not fit the size or the codebook.
@@ -106,7 +106,7 @@ def to_job_spec(
 
 
 def smallest_job_spec(validated: ValidatedRequest, engine: EngineInfo) -> JobSpec:
-    """Return a job that costs at most what an edit will: its images decide the size of one without a size."""
+    """Return a job that costs at most what an edit will, whose images may decide its size."""
     if validated.size is None:
         without_plan = validated.request.model_copy(update={"plan": None})
         validated = replace(validated, request=without_plan, size=(MIN_SIDE, MIN_SIDE))
@@ -119,7 +119,6 @@ def _check_model(model: str | None, served: list[str]) -> None:
 
 
 def model_not_found(served: list[str]) -> ApiError:
-    """Return the 404 that lists the served models."""
     return ApiError(
         404,
         f"This model is not served here. Served: {', '.join(served)}.",

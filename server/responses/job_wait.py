@@ -1,5 +1,3 @@
-"""Waiting for a job."""
-
 import asyncio
 import logging
 import time

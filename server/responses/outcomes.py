@@ -40,8 +40,8 @@ def job_error(record: JobRecord) -> ApiError | None:
 
 
 class JobOutcomes:
-    """Counts how jobs end. Those that no request waits for share two tasks and one poll per second: a task and a poll
-    for each would cost more than admitting it."""
+    """Counts how jobs end. Those that no request waits for share two tasks and one poll per second: their own
+    would cost more than admitting them."""
 
     def __init__(self, queue: JobProducer, metrics: Metrics, throughput: Throughput) -> None:
         self._queue, self._metrics, self._throughput = queue, metrics, throughput

@@ -70,7 +70,7 @@ async def edit(request: Request, services: ServicesDep) -> Response:
 
 @dataclass(frozen=True)
 class _Accepted:
-    """What a request needs of itself while it waits: the body and all made from it are freed."""
+    """What a waiting request keeps; its body and all made from it are freed."""
 
     job: Admitted
     stream: bool
@@ -78,7 +78,7 @@ class _Accepted:
 
 
 async def _accept(request: Request, services: Services, read_body: ReadBody, max_bytes: int) -> _Accepted:
-    """Read, validate and submit a request. Its body counts in the memory budget until then."""
+    """Read, validate and submit a request; until then its body counts in the memory budget."""
     with services.memory.hold(request.state.caller) as held:
         body = await IncomingBody(request, max_bytes, held).read(read_body)
         validated = validate(body.request, services.settings)
@@ -138,7 +138,7 @@ async def _job_response(request: Request, services: Services, job_id: str) -> Re
 
 
 async def _free_result(services: Services, job_id: str) -> None:
-    """Free a sent result's memory in Redis."""
+    """Free a sent result."""
     with suppress(QueueUnavailable):  # then it expires after `result_ttl_s`
         await with_redis_timeout(services.queue.shorten_ttl(job_id))
 
@@ -161,7 +161,7 @@ async def _idempotency(request: Request, body: ParsedBody) -> Idempotency | None
 
 
 def _fingerprint(route: str, body: ParsedBody) -> str:
-    """Hash a request. Fields at their default are left out: an API that has further fields gets the same hash."""
+    """Hash a request without fields at their default: an API with further fields gets the same hash."""
     fingerprint = hashlib.sha256(f"{route}\n".encode())
     fields = body.request.model_dump(exclude_defaults=True)
     fingerprint.update(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS))

@@ -1,4 +1,4 @@
-"""From a validated request to a queued job: nothing expensive before the caller is charged and a place is free."""
+"""From a validated request to a queued job."""
 
 import logging
 from collections.abc import Coroutine
@@ -30,12 +30,12 @@ T = TypeVar("T")
 class Submission:
     """A validated request.
 
-    Its images are decoded and its prompt is rewritten only when it is charged and would be accepted. Once that has
-    begun, its request stays charged whatever comes of it: both happen at most as often as the key's limit allows.
+    Its images are decoded and its prompt is rewritten only when it is charged and would be accepted. Once begun, it stays
+    charged, so that both happen at most as often as the key's limit allows.
 
     Args:
-        with_partials: whether the client can receive partial images.
-        waits: whether only this connection brings the client its result.
+        with_partials: the client can receive partial images.
+        waits: only this connection brings the client its result.
         held: the request's memory.
     """
 
@@ -49,11 +49,11 @@ class Submission:
     held: Hold
 
     async def submit(self) -> Admitted:
-        """Return the job, new or of an earlier request with the same idempotency key.
+        """Return the job, perhaps of an earlier request with the same idempotency key.
 
         Raises:
             ApiError: 400 for an image or a plan; 429 at a limit; 503 without an engine or room to decode.
-            ClientDisconnect: during expensive work, and the request has no idempotency key.
+            ClientDisconnect: during expensive work without an idempotency key.
         """
         engine = require_ready(await self.services.queue_state.engines.get())
         spec = smallest_job_spec(self.validated, engine) if self._is_edit else self._job_spec(engine)
@@ -85,8 +85,8 @@ class Submission:
 
     @property
     def _wants_rewriting(self) -> bool:
-        """Return whether to ask for a richer prompt. A plan leaves nothing to describe; the prompt of an edit describes
-        a change, not an image, so it is rewritten only on request."""
+        """Return whether to ask for a richer prompt. A plan leaves nothing to describe; an edit's prompt describes a
+        change and is rewritten only on request."""
         wanted = self.body.request.rewrite_prompt
         if self.services.rewriter is None or self.body.request.plan is not None:
             return False
@@ -96,7 +96,7 @@ class Submission:
         return to_job_spec(self.validated, engine, edit, with_partials=self.with_partials)
 
     async def _check_room(self) -> str | None:
-        """Look for a place, if anything expensive comes before the submit, which looks for itself."""
+        """Look for room if expensive work comes before `submit`, which also looks."""
         if not self._is_edit and not self._wants_rewriting:
             return None
         return await self.services.admission.check_room(self._caller, self.idempotency, has_sources=self._is_edit)

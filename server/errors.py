@@ -52,7 +52,6 @@ class ApiError(Exception):
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    """Return a 400 for the field `param`."""
     return ApiError(400, message, param=param, code=code)
 
 
@@ -61,7 +60,6 @@ def invalid_image(param: str, message: str) -> ApiError:
 
 
 def queue_unavailable() -> ApiError:
-    """Return the 503 for an outage of Redis."""
     return unavailable("The job queue cannot be reached right now; try again shortly.", REDIS_RETRY_S)
 
 

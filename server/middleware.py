@@ -20,7 +20,7 @@ from server.errors import ApiError, internal_error
 from server.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET_ROUTES = frozenset({"/live", "/health", "/metrics"})  # probes, every few seconds
+_QUIET_ROUTES = frozenset({"/live", "/health", "/metrics"})  # frequent probes
 
 logger = logging.getLogger("glimmer.http")
 
@@ -58,7 +58,7 @@ class RequestObserver:
         exchange = _Exchange(_request_id(headers), self._span(scope, headers), scope["method"])
         if exchange.method == "HEAD":  # a copy: the server's own `scope` stays as it is
             scope, send = {**scope, "method": "GET"}, _headers_only(send)
-        bind(request=exchange.request_id, job=None)  # requests of one connection may share a task
+        bind(request=exchange.request_id, job=None)  # a connection's requests may share a task
         scope.setdefault("state", {})["origin"] = Origin(exchange.request_id, exchange.span.traceparent)
         with self._metrics.in_flight.track_inprogress(), scope["app"].state.gate.exchange():
             try:
@@ -74,7 +74,7 @@ class RequestObserver:
                 headers.update(scope["state"].get("response_headers", {}))
                 headers["x-request-id"] = exchange.request_id
                 if scope["app"].state.gate.draining:
-                    headers["connection"] = "close"  # the next request is for another process
+                    headers["connection"] = "close"  # the next goes to another process
                 headers["openai-processing-ms"] = str(round(exchange.seconds * 1000))
             await send(message)
 
@@ -91,7 +91,7 @@ class RequestObserver:
         except Exception as error:
             event(logger, "unhandled", logging.ERROR, error=type(error).__name__, where=where(error))
             if exchange.status:
-                raise  # too late for a response; the server closes the connection
+                raise  # too late for a response
             await internal_error().response()(scope, receive, send_with_headers)
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:

@@ -35,14 +35,13 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def errors(*statuses: int) -> Responses:
-    """Return the error responses of a route."""
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 
 def _events(*data: type[BaseModel]) -> dict[str, Any]:
     types = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in (*data, ErrorBody)]
     line = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": types}}
-    # `itemSchema` is from OpenAPI 3.2; 3.1 cannot describe the items of a stream.
+    # `itemSchema` is from OpenAPI 3.2; 3.1 cannot describe a stream's items.
     event = {"type": "object", "properties": {"event": {"type": "string"}, "data": line}, "required": ["data"]}
     return {"text/event-stream": {"itemSchema": event}}
 

@@ -42,7 +42,7 @@ class Services:
     started_at: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
 
     def base_url(self, request: Request) -> str:
-        """Return the URL of this server for the client, without a trailing slash."""
+        """Return this server's URL for the client, without a trailing slash."""
         return self.settings.public_url or str(request.base_url).rstrip("/")
 
 

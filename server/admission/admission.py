@@ -133,7 +133,7 @@ class Admission:
         idempotency key, by which other requests may find it free of charge.
 
         Args:
-            waits: only this connection brings the client the result: the job ends with this process.
+            waits: only this connection brings the client the result; the job ends with this process.
 
         Raises:
             ApiError: 429 at a limit; 503 without memory in Redis; 422 as `find_by_idempotency_key`.

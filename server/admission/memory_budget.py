@@ -11,7 +11,7 @@ RETRY_S = 2
 
 
 class MemoryBudget:
-    """Counts bytes held, together and by caller. A caller with a key may hold half of the maximum.
+    """Counts bytes, in all and by caller. A caller with a key may hold half of the maximum.
 
     Without other holds any size is accepted: a larger request is served alone, not refused for ever.
     """
@@ -58,8 +58,6 @@ class MemoryBudget:
 
 
 class Hold:
-    """Bytes counted in a budget."""
-
     def __init__(self, budget: MemoryBudget, caller: Caller) -> None:
         self._budget, self._owner = budget, caller.owner
         self._size = 0

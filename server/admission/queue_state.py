@@ -45,7 +45,7 @@ class SharedRead(Generic[T]):
 
 
 def _retrieve(task: "asyncio.Task[Any]") -> None:
-    """Retrieve the exception: asyncio would log it if all requests were cancelled."""
+    """Retrieve the exception, which asyncio would log if all requests were cancelled."""
     if not task.cancelled():
         task.exception()
 

@@ -30,7 +30,6 @@ class Charge:
     rest: "Charge | None" = None
 
     def work(self) -> None:
-        """Record that expensive work begins."""
         self.worked = True
 
 
@@ -38,7 +37,7 @@ NO_CHARGE = Charge(ANONYMOUS)
 
 
 class RateLimits:
-    """The limits of all API keys. Methods raise `QueueUnavailable`."""
+    """The limits of all keys. Methods raise `QueueUnavailable`."""
 
     def __init__(self, queue: JobProducer) -> None:
         self._scripts = LuaScripts(queue.client, "server.admission", prefix=queue.prefix)

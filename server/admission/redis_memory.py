@@ -18,15 +18,10 @@ class RedisMemory:
         self._use = SharedRead(lambda: queue.memory_use(), CACHE_TTL_S)
 
     async def is_full(self) -> bool:
-        """Return whether new jobs are refused."""
         return _is_full(await self._use.get())
 
     async def max_kept_bytes(self) -> int | None:
-        """Return what jobs may keep, None without a `maxmemory`.
-
-        Raises:
-            ApiError: 503, new jobs are refused.
-        """
+        """Return what jobs may keep, None without a `maxmemory`; raise a 503 if new jobs are refused."""
         use = await self._use.get()
         if _is_full(use):
             raise unavailable(f"The job queue is nearly out of memory; try again in {RETRY_S} s.", RETRY_S)

@@ -1,5 +1,3 @@
-"""Estimates of when jobs end."""
-
 import math
 import time
 
@@ -16,7 +14,6 @@ class Throughput:
         self._last_end = -math.inf
 
     def record_end(self, duration_s: float) -> None:
-        """Record the end of a job that took `duration_s`."""
         now = time.monotonic()
         interval = min(now - self._last_end, duration_s)
         self._last_end = now

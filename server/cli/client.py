@@ -21,7 +21,7 @@ _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 class GenerateError(Exception):
-    """The request failed; the message is shown to the user."""
+    """The request failed; the user sees the message."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_plan(path: Path) -> Any:
 
 
 def generate(url: str, api_key: str | None, task: Task, console: Console) -> list[Path]:
-    """Send the request, show progress in a terminal and return the files written.
+    """Send the request, show progress and return the files written.
 
     An interrupt closes the connection, and the server cancels the job.
 
@@ -87,7 +87,7 @@ def generate(url: str, api_key: str | None, task: Task, console: Console) -> lis
     for folder in (task.output.parent, task.partials, task.plan_out and task.plan_out.parent):
         if folder is not None:
             with _write_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)  # now, not after minutes of waiting
+                folder.mkdir(parents=True, exist_ok=True)  # fail now, not minutes later
     route, content = _content(task)
     with Display(console) as display, _open_stream(url.rstrip("/"), api_key, route, content) as response:
         written = _receive(response, task, display)

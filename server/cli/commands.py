@@ -79,7 +79,7 @@ def engine(settings: EngineSettings) -> None:
     signals = StopSignals().install()
     logs.configure(settings.log_level, settings.log_format)
     if sys.stderr is None or not sys.stderr.isatty():
-        # No progress bars in a log of one line per event. The libraries read these when they are imported.
+        # No progress bars in a log of one line per event. The libraries read these on import.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with one_line_errors("an engine needs `pip install glimmer[engine]`"):

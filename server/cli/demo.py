@@ -1,6 +1,6 @@
 """`make demo`: start `glimmer serve`, request one image over HTTP, and always stop the server.
 
-A free port and a temporary queue keep it apart from other servers.
+A free port and a temporary queue keep it apart from others.
 """
 
 import os
@@ -30,7 +30,7 @@ def running_server(data_dir: Path) -> Iterator[str]:
     environment = {name: value for name, value in os.environ.items() if name != "GLIMMER_REDIS_URL"}
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("wb") as log:
-        # In a new session: Ctrl+C is for this process, which then stops the server.
+        # Ctrl+C is for this process, which then stops the server.
         server = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -78,7 +78,7 @@ The image is {IMAGE}. The small model draws posters: up to two lines of text and
 
 
 def _exit(sig: int, _: object) -> NoReturn:
-    """Exit so that the `finally` runs that stops the server."""
+    """Exit through the `finally` that stops the server."""
     sys.exit(128 + sig)
 
 

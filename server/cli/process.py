@@ -17,7 +17,7 @@ logger = logging.getLogger("glimmer.serve")
 
 
 def prepare_streams() -> None:
-    """Open the standard streams that are closed, and let no character fail."""
+    """Open closed standard streams; let no character fail."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

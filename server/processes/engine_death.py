@@ -19,7 +19,7 @@ class OomKills:
         self._before = [_oom_kills(path) for path in self._files]
 
     def may_have_risen(self) -> bool:
-        """Return False if a counter rules it out."""
+        """Return False if one counter has not risen."""
         after = [_oom_kills(path) for path in self._files]
         return not any(a is not None and a == b for a, b in zip(after, self._before, strict=True))
 

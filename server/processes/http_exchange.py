@@ -20,7 +20,7 @@ class Exchange(RequestResponseCycle):
 
     Attributes:
         closes: close the connection after the response.
-        failure: why the body will not be complete; raised to the app that reads it.
+        failure: why the body stays incomplete; raised to the app.
         is_receiving: the app waits for the body, or for the disconnect.
     """
 
@@ -46,7 +46,7 @@ class Exchange(RequestResponseCycle):
         if message["type"] == "http.response.body":
             self.transfers.written += len(message.get("body", b""))
         elif not self.keep_alive:
-            self.closes = self.keep_alive = True  # by the protocol: uvicorn would reset a client that is still sending
+            self.closes = self.keep_alive = True  # uvicorn would reset a client that is still sending
 
     async def receive(self) -> ASGIReceiveEvent:
         if self.flow.read_paused:

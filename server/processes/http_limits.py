@@ -18,7 +18,7 @@ HEAD_READ_BYTES, BODY_READ_BYTES = 16 * 1024, 64 * 1024  # at once; what is refu
 
 MIN_BYTES_PER_S = 1024  # of a body or a response; the slowest mobile networks have ten times as much
 
-MAX_CONNECTIONS = 4096  # about 10 kB each, up to 100 kB with half a head
+MAX_CONNECTIONS = 4096  # about 10 kB each when idle, up to 100 kB with half a head
 MAX_BACKLOG = 2048
 _UNLIMITED_FILES = 1 << 16
 
@@ -66,13 +66,9 @@ def share_files(files: int) -> tuple[int, int]:
 
 
 class Connection(Protocol):
-    def check(self, now: float) -> None:
-        """End what is late."""
-        ...
+    def check(self, now: float) -> None: ...
 
-    def evict(self) -> None:
-        """Close at once."""
-        ...
+    def evict(self) -> None: ...
 
 
 class ConnectionTable:
@@ -101,7 +97,6 @@ class ConnectionTable:
         return True
 
     def begin(self, connection: Connection) -> None:
-        """Note that a request is in progress."""
         self._waiting.pop(connection, None)
 
     def end(self, connection: Connection) -> None:

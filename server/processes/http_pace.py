@@ -1,5 +1,3 @@
-"""Progress of bodies and responses."""
-
 import asyncio
 import fcntl
 import struct
@@ -67,7 +65,7 @@ class Transfers:
 def _unacknowledged(transport: asyncio.Transport) -> int:
     """Return the bytes in the kernel that the client has not acknowledged, 0 if unknown.
 
-    The kernel takes the next bytes of a transport only when a third of its buffer, up to a megabyte, is free.
+    The kernel takes more of a transport only when a third of its buffer, up to a megabyte, is free.
     """
     try:
         fd = transport.get_extra_info("socket").fileno()

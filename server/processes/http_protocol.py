@@ -90,7 +90,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def shutdown(self) -> None:
-        """Close the connection after its last response. Called by uvicorn."""
+        """Close after the last response. Called by uvicorn."""
         if self._unanswered:
             self._unanswered[-1].close_after_response()
         else:
@@ -137,7 +137,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self._fail(head_too_large())
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        """Parse the head again without the offer: the parser would read no body."""
+        """Parse the head again without the offer: the parser would take the body for another protocol."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
@@ -229,7 +229,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's, of one call
 
     def _fail(self, error: ApiError | None) -> None:
-        """Parse no further. The error, if any, is the response to the incomplete request."""
+        """Parse no further. The error, if any, answers the incomplete request."""
         self._is_dropping = True
         self.flow.resume_reading()
         if not self._unanswered:

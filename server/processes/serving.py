@@ -19,7 +19,7 @@ from server.processes.allocator import return_large_allocations
 from server.processes.http_limits import HttpLimits, raise_file_limit, share_files
 from server.processes.http_protocol import http_protocol
 
-# Longer than clients do (httpx 5 s, nginx and cloud balancers 60 s): a request sent as the server
+# Longer than clients keep idle connections (httpx 5 s, nginx and cloud balancers 60 s): a request sent as the server
 # closes one is lost.
 KEEP_ALIVE_S = 75
 LAST_BYTES_S = 5  # for slow clients when the drain ends
@@ -141,7 +141,7 @@ class DrainingServer(uvicorn.Server):
         self.on_start()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to exit; called ten times a second."""
+        """Return whether to exit; called every 0.1 s."""
         now = time.monotonic()
         if now >= self._gate_closes_at:
             self._gate.close()

@@ -27,14 +27,14 @@ logger = logging.getLogger("glimmer.supervisor")
 
 
 class EngineMisconfigured(Exception):
-    """An engine cannot start with its settings; its stderr has the reason."""
+    """An engine cannot start; its stderr has the reason."""
 
 
 class Supervisor:
     """Runs one engine for each of `environments` until `stop`.
 
     Args:
-        command: with the program's full path; every start appends a new `--engine-id ID`.
+        command: with the program's full path; each start appends a new `--engine-id`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Supervisor:
         event(logger, "engines_killed", logging.WARNING, count=self._alive, grace_s=grace_s)
         self._signal(signal.SIGKILL)
         if not await self._all_ended(_KILL_TIMEOUT_S):
-            event(logger, "engines_left", logging.ERROR, count=self._alive)  # in the kernel, as with a lost device
+            event(logger, "engines_left", logging.ERROR, count=self._alive)  # in the kernel: a lost device
 
     @property
     def _alive(self) -> int:
@@ -119,7 +119,7 @@ class Supervisor:
                     await self._stopping.wait()
 
     async def _run_once(self, index: int, engine_id: str) -> int | None:
-        """Run an engine and free its jobs; return its exit code, None if it could not be started."""
+        """Run an engine and free its jobs; return its exit code, None if not started."""
         oom_kills = OomKills()
         try:
             process = await self._start(index, engine_id)

@@ -48,7 +48,7 @@ async def read_generation(body: "IncomingBody") -> ParsedBody:
 
 
 async def read_json_object(body: "IncomingBody") -> dict[str, Any]:
-    """Read the body as a JSON object. Raises as `read_generation`."""
+    """Read a JSON object. Raises as `read_generation`."""
     if body.media_type != "application/json":
         raise invalid(None, f"The body must be JSON with Content-Type: application/json, not {body.media_type[:100]}.")
     raw = bytearray()
@@ -177,7 +177,7 @@ def _declared_length(headers: Headers) -> int:
 
 
 class _EarlyRefusal(ApiError):
-    """An error sent while the body is still arriving."""
+    """An error sent before the body's end."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(

@@ -54,7 +54,7 @@ def _limit_process() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold images
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this process goes before the API
+        Path("/proc/self/oom_score_adj").write_text("1000")  # to be killed before the API
 
 
 def _limit_cpu_time() -> None:

@@ -1,4 +1,4 @@
-"""Decoding the images of edits in processes that can be killed."""
+"""Decoding images in processes that can be killed."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from server.requests.decode_protocol import Frame, decode_reply, encode_request,
 from server.requests.edit_input import EditFiles, EditInput, InvalidImage
 
 PLACES = 3
-PLACES_PER_CALLER = 2 if (os.cpu_count() or 1) > 2 else 1  # leaves a place and a processor
+PLACES_PER_CALLER = 2 if (os.cpu_count() or 1) > 2 else 1  # leaves a place and a processor to others
 DECODE_TIMEOUT_S = 30.0  # of an edit, by the clock; `decode_worker.MAX_CPU_S` ends most before
 TURN_TIMEOUT_S = 60.0  # for a place
 EXIT_TIMEOUT_S = 2.0
@@ -40,7 +40,7 @@ class _WorkerDied(Exception):
 
 
 class _Worker:
-    """A decode process. After an exception or a cancellation of `decode` it must be killed."""
+    """A decode process. After a failed or cancelled `decode` it must be killed."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -55,7 +55,7 @@ class _Worker:
                 stdout=PIPE,
                 limit=4 * _CHUNK_BYTES,
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-                start_new_session=True,  # Ctrl+C in a terminal is for the API alone
+                start_new_session=True,  # Ctrl+C is for the API alone
             )
         )
 
@@ -99,10 +99,10 @@ class Decoders:
         self._ending: set[asyncio.Task[int]] = set()
 
     async def decode(self, owner: str, files: EditFiles, on_start: Callable[[], None] = lambda: None) -> EditInput:
-        """Call `on_start` and decode the files when it is `owner`'s turn. Cancelling this kills the process.
+        """Call `on_start` and decode the files at `owner`'s turn. Cancelling kills the process.
 
         Raises:
-            ApiError: 400 naming the image; 503 if no place gets free or a process dies for other reasons.
+            ApiError: 400 naming the image; 503 without a free place or if the process dies for other reasons.
         """
         async with AsyncExitStack() as stack:
             try:
@@ -117,7 +117,6 @@ class Decoders:
                 raise invalid_image(error.param, error.message) from None
 
     async def aclose(self) -> None:
-        """Kill all processes."""
         for worker in (*self._idle, *self._busy):
             self._end(worker)
         self._idle.clear()

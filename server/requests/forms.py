@@ -95,13 +95,13 @@ class _FormReader:
                 self._check(chunk)
                 self._parser.write(chunk)
         finally:
-            self._callbacks.clear()  # a cycle would keep the files until a garbage collection
+            self._callbacks.clear()  # a cycle would keep the files
         if not self._is_complete:
             raise _invalid_form("it ends before its last boundary")
         return self._parts
 
     def _check(self, chunk: bytes) -> None:
-        """Refuse many delimiters and blanks: the parser takes 150 ms per megabyte, byte by byte in Python."""
+        """Refuse many delimiters and blanks, which the parser reads byte by byte in Python: 150 ms per megabyte."""
         delimiters = chunk.count(self._delimiter)
         self._delimiters += delimiters  # also those in a file that end no part
         if self._delimiters > 2 * MAX_PARTS:

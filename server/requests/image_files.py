@@ -3,7 +3,7 @@
 import re
 import struct
 
-MAX_CHUNKS = 256  # of a PNG or WEBP, beside pixels; real files have a few dozen
+MAX_CHUNKS = 256  # of a PNG or WEBP, beside pixels; files have a few dozen
 BYTES_PER_PIXEL_CHUNK = 1024  # on average; encoders write 8 or 64 KiB
 MAX_SEGMENTS = 1024  # of a JPEG; the largest profiles and depth maps take 255
 MAX_FILL_BYTES = 4096  # between segments of a JPEG

@@ -45,7 +45,8 @@ def prepare(
     """Decode files, for up to seconds.
 
     Args:
-        size, max_pixels: as in `EditFiles`.        report: called with field and name of each file before work on it.
+        size, max_pixels: as in `EditFiles`.
+        report: called with field and name of each file before work on it.
 
     Raises:
         InvalidImage: names the image and the reason.
@@ -60,7 +61,7 @@ def prepare(
         raise mask_file.error("must be a PNG with an alpha channel; the edit changes only where alpha is 0")
     alpha = None if mask_file is None else mask_file.decode().convert("RGBA").getchannel("A")
     sources, tokens, overlay = [], 0, None
-    for file in files:  # one at a time: a decoded image may take 64 MB
+    for file in files:  # singly: a decoded image may take 64 MB
         upright = file.decode()
         image = _rgb(upright, max_pixels)
         tokens += source_tokens(*image.size)
@@ -193,7 +194,7 @@ def _edit_size(first: tuple[int, int], max_pixels: int) -> tuple[int, int]:
 
 
 def _overlay(first: Image, alpha: Image, size: tuple[int, int]) -> Image:
-    """Return the first image where the mask keeps it, to be pasted over the result."""
+    """Return what the mask keeps of the first image, to be pasted over the result."""
     overlay = ImageOps.fit(first, size, Resampling.LANCZOS)
     overlay.putalpha(ImageOps.fit(alpha, size, Resampling.BILINEAR))
     return overlay

@@ -70,7 +70,7 @@ class Rewriter:
         return rewritten
 
     async def _complete(self, prompt: str) -> bytes:
-        # No temperature and no limit on tokens: some endpoints refuse either.
+        # No temperature or limit on tokens: some endpoints refuse them.
         messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
         body: dict[str, Any] = {"messages": messages, "stream": False}
         if self._model is not None:

@@ -21,7 +21,7 @@ from engine.jobs.job import JobState, OutputFormat, Priority
 from server.errors import ApiError, invalid
 from server.requests.quality import Quality
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON parser keeps exact
+MAX_SEED = 2**53 - 1  # the largest integer that all JSON parsers keep exact
 MAX_PROMPT_CHARS = 32_000
 MAX_GRID_SIDE = MAX_SIDE // CELL
 MAX_NAME_CHARS = 64  # of an unknown field, in comparisons and messages
@@ -74,8 +74,8 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop null fields, which the OpenAI SDK sends. Keep the first unknown field, to be refused: an error costs as
-        much with one as with thousands."""
+        """Drop null fields, which the OpenAI SDK sends. Keep only the first unknown field: an error for
+        each would cost time."""
         if not isinstance(data, dict):
             return data
         known = {name: data[name] for name in cls.model_fields if data.get(name) is not None}
@@ -324,7 +324,7 @@ def _explain(model: type[GenerationRequest], detail: ErrorDetails) -> ApiError:
     param = ".".join(str(part) for part in detail["loc"])
     name = str(detail["loc"][0])
     field = model.model_fields.get(name)
-    if field is not None and name in EDIT_FIELDS:  # pydantic's location and message name members of the union
+    if field is not None and name in EDIT_FIELDS:  # pydantic names members of the union
         return invalid(name, f"Invalid value for {name}: it takes {field.description}.")
     if detail["type"] == "missing":
         return invalid(param, f"The field {param} is required.", "missing_required_parameter")
@@ -342,7 +342,6 @@ def _explain(model: type[GenerationRequest], detail: ErrorDetails) -> ApiError:
 
 
 def unsupported(name: str) -> ApiError:
-    """Return the 400 for a field in `UNSUPPORTED`."""
     return invalid(name, f"{name} is not supported: {UNSUPPORTED[name]}.", "unsupported_parameter")
 
 

@@ -109,7 +109,7 @@ async def _from_parts(parts: list[Part]) -> ParsedBody:
 
 
 async def _file(part: Part) -> bytes:
-    """Return the file of a part, which may also be sent as a `data:` URL."""
+    """Return a part's file, which may be a `data:` URL."""
     if part.data[:5].lower() not in (b"data:", b"http:", b"https"):
         return part.data
     return await _decode_reference(part.name.removesuffix("[]"), part.data.decode(errors="replace").strip())
@@ -141,7 +141,7 @@ def _fields(parts: Iterable[Part]) -> dict[str, Any]:
 
 
 def _add_to_plan(plan: dict[str, Any], match: re.Match[str], part: Part) -> None:
-    """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][]`, the official SDK's names in a form."""
+    """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][]`, as the official SDK names them."""
     grid = plan.setdefault("preview", {}) if match["preview"] else plan
     side = match["side"]
     if side is None:

@@ -28,7 +28,7 @@ class ValidatedRequest:
 
     Args:
         size: in pixels; None for the engine's default, or the size of an edit's first image.
-        max_pixels: the engine's default size is made smaller if it has more.
+        max_pixels: bound of the engine's default size.
     """
 
     request: GenerationRequest
@@ -128,7 +128,7 @@ def model_not_found(served: list[str]) -> ApiError:
 
 
 def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) -> None:
-    """Raise for values that cannot be honoured; ignoring them would return a wrong image."""
+    """Raise for unsupported values; ignoring them would return a wrong image."""
     if request.background == "transparent":
         raise invalid("background", 'background "transparent" is not supported: the model has no alpha channel.')
     if request.stream and request.response_format == "url":

@@ -36,7 +36,7 @@ logger = logging.getLogger("glimmer.images")
 
 
 class EventStream(StreamingResponse):
-    """Sends events, with pings in between, until the last one or a disconnect; then closes `resources`."""
+    """Sends events and pings until the last event or a disconnect; then closes `resources`."""
 
     def __init__(self, events: AsyncGenerator[bytes], resources: ExitStack | None = None) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx would buffer

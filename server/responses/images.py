@@ -39,12 +39,10 @@ class ResponseOptions:
 
     @property
     def event_prefix(self) -> str:
-        """Return the prefix of event types."""
         return "image_edit" if self.operation == "edit" else "image_generation"
 
 
 def new_file_tokens(count: int) -> list[str]:
-    """Return names that cannot be guessed."""
     return [secrets.token_urlsafe(24) for _ in range(count)]
 
 
@@ -55,7 +53,7 @@ async def render_response(queue: JobProducer, record: JobRecord, result: JobResu
 
 
 async def share_images(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
-    """Make the images available by URL, if requested."""
+    """Make images available by URL, if requested."""
     options = ResponseOptions.from_record(record)
     if options.response_format == "url":
         for token, image in zip(options.file_tokens, result.images, strict=True):
@@ -81,7 +79,7 @@ def images_body(record: JobRecord, result: JobResult) -> dict[str, Any]:
 
 
 def common_fields(record: JobRecord) -> dict[str, Any]:
-    """Return the fields that are equal for all images of a job."""
+    """Return the fields shared by a job's images."""
     spec = record.spec
     return {
         "background": "opaque",

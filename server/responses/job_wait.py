@@ -46,7 +46,7 @@ async def _client_disconnected(receive: Receive) -> None:
 
 
 class JobWait:
-    """A request that waits. If it ends before the job, the job is discarded; a detached job runs on and is kept."""
+    """A waiting request. If it ends before the job, the job is discarded; a detached job is kept."""
 
     def __init__(
         self, queue: JobProducer, job: Admitted, *, detached: bool, abandoned_jobs: AbandonedJobs, outcomes: JobOutcomes

@@ -10,7 +10,7 @@ from server.responses.outcomes import job_error
 
 
 async def render_job(queue: JobProducer, record: JobRecord, throughput: Throughput) -> bytes:
-    """Return the job as JSON, with its images once it has succeeded."""
+    """Return the job, with its images once succeeded."""
     result = await queue.result(record.id) if record.state is JobState.SUCCEEDED else None
     if result is not None:
         await share_images(queue, record, result)

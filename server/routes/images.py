@@ -138,7 +138,6 @@ async def _job_response(request: Request, services: Services, job_id: str) -> Re
 
 
 async def _free_result(services: Services, job_id: str) -> None:
-    """Free a sent result."""
     with suppress(QueueUnavailable):  # then it expires after `result_ttl_s`
         await with_redis_timeout(services.queue.shorten_ttl(job_id))
 

@@ -30,8 +30,8 @@ T = TypeVar("T")
 class Submission:
     """A validated request.
 
-    Its images are decoded and its prompt is rewritten only when it is charged and would be accepted. Once begun, it stays
-    charged, so that both happen at most as often as the key's limit allows.
+    Its images are decoded and its prompt is rewritten only when it is charged and would be accepted. After that it
+    stays charged, so that both happen at most as often as the key's limit allows.
 
     Args:
         with_partials: the client can receive partial images.

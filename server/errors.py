@@ -52,14 +52,17 @@ class ApiError(Exception):
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    """Return a 400 for the field `param`."""
     return ApiError(400, message, param=param, code=code)
 
 
 def invalid_image(param: str, message: str) -> ApiError:
+    """Return a 400 for an uploaded image."""
     return ApiError(400, message, type="image_generation_user_error", code="invalid_image_file", param=param)
 
 
 def queue_unavailable() -> ApiError:
+    """Return the 503 for an outage of Redis."""
     return unavailable("The job queue cannot be reached right now; try again shortly.", REDIS_RETRY_S)
 
 

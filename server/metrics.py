@@ -90,6 +90,7 @@ class Metrics:
         )
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request; `route` is a template."""
         method = method if method in _METHODS else "other"
         self._requests.labels(route, method, status).inc()
         self._seconds.labels(route, method).observe(seconds)

@@ -35,6 +35,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def errors(*statuses: int) -> Responses:
+    """Return the error responses of a route."""
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 

@@ -103,6 +103,7 @@ async def open_queue(redis_url: str) -> AsyncIterator[JobProducer]:
 
 
 async def get_services(request: Request) -> Services:
+    """Return the services of the request's app."""
     return request.app.state.services
 
 

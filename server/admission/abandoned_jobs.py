@@ -25,6 +25,7 @@ class AbandonedJobs:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
+        """Wait briefly for pending discards."""
         if not self._tasks:
             return
         _, pending = await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)

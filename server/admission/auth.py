@@ -27,6 +27,7 @@ async def require_key(request: Request, sent: Annotated[HTTPAuthorizationCredent
 
 
 def has_key(request: Request, keys: KeyRing) -> bool:
+    """Return whether the request carries a known key."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and keys.find(key.strip()) is not None
 

@@ -21,6 +21,7 @@ def require_ready(engines: list[EngineInfo]) -> EngineInfo:
 
 
 def not_ready_reason(engines: list[EngineInfo]) -> str:
+    """Return why none of `engines` is ready."""
     if not engines:
         return "No engine is running."
     states = sorted({engine.state for engine in engines})

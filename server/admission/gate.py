@@ -31,9 +31,11 @@ class Gate:
         self._of_jobs: Counter[str] = Counter()
 
     def close(self) -> None:
+        """Refuse further jobs."""
         self.draining = self.closed = True
 
     def require_open(self) -> None:
+        """Raise a 503 if the gate is closed."""
         if self.closed:
             raise unavailable("This server is shutting down; try again.", DRAINING_RETRY_S)
 

@@ -86,10 +86,12 @@ _ACCEPTED = {
 
 
 def new_key() -> str:
+    """Return a random key."""
     return f"glm-{secrets.token_urlsafe(32)}"
 
 
 def hash_key(key: str) -> bytes:
+    """Return the stored form of a key."""
     return hashlib.sha256(key.encode()).digest()
 
 

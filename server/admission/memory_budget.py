@@ -58,6 +58,8 @@ class MemoryBudget:
 
 
 class Hold:
+    """Bytes counted in a budget."""
+
     def __init__(self, budget: MemoryBudget, caller: Caller) -> None:
         self._budget, self._owner = budget, caller.owner
         self._size = 0
@@ -68,4 +70,5 @@ class Hold:
         self._size = size
 
     def release(self) -> None:
+        """Count nothing any more."""
         self.resize(0)

@@ -30,6 +30,7 @@ class Charge:
     rest: "Charge | None" = None
 
     def work(self) -> None:
+        """Record that expensive work begins."""
         self.worked = True
 
 

@@ -18,6 +18,7 @@ class RedisMemory:
         self._use = SharedRead(lambda: queue.memory_use(), CACHE_TTL_S)
 
     async def is_full(self) -> bool:
+        """Return whether new jobs are refused."""
         return _is_full(await self._use.get())
 
     async def max_kept_bytes(self) -> int | None:

@@ -14,6 +14,7 @@ class Throughput:
         self._last_end = -math.inf
 
     def record_end(self, duration_s: float) -> None:
+        """Record the end of a job that took `duration_s`."""
         now = time.monotonic()
         interval = min(now - self._last_end, duration_s)
         self._last_end = now

@@ -45,10 +45,12 @@ class Task:
 
     @property
     def count(self) -> int:
+        """Return the number of images requested."""
         return self.body.get("n", 1)
 
     @property
     def outputs(self) -> list[Path]:
+        """Return the image files in order."""
         return _numbered(self.output, self.count)
 
 

@@ -65,6 +65,7 @@ class Display:
         self._live.update(Group(self._progress, half_blocks(image, min(MAX_COLUMNS, self._console.width), lines)))
 
     def print(self, text: str) -> None:
+        """Print a line that stays."""
         self._console.print(text, highlight=False, markup=False)
 
 

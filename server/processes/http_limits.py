@@ -97,6 +97,7 @@ class ConnectionTable:
         return True
 
     def begin(self, connection: Connection) -> None:
+        """Note that a request is in progress."""
         self._waiting.pop(connection, None)
 
     def end(self, connection: Connection) -> None:

@@ -117,6 +117,7 @@ class Decoders:
                 raise invalid_image(error.param, error.message) from None
 
     async def aclose(self) -> None:
+        """Kill all processes."""
         for worker in (*self._idle, *self._busy):
             self._end(worker)
         self._idle.clear()

@@ -45,6 +45,7 @@ class Part:
 
     @property
     def text(self) -> str:
+        """Return the content of a field."""
         if self.is_file:
             raise invalid(self.name, f"{self.name} must be sent as text, without a file name.")
         try:

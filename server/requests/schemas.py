@@ -342,6 +342,7 @@ def _explain(model: type[GenerationRequest], detail: ErrorDetails) -> ApiError:
 
 
 def unsupported(name: str) -> ApiError:
+    """Return the 400 for a field in `UNSUPPORTED`."""
     return invalid(name, f"{name} is not supported: {UNSUPPORTED[name]}.", "unsupported_parameter")
 
 

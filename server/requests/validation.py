@@ -119,6 +119,7 @@ def _check_model(model: str | None, served: list[str]) -> None:
 
 
 def model_not_found(served: list[str]) -> ApiError:
+    """Return the 404 that lists the served models."""
     return ApiError(
         404,
         f"This model is not served here. Served: {', '.join(served)}.",

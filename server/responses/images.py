@@ -39,10 +39,12 @@ class ResponseOptions:
 
     @property
     def event_prefix(self) -> str:
+        """Return the prefix of event types."""
         return "image_edit" if self.operation == "edit" else "image_generation"
 
 
 def new_file_tokens(count: int) -> list[str]:
+    """Return names that cannot be guessed."""
     return [secrets.token_urlsafe(24) for _ in range(count)]
 
 

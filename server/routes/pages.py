@@ -58,16 +58,19 @@ def _files() -> dict[str, _File]:
 
 @router.get("/")
 def playground(request: Request) -> Response:
+    """Return the playground."""
     return _file_response(request, "index.html")
 
 
 @router.get("/docs")
 def reference(request: Request) -> Response:
+    """Return the API reference."""
     return _file_response(request, "reference.html")
 
 
 @router.get("/playground/{name}")
 def page_file(name: str, request: Request) -> Response:
+    """Return a style sheet, script or icon of the pages."""
     return _file_response(request, name)
 
 

@@ -77,7 +77,7 @@ class StopSignals:
     def _wake(self) -> None:
         with suppress(BlockingIOError):
             os.read(self._reader, 4096)
-        asyncio.get_running_loop().call_soon(self._notice)  # after `_count`
+        asyncio.get_running_loop().call_soon(self._notice)  # after `_count` ran
 
     def _notice(self) -> None:
         if self.count >= 1:

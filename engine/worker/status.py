@@ -31,7 +31,7 @@ class StatusFile:
 
     Args:
         born: start of the process in ticks since boot, because pids are reused.
-        written_at: monotonic seconds.
+        written_at: monotonic seconds of this machine.
     """
 
     id: str

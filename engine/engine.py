@@ -40,6 +40,8 @@ PLANNING_MARGIN = 1.5  # each stage is slower while both work
 
 
 class Engine:
+    """Both stages over one model."""
+
     def __init__(self, model: GlmImage, limits: EngineLimits | None = None, metrics: EngineMetrics | None = None):
         self.model = model
         self.limits = limits = limits or EngineLimits.choose(model)

@@ -14,6 +14,8 @@ PROCESS_ENDS = (KeyboardInterrupt, SystemExit)
 
 
 class Item(Protocol):
+    """Part of a request."""
+
     @property
     def request(self) -> Request: ...
 

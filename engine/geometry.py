@@ -64,6 +64,7 @@ class Geometry:
 
     @property
     def plan_tokens(self) -> int:
+        """Return the tokens of preview and plan."""
         return self.preview.tokens + self.plan.tokens
 
     @property

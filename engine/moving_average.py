@@ -9,4 +9,5 @@ class MovingAverage:
         self.value = value
 
     def add(self, sample: float) -> None:
+        """Add a sample."""
         self.value = sample if self.value is None else self.value + 0.1 * (sample - self.value)

@@ -67,6 +67,7 @@ class Preparation:
         self._requests[request] = Preparing(request, sources, glyphs, size, bool(request.spec.num_sources))
 
     def abort(self, request: Request) -> None:
+        """Drop a request."""
         self._requests.pop(request, None)
 
     def step(self, *, others_work: bool) -> list[Request]:

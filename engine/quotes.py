@@ -14,6 +14,7 @@ MAX_TOKENS = 8192  # of all strings
 
 
 def quoted_strings(prompt: str) -> list[str]:
+    """Return the quoted strings of a prompt."""
     return [text for pattern in QUOTES for text in re.findall(pattern, prompt)]
 
 

@@ -64,6 +64,8 @@ class Request:
 
 @dataclass(eq=False)
 class Image:
+    """Image `index` of a request."""
+
     request: Request
     index: int
     preview: TokenGrid | None = None  # filled for partial images

@@ -1,3 +1,5 @@
+"""Stop signals during the whole life of a process, and an event loop that ends without waiting for threads."""
+
 import asyncio
 import os
 import signal

@@ -35,6 +35,7 @@ class QueueBase:
 
     @property
     def client(self) -> redis.asyncio.Redis:
+        """Return the client."""
         return self._redis
 
     @property
@@ -46,9 +47,11 @@ class QueueBase:
         return self._prefix
 
     def key(self, *parts: str) -> str:
+        """Return a key with the prefix."""
         return ":".join((self._prefix, *parts))
 
     async def ping(self) -> None:
+        """Raise `QueueUnavailable` if Redis does not answer."""
         with redis_errors():
             await self._redis.ping()
 

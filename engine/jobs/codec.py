@@ -89,6 +89,7 @@ def decode_claim(reply: Sequence[Any], planner: str) -> Claim:
 
 
 def encode_plan(plan: Plan, planner: str) -> bytes:
+    """Return a checkpoint, which names its planner."""
     return orjson.dumps(plan.to_dict() | ({"planner": planner} if planner else {}))
 
 
@@ -162,6 +163,7 @@ def encode_sources(sources: SourceImages | None) -> list[str | bytes]:
 
 
 def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
+    """Return the source images from their hash."""
     if not stored:
         return None
     count = len(stored) - (b"overlay" in stored)
@@ -169,6 +171,7 @@ def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
 
 
 def encode_result(result: JobResult) -> list[str | bytes]:
+    """Return the hash's fields and values in turn."""
     meta = {
         "images": [{"seed": image.seed, "plan": image.plan} for image in result.images],
         "prompt_tokens": result.prompt_tokens,
@@ -182,6 +185,7 @@ def encode_result(result: JobResult) -> list[str | bytes]:
 
 
 def decode_result(stored: Mapping[Any, Any]) -> JobResult | None:
+    """Return the result from its hash."""
     if b"meta" not in stored:
         return None
     meta = orjson.loads(stored[b"meta"])

@@ -1,3 +1,5 @@
+"""Connecting to Redis and mapping its errors."""
+
 import asyncio
 import logging
 import math

@@ -94,6 +94,7 @@ class JobConsumer(QueueBase):
         return [claims[index] for index in lost]
 
     async def progress(self, claim: Claim, progress: dict[str, Any]) -> bool:
+        """Store the progress."""
         return await self._write("progress", claim, orjson.dumps(progress))
 
     async def checkpoint_plan(self, claim: Claim, index: int, plan: Plan) -> bool:
@@ -106,10 +107,12 @@ class JobConsumer(QueueBase):
             return decode_sources(await self._redis.hgetall(self.key("sources", claim.job_id)))
 
     async def partial_image(self, claim: Claim, partial: PartialImage) -> bool:
+        """Store a partial image."""
         grid = orjson.dumps(partial.grid)
         return await self._write("partial_image", claim, partial.data, grid, image=partial.image, index=partial.index)
 
     async def cached_plans(self, keys: Sequence[str]) -> list[Plan | None]:
+        """Return cached plans."""
         with redis_errors():
             plans = await self._redis.mget([self.key("plan", key) for key in keys])
         return [None if plan is None else decode_cached_plan(plan) for plan in plans]
@@ -123,6 +126,7 @@ class JobConsumer(QueueBase):
         return await self._write("commit", claim, *encode_result(result))
 
     async def fail(self, claim: Claim, error: JobError) -> bool:
+        """End the job as failed."""
         return await self._write("fail", claim, orjson.dumps(error.to_dict()))
 
     async def requeue(self, consumer: str, claim: Claim) -> bool:
@@ -144,6 +148,7 @@ class JobConsumer(QueueBase):
         )
 
     async def deregister(self, engine_id: str) -> None:
+        """Delete the heartbeat."""
         with redis_errors():
             await self._redis.delete(self.key("engine", engine_id))
 

@@ -102,6 +102,7 @@ class EmbeddedRedis:
 
     @property
     def alive(self) -> bool:
+        """Return whether the process runs."""
         return self._process.poll() is None
 
     def answers(self) -> bool:

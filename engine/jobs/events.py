@@ -39,6 +39,7 @@ class Subscription:
             self._task = asyncio.create_task(self._stay_subscribed())
 
     async def close(self) -> None:
+        """Stop reading."""
         if self._task is not None:
             await stop(self._task)
             self._task = None
@@ -89,6 +90,7 @@ class JobEvents:
                 del waiters[job_id]
 
     async def ended(self) -> AsyncIterator[str]:
+        """Yield the ids of ending jobs."""
         self._subscription.start()
         ids: asyncio.Queue[str | None] = asyncio.Queue()
         self._listeners.add(ids)

@@ -1,3 +1,5 @@
+"""Waiting for the end of a job, and following every change."""
+
 import asyncio
 import time
 from collections.abc import AsyncGenerator

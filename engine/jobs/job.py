@@ -146,10 +146,12 @@ class JobSpec(_Record):
 
     @property
     def plan_tokens(self) -> int:
+        """Return the tokens of all images."""
         return 0 if self.plan else self.n * self.image_plan_tokens
 
     @property
     def grids(self) -> list[Grid]:
+        """Return an image's grids in order."""
         geometry = self.geometry
         return [geometry.plan] if self.num_sources else [geometry.preview, geometry.plan]
 

@@ -174,12 +174,14 @@ class JobProducer(QueueBase):
         await self._scripts.run("share_file", data, media_type, id=job_id, token=token)
 
     async def shared_file(self, token: str) -> tuple[bytes, str] | None:
+        """Return a shared file and its media type."""
         with redis_errors():
             stored: list[Any] = await self._redis.hmget(self.key("file", token), ["data", "type"])
         data, media_type = stored
         return None if data is None else (data, media_type.decode())
 
     async def takes_writes(self) -> bool:
+        """Return whether Redis takes writes."""
         try:
             with redis_errors():
                 await self._redis.set(self.key("probe"), b"", px=1000)
@@ -195,6 +197,7 @@ class JobProducer(QueueBase):
         return MemoryUse(used, memory["maxmemory"] or None)
 
     async def stats(self) -> QueueStats:
+        """Return the counts."""
         return QueueStats(*await self._scripts.run("stats"))
 
     async def engines(self) -> list[EngineInfo]:

@@ -32,6 +32,7 @@ def bind(**fields: Any) -> None:
 
 
 def bound() -> dict[str, Any]:
+    """Return this task's bound fields."""
     return _bound.get() or {}
 
 

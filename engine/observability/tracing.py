@@ -108,6 +108,7 @@ class Tracing:
         self._tracer = (provider or trace.NoOpTracerProvider()).get_tracer("glimmer")
 
     def request(self, method: str, traceparent: str) -> Span:
+        """Start an HTTP request's span."""
         if self._provider is None:
             traceparent = ""  # no-op spans would forward it
         return Span(self._tracer, method, traceparent, {"http.request.method": method}, SpanKind.SERVER)

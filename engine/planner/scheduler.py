@@ -62,6 +62,8 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class PlannerStep:
+    """What to run in one step."""
+
     prefill: list[PromptGroup] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
 
@@ -134,6 +136,7 @@ class PlannerScheduler:
             raise RequestError(f"this server makes at most {self.max_sequences} images of a request at once", param="n")
 
     def check_length(self, field: str, tokens: int) -> None:
+        """Raise RequestError if a text is too long."""
         if tokens > self.max_prompt_tokens:
             raise RequestError(
                 f"the {field} has {tokens} tokens; this server takes at most {self.max_prompt_tokens}",
@@ -142,10 +145,12 @@ class PlannerScheduler:
             )
 
     def fits(self, request: Request) -> bool:
+        """Return whether enough memory is free."""
         unplanned = self._unplanned(request)
         return not unplanned or (self._blocks_needed(request) <= self.allocator.free and unplanned <= self.free_buffers)
 
     def reserve(self, request: Request) -> None:
+        """Reserve memory."""
         sequences: list[Sequence] = []
         prompt_blocks: list[int] = []
         for image in request.images:
@@ -186,10 +191,12 @@ class PlannerScheduler:
             self._decode.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
+        """Free a plan's memory."""
         self._decode.remove(sequence)
         self._release(sequence)
 
     def abort(self, request: Request) -> None:
+        """Free what the request holds."""
         groups = [group for group in self._prefill if group.request is request]
         for group in groups:
             self._prefill.remove(group)

@@ -77,6 +77,7 @@ class PlannerStage:
         self.scheduler.check(request)
 
     def fits(self, request: Request) -> bool:
+        """Return whether enough memory is free."""
         return self.scheduler.fits(request)
 
     def reserve(self, request: Request) -> None:
@@ -114,15 +115,18 @@ class PlannerStage:
         self._metrics.planner_step.observe(seconds)
 
     def abort(self, request: Request) -> None:
+        """Free what the request holds."""
         self.scheduler.abort(request)
 
     def progress(self, request: Request) -> Progress:
+        """Count plan tokens."""
         tokens = request.spec.image_plan_tokens
         written = sum(tokens for image in request.images if image.plan)
         written += sum(s.written for s in self.scheduler.sequences if s.request is request)
         return Progress(request, "planning", written, tokens * request.spec.n)
 
     def check_integrity(self) -> None:
+        """Raise AssertionError if memory leaked."""
         self.scheduler.check_integrity()
 
     def _finish_preview(self, sequence: Sequence) -> None:

@@ -38,6 +38,7 @@ class GlyphCache:
         self._by_request[request] = branches
 
     def release(self, request: Request) -> None:
+        """Drop a request."""
         self._by_request.pop(request, None)
 
     @torch.inference_mode()

@@ -1,3 +1,5 @@
+"""The state of one image, or of its preview, while it is rendered."""
+
 from dataclasses import dataclass
 
 from torch import Tensor

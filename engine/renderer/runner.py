@@ -33,6 +33,8 @@ class PackedRenderings:
 
 
 class RendererRunner:
+    """Prepares images, advances sets of them by one step, decodes the finished ones."""
+
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer
         self.tile_height = choose_tile_height(TILE_HEIGHT, model.device)
@@ -121,6 +123,7 @@ class RendererRunner:
             rendering.step += 1
 
     def padding(self, tokens: int) -> int:
+        """Return the padding of packed tokens."""
         return padded(tokens, self.tile_height) - tokens
 
     @torch.inference_mode()

@@ -60,6 +60,7 @@ class RenderScheduler(Generic[W]):
 
     @property
     def seconds_left(self) -> float:
+        """Estimate the time for all remaining steps."""
         return sum(entry.remaining for entry in self._entries) * (self._seconds_per_token.value or 0.0)
 
     def add(self, work: W) -> None:
@@ -87,6 +88,7 @@ class RenderScheduler(Generic[W]):
         return [entry.work for entry in picked]
 
     def observe(self, tokens: int, seconds: float) -> None:
+        """Record a tick's duration."""
         self._seconds_per_token.add(seconds / tokens)
 
     def _rank(self, entry: _Entry[W], now: float) -> tuple[bool, float]:

@@ -1,3 +1,5 @@
+"""Keys and values of source images, shared by a request's images; `EngineLimits.source_patches` bounds them."""
+
 from collections.abc import Generator
 
 import torch
@@ -43,6 +45,7 @@ class SourceKVCache:
         self._by_request[request] = source_kv
 
     def release(self, request: Request) -> None:
+        """Free a request's keys and values."""
         self._by_request.pop(request, None)
 
     def _read(self, source: EncodedImage, kv_out: Tensor) -> Generator[int]:

@@ -80,6 +80,7 @@ class RendererStage:
         self._render([image])
 
     def render_preview(self, image: Image) -> None:
+        """Render an image's preview."""
         self.scheduler.add(self.runner.prepare_preview(image))
 
     def step(self) -> None:
@@ -117,6 +118,7 @@ class RendererStage:
             self._boundary.run_each([rendering], self._finish_image)
 
     def abort(self, request: Request) -> None:
+        """Free what the request holds."""
         self._images_left.pop(request, None)
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
@@ -124,11 +126,13 @@ class RendererStage:
         self.runner.release(request)
 
     def progress(self, request: Request) -> Progress:
+        """Count denoising steps."""
         steps_left = sum(r.steps_left for r in self.scheduler if r.request is request and not r.is_preview)
         steps = request.spec.num_inference_steps * request.spec.n
         return Progress(request, "rendering", steps - steps_left, steps)
 
     def check_integrity(self) -> None:
+        """Raise AssertionError if memory leaked."""
         assert all(request in self._boundary.live for request in self._images_left)
         assert self._images_left or (self.is_idle and not len(self.runner.source_kv))
 

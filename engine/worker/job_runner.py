@@ -34,6 +34,8 @@ class Lost:
 
 @dataclass(eq=False)
 class RunningJob:
+    """A claimed job and its results."""
+
     claim: Claim
     request: Request
     span: Span

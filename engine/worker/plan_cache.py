@@ -20,12 +20,14 @@ class PlanCache:
         self._queue, self._planner, self._ttl_s = queue, planner, ttl_s
 
     async def lookup(self, spec: JobSpec, sources: SourceImages | None) -> dict[int, Plan]:
+        """Return the known plans by image index."""
         if not self._ttl_s or spec.plan:
             return {}
         plans = await self._queue.cached_plans([self._key(spec, sources, index) for index in range(spec.n)])
         return {index: plan for index, plan in enumerate(plans) if plan is not None}
 
     async def store(self, spec: JobSpec, sources: SourceImages | None, index: int, plan: Plan) -> None:
+        """Keep the plan of image `index`."""
         if self._ttl_s:
             await self._queue.cache_plan(self._key(spec, sources, index), plan, self._ttl_s)
 

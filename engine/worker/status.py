@@ -59,6 +59,7 @@ class EngineStatus:
         self._failed = False
 
     async def keep(self) -> None:
+        """Write until cancelled."""
         while True:
             try:
                 self.write()

@@ -92,6 +92,7 @@ class Worker:
 
     @property
     def state(self) -> EngineState:
+        """Return what heartbeats and health checks report."""
         return "stuck" if self._watchdog.is_stuck else "draining" if self._draining.is_set() else "ready"
 
     def drain(self) -> None:

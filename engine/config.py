@@ -22,6 +22,10 @@ HAND_BACK_S = 5.0
 Redis that may be slow."""
 
 
+ENGINES_VARIABLE = "GLIMMER_ENGINES_OF_MACHINE"
+"""Set by the supervisor, not by people: how many engines share this machine's memory."""
+
+
 def new_engine_id() -> str:
     """Return a new, public id."""
     return f"engine-{os.urandom(8).hex()}"

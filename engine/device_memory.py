@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -76,11 +77,14 @@ def _limit_files() -> Iterator[Path]:
 
 
 def _open(path: Path) -> int:
-    """Open a lock file for reading, which suffices to lock another user's."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    """Open this user's lock file; raise OSError if something else is there."""
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        os.close(file)
+        raise PermissionError(f"{path} is not a regular file of this user")
+    return file
 
 
 def _lock(file: int, path: Path) -> None:

@@ -1,13 +1,15 @@
+import os
 from dataclasses import dataclass
 
 import torch
 
+from engine.config import ENGINES_VARIABLE
 from engine.device_memory import host_memory
 from engine.geometry import CELL, MAX_ASPECT, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, PATCH, Geometry
 from models.glm_image.model import GlmImage
 
 BLOCK_SIZE = 32  # tokens
-CPU_KV_BYTES, CPU_KV_SHARE = 1 << 30, 0.15  # of `host_memory`
+CPU_KV_BYTES, CPU_KV_SHARE = 1 << 30, 0.15  # of `host_memory`, divided by the engines there
 CPU_SOURCE_BYTES, CPU_SOURCE_SHARE = 2 << 30, 0.2
 CUDA_KV_SHARE = 0.4  # of memory free after loading
 CUDA_SOURCE_SHARE = 0.25
@@ -92,4 +94,9 @@ def _affordable_source_patches(model: GlmImage) -> int:
 def _available_bytes(model: GlmImage, cuda_share: float, cpu_share: float, cpu_bytes: int) -> int:
     if model.device.type == "cuda":
         return int(torch.cuda.mem_get_info(model.device)[0] * cuda_share)
-    return min(cpu_bytes, int(host_memory() * cpu_share))
+    return min(cpu_bytes, int(host_memory() * cpu_share / _engines_of_machine()))
+
+
+def _engines_of_machine() -> int:
+    engines = os.environ.get(ENGINES_VARIABLE, "")
+    return max(1, int(engines)) if engines.isdecimal() else 1

@@ -61,11 +61,11 @@ async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) 
     try:
         loading = asyncio.create_task(_announce(queue, starting))
         try:
-            engine = await stop.unless_stopped(asyncio.to_thread(_load_or_explain, settings))
+            loaded = await stop.unless_stopped(asyncio.to_thread(_load_or_explain, settings, starting))
         finally:
             loading.cancel()
             await asyncio.wait({loading}, timeout=CLOSE_S)
-        info = _ready(starting, engine.model, settings.model)
+        engine, info, planner = loaded
         event(
             logger,
             "engine_ready",
@@ -73,7 +73,7 @@ async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) 
             device=engine.model.device,
             dtype=engine.model.dtype,
         )
-        worker = Worker(engine, queue, info, settings, tracing)
+        worker = Worker(engine, queue, info, settings, tracing, planner=planner)
         status.state = lambda: worker.state
         tasks.append(asyncio.create_task(_follow(stop, worker)))
         await worker.run()
@@ -106,9 +106,11 @@ async def _close(queue: JobConsumer, engine_id: str) -> None:
     await queue.client.aclose()
 
 
-def _load_or_explain(settings: EngineSettings) -> Engine:
+def _load_or_explain(settings: EngineSettings, starting: EngineInfo) -> tuple[Engine, EngineInfo, str]:
+    """Return the engine, its heartbeats' content and the planner's fingerprint, which read all weights."""
     try:
-        return _load(settings)
+        engine = _load(settings)
+        return engine, _ready(starting, engine.model, settings.model), engine.model.planning_fingerprint()
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError) as error:
         # Of files and libraries, where a restart does not help; a device raises RuntimeError.
         raise StartError(f"the checkpoint cannot be loaded: {type(error).__name__}: {error}") from error

@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from engine.config import EngineSettings
+from engine.config import HAND_BACK_S, EngineSettings
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.consumer import JobConsumer
@@ -33,6 +33,7 @@ class Worker:
 
     Args:
         info: content of the heartbeats; `info.id` is also the consumer's name.
+        planner: the model's planning fingerprint; without it, all weights are read here.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Worker:
         info: EngineInfo,
         settings: EngineSettings,
         tracing: Tracing = Tracing(),
+        *,
+        planner: str | None = None,
     ):
         self._tracing = tracing
         self._engine, self._queue, self._info, self._settings = engine, queue, info, settings
@@ -59,7 +62,7 @@ class Worker:
             lambda: [job.claim.spec for job in self._jobs.values()], on_cpu=engine.model.device.type == "cpu"
         )
         engine.on_progress(self._watchdog.beat)
-        planner = queue.planner = engine.model.planning_fingerprint()
+        queue.planner = planner = planner or engine.model.planning_fingerprint()
         self._runner = JobRunner(
             engine,
             queue,
@@ -86,8 +89,9 @@ class Worker:
                     task.result()
             await self._finish_jobs({thread, *loops})
         finally:
+            blame = not self._draining.is_set() and any(map(_has_failed, (thread, claiming)))
             with exit_within(watchdog.STEP_TIMEOUT_S):  # the thread may hang in a step
-                await self._end({claiming, *loops})
+                await self._end({claiming, *loops}, blame=blame)
                 await thread
 
     @property
@@ -245,14 +249,27 @@ class Worker:
                 event(logger, "job_handed_back", **job.log_fields)
             self._drop(job.request.id)
 
-    async def _end(self, tasks: set[asyncio.Future[None]]) -> None:
-        """End all tasks; hand back what is left, if Redis answers."""
+    async def _end(self, tasks: set[asyncio.Future[None]], *, blame: bool) -> None:
+        """End all tasks; hand back what is left, if Redis answers in time.
+
+        Args:
+            blame: the engine's thread failed, or the taking of a job did: the jobs may be why.
+        """
         self._stopping.set()
         self._wake_engine.set()
         await asyncio.gather(*(stop(task) for task in (*tasks, *self._job_tasks)))
+        until = time.monotonic() + HAND_BACK_S / 2
         with suppress(Exception):
-            await self._queue.requeue_all(self._info.id)  # some are left only after a failure
-            await self._queue.deregister(self._info.id)
+            while time.monotonic() < until:
+                with suppress(QueueUnavailable):
+                    await self._queue.requeue_all(self._info.id, blame)  # some are left only after a failure
+                    await self._queue.deregister(self._info.id)
+                    return
+                await asyncio.sleep(REDIS_RETRY_S)
+
+
+def _has_failed(task: asyncio.Future[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
 
 
 def _request_id(claim: Claim) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.child import die_with_parent
-from engine.config import EXIT_CONFIGURATION, HAND_BACK_S
+from engine.config import ENGINES_VARIABLE, EXIT_CONFIGURATION, HAND_BACK_S
 from engine.jobs.consumer import JobConsumer
 from engine.observability.logs import event
 from server.processes.backoff import Backoff
@@ -158,7 +158,7 @@ class Supervisor:
 
 
 def engine_environments(base: Mapping[str, str], count: int, device: str) -> list[dict[str, str]]:
-    """Return each engine's environment, with GPUs assigned in turn and CPU threads divided."""
+    """Return each engine's environment, with GPUs assigned in turn, CPU threads and memory divided."""
     gpus = _gpus(base) if count > 1 and device in ("auto", "cuda") else []
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     environments = []
@@ -166,6 +166,7 @@ def engine_environments(base: Mapping[str, str], count: int, device: str) -> lis
         environment = dict(base)
         if count > 1:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
+            environment[ENGINES_VARIABLE] = str(count)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         environments.append(environment)

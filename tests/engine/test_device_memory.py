@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,14 @@ import pytest
 import torch
 
 from engine import device_memory, limits
-from engine.config import EngineSettings
+from engine.config import ENGINES_VARIABLE, EngineSettings
 from engine.device_memory import device_lock, host_memory
 from engine.limits import EngineLimits
 from engine.planner.scheduler import PlannerScheduler
 from engine.worker import process
 from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.model import GlmImage
+from server.processes.supervisor import engine_environments
 from tests.checkpoints import small_engine
 
 CUDA, GIB = torch.device("cuda"), 1 << 30
@@ -101,6 +103,28 @@ def test_a_folder_that_cannot_be_written_does_not_prevent_a_start(lock_file: Pat
         pass
 
 
+@pytest.mark.parametrize("trap", ["pipe", "folder", "of another user"])
+def test_only_a_regular_file_of_this_user_is_locked(
+    lock_file: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    if trap == "pipe":
+        os.mkfifo(lock_file)
+    elif trap == "folder":
+        lock_file.mkdir()
+    else:
+        lock_file.touch()
+        monkeypatch.setattr(device_memory.os, "geteuid", lambda: lock_file.stat().st_uid + 1)
+    monkeypatch.setattr(device_memory, "_lock", lambda *_: pytest.fail("it was locked"))
+    entered = threading.Event()
+
+    def enter() -> None:
+        with device_lock(CUDA):
+            entered.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    assert entered.wait(20)
+
+
 def test_no_lock_is_taken_for_a_cpu(lock_file: Path) -> None:
     with device_lock(torch.device("cpu")):
         assert not lock_file.exists()
@@ -130,6 +154,29 @@ def test_the_host_s_memory_is_bounded_by_the_container_s(
     for text, limit in [("max\n", host), ("1000000\n", 1_000_000)]:
         file.write_text(text)
         assert host_memory() == limit
+
+
+@pytest.mark.parametrize("engines", [1, 2, 3, 4])
+def test_engines_of_one_machine_share_its_memory(
+    model: GlmImage, monkeypatch: pytest.MonkeyPatch, engines: int
+) -> None:
+    monkeypatch.setattr(limits, "host_memory", lambda: GIB)
+    per_token = model.planner.config.kv_bytes_per_token(4), model.renderer.config.kv_bytes_per_token(4)
+    taken = 0
+    for environment in engine_environments({}, engines, "cpu"):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            chosen = EngineLimits.choose(model, max_images=1000)
+        taken += chosen.kv_tokens * per_token[0] + chosen.source_patches * per_token[1]
+    assert taken == pytest.approx(0.35 * GIB, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "many"])
+def test_a_share_that_is_no_number_is_ignored(model: GlmImage, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    alone = EngineLimits.choose(model)
+    monkeypatch.setenv(ENGINES_VARIABLE, value)
+    assert EngineLimits.choose(model) == alone
 
 
 def test_caches_of_a_small_container_take_a_share_of_it(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from PIL import Image as PillowImage
 
 from engine.config import EXIT_STUCK, EngineSettings
 from engine.engine import Engine
+from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, FreeCapacity, JobRecord, JobSpec, JobState, PartialImage, Plan
 from engine.observability.tracing import Tracing
 from engine.request import Planned, Request
@@ -228,6 +229,30 @@ async def test_a_second_drain_requeues_at_once(queue: JobQueue, model: GlmImage)
         await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
         await until_running(queue, "long")
         worker.drain()
+    record = await queue.get("long")
+    assert record is not None
+    assert (record.state, record.runs) == (JobState.QUEUED, 0)
+
+
+@pytest.mark.parametrize("blinks", [{"requeue": 1}, {"requeue": 1, "requeue_all": 2}])
+async def test_a_drain_blames_no_job_though_redis_blinks(
+    queue: JobQueue, model: GlmImage, monkeypatch: pytest.MonkeyPatch, blinks: dict[str, int]
+) -> None:
+    def flaky(name: str, real: Any) -> Any:
+        async def call(*arguments: Any) -> Any:
+            if blinks[name]:
+                blinks[name] -= 1
+                raise QueueUnavailable("planted")
+            return await real(*arguments)
+
+        return call
+
+    for name in blinks:
+        monkeypatch.setattr(queue, name, flaky(name, getattr(queue, name)))
+    async with working(queue, small_engine(model), grace_s=0.1):
+        await submit(queue, replace(SPEC, num_inference_steps=200, width=512, height=512), "long")
+        await until_running(queue, "long")
+    assert not any(blinks.values())
     record = await queue.get("long")
     assert record is not None
     assert (record.state, record.runs) == (JobState.QUEUED, 0)

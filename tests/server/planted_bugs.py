@@ -143,14 +143,14 @@ BUGS = [
         "a job handed back at a drain has had a run",
         WORKER,
         "await self._queue.requeue(self._info.id, job.claim)",
-        "pass",
+        "await self._queue.requeue_all(self._info.id)",
         f"{WORKS}::test_after_the_grace_period_jobs_are_requeued_and_the_run_does_not_count",
     ),
     Bug(
         "an engine that breaks keeps its jobs",
         WORKER,
-        "            await self._queue.requeue_all(self._info.id)  # some",
-        "            pass  # some",
+        "                    await self._queue.requeue_all(self._info.id, blame)  # some",
+        "                    pass  # some",
         f"{WORKS}::test_a_lost_device_ends_the_worker_and_requeues_its_jobs",
     ),
     Bug(

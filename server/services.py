@@ -14,8 +14,8 @@ from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission
 from server.admission.api_heartbeat import ApiHeartbeat
 from server.admission.gate import Gate
-from server.admission.keys import KeyRing
-from server.admission.memory_budget import MemoryBudget
+from server.admission.keys import ANONYMOUS, KeyRing
+from server.admission.memory_budget import Hold, MemoryBudget
 from server.admission.queue_state import QueueState
 from server.admission.rate_limits import RateLimits
 from server.metrics import Metrics
@@ -44,6 +44,11 @@ class Services:
     def base_url(self, request: Request) -> str:
         """Return this server's URL for the client, without a trailing slash."""
         return self.settings.public_url or str(request.base_url).rstrip("/")
+
+    def held_for(self, request: Request) -> Hold:
+        """Return a count of the memory that the request's response takes, until it has been sent."""
+        caller = getattr(request.state, "caller", ANONYMOUS)
+        return request.state.places.enter_context(self.memory.hold(caller))
 
 
 @asynccontextmanager

@@ -15,7 +15,6 @@ from engine.geometry import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from engine.jobs.job import (
     Claim,
     EngineInfo,
-    ImageResult,
     JobError,
     JobRecord,
     JobResult,
@@ -25,6 +24,8 @@ from engine.jobs.job import (
     Plan,
     Priority,
     SourceImages,
+    StoredImage,
+    StoredResult,
 )
 from engine.observability.logs import event, where
 
@@ -184,13 +185,13 @@ def encode_result(result: JobResult) -> list[str | bytes]:
     return fields
 
 
-def decode_result(stored: Mapping[Any, Any]) -> JobResult | None:
-    """Return the result from its hash."""
-    if b"meta" not in stored:
-        return None
-    meta = orjson.loads(stored[b"meta"])
-    images = [
-        ImageResult(stored[b"image:%d" % index], image["seed"], image["plan"])
-        for index, image in enumerate(meta["images"])
+def decode_stored_result(meta: bytes, *images: bytes | int) -> StoredResult:
+    """Return the result from the reply of `stored_result.lua`."""
+    fields = orjson.loads(meta)
+    stored = [
+        StoredImage(len(image), described["seed"], described["plan"], image)
+        if isinstance(image, bytes)
+        else StoredImage(image, described["seed"], described["plan"])
+        for image, described in zip(images, fields["images"], strict=True)
     ]
-    return JobResult(images, meta["prompt_tokens"], meta["plan_tokens"], meta.get("source_tokens", 0))
+    return StoredResult(stored, fields["prompt_tokens"], fields["plan_tokens"], fields.get("source_tokens", 0))

@@ -4,14 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from typing import Any
 
 import orjson
 
 from engine.errors import QueueUnavailable
 from engine.jobs.codec import reading
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, redis_errors
-from engine.jobs.job import JobRecord, JobState, PartialImage
+from engine.jobs.job import JobRecord, JobState, StoredPartial
 from engine.jobs.producer import JobProducer
 
 POLL_INTERVAL_S = 1.0  # an event may be lost
@@ -46,7 +45,7 @@ class JobFollower:
                     return self._existing(record)
                 await self._pause(woken, left_s)
 
-    async def updates(self) -> AsyncGenerator[JobRecord | PartialImage]:
+    async def updates(self) -> AsyncGenerator[JobRecord | StoredPartial]:
         """Yield the record, now and after every change, and each partial image once."""
         last_record: JobRecord | None = None
         with self._queue.events.waiter(self._job_id, every_change=True) as woken:
@@ -85,21 +84,24 @@ class JobFollower:
             await self._queue.expire(self._job_id)
         return max(left_s, 0.0)
 
-    async def _new_partials(self) -> list[PartialImage]:
+    async def _new_partials(self) -> list[StoredPartial]:
         key, client = self._queue.key("partials", self._job_id), self._queue.client
         with redis_errors(), reading(self._job_id):
-            names: list[Any] = await client.hkeys(key)  # type: ignore[misc]
+            names: list[bytes] = await client.hkeys(key)  # type: ignore[misc]
             images = (name for name in names if not name.endswith(b":grid") and name not in self._known_partials)
             new = sorted(images, key=lambda name: name.split(b":")[::-1])
             if not new:
                 return []
-            fields = [field for name in new for field in (name, name + b":grid")]
-            values: list[Any] = await client.hmget(key, fields)  # type: ignore[misc]
+            async with client.pipeline(transaction=False) as pipe:
+                for name in new:
+                    pipe.hstrlen(key, name.decode())
+                    pipe.hget(key, f"{name.decode()}:grid")
+                values = await pipe.execute()
             self._known_partials.update(new)
             return [
-                PartialImage(*(int(part) for part in name.split(b":")), data=data, grid=orjson.loads(grid))
-                for name, data, grid in zip(new, values[::2], values[1::2], strict=True)
-                if data is not None
+                StoredPartial(*(int(part) for part in name.split(b":")), size=size, grid=orjson.loads(grid))
+                for name, size, grid in zip(new, values[::2], values[1::2], strict=True)
+                if size
             ]
 
     async def _pause(self, woken: asyncio.Event, left_s: float) -> None:

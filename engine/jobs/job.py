@@ -220,10 +220,40 @@ class PartialImage:
 
 
 @dataclass(frozen=True)
+class StoredPartial:
+    """A `PartialImage` whose data, of `size` bytes, is still in Redis."""
+
+    image: int
+    index: int
+    size: int
+    grid: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class JobResult:
     """`prompt_tokens` include `source_tokens`."""
 
     images: list[ImageResult]
+    prompt_tokens: int
+    plan_tokens: int
+    source_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image of a result in Redis; `data` if it was read, too."""
+
+    size: int
+    seed: int
+    plan: dict[str, Any] | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A `JobResult` whose images are still in Redis."""
+
+    images: list[StoredImage]
     prompt_tokens: int
     plan_tokens: int
     source_tokens: int = 0

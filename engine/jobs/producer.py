@@ -1,9 +1,11 @@
 """The API's side of the job queue."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import orjson
+import redis.asyncio
 
 from engine.errors import (
     GlimmerError,
@@ -16,12 +18,18 @@ from engine.errors import (
     TooMuchKept,
 )
 from engine.jobs.base import QueueBase
-from engine.jobs.codec import RECORD_FIELDS, decode_engine, decode_record, decode_result, encode_sources, reading
+from engine.jobs.codec import (
+    RECORD_FIELDS,
+    decode_engine,
+    decode_record,
+    decode_stored_result,
+    encode_sources,
+    reading,
+)
 from engine.jobs.connection import redis_errors, retry_while_away
 from engine.jobs.job import (
     EngineInfo,
     JobRecord,
-    JobResult,
     JobSpec,
     JobState,
     MemoryUse,
@@ -29,9 +37,13 @@ from engine.jobs.job import (
     Priority,
     QueueStats,
     SourceImages,
+    StoredPartial,
+    StoredResult,
 )
 from engine.jobs.result_size import max_result_size
 from engine.jobs.scripts import Argument
+
+_IMAGE_READS = 4  # at once: while a reply is parsed, it takes three times its size
 
 _DELIVERED_TTL_S = 5.0  # time to ask again after a lost response
 
@@ -46,6 +58,10 @@ _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `s
 
 
 class JobProducer(QueueBase):
+    def __init__(self, redis: redis.asyncio.Redis, **options: Any) -> None:
+        super().__init__(redis, **options)
+        self._image_reads = asyncio.Semaphore(_IMAGE_READS)
+
     async def submit(
         self,
         spec: JobSpec,
@@ -155,14 +171,28 @@ class JobProducer(QueueBase):
 
         return await retry_while_away(read, outage_timeout_s)
 
-    async def result(self, job_id: str, *, outage_timeout_s: float = 0.0) -> JobResult | None:
-        """Return the result, None once discarded or expired; raise `UnreadableJob` if damaged."""
+    async def stored_result(self, job_id: str, max_bytes: int) -> StoredResult | None:
+        """Return the result, with its images if they are small together; None once it is discarded or expired.
 
-        async def read() -> JobResult | None:
-            with reading(job_id):
-                return decode_result(await self._redis.hgetall(self.key("result", job_id)))  # type: ignore[misc]
+        Raises:
+            UnreadableJob: it is damaged.
+        """
+        with reading(job_id):
+            reply = await self._scripts.run("stored_result", id=job_id, max_bytes=max_bytes)
+            return None if reply is None else decode_stored_result(*reply)
 
-        return await retry_while_away(read, outage_timeout_s)
+    async def result_image(self, job_id: str, index: int) -> bytes | None:
+        """Return one image of a result, None once it is discarded or expired."""
+        return await self._image(self.key("result", job_id), f"image:{index}")
+
+    async def partial_data(self, job_id: str, partial: StoredPartial) -> bytes | None:
+        """Return the data of a partial image, None once it is expired."""
+        return await self._image(self.key("partials", job_id), f"{partial.image}:{partial.index}")
+
+    async def _image(self, key: str, field: str) -> bytes | None:
+        async with self._image_reads:
+            with redis_errors():
+                return await self._redis.hget(key, field)  # type: ignore[misc]
 
     async def shorten_ttl(self, job_id: str) -> None:
         """Keep record and result, maybe megabytes, for `_DELIVERED_TTL_S`."""
@@ -173,12 +203,21 @@ class JobProducer(QueueBase):
         """Store a file of a job's result for `result_ttl_s`, once."""
         await self._scripts.run("share_file", data, media_type, id=job_id, token=token)
 
+    async def shared_file_info(self, token: str) -> tuple[str | None, int]:
+        """Return the media type and the size of a shared file, None and 0 once it is expired."""
+        key = self.key("file", token)
+        with redis_errors():
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.hget(key, "type")
+                pipe.hstrlen(key, "data")
+                media_type, size = await pipe.execute()
+        return media_type and media_type.decode(), size
+
     async def shared_file(self, token: str) -> tuple[bytes, str] | None:
         """Return a shared file and its media type."""
-        with redis_errors():
-            stored: list[Any] = await self._redis.hmget(self.key("file", token), ["data", "type"])
-        data, media_type = stored
-        return None if data is None else (data, media_type.decode())
+        media_type, _ = await self.shared_file_info(token)
+        data = await self._image(self.key("file", token), "data")
+        return None if data is None or media_type is None else (data, media_type)
 
     async def takes_writes(self) -> bool:
         """Return whether Redis takes writes."""

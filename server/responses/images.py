@@ -1,19 +1,17 @@
 """The JSON of images, in responses and events."""
 
-import asyncio
-import base64
 import dataclasses
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-import orjson
-
-from engine.jobs.job import ImageResult, JobRecord, JobResult
+from engine.jobs.job import JobRecord, StoredImage, StoredResult
 from engine.jobs.producer import JobProducer
+from server.admission.memory_budget import Hold
+from server.responses.held_image import HeldImage, call_redis
+from server.responses.pieces import Mark, Part, base64
 
-LARGE_RESPONSE_BYTES = 256 * 1024  # encoding more blocks the event loop noticeably
+LARGE_RESPONSE_BYTES = 256 * 1024  # smaller results are read in one call
 
 Operation = Literal["generation", "edit"]
 
@@ -48,34 +46,54 @@ def new_file_tokens(count: int) -> list[str]:
     return [secrets.token_urlsafe(24) for _ in range(count)]
 
 
-async def render_response(queue: JobProducer, record: JobRecord, result: JobResult) -> bytes:
-    """Return the JSON of a succeeded job, and share its images if URLs were requested."""
-    await share_images(queue, record, result)
-    return await encode(result, lambda: images_body(record, result))
+@dataclass(frozen=True)
+class ResultImages:
+    """A result and its images: base64, or a `HeldImage` of a large result."""
+
+    result: StoredResult
+    parts: list[Part]
 
 
-async def share_images(queue: JobProducer, record: JobRecord, result: JobResult) -> None:
-    """Make images available by URL, if requested."""
+async def read_result(queue: JobProducer, job_id: str, held: Hold) -> ResultImages | None:
+    """Return the result of a job, None once it is discarded or expired."""
+    result = await queue.stored_result(job_id, LARGE_RESPONSE_BYTES)
+    if result is None:
+        return None
+
+    def part(index: int, image: StoredImage) -> Part:
+        if image.data is not None:
+            return base64(image.data)
+        return HeldImage(lambda: queue.result_image(job_id, index), image.size, held)
+
+    return ResultImages(result, [part(index, image) for index, image in enumerate(result.images)])
+
+
+async def share_images(queue: JobProducer, record: JobRecord, images: ResultImages, *, patient: bool) -> None:
+    """Make the images available by URL, if requested, one at a time. Raises as `HeldImage.load`."""
     options = ResponseOptions.from_record(record)
-    if options.response_format == "url":
-        for token, image in zip(options.file_tokens, result.images, strict=True):
-            await queue.share_file(record.id, token, image.data, f"image/{record.spec.output_format}")
+    if options.response_format != "url":
+        return
+    media_type = f"image/{record.spec.output_format}"
+    for token, stored, part in zip(options.file_tokens, images.result.images, images.parts, strict=True):
+        _, size = await call_redis(lambda token=token: queue.shared_file_info(token), patient=patient)
+        if size == stored.size:
+            continue
+        data = await part.load(patient=patient) if isinstance(part, HeldImage) else stored.data
+        await call_redis(
+            lambda token=token, data=data: queue.share_file(record.id, token, data or b"", media_type),
+            stored.size,
+            patient=patient,
+        )
+        if isinstance(part, HeldImage):
+            part.drop()
 
 
-async def encode(result: JobResult | None, make_body: Callable[[], dict[str, Any]]) -> bytes:
-    """Encode a body that contains `result`, in a thread if it is large."""
-    size = sum(len(image.data) for image in result.images) if result else 0
-    if size > LARGE_RESPONSE_BYTES:
-        return await asyncio.to_thread(lambda: orjson.dumps(make_body()))
-    return orjson.dumps(make_body())
-
-
-def images_body(record: JobRecord, result: JobResult) -> dict[str, Any]:
-    """Return a `schemas.ImagesBody`; takes about a millisecond per megabyte of image."""
+def images_body(record: JobRecord, result: StoredResult, mark: Mark) -> dict[str, Any]:
+    """Return a `schemas.ImagesBody`."""
     return {
         "created": record.submitted_at // 1000,
         **common_fields(record),
-        "data": [image_fields(record, result, index) for index in range(len(result.images))],
+        "data": [image_fields(record, result, index, mark) for index in range(len(result.images))],
         "usage": usage(result.prompt_tokens, result.source_tokens, result.plan_tokens),
     }
 
@@ -91,19 +109,19 @@ def common_fields(record: JobRecord) -> dict[str, Any]:
     }
 
 
-def image_fields(record: JobRecord, result: JobResult, index: int) -> dict[str, Any]:
+def image_fields(record: JobRecord, result: StoredResult, index: int, mark: Mark) -> dict[str, Any]:
     """Return a `schemas.ImageBody`."""
     options, image = ResponseOptions.from_record(record), result.images[index]
-    fields = {**_data(record, options, image, index), "seed": image.seed}
+    fields = {**_data(record, options, index, mark), "seed": image.seed}
     if options.revised_prompt is not None:
         fields["revised_prompt"] = options.revised_prompt
     return fields if image.plan is None else {**fields, "plan": image.plan}
 
 
-def _data(record: JobRecord, options: ResponseOptions, image: ImageResult, index: int) -> dict[str, str]:
+def _data(record: JobRecord, options: ResponseOptions, index: int, mark: Mark) -> dict[str, str]:
     if options.response_format == "url":
         return {"url": f"{options.base_url}/v1/files/{options.file_tokens[index]}.{record.spec.output_format}"}
-    return {"b64_json": base64.b64encode(image.data).decode()}
+    return {"b64_json": mark(index)}
 
 
 def usage(prompt_tokens: int, source_tokens: int, plan_tokens: int) -> dict[str, Any]:

@@ -1,48 +1,22 @@
-import asyncio
 import logging
 import time
-from collections.abc import Coroutine
-from typing import Any, Self, TypeVar
+from typing import Self
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
 
-from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S
+from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, retry_while_away
 from engine.jobs.follower import JobFollower
-from engine.jobs.job import JobRecord, JobResult
+from engine.jobs.job import JobRecord
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
-from engine.tasks import stop
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admitted
+from server.admission.memory_budget import Hold
 from server.errors import internal_error
+from server.responses.images import ResultImages, read_result
 from server.responses.outcomes import JobOutcomes, job_error
 
 logger = logging.getLogger("glimmer.images")
-T = TypeVar("T")
-
-
-async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`; cancel it and raise `ClientDisconnect` if the client disconnects first.
-
-    Args:
-        receive: of a request whose body has been read.
-    """
-    work_task = asyncio.ensure_future(work)
-    disconnect = asyncio.ensure_future(_client_disconnected(receive))
-    try:
-        await asyncio.wait({work_task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-        if work_task.done():
-            return work_task.result()
-        raise ClientDisconnect
-    finally:
-        disconnect.cancel()
-        await stop(work_task)
-
-
-async def _client_disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class JobWait:
@@ -74,20 +48,27 @@ class JobWait:
         if was_abandoned and not self.detached:
             self._abandoned_jobs.discard(self.job_id)
 
-    async def end(self) -> tuple[JobRecord, JobResult]:
+    async def end(self, held: Hold) -> tuple[JobRecord, ResultImages]:
         """Wait until the job ends, across a restart of Redis.
+
+        Args:
+            held: counts the images.
 
         Raises:
             ApiError: it ended without a result.
             QueueUnavailable: Redis stayed away.
         """
         record = await JobFollower(self._queue, self.job_id).wait()
-        return record, await self.result(record)
+        return record, await self.result(record, held)
 
-    async def result(self, ended: JobRecord) -> JobResult:
+    async def result(self, ended: JobRecord, held: Hold) -> ResultImages:
         """Return the result of an ended job. Raises as `end`."""
+
+        async def read() -> ResultImages | None:
+            return await read_result(self._queue, self.job_id, held)
+
         error = job_error(ended)
-        result = None if error else await self._queue.result(self.job_id, outage_timeout_s=REDIS_OUTAGE_TIMEOUT_S)
+        result = None if error else await retry_while_away(read, REDIS_OUTAGE_TIMEOUT_S)
         self._has_ended = True
         if not self.detached:
             self._outcomes.count(ended.state, time.monotonic() - self._started)

@@ -9,6 +9,8 @@ from server import openapi
 from server.admission.keys import ANONYMOUS
 from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
+from server.responses.held_image import HeldImage
+from server.responses.pieces import PiecesResponse
 from server.services import ServicesDep
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -24,12 +26,19 @@ async def retrieve_file(name: str, request: Request, services: ServicesDep) -> R
     """Return the image with this name, while its result is kept."""
     if not services.keys.open_to_all:
         request.state.places.enter_context(services.gate.request_of(ANONYMOUS.owner))
-    file = await with_redis_timeout(services.queue.shared_file(name.partition(".")[0]))
-    if file is None:
+    token = name.partition(".")[0]
+    media_type, size = await with_redis_timeout(services.queue.shared_file_info(token))
+    if media_type is None:
         raise ApiError(404, "This image does not exist, or is no longer kept.", code="file_not_found", param="name")
-    data, media_type = file
+
+    async def read() -> bytes | None:
+        stored = await services.queue.shared_file(token)
+        return stored and stored[0]
+
+    file = HeldImage(read, size, services.held_for(request))
+    await file.load(patient=False)
     headers = {
         "cache-control": f"private, max-age={services.queue.result_ttl_s}, immutable",
         "x-content-type-options": "nosniff",
     }
-    return Response(data, headers=headers, media_type=media_type)
+    return PiecesResponse(file.pieces(), size, headers=headers, media_type=media_type)

@@ -18,15 +18,18 @@ from engine.observability.logs import bind
 from server import openapi
 from server.admission.admission import Admitted, Idempotency
 from server.admission.auth import require_key
+from server.admission.memory_budget import Hold
 from server.errors import invalid, queue_unavailable
 from server.redis_timeout import with_redis_timeout
 from server.requests.body import IncomingBody, ParsedBody, read_generation
 from server.requests.uploads import read_edit
 from server.requests.validation import validate
+from server.responses.disconnect import cancel_on_disconnect
 from server.responses.events import EventStream, image_events
-from server.responses.images import render_response
-from server.responses.job_wait import JobWait, cancel_on_disconnect
+from server.responses.images import images_body, share_images
+from server.responses.job_wait import JobWait
 from server.responses.jobs import render_job
+from server.responses.pieces import respond, split
 from server.routes.submission import Submission
 from server.services import Services, ServicesDep
 
@@ -113,12 +116,20 @@ async def _respond(request: Request, services: Services, read_body: ReadBody, ma
             resources.enter_context(services.gate.waiting_for(job_wait.job_id))
         free_result = None if job_wait.detached else BackgroundTask(_free_result, services, job_wait.job_id)
         if accepted.stream:
-            stream = EventStream(image_events(services.queue, job_wait), resources.pop_all())
+            stream = EventStream(
+                image_events(services.queue, job_wait, services.held_for(request)), resources.pop_all()
+            )
             stream.background = free_result
             return stream
-        record, result = await cancel_on_disconnect(request.receive, job_wait.end())
-        content = await render_response(services.queue, record, result)
-        return Response(content, media_type="application/json", background=free_result)
+        answer = _answer(services, job_wait, services.held_for(request), free_result)
+        return await cancel_on_disconnect(request.receive, answer)
+
+
+async def _answer(services: Services, job_wait: JobWait, held: Hold, free_result: BackgroundTask | None) -> Response:
+    record, images = await job_wait.end(held)
+    await share_images(services.queue, record, images, patient=True)
+    parts = split(lambda mark: images_body(record, images.result, mark), images.parts)
+    return await respond(parts, held, patient=True, background=free_result)
 
 
 async def _find(request: Request, services: Services, idempotency: Idempotency | None) -> Admitted | None:
@@ -133,8 +144,9 @@ async def _job_response(request: Request, services: Services, job_id: str) -> Re
     if record is None:
         raise queue_unavailable()
     headers = {"location": f"{services.base_url(request)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
-    content = await render_job(services.queue, record, services.admission.throughput)
-    return Response(content, 202, headers, "application/json")
+    held = services.held_for(request)
+    parts = await render_job(services.queue, record, services.admission.throughput, held)
+    return await respond(parts, held, patient=False, status_code=202, headers=headers)
 
 
 async def _free_result(services: Services, job_id: str) -> None:

@@ -12,6 +12,7 @@ from server.redis_timeout import with_redis_timeout
 from server.requests.schemas import JobBody
 from server.responses.events import EventStream, job_events
 from server.responses.jobs import render_job
+from server.responses.pieces import respond
 from server.services import Services, ServicesDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(require_key)])
@@ -22,7 +23,7 @@ _ERRORS = openapi.errors(401, 404, 500, 503)
 @router.get("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
 async def retrieve_job(job_id: str, request: Request, services: ServicesDep) -> Response:
     """Return a job as it is now, with its images once it has succeeded."""
-    return await _respond(services, await _find(job_id, request, services))
+    return await _respond(request, services, await _find(job_id, request, services))
 
 
 @router.delete("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
@@ -32,7 +33,7 @@ async def cancel_job(job_id: str, request: Request, services: ServicesDep) -> Re
     if not record.state.is_terminal:
         await with_redis_timeout(services.queue.cancel(job_id))
         record = await _find(job_id, request, services)
-    return await _respond(services, record)
+    return await _respond(request, services, record)
 
 
 @router.get("/{job_id}/events", response_class=StreamingResponse, responses={**openapi.EVENTS, **_ERRORS})
@@ -40,7 +41,7 @@ async def follow_job(job_id: str, request: Request, services: ServicesDep) -> Re
     """Stream the events of a job: `status` and `progress` when they change, each `partial_image` once, and finally
     `completed` or `failed`. The job goes on when the client disconnects."""
     await _find(job_id, request, services)
-    return EventStream(job_events(services.queue, job_id, services.admission.throughput))
+    return EventStream(job_events(services.queue, job_id, services.admission.throughput, services.held_for(request)))
 
 
 async def _find(job_id: str, request: Request, services: Services) -> JobRecord:
@@ -58,6 +59,8 @@ async def _find(job_id: str, request: Request, services: Services) -> JobRecord:
     return record
 
 
-async def _respond(services: Services, record: JobRecord) -> Response:
-    content = await render_job(services.queue, record, services.admission.throughput)
-    return Response(content, media_type="application/json")
+async def _respond(request: Request, services: Services, record: JobRecord) -> Response:
+    held = services.held_for(request)
+    return await respond(
+        await render_job(services.queue, record, services.admission.throughput, held), held, patient=False
+    )

@@ -18,8 +18,8 @@ from server.requests.body import ParsedBody
 from server.requests.edit_input import EditFiles, EditInput
 from server.requests.schemas import EditRequest
 from server.requests.validation import ValidatedRequest, smallest_job_spec, to_job_spec
+from server.responses.disconnect import cancel_on_disconnect
 from server.responses.images import ResponseOptions, new_file_tokens
-from server.responses.job_wait import cancel_on_disconnect
 from server.services import Services
 
 logger = logging.getLogger("glimmer.images")

@@ -314,9 +314,9 @@ async def test_a_job_cancelled_by_another_client(
 async def test_a_missing_result_is_an_internal_error(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def gone(job_id: str) -> None:
+    async def gone(*_: object) -> None:
         return None
 
-    monkeypatch.setattr(queue, "result", gone)
+    monkeypatch.setattr(queue, "stored_result", gone)
     response = await client.post(URL, json={"prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")

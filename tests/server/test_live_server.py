@@ -12,6 +12,8 @@ from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobRecord
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admitted
+from server.admission.keys import ANONYMOUS
+from server.admission.memory_budget import MemoryBudget
 from server.admission.throughput import Throughput
 from server.metrics import Metrics
 from server.processes import serving
@@ -94,8 +96,9 @@ async def test_the_result_is_deleted_if_the_client_disconnects_on_completion(
     outcomes = JobOutcomes(queue, metrics, Throughput())
 
     async def wait_and_disconnect() -> None:
-        with JobWait(queue, job, detached=False, abandoned_jobs=abandoned_jobs, outcomes=outcomes) as job_wait:
-            await job_wait.end()
+        wait = JobWait(queue, job, detached=False, abandoned_jobs=abandoned_jobs, outcomes=outcomes)
+        with MemoryBudget(10**9).hold(ANONYMOUS) as held, wait as job_wait:
+            await job_wait.end(held)
             assert await redis_client.keys("glimmer:result:*")
             raise ClientDisconnect
 

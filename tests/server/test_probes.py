@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -42,9 +43,11 @@ class Hang:
 
 
 @pytest.fixture
-def hang(monkeypatch: pytest.MonkeyPatch) -> Hang:
+async def hang(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hang]:
     monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 0.05)
-    return Hang()
+    hang = Hang()
+    yield hang
+    await hang.end()
 
 
 async def test_calls_that_cannot_be_cancelled_are_abandoned_and_bounded(hang: Hang) -> None:
@@ -66,14 +69,13 @@ async def test_a_caller_that_is_cancelled_leaves_the_call(hang: Hang) -> None:
     task.cancel()
     await asyncio.wait([task], timeout=20)
     assert task.cancelled()
-    await hang.end()
 
 
 async def test_every_request_is_answered_while_each_call_hangs(
     client: httpx.AsyncClient, stub: StubEngine, queue: JobQueue, hang: Hang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = (await client.post(URL, json={"prompt": "x"}, headers={"prefer": "respond-async"})).json()["id"]
-    for name in (*QUEUE_READS, "submit", "get", "cancel", "expire", "result", "share_file", "shared_file"):
+    for name in (*QUEUE_READS, "submit", "get", "cancel", "expire", "stored_result", "shared_file_info"):
         monkeypatch.setattr(queue, name, hang.call)
     paths = ("/health", f"/v1/jobs/{job}", f"/v1/jobs/{job}/events", "/v1/files/x.png")
     requests = [client.get(path) for path in paths] + [client.delete(f"/v1/jobs/{job}")]
@@ -81,7 +83,6 @@ async def test_every_request_is_answered_while_each_call_hangs(
     responses = await asyncio.wait_for(asyncio.gather(*requests), 20)
     assert [response.status_code for response in responses] == [503] * len(responses)
     assert "glimmer_redis_up 0.0" in (await client.get("/metrics")).text
-    await hang.end()
 
 
 async def test_many_probes_share_a_read(

@@ -16,7 +16,7 @@ from starlette.types import Message
 from engine.errors import QueueUnavailable
 from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobError, JobRecord, PartialImage
-from server.responses.events import EventStream
+from server.responses.events import Event, EventStream
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import submit
 from tests.server.conftest import LiveServer, MakeClient
@@ -214,7 +214,7 @@ async def test_disconnecting_from_a_stream_cancels_its_job(live_server: LiveServ
             assert response.status_code == 200
             assert gate.inside == 1
         await until(lambda: _nothing_remains(queue))
-        assert gate.inside == 0
+        await until(lambda: gate.inside == 0)
 
 
 async def _nothing_remains(queue: JobQueue) -> bool:
@@ -296,9 +296,9 @@ async def test_the_result_is_freed_even_after_a_disconnect() -> None:
     """Otherwise it would be kept for ten minutes."""
     let_go: list[str] = []
 
-    async def endless() -> AsyncGenerator[bytes]:
+    async def endless() -> AsyncGenerator[Event]:
         await asyncio.sleep(60)
-        yield b""
+        yield [b""]
 
     async def receive() -> Message:
         return {"type": "http.disconnect"}

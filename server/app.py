@@ -11,6 +11,7 @@ from engine.observability.tracing import open_tracing
 from server import openapi
 from server.admission.gate import Gate
 from server.admission.keys import KeyRing
+from server.admission.web_pages import WebPageGuard
 from server.errors import install_handlers
 from server.metrics import Metrics
 from server.middleware import RequestObserver
@@ -64,6 +65,8 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gate = gate
+    if keys.open_to_all:  # a page has no key
+        app.add_middleware(WebPageGuard, settings=settings, metrics=metrics)
     app.add_middleware(RequestObserver, metrics=metrics, tracing=tracing)
     if settings.allowed_origins:
         _allow_origins(app, settings.allowed_origins)

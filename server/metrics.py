@@ -17,7 +17,13 @@ from engine.observability.logs import event
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
-REFUSALS = ("requests", "requests_of_key", "idempotency_key")  # labels of `glimmer_http_refused_total`
+REFUSALS = (
+    "requests",
+    "requests_of_key",
+    "idempotency_key",
+    "host",
+    "cross_site",
+)  # labels of `glimmer_http_refused_total`
 
 logger = logging.getLogger("glimmer.metrics")
 
@@ -55,7 +61,8 @@ class Metrics:
         self.refused = Counter(
             "glimmer_http_refused",
             "Requests refused because too many were in progress: in this process (requests), of one key "
-            "(requests_of_key) or with one Idempotency-Key (idempotency_key).",
+            "(requests_of_key) or with one Idempotency-Key (idempotency_key); or because a web page may have sent "
+            "them: an unknown host name (host) or a page elsewhere (cross_site).",
             ("reason",),
             registry=self.registry,
         )

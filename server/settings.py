@@ -22,6 +22,7 @@ ENV_PREFIX = "GLIMMER_"
 KUBERNETES_PORT = "tcp://"
 """How GLIMMER_PORT begins in a namespace with a Service called glimmer; ignored."""
 
+_HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ORIGIN = re.compile(r"https?://[^/@\s]+")
 
 
@@ -55,6 +56,11 @@ class ServerSettings(BaseSettings):
     cors_origins: str = Field(
         default="",
         description="Origins whose pages may use the API from a browser, separated by commas; * allows every page.",
+    )
+    allowed_hosts: Annotated[str, _NO_FLAG] = Field(
+        default="",
+        description="Host names under which a server without a key may be reached, besides addresses, local names and "
+        "that of the public URL, separated by commas; *.example.org allows all names below, * every name.",
     )
     prompt_rewriter: str | None = Field(
         default=None,
@@ -145,6 +151,14 @@ class ServerSettings(BaseSettings):
                 )
         return value
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, value: str) -> str:
+        for name in filter(None, map(str.strip, value.split(","))):
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(f"{name} is not a host name; write it like images.example.org, without port")
+        return value
+
     @field_validator("public_url")
     @classmethod
     def _check_public_url(cls, value: str | None) -> str | None:
@@ -197,6 +211,11 @@ class ServerSettings(BaseSettings):
     def asks_for_keys(self) -> bool:
         """Return whether /v1 needs a key."""
         return self.api_key is not None or self.api_keys_file is not None
+
+    @property
+    def known_hosts(self) -> list[str]:
+        """Return the names of `allowed_hosts`."""
+        return [name.strip() for name in self.allowed_hosts.split(",") if name.strip()]
 
     @property
     def allowed_origins(self) -> list[str]:

@@ -24,7 +24,7 @@ async def test_off_by_default(client: httpx.AsyncClient, stub: StubEngine) -> No
         await client.options(URL, headers=PREFLIGHT),
         await client.post(URL, json={"prompt": "x"}, headers={"origin": PAGE}),
     )
-    assert [response.status_code for response in responses] == [405, 200]
+    assert [response.status_code for response in responses] == [405, 403]
     assert not any(name.startswith("access-control") for response in responses for name in response.headers)
 
 

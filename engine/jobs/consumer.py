@@ -137,7 +137,7 @@ class JobConsumer(QueueBase):
         """Requeue a dead engine's jobs; return how many.
 
         Args:
-            blame: the jobs may have ended the engine. False leaves no trace of the run.
+            blame: the jobs may have ended the engine. False leaves no trace of its runs, also lapsed ones.
         """
         return await self._scripts.run("requeue_all", consumer=consumer, blame=blame)
 

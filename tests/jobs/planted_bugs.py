@@ -248,7 +248,14 @@ BUGS = [
     ),
     Bug("requeue_all blames always", REQUEUE_ALL, "if death and args.blame then", "if death then"),
     Bug("requeue_all never blames", REQUEUE_ALL, "if death and args.blame then", "if false then"),
-    Bug("a death without blame is a run", REQUEUE_ALL, "redis.call('HINCRBY', job_key(id), 'runs', -1)", ""),
+    Bug("a late verdict is ignored", REQUEUE_ALL, "if not args.blame then forgive_lapses() end", ""),
+    Bug(
+        "blame forgives earlier deaths",
+        REQUEUE_ALL,
+        "if not args.blame then forgive_lapses",
+        "if true then forgive_lapses",
+    ),
+    Bug("a death without blame is a run", REQUEUE_ALL, "elseif death then", "elseif false then"),
     Bug(
         "a lapsed lease is no death", CLAIM, "if record.death then store_death(id, record.epoch, record.death) end", ""
     ),

@@ -47,6 +47,7 @@ class Job:
     confirmed: bool = False  # whether the claim of this epoch is a run
     alone: bool = False
     deaths: dict[int, Death] = field(default_factory=dict)  # by epoch
+    lapses: dict[int, str | None] = field(default_factory=dict)  # engine of a lapsed claim, by epoch
     engine: str | None = None
     delivered: bool = False
     lapsed: bool = False  # requeued, or its lease has lapsed
@@ -85,6 +86,14 @@ class Job:
         """Renew the claim."""
         self.runs += not self.confirmed
         self.confirmed, self.lapsed = True, False
+
+    def forgive(self, engine: str) -> bool:
+        """Take back the deaths of an engine's lapsed claims; return whether there are any."""
+        forgiven = [epoch for epoch in self.deaths if self.lapses.get(epoch) == engine]
+        for epoch in forgiven:
+            del self.deaths[epoch]
+        self.runs -= len(forgiven)
+        return bool(forgiven)
 
     def absolve(self, epoch: int, engine: str) -> None:
         """Take the death of an engine back that lives."""
@@ -194,7 +203,7 @@ class Model:
             self.overtaken += job.work
             self.overtaken_jobs += 1
         if job.lapsed and job.death:
-            job.deaths[job.epoch] = job.death
+            job.deaths[job.epoch], job.lapses[job.epoch] = job.death, job.engine
         job.epoch, job.confirmed, job.alone = job.epoch + 1, False, bool(job.deaths)
         job.state, job.engine, job.progress = "running", engine, {}
         job.delivered, job.lapsed = True, False

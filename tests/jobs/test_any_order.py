@@ -390,7 +390,8 @@ class QueueMachine(RuleBasedStateMachine):
                 job.deaths[job.epoch] = job.death
             job.runs -= job.confirmed and not blame
             self.model.requeue(job)
-        self.touched = lost
+        forgiven = [] if blame else [job for job in self.model.jobs if job.live and job.forgive(engine)]
+        self.touched = lost + forgiven
 
     # --- always -------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ async def lapse(queue: JobQueue) -> None:
 
 async def deaths(queue: JobQueue, job_id: str) -> list[bytes]:
     record: Any = await queue.client.hgetall(f"{queue.prefix}:job:{job_id}")  # type: ignore[misc]
-    return [name for name in record if name.startswith(b"death:")]
+    return sorted(name for name in record if name.startswith(b"death:"))
 
 
 async def state_of(queue: JobQueue, job_id: str) -> tuple[JobState, int]:
@@ -103,7 +103,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
         yield server
 
 
-EVENTS = ("death in company", "reply lost", "frozen", "clock steps", "killed by the operator", "handed back")
+EVENTS = (
+    "death in company",
+    "reply lost",
+    "frozen",
+    "clock steps",
+    "killed by the operator",
+    "verdict is late",
+    "handed back",
+)
 
 
 @given(st.lists(st.sampled_from(EVENTS), min_size=1, max_size=14))
@@ -134,6 +142,15 @@ async def _play(server: EmbeddedRedis, events: list[str]) -> None:
                 held = [await claim(queue, "frozen", IDLE) for _ in job_ids]
                 assert await queue.renew("other", taken) == taken
             await queue.requeue_all("frozen" if event == "clock steps" else "other", blame=False)
+        elif event == "verdict is late":
+            for _ in job_ids:
+                await claim(queue, "killed", IDLE)
+            await lapse(queue)
+            taken = [await claim(queue, "other", IDLE) for _ in job_ids]
+            assert {claim.quarantined for claim in taken} == {True}
+            await queue.requeue_all("killed", blame=False)
+            assert await queue.renew("other", taken) == []
+            await queue.requeue_all("other", blame=False)
         elif event == "killed by the operator":
             await claim(queue, "killed", IDLE)
             await queue.requeue_all("killed", blame=False)
@@ -146,6 +163,23 @@ async def _play(server: EmbeddedRedis, events: list[str]) -> None:
         assert await observer.commit(await claim(observer, "observer", IDLE), RESULT)
     await client.flushdb()
     await client.aclose()
+
+
+async def test_a_late_verdict_forgives_only_the_lapses_of_its_engine(queue: JobQueue):
+    job_id = await submit(queue)
+    for engine in ("killed", "crashed"):
+        await claim(queue, engine, IDLE)
+        await lapse(queue)
+    await claim(queue, "other", IDLE)
+    assert await queue.requeue_all("killed", blame=False) == 0
+    assert (await deaths(queue, job_id), await state_of(queue, job_id)) == ([b"death:2"], (JobState.RUNNING, 2))
+    await queue.requeue_all("crashed", blame=True)
+    await queue.requeue_all("other", blame=True)
+    await queue.requeue_all("other", blame=False)
+    assert (await deaths(queue, job_id), await state_of(queue, job_id)) == (
+        [b"death:2", b"death:3"],
+        (JobState.QUEUED, 2),
+    )
 
 
 async def test_a_dead_engine_cannot_be_absolved_by_another(queue: JobQueue):

@@ -123,12 +123,19 @@ local function granted_claim(id, epoch, runs, quarantined)
   return {id, epoch, runs + 1, quarantined and 1 or 0, spec, submitted_at, deadline, now, plans, origin}
 end
 
+-- Lets a late verdict on the engine, which `requeue_all` has, find a death.
+local function note_lapse(id, epoch, engine)
+  redis.call('SADD', lapsed_key(engine), string.format('%d', epoch) .. ' ' .. id)
+  redis.call('PEXPIRE', lapsed_key(engine), RESULT_TTL_MS)
+end
+
 local function grant(id, record)
   local job, quarantined = job_key(id), #record.deaths > 0
   redis.call('ZREM', WAITING, id)
   redis.call('SADD', RUNNING, id)
   redis.call('HINCRBY', COUNTERS, 'granted', 1)
   if record.death then store_death(id, record.epoch, record.death) end
+  if record.death and record.engine then note_lapse(id, record.epoch, record.engine) end
   local epoch = redis.call('HINCRBY', job, 'epoch', 1)
   redis.call('HSET', job, 'state', 'running', 'engine', consumer)
   redis.call('HDEL', job, 'progress')

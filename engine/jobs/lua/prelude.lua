@@ -33,6 +33,7 @@
 --                     `bytes:{owner}`, `sources:{owner}`
 --   counters:plans    sorted set of `{bytes} {key}` of cached plans by their expiry; counters:plan_bytes: their sum
 --   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
+--   lapsed:{engine}   set of `{epoch} {job id}`: deaths stored because its leases lapsed
 --   attempt:{engine}  the engine's last successful claim: id of the attempt, epoch, id of the job
 --   apis              sorted set of API processes by their last heartbeat; heard: hash, see prelude_records.lua
 --   events, wake      pub/sub channels; a lost message costs only time
@@ -69,6 +70,7 @@ local function result_key(id) return PREFIX .. ':result:' .. id end
 local function withdrawn_key(id) return PREFIX .. ':withdrawn:' .. id end
 local function idempotency_key(key) return PREFIX .. ':idempotency:' .. key end
 local function queue_key(priority) return PREFIX .. ':queue:' .. priority end
+local function lapsed_key(engine) return PREFIX .. ':lapsed:' .. engine end
 
 local function now_ms()
   local time = redis.call('TIME')

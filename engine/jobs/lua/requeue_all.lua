@@ -1,5 +1,5 @@
 -- Puts back every job of a dead engine and removes its consumer. A death that the jobs may have caused is stored in
--- them; without blame their runs leave no trace.
+-- them; without blame their runs leave no trace, also those whose leases have lapsed.
 --
 -- args: consumer, blame
 -- returns: how many jobs it held
@@ -17,6 +17,19 @@ local function surrender(id, queue, record)
   jobs = jobs + 1
 end
 
+-- Takes back the deaths of lapsed claims, whoever has the jobs now.
+local function forgive_lapses()
+  for _, member in ipairs(redis.call('SMEMBERS', lapsed_key(consumer))) do
+    local epoch, id = string.match(member, '^(%d+) (.*)$')
+    local record = id and read_record(id)
+    if record and is_live(record.state) and redis.call('HDEL', job_key(id), 'death:' .. epoch) == 1 then
+      redis.call('HINCRBY', job_key(id), 'runs', -1)
+    end
+  end
+  redis.call('DEL', lapsed_key(consumer))
+end
+
+if not args.blame then forgive_lapses() end
 for _, priority in ipairs({'interactive', 'batch'}) do
   local queue = queue_key(priority)
   last_delivered(queue)

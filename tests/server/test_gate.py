@@ -61,7 +61,8 @@ async def test_a_process_bounds_its_requests_and_answers_probes(queue: JobQueue)
             client.get(f"/v1/jobs/{job}/events"),
         ):
             await until(lambda: app.state.gate.inside == 4)
-            for refused in (await client.get("/v1/models"), await client.post(URL, json={"prompt": "x"})):
+            for send in (lambda: client.get("/v1/models"), lambda: client.post(URL, json={"prompt": "x"})):
+                refused = await asyncio.wait_for(send(), 20)
                 assert refused.status_code == 503
                 assert int(refused.headers["retry-after"]) > 0
                 assert "too many requests" in error_of(refused)["message"]

@@ -232,7 +232,10 @@ class TestTurns:
                 assert all(inside[owner] == per_caller for owner in waiting)
             for _, _, finish in tasks:
                 finish.set()
+            for _ in range(5 * len(tasks)):
+                await asyncio.sleep(0)
             for _, task, _ in tasks:
+                assert task.done()
                 with suppress(asyncio.CancelledError):
                     await task
             assert turns._free == places

@@ -136,6 +136,7 @@ class TestDrain:
             server.server.drain(delayed=True)
             assert (await client.get("/health")).status_code == 503
             assert (await client.get("/live")).status_code == 200
+            assert not await server.server.on_tick(1)
             served = await client.post(URL, json={"prompt": "x"})
             assert (served.status_code, served.headers["connection"]) == (200, "close")
             assert not server.task.done()

@@ -14,6 +14,8 @@ from engine.jobs.codec import decode_cached_plan, decode_claim, decode_sources, 
 from engine.jobs.connection import redis_errors
 from engine.jobs.job import (
     JOB_FORMAT,
+    MAX_PLAN_BYTES,
+    PLAN_PART,
     Claim,
     EngineInfo,
     FreeCapacity,
@@ -84,7 +86,7 @@ class JobConsumer(QueueBase):
     async def renew(self, consumer: str, claims: Iterable[Claim]) -> list[Claim]:
         """Restart leases, several times per `lease_ms`; return the lost claims.
 
-        The first renewal makes a claim a run; one of a lost claim shows that its engine lives.
+        The first renewal makes a claim a run; one of a lost claim shows that its engine lives, three times a job.
         """
         claims = list(claims)
         if not claims:
@@ -118,8 +120,9 @@ class JobConsumer(QueueBase):
         return [None if plan is None else decode_cached_plan(plan) for plan in plans]
 
     async def cache_plan(self, key: str, plan: Plan, ttl_s: int) -> None:
-        """Cache a plan; beyond 64 MiB, the oldest go."""
-        await self._scripts.run("cache_plan", orjson.dumps(plan.to_dict()), key=key, ttl_ms=1000 * ttl_s)
+        """Cache a plan; beyond `MAX_PLAN_BYTES`, the oldest go."""
+        limits: dict[str, Argument] = {"max_bytes": MAX_PLAN_BYTES, "part": PLAN_PART}
+        await self._scripts.run("cache_plan", orjson.dumps(plan.to_dict()), key=key, ttl_ms=1000 * ttl_s, **limits)
 
     async def commit(self, claim: Claim, result: JobResult) -> bool:
         """Store the result and end the job."""

@@ -165,6 +165,7 @@ class JobSpec(_Record):
         return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64 + self.source_tokens
 
 
+MAX_PLAN_BYTES, PLAN_PART = 64 * 2**20, 1 / 16  # of cached plans; the part is of `maxmemory`
 JOB_FORMAT = max(field.metadata.get("format", 1) for field in dataclasses.fields(JobSpec))
 
 
@@ -331,6 +332,11 @@ class MemoryUse:
 
     used: int
     maximum: int | None
+
+    @property
+    def max_plan_bytes(self) -> float:
+        """Return what cached plans may take."""
+        return MAX_PLAN_BYTES if self.maximum is None else min(MAX_PLAN_BYTES, self.maximum * PLAN_PART)
 
 
 @dataclass(frozen=True)

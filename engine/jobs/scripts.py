@@ -9,7 +9,7 @@ import redis.asyncio
 
 from engine.jobs.connection import redis_errors
 
-Argument = str | int | bool | None | list[str] | list[tuple[str, int]]
+Argument = str | int | float | bool | None | list[str] | list[tuple[str, int]]
 
 
 class LuaScripts:

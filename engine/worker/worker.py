@@ -142,6 +142,8 @@ class Worker:
                 task.cancel()
 
     async def _next_claim(self) -> Claim | None:
+        if self._watchdog.is_stuck:
+            return None  # also without a renewal, which would take back the death that is just reported
         try:
             if self._redis_was_away or time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
                 await self._wait_for_lease_renewals()

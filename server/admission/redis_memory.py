@@ -6,7 +6,7 @@ from server.admission.queue_state import SharedRead
 from server.errors import unavailable
 
 HIGH_WATER = 0.85  # of `maxmemory`; the rest is for results, partial images and heartbeats of running jobs
-KEPT_PART = 0.8  # of `maxmemory`, for source images, records and results
+KEPT_PART = 0.8  # of `maxmemory`, for source images, records, results and cached plans
 CACHE_TTL_S = 0.5
 RETRY_S = 5
 
@@ -26,7 +26,7 @@ class RedisMemory:
         use = await self._use.get()
         if _is_full(use):
             raise unavailable(f"The job queue is nearly out of memory; try again in {RETRY_S} s.", RETRY_S)
-        return None if use.maximum is None else round(KEPT_PART * use.maximum)
+        return None if use.maximum is None else round(KEPT_PART * use.maximum - use.max_plan_bytes)
 
 
 def _is_full(use: MemoryUse) -> bool:

@@ -20,7 +20,7 @@ from tests import planting
 from tests.jobs.test_any_order import SIZES, QueueMachine
 from tests.planting import NOT_FOUND, copied, run_python, try_all
 
-PRELUDE, RECORDS, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT, API_HEARTBEAT = (
+PRELUDE, RECORDS, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, COMMIT, API_HEARTBEAT, CACHE_PLAN = (
     f"engine/jobs/lua/{name}.lua"
     for name in (
         "prelude",
@@ -34,12 +34,14 @@ PRELUDE, RECORDS, SUBMIT, END_JOB, DISCARD, CLAIM, RENEW, REQUEUE, REQUEUE_ALL, 
         "requeue_all",
         "commit",
         "api_heartbeat",
+        "cache_plan",
     )
 )
 CONSUMER = "engine/jobs/consumer.py"
 STATEFUL = "tests/jobs/test_any_order.py"
 LIFE_CYCLE = "tests/jobs/test_life_cycle.py"
 KEPT = "tests/jobs/test_kept_bytes.py"
+BLAME = "tests/jobs/test_blame.py"
 BATCH_SHARE = "tests/jobs/test_batch_share.py"
 
 
@@ -63,21 +65,21 @@ BUGS = [
         Bug(
             f"{script} takes any claim",
             f"engine/jobs/lua/{script}.lua",
-            f"if not holds({job}, args.epoch) then return 0 end\n",
+            f"if not {check}, args.epoch) then return 0 end\n",
             "",
         )
-        for script, job in (
-            ("progress", "id"),
-            ("checkpoint_plan", "args.id"),
-            ("partial_image", "id"),
-            ("commit", "id"),
-            ("fail", "args.id"),
+        for script, check in (
+            ("progress", "holds(id"),
+            ("checkpoint_plan", "holds(args.id"),
+            ("partial_image", "holds(id"),
+            ("commit", "held_record(id"),
+            ("fail", "held_record(args.id"),
         )
     ),
     Bug("claim does not raise the epoch", CLAIM, "redis.call('HINCRBY', job, 'epoch', 1)", "1"),
     Bug("requeue raises the epoch", REQUEUE, "return 1", "return redis.call('HINCRBY', job_key(id), 'epoch', 1)"),
     Bug("any consumer can renew", RENEW, "epoch == epoch and record.engine == consumer", "epoch == epoch"),
-    Bug("any consumer can requeue", REQUEUE, "epoch) or record.engine ~= args.consumer then", "epoch) then"),
+    Bug("any consumer can requeue", REQUEUE, "not record or record.engine ~= args.consumer then", "not record then"),
     # leases
     Bug("claim ignores leases", CLAIM, "'IDLE', args.lease_ms, start", "'IDLE', 0, start"),
     Bug(
@@ -89,8 +91,8 @@ BUGS = [
     Bug(
         "renew renews nothing",
         RENEW,
-        "redis.call('XCLAIM', queue_key(record.priority), GROUP, consumer",
-        "tostring(consumer",
+        "'XCLAIM', queue_key(record.priority), GROUP, consumer, 0, record.entry, 'JUSTID'}",
+        "'PING'}",
     ),
     Bug("a requeued job waits for its lease", PRELUDE, "'TIME', 0, 'JUSTID'", "'JUSTID'"),
     Bug(
@@ -123,8 +125,8 @@ BUGS = [
     Bug(
         "running jobs count against max_queue",
         SUBMIT,
-        "('ZCARD', WAITING) >=",
-        "('ZCARD', WAITING) + redis.call('SCARD', RUNNING) >=",
+        "if waiting >= args.max_queue",
+        "if waiting + redis.call('SCARD', RUNNING) >= args.max_queue",
     ),
     Bug(
         "an end does not free the place",
@@ -214,8 +216,8 @@ BUGS = [
     Bug(
         "an attempt gets a job that was taken over",
         CLAIM,
-        "not record or not holds(id, tonumber(epoch)) or record.engine ~= consumer",
-        "not record",
+        "local record = held_record(id, tonumber(epoch))\n  if not record or record.engine ~= consumer",
+        "local record = read_record(id)\n  if not record",
     ),
     Bug(
         "a repeated attempt does not restart the lease",
@@ -269,7 +271,7 @@ BUGS = [
         "''",
         "tests/jobs/test_blame.py",
     ),
-    Bug("a death forgets its step", RECORDS, "step = step or 0,\n    steps", "step = 0,\n    steps"),
+    Bug("a death forgets its step", RECORDS, "step = finite(progress.step)", "step = 0"),
     Bug("suspects run with others", CLAIM, "if #record.deaths == 0 and record.images", "if record.images"),
     Bug("suspects are not marked", CLAIM, "quarantined and 1 or 0", "0"),
     Bug("no job is given up", CLAIM, "if record.runs >= MAX_RUNS or is_poison(record.deaths) then", "if false then"),
@@ -291,13 +293,21 @@ BUGS = [
     ),
     Bug("runs have no cap", CLAIM, "if record.runs >= MAX_RUNS or is", "if is", "tests/jobs/test_blame.py"),
     Bug("a dead-lettered job has no error", CLAIM, "finish(id, 'failed', dead_letter_error)", "finish(id, 'failed')"),
-    Bug("a living engine is not absolved", RENEW, "then absolve(id, epoch, consumer) end", "then end"),
-    Bug("anybody absolves", RECORDS, "or death.engine ~= consumer then return end", "then return end"),
+    Bug("a living engine is not absolved", RENEW, "absolve(id, record, epoch, consumer) end", "end", BLAME),
+    Bug("anybody absolves", RECORDS, "or death.engine ~= consumer or absolved", "or absolved", BLAME),
     Bug(
         "an absolved run counts",
         RECORDS,
-        "  redis.call('HINCRBY', job_key(id), 'runs', -1)\nend",
-        "end",
+        "'runs', record.runs - 1, 'absolved'",
+        "'absolved'",
+        "tests/jobs/test_blame.py",
+    ),
+    Bug("absolutions have no cap", RECORDS, " or absolved >= MAX_ABSOLVED then", " then", "tests/jobs/test_blame.py"),
+    Bug(
+        "a late renewal takes a reported death back",
+        REQUEUE_ALL,
+        "    death.dead, death.engine = death.engine, nil\n",
+        "",
         "tests/jobs/test_blame.py",
     ),
     # formats, damaged records and orphans
@@ -308,7 +318,7 @@ BUGS = [
         "    if not is_newer(new[2][2]) then return new[1], new[2][2], false end\n",
         "    if is_newer(new[2][2]) then return end\n    if true then return new[1], new[2][2], false end\n",
     ),
-    Bug("newer jobs do not expire", CLAIM, "and now < (tonumber(deadline) or 0)", "", "tests/jobs/test_unreadable.py"),
+    Bug("newer jobs do not expire", CLAIM, "and now < (integer(deadline) or 0)", "", "tests/jobs/test_unreadable.py"),
     Bug("a job passed over is lost", CLAIM, "0, entry, 'TIME', 0, 'JUSTID')", "0, entry, 'JUSTID')"),
     Bug(
         "the format is not stored",
@@ -320,8 +330,57 @@ BUGS = [
     Bug(
         "a damaged number stops a script",
         RECORDS,
-        "if not record[name] then return false end\n  end\n  for",
-        "end\n  for",
+        "if text and (not value or value < 0 and name ~= 'runs') or not text and not optional then return false end",
+        "",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "any number is taken",
+        RECORDS,
+        "local value = integer(text)",
+        "local value = tonumber(text)",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a commit does not look at the record",
+        COMMIT,
+        "held_record(id",
+        "holds(id",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "infinite progress stops a script",
+        RECORDS,
+        "number and math.abs(number) < 1e15 and number or 0",
+        "number or 0",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a damaged place in the queue is not noticed",
+        CLAIM,
+        "'stale' or 'unreadable', record\n",
+        "'stale' or 'stale', record\n",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a claim looks at all newer jobs",
+        CLAIM,
+        "PAGE = 10, 64, 16",
+        "PAGE = 10, 64, 1000",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a claim looks at the first newer jobs only",
+        CLAIM,
+        "redis.call('GET', looked) or second",
+        "second",
+        "tests/jobs/test_unreadable.py",
+    ),
+    Bug(
+        "a claim passes over any number of jobs",
+        CLAIM,
+        "delivered[queue], cleared = entry, cleared + 1",
+        "delivered[queue] = entry",
         "tests/jobs/test_unreadable.py",
     ),
     Bug(
@@ -406,7 +465,7 @@ BUGS = [
         "  expire_kept()\n  publish_state(id, state)",
         "  expire_kept()",
     ),
-    Bug("an error is not stored", PRELUDE, "if error then redis.call('HSET', job, 'error', error) end", ""),
+    Bug("an error is not stored", PRELUDE, "if error then change('error', error) end", ""),
     Bug(
         "a discarded result stays",
         DISCARD,
@@ -429,7 +488,7 @@ BUGS = [
     Bug(
         "an ended job keeps its prompt",
         PRELUDE,
-        "if spec then redis.call('HSET', job, 'spec', spec) end",
+        "if spec then change('spec', spec) end",
         "",
         LIFE_CYCLE,
     ),
@@ -474,18 +533,23 @@ BUGS = [
         "count_kept(id, owner, KEPT_BESIDE + results,",
         "count_kept(id, owner, 0,",
     ),
-    Bug("an end is not counted", PRELUDE, "  count_ended(id, RESULT_TTL_MS, file_bytes(id))\n", ""),
-    Bug("results do not count", PRELUDE, "partials_key(id), result_key(id)}) do", "partials_key(id)}) do"),
-    Bug("partial images do not count", PRELUDE, "job_key(id), partials_key(id), result", "job_key(id), result"),
-    Bug("a discarded result goes on counting", DISCARD, "count_ended(id, files", "tostring(id, files"),
+    Bug(
+        "an end is not counted",
+        PRELUDE,
+        "  count_kept(id, owner or '', bytes, 0, now_ms() + RESULT_TTL_MS, files)\n",
+        "",
+    ),
+    Bug("results do not count", PRELUDE, "+ partials + result + files", "+ partials + files"),
+    Bug("partial images do not count", PRELUDE, "+ partials + result + files", "+ result + files"),
+    Bug("a discarded result goes on counting", DISCARD, "count_ended(id, redis", "tostring(id, redis"),
     Bug("what is counted again is added", PRELUDE, "'bytes', bytes - (old_bytes or 0))", "'bytes', bytes)"),
     Bug(
         "owners have no counts",
         PRELUDE,
-        "if owner ~= '' then\n    redis.call('HINCRBY', KEPT",
-        "if false then\n    redis.call('HINCRBY', KEPT",
+        "if owner ~= '' then\n    local more",
+        "if false then\n    local more",
     ),
-    Bug("what has expired goes on counting", SUBMIT, "look_again(now)\nif", "if", KEPT),
+    Bug("what has expired goes on counting", SUBMIT, "look_again(now)\nlocal waiting", "local waiting", KEPT),
     Bug("a job that nothing ended stays", SUBMIT, "finish(id, 'expired')", "", KEPT),
     Bug("what an older process ended counts for nothing", SUBMIT, "count_ended(id, ttl, file_bytes(id))", "", KEPT),
     Bug("results have no limit", SUBMIT, "if over(kept, results, max_results) or", "if", KEPT),
@@ -504,7 +568,12 @@ BUGS = [
         "false and over(owned_sources",
         KEPT,
     ),
-    Bug("files do not count", PRELUDE, "(tonumber(copies) or 0) * memory_usage", "0 * memory_usage", KEPT),
+    Bug("files do not count", PRELUDE, "copies == '1' and result or 0", "0", KEPT),
+    Bug("files count with the result only", PRELUDE, "'^%d+ %d+ (%d+) ')", "'^%d+ %d+ (%d+)x')", KEPT),
+    Bug("files count too short", PRELUDE, "return files > 0 and math.max", "return false and math.max", KEPT),
+    Bug("a plan counts without what is beside it", CACHE_PLAN, "local BESIDE = 384", "local BESIDE = 0", KEPT),
+    Bug("plans may take all of Redis", CACHE_PLAN, "maximum > 0 and math.min(", "false and math.min(", KEPT),
+    Bug("what plans take is given to jobs", "server/admission/redis_memory.py", " - use.max_plan_bytes)", ")", KEPT),
     Bug("the counts stay for ever", PRELUDE, "do redis.call('PEXPIRE', key, RESULT_TTL_MS) end", "do end", KEPT),
     Bug("the counts expire before live jobs", SUBMIT, "do redis.call('PERSIST', name) end", "do end", KEPT),
     Bug(

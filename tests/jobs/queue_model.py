@@ -1,19 +1,19 @@
 """A model of the queue's visible behaviour, without Redis, leases and bytes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.errors import KeyReused, QueueFull, SourcesFull, TooManyJobs
 from engine.jobs.job import FreeCapacity, Plan, Priority
 from tests.jobs.helpers import spec
 
-CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS = 2, 2, 8, 10
+CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS, MAX_ABSOLVED = 2, 2, 8, 10, 3
 
 
 @dataclass(frozen=True)
 class Death:
     """A confirmed run that its engine did not end."""
 
-    engine: str | None
+    engine: str | None  # may take it back
     alone: bool
     phase: str = ""
     step: int = 0
@@ -48,6 +48,7 @@ class Job:
     alone: bool = False
     deaths: dict[int, Death] = field(default_factory=dict)  # by epoch
     lapses: dict[int, str | None] = field(default_factory=dict)  # engine of a lapsed claim, by epoch
+    absolved: int = 0
     engine: str | None = None
     delivered: bool = False
     lapsed: bool = False  # requeued, or its lease has lapsed
@@ -97,9 +98,16 @@ class Job:
 
     def absolve(self, epoch: int, engine: str) -> None:
         """Take the death of an engine back that lives."""
-        if epoch in self.deaths and self.deaths[epoch].engine == engine:
+        if epoch in self.deaths and self.deaths[epoch].engine == engine and self.absolved < MAX_ABSOLVED:
             del self.deaths[epoch]
             self.runs -= 1
+            self.absolved += 1
+
+    def surrender(self, *, blame: bool) -> None:
+        """End the claim with its engine."""
+        if self.death and blame:
+            self.deaths[self.epoch] = replace(self.death, engine=None)
+        self.runs -= self.confirmed and not blame
 
     def fits(self, free: FreeCapacity) -> bool:
         if free.idle:

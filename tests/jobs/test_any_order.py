@@ -386,9 +386,7 @@ class QueueMachine(RuleBasedStateMachine):
         lost = [job for job in self.model.jobs if job.state == "running" and job.engine == engine]
         assert self.run(self.queue.requeue_all(engine, blame)) == len(lost)
         for job in lost:
-            if job.death and blame:
-                job.deaths[job.epoch] = job.death
-            job.runs -= job.confirmed and not blame
+            job.surrender(blame=blame)
             self.model.requeue(job)
         forgiven = [] if blame else [job for job in self.model.jobs if job.live and job.forgive(engine)]
         self.touched = lost + forgiven
@@ -428,13 +426,13 @@ class QueueMachine(RuleBasedStateMachine):
         entries = {job_id.decode(): value.decode().split(" ") for job_id, value in kept.items()}
         assert entries.keys() == {job.id for job in self.model.jobs}
         total: Any = await self.client.hgetall("glimmer:counters:kept_total")  # type: ignore[misc]
-        assert int(total.get(b"bytes", 0)) == sum(int(size) for size, _, _ in entries.values())
+        assert int(total.get(b"bytes", 0)) == sum(int(size) for size, *_ in entries.values())
         for owner in ("anna", "bob"):
-            sizes = [(int(size), int(sources)) for size, sources, name in entries.values() if name == owner]
+            sizes = [(int(size), int(sources)) for size, sources, _, name in entries.values() if name == owner]
             assert int(total.get(b"bytes:%b" % owner.encode(), 0)) == sum(size for size, _ in sizes)
             assert int(total.get(b"sources:%b" % owner.encode(), 0)) == sum(sources for _, sources in sizes)
         for job in self.touched:
-            size, sources, _ = entries[job.id]
+            size, sources, *_ = entries[job.id]
             assert int(sources) == (job.sources if job.live else 0)
             if not job.live:
                 names = (f"glimmer:{name}:{job.id}" for name in ("job", "result", "partials"))

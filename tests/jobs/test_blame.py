@@ -16,7 +16,7 @@ from engine.jobs.job import Claim, FreeCapacity, JobState, Plan
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, submit
 
-MAX_RUNS = 10
+MAX_RUNS, MAX_ABSOLVED = 10, 3
 
 
 async def lapse(queue: JobQueue) -> None:
@@ -123,12 +123,15 @@ def test_no_job_fails_by_deaths_in_company_and_claims_that_are_no_deaths(server:
 async def _play(server: EmbeddedRedis, events: list[str]) -> None:
     client = connect(server.url)
     queue, observer = JobQueue(client, lease_ms=60_000), JobQueue(client, lease_ms=0)
-    job_ids = [await submit(queue), await submit(queue)]
+    job_ids, absolved, died = [await submit(queue), await submit(queue)], 0, False
     for event in events:
-        if event == "death in company":  # a suspect is not in company: it has to be absolved to die there again
-            claims = [c for c in [await queue.claim("frozen", ROOMY) for _ in job_ids] if c]
-            await queue.requeue_all("frozen")
-            assert await queue.renew("frozen", claims) == claims
+        absolved += {"frozen": 1, "clock steps": 2}.get(event, 0)
+        if absolved > MAX_ABSOLVED or (event == "death in company" and died):
+            continue  # a suspect is not in company
+        if event == "death in company":
+            assert all([await claim(queue, "dies") for _ in job_ids])
+            await queue.requeue_all("dies")
+            died = True
         elif event == "reply lost":
             assert await queue.attempt_claim("engine", IDLE, "lost")
             await lapse(queue)
@@ -157,8 +160,8 @@ async def _play(server: EmbeddedRedis, events: list[str]) -> None:
         else:
             await queue.requeue("engine", await claim(queue, "engine", IDLE))
         for job_id in job_ids:
-            assert await deaths(queue, job_id) == []
-            assert await state_of(queue, job_id) in ((JobState.QUEUED, 0), (JobState.RUNNING, 0))
+            assert len(await deaths(queue, job_id)) == died
+            assert await state_of(queue, job_id) in ((JobState.QUEUED, died), (JobState.RUNNING, died))
     for _ in job_ids:
         assert await observer.commit(await claim(observer, "observer", IDLE), RESULT)
     await client.flushdb()
@@ -189,6 +192,35 @@ async def test_a_dead_engine_cannot_be_absolved_by_another(queue: JobQueue):
     await claim(queue, "other", IDLE)
     assert await queue.renew("third", [held]) == [held]
     assert await deaths(queue, job_id) == [b"death:1"]
+
+
+async def test_a_renewal_that_arrives_late_does_not_take_a_reported_death_back(queue: JobQueue):
+    """An engine that gives up, or is killed, can have sent one."""
+    job_id = await submit(queue)
+    for _ in range(3):
+        held = await claim(queue, "stuck", IDLE)
+        await queue.progress(held, {"phase": "rendering", "step": 3, "steps": 50})
+        await queue.requeue_all("stuck")
+        assert await queue.renew("stuck", [held]) == [held]
+    assert await queue.claim("stuck", IDLE) is None
+    assert await state_of(queue, job_id) == (JobState.FAILED, 3)
+
+
+async def test_a_job_that_freezes_its_engines_ends(queue: JobQueue):
+    job_id, neighbour = await submit(queue), await submit(queue)
+    engines = ["engine-1", "engine-2"]
+    held = [await claim(queue, engines[0], IDLE) for _ in range(2)]
+    while held[0].job_id == job_id:
+        engines.reverse()
+        await lapse(queue)
+        taken = [await claim(queue, engines[0], IDLE)]
+        if not taken[0].quarantined:
+            taken.append(await claim(queue, engines[0], IDLE))
+        await queue.renew(engines[1], held)
+        held = taken
+    assert held[0].job_id == neighbour
+    assert await queue.commit(held[0], RESULT)
+    assert (await state_of(queue, job_id))[0] is JobState.FAILED
 
 
 @pytest.mark.parametrize("lost", ["claim", "renew"])

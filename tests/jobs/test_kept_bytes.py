@@ -11,6 +11,7 @@ from PIL import Image
 from engine.errors import ResultsFull, TooMuchKept
 from engine.jobs.job import ImageResult, JobResult, JobState, OutputFormat, PartialImage, Plan, SourceImages
 from engine.jobs.result_size import max_result_size
+from server.admission.redis_memory import RedisMemory
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, spec, submit
 
@@ -243,4 +244,43 @@ async def test_an_expired_plan_counts_no_longer(queue: JobQueue) -> None:
     [member] = cast(list[bytes], await queue.client.zrange("glimmer:counters:plans", 0, -1))
     await queue.client.zadd("glimmer:counters:plans", {member: 1})
     await queue.cache_plan("b", Plan(1, 1, [1]), ttl_s=60)
-    assert int(await queue.client.get("glimmer:counters:plan_bytes") or 0) < 100
+    assert int(await queue.client.get("glimmer:counters:plan_bytes") or 0) < 1000
+
+
+async def used(queue: JobQueue) -> int:
+    return (await queue.memory_use()).used
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 2000])
+async def test_cached_plans_count_with_all_they_take(queue: JobQueue, tokens: int) -> None:
+    plan, before = Plan(1, 1, [9999] * tokens), await used(queue)
+    for number in range(2000):
+        await queue.cache_plan(f"{number:064}", plan, ttl_s=60)
+    taken = await used(queue) - before
+    assert 0.8 * taken < int(await queue.client.get("glimmer:counters:plan_bytes") or 0) < 2 * taken
+
+
+async def test_cached_plans_take_a_part_of_little_memory_which_jobs_do_not_get(queue: JobQueue) -> None:
+    maximum = 2**24 + await used(queue)
+    await queue.client.config_set("maxmemory", maximum)
+    try:
+        for number in range(1500):
+            await queue.cache_plan(f"{number:064}", Plan(1, 1, [9999] * 200), ttl_s=60)
+        taken = int(await queue.client.get("glimmer:counters:plan_bytes") or 0)
+        assert 0.9 * maximum / 16 < taken <= maximum / 16
+        allowed = await RedisMemory(queue).max_kept_bytes()
+        assert allowed is not None
+        assert allowed + maximum / 16 <= 0.8 * maximum + 1
+    finally:
+        await queue.client.config_set("maxmemory", 0)
+
+
+@pytest.mark.parametrize("calls", [["discard"] * 3, ["shorten_ttl"] * 3, ["discard", "shorten_ttl"] * 2])
+async def test_repeated_calls_count_files_as_long_as_they_are_there(queue: JobQueue, calls: list[str]) -> None:
+    job_id = await ended(queue, url_copies=True, owner="anna")
+    await queue.share_file(job_id, "token", LARGE.images[0].data, "image/png")
+    until = await queue.client.zscore("glimmer:counters:kept_until", job_id)
+    for call in calls:
+        await getattr(queue, call)(job_id)
+        assert 300_000 < await kept(queue) < 310_000
+        assert await queue.client.zscore("glimmer:counters:kept_until", job_id) == until

@@ -140,7 +140,7 @@ async def test_a_dead_lettered_job(redis_client: redis.asyncio.Redis) -> None:
         await queue.progress(await claim(queue, "engine-1", IDLE), {"phase": "rendering", "step": 3, "steps": 9})
         await queue.requeue_all("engine-1")
     death = orjson.loads((await _record(client))[b"death:3"])
-    assert death == {"engine": "engine-1", "alone": True, "phase": "rendering", "step": 3, "steps": 9}
+    assert death == {"dead": "engine-1", "alone": True, "phase": "rendering", "step": 3, "steps": 9}
     assert (await _record(client))[b"alone"] == b"3"
     assert await queue.claim("engine-2", IDLE) is None
     record = await _record(client)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import redis.asyncio
+from hypothesis import HealthCheck, given, settings
 
 from engine.errors import QueueUnavailable, UnreadableJob
 from engine.jobs import connection
@@ -88,6 +90,101 @@ async def test_a_damaged_job_fails_alone(queue: JobQueue, redis_client: redis.as
     assert await redis_client.pttl(JOB) > 0
     assert (await queue.stats()).waiting == 0
     assert not await redis_client.sismember("glimmer:running", "bad")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "value"), [("entry", "9-9"), ("priority", "batch")])
+async def test_a_job_that_cannot_be_at_its_place_fails(
+    queue: JobQueue, redis_client: redis.asyncio.Redis, name: str, value: str
+):
+    await submit(queue, job_id="bad")
+    await redis_client.hset(JOB, name, value)  # type: ignore[misc]
+    assert await queue.claim("engine-1", IDLE) is None
+    assert await redis_client.hget(JOB, "state") == b"failed"  # type: ignore[misc]
+    assert await redis_client.xlen("glimmer:queue:interactive") == 0
+
+
+NUMBERS = (
+    "sequence", "images", "kv_tokens", "source_tokens", "source_bytes", "url_copies", "work", "submitted_at",
+    "deadline", "epoch", "runs", "format", "confirmed", "alone", "absolved",
+)  # fmt: skip
+FIELDS = (
+    *NUMBERS, "state", "priority", "entry", "engine", "api", "owner", "progress", "spec", "notes", "origin",
+    "ended_spec", "ended_notes", "idempotency_key", "death:1",
+)  # fmt: skip
+STRANGE = [
+    "1.5",
+    "nan",
+    "-nan",
+    "inf",
+    "1e300",
+    "1e3",
+    "0x10",
+    " 1",
+    "007",
+    "-0",
+    "-1",
+    "9" * 15,
+    "9" * 16,
+    "1" * 400,
+    "",
+]
+NUMBER_IN_JSON = [f'{{"phase":"x","step":{number},"steps":{number}}}' for number in ("1e999", "nan", '"inf"', "-1e999")]
+VALUES = st.sampled_from([*STRANGE, *NUMBER_IN_JSON, "batch", "queued", "running", "succeeded", "9-9", "9" * 30 + "-0"])
+
+
+@given(st.sampled_from(FIELDS), VALUES | st.text() | st.binary(), st.sampled_from(["queued", "running", "suspected"]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_value_of_any_field_stops_a_script_or_other_jobs(
+    module_server: EmbeddedRedis, name: str, value: str | bytes, when: str
+):
+    asyncio.run(_damage(module_server, name, value, when))
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "entry", "progress", "priority"])
+def test_no_strange_number_stops_a_script_or_other_jobs(module_server: EmbeddedRedis, name: str):
+    async def damage() -> None:
+        for value in STRANGE + NUMBER_IN_JSON if name != "priority" else ["batch", "x"]:
+            for when in ("running", "suspected"):
+                await _damage(module_server, name, value, when)
+
+    asyncio.run(damage())
+
+
+@pytest.fixture(scope="module")
+def module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), fsync="no") as server:
+        yield server
+
+
+async def _damage(server: EmbeddedRedis, name: str, value: str | bytes, when: str) -> None:
+    client = connect(server.url)
+    queue, late = JobQueue(client, lease_ms=60_000), JobQueue(client, lease_ms=0)
+    await submit(queue, job_id="bad", owner="anna", source_images=SourceImages([b"image"]), url_copies=True)
+    held = None
+    if when == "suspected":
+        await claim(queue, "dead", IDLE)
+        await queue.requeue_all("dead")
+    if when != "queued":
+        held = await claim(queue, "engine-1", IDLE)
+    await client.hset(JOB, name, value)  # type: ignore[misc, arg-type]
+    good = {await submit(queue, owner="bob") for _ in range(2)}
+    if held:
+        await queue.progress(held, {"step": 1}) if name != "progress" else None
+        await queue.renew("engine-1", [held])
+        await (queue.commit(held, RESULT) if len(value) % 2 else queue.requeue_all("engine-1"))
+    served = set[str]()
+    while granted := await late.claim("engine-2", IDLE):
+        await late.commit(granted, RESULT)
+        served.add(granted.job_id)
+    assert served >= good
+    await queue.ended_among(["bad"])
+    await queue.discard("bad")
+    await queue.shorten_ttl("bad")
+    await submit(queue, job_id="next", max_queue=1, max_source_bytes=10**6, source_images=SourceImages([b"image"]))
+    stats = await queue.stats()
+    assert (stats.waiting, stats.running) == (1, 0)
+    await client.flushdb()
+    await client.aclose()
 
 
 @pytest.mark.parametrize("call", ["cancel", "discard", "expire"])
@@ -186,6 +283,46 @@ async def test_jobs_of_a_newer_format_wait_for_a_newer_engine(queue: JobQueue, r
     assert (await queue.stats()).waiting == 2
     assert [(await claim(newer, "newer")).job_id for _ in range(2)] == ["n3", "n4"]
     assert await redis_client.xlen("glimmer:queue:interactive") == 4
+
+
+async def test_many_jobs_of_a_newer_format_cost_a_claim_little(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    """Jobs of its own format behind them are found, handed back ones, too."""
+    number, commands = 200, 120
+    handed_back = None
+    for index in range(number):
+        await submit(queue, job_id=f"newer-{index}", max_queue=1000)
+        if index == number // 2:
+            handed_back = await submit(queue, max_queue=1000)
+    claims = [await claim(queue, "engine-1") for _ in range(number + 1)]
+    for held in claims:
+        await queue.requeue("engine-1", held)
+        if held.job_id.startswith("newer"):
+            await redis_client.hset(f"glimmer:job:{held.job_id}", "format", 9)  # type: ignore[misc]
+    found = 0
+    for _ in range(number // 8):
+        await redis_client.config_resetstat()
+        granted = await queue.claim("engine-1", IDLE)
+        stats: Any = await redis_client.info("commandstats")
+        assert sum(command["calls"] for command in stats.values()) < commands
+        if granted:
+            assert granted.job_id == handed_back
+            await queue.requeue("engine-1", granted)
+            found += 1
+    assert found
+    assert (await queue.stats()).waiting == number + 1
+
+
+async def test_many_new_jobs_of_a_newer_format_are_passed_over_in_parts(
+    queue: JobQueue, redis_client: redis.asyncio.Redis
+):
+    for index in range(200):
+        await submit(queue, job_id=f"newer-{index}", max_queue=1000)
+        await redis_client.hset(f"glimmer:job:newer-{index}", "format", 9)  # type: ignore[misc]
+    own = await submit(queue, max_queue=1000)
+    await redis_client.config_resetstat()
+    assert (await claim(queue)).job_id == own
+    stats: Any = await redis_client.info("commandstats")
+    assert stats["cmdstat_evalsha"]["calls"] > 3
 
 
 # --- errors of Redis --------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
--- Caches a plan. The oldest give way when all take more than MAX_BYTES.
+-- Caches a plan. The oldest give way when all take more than `max_bytes`, or that part of Redis' `maxmemory`.
 --
--- args: key, ttl_ms
+-- args: key, ttl_ms, max_bytes, part
 -- blobs: plan
 
-local MAX_BYTES, CACHED, SUM = 64 * 2 ^ 20, COUNTERS .. ':plans', COUNTERS .. ':plan_bytes'
+local CACHED, SUM = COUNTERS .. ':plans', COUNTERS .. ':plan_bytes'
 local function plan_key(key) return PREFIX .. ':plan:' .. key end
+
+local BESIDE = 384 -- bytes of a plan in CACHED and in tables of keys, measured
 
 local function forget(member)
   local size, key = string.match(member, '^(%d+) (.*)$')
@@ -13,9 +15,11 @@ local function forget(member)
   return redis.call('DECRBY', SUM, size)
 end
 
-local now, member = now_ms(), #ARGV[2] .. ' ' .. args.key
 redis.call('SET', plan_key(args.key), ARGV[2], 'PX', args.ttl_ms)
-local sum = redis.call('INCRBY', SUM, redis.call('ZADD', CACHED, now + args.ttl_ms, member) * #ARGV[2])
+local now, bytes = now_ms(), memory_usage(plan_key(args.key)) + BESIDE
+local maximum = tonumber(string.match(redis.call('INFO', 'memory'), '\nmaxmemory:(%d+)')) or 0
+local max_bytes = maximum > 0 and math.min(args.max_bytes, maximum * args.part) or args.max_bytes
+local sum = redis.call('INCRBY', SUM, redis.call('ZADD', CACHED, now + args.ttl_ms, bytes .. ' ' .. args.key) * bytes)
 for _, expired in ipairs(redis.call('ZRANGEBYSCORE', CACHED, '-inf', now, 'LIMIT', 0, 16)) do sum = forget(expired) end
-while sum > MAX_BYTES do sum = forget(redis.call('ZRANGE', CACHED, 0, 0)[1]) end
+while sum > max_bytes do sum = forget(redis.call('ZRANGE', CACHED, 0, 0)[1]) end
 for _, key in ipairs({CACHED, SUM}) do redis.call('PEXPIRE', key, args.ttl_ms) end

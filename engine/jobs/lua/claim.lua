@@ -19,37 +19,56 @@ local WORK_OF_IMAGE = 1024 * 1024 * 50 -- where an older API wrote no `work`
 local consumer, dead_letter_error, now = args.consumer, ARGV[2], now_ms()
 local attempt_key = PREFIX .. ':attempt:' .. consumer
 
+local cleared, delivered = 0, {} -- entries cleared or passed over; the last delivered id by queue
+
 local function is_newer(id)
   local fields = id and redis.pcall('HMGET', job_key(id), 'state', 'format', 'deadline')
   if not fields or fields.err then return false end
   local state, format, deadline = unpack(fields)
-  return is_live(state) and (tonumber(format) or 1) > args.max_format and now < (tonumber(deadline) or 0)
+  return is_live(state) and (integer(format) or 1) > args.max_format and now < (integer(deadline) or 0)
 end
 
 -- Keeps a job for newer engines: the entries behind it can be delivered only after it.
 local function pass_over(queue, entry)
   redis.call('XREADGROUP', 'GROUP', GROUP, REQUEUED, 'COUNT', 1, 'STREAMS', queue, '>')
   redis.call('XCLAIM', queue, GROUP, REQUEUED, 0, entry, 'TIME', 0, 'JUSTID')
+  delivered[queue], cleared = entry, cleared + 1
+end
+
+-- Returns the first lapsed entry of a page that an engine knows, the job's id, and where the next page starts.
+local function known_on_page(queue, start)
+  local lapsed = redis.call('XPENDING', queue, GROUP, 'IDLE', args.lease_ms, start, '+', PAGE)
+  for _, pending in ipairs(lapsed) do
+    local entry = redis.call('XRANGE', queue, pending[1], pending[1])[1]
+    local id = entry and entry[2][2]
+    if not is_newer(id) then return pending[1], id end
+  end
+  return nil, nil, #lapsed == PAGE and '(' .. lapsed[PAGE][1]
+end
+
+-- Returns a lapsed entry. Behind a page of newer jobs a call looks at one more page, the next call at the one after it.
+local function lapsed_head(queue)
+  local entry, id, second = known_on_page(queue, '-')
+  if entry or not second then return entry, id end
+  local looked = PREFIX .. ':looked:' .. string.sub(queue, #queue_key('') + 1) .. ':' .. args.max_format
+  local start = redis.call('GET', looked) or second
+  local next_start
+  entry, id, next_start = known_on_page(queue, start)
+  -- pcall: a lack of memory must not stop claims
+  if not entry then redis.pcall('SET', looked, next_start or second, 'PX', RESULT_TTL_MS) end
+  return entry, id
 end
 
 -- Returns entry id, job id, whether the entry is pending already.
 local function head(queue)
-  local after, start = last_delivered(queue), '-'
-  while start do
-    local lapsed = redis.call('XPENDING', queue, GROUP, 'IDLE', args.lease_ms, start, '+', PAGE)
-    for _, pending in ipairs(lapsed) do
-      local entry = redis.call('XRANGE', queue, pending[1], pending[1])[1]
-      local id = entry and entry[2][2]
-      if not is_newer(id) then return pending[1], id, true end
-    end
-    start = #lapsed == PAGE and '(' .. lapsed[PAGE][1]
-  end
-  while true do
-    local new = redis.call('XRANGE', queue, '(' .. after, '+', 'COUNT', 1)[1]
+  delivered[queue] = delivered[queue] or last_delivered(queue)
+  local entry, id = lapsed_head(queue)
+  if entry then return entry, id, true end
+  while cleared < MAX_CLEARED do
+    local new = redis.call('XRANGE', queue, '(' .. delivered[queue], '+', 'COUNT', 1)[1]
     if not new then return end
     if not is_newer(new[2][2]) then return new[1], new[2][2], false end
     pass_over(queue, new[1])
-    after = new[1]
   end
 end
 
@@ -58,6 +77,7 @@ local function take(queue, entry, pending)
     redis.call('XCLAIM', queue, GROUP, consumer, 0, entry, 'JUSTID')
   else
     redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', queue, '>')
+    delivered[queue] = entry
   end
 end
 
@@ -80,10 +100,14 @@ local function is_poison(deaths)
 end
 
 -- Returns the class, and for jobs that can be read the record. Its `deaths` include that of a lapsed claim, `death`.
-local function classify(id, entry, pending)
+local function classify(id, queue, entry, pending)
   local record = id and read_record(id)
   if id and record == false then return 'unreadable' end
-  if not record or not is_live(record.state) or record.entry ~= entry then return 'stale', record end
+  if not record or not is_live(record.state) then return 'stale', record end
+  if record.entry ~= entry or queue_key(record.priority) ~= queue then
+    local own = redis.call('XRANGE', queue_key(record.priority), record.entry, record.entry)[1]
+    return own and own[2][2] == id and 'stale' or 'unreadable', record
+  end
   if now >= record.deadline then return 'expired', record end
   if is_orphan(record, now) then return 'orphan', record end
   -- A running job that is not pending has lost its lease with the group.
@@ -108,7 +132,7 @@ local function clear(class, id, queue, entry, record)
   if class == 'stale' then
     redis.call('XACK', queue, GROUP, entry)
     redis.call('XDEL', queue, entry)
-    if id and not record then -- deleted by hand
+    if id and not (record and is_live(record.state)) then -- deleted or ended by hand
       redis.call('ZREM', WAITING, id)
       redis.call('SREM', RUNNING, id)
     end
@@ -138,7 +162,7 @@ local function grant(id, record)
   if record.death and record.engine then note_lapse(id, record.epoch, record.engine) end
   local epoch = redis.call('HINCRBY', job, 'epoch', 1)
   redis.call('HSET', job, 'state', 'running', 'engine', consumer)
-  redis.call('HDEL', job, 'progress')
+  if record.progress then redis.call('HDEL', job, 'progress') end
   if quarantined then redis.call('HSET', job, 'alone', epoch) end
   redis.call('SET', attempt_key, args.attempt .. ' ' .. epoch .. ' ' .. id, 'PX', RESULT_TTL_MS)
   publish_state(id, 'running')
@@ -149,8 +173,8 @@ end
 local function granted_before()
   local attempt, epoch, id = string.match(redis.call('GET', attempt_key) or '', '^(%S+) (%d+) (.*)$')
   if attempt ~= args.attempt then return nil end
-  local record = read_record(id)
-  if not record or not holds(id, tonumber(epoch)) or record.engine ~= consumer then return nil end
+  local record = held_record(id, tonumber(epoch))
+  if not record or record.engine ~= consumer then return nil end
   last_delivered(queue_key(record.priority))
   take(queue_key(record.priority), record.entry, true)
   local runs = record.confirmed == record.epoch and record.runs - 1 or record.runs
@@ -158,11 +182,10 @@ local function granted_before()
 end
 
 -- Returns the first job of a queue that may run; clears what is before it.
-local cleared = 0
 local function first(queue)
   local entry, id, pending = head(queue)
   while entry and cleared < MAX_CLEARED do
-    local class, record = classify(id, entry, pending)
+    local class, record = classify(id, queue, entry, pending)
     if class == 'fits' or class == 'waits' then
       return {queue = queue, entry = entry, id = id, pending = pending, fits = class == 'fits', record = record,
         work = record.work or record.images * WORK_OF_IMAGE}
@@ -178,9 +201,10 @@ local before = granted_before()
 if before then return before end
 -- Both groups from the first call on: creating one later could be refused for lack of memory.
 local queues = {queue_key('interactive'), queue_key('batch')}
-for _, queue in ipairs(queues) do last_delivered(queue) end
+for _, queue in ipairs(queues) do delivered[queue] = last_delivered(queue) end
 local interactive, batch = first(queues[1]), first(queues[2])
-if cleared == MAX_CLEARED then return 1 end
+if cleared >= MAX_CLEARED then return 1 end
+if not interactive and not batch then return false end
 
 local overtaken, overtaken_jobs = unpack(redis.call('HMGET', COUNTERS, 'overtaken', 'overtaken_jobs'))
 overtaken, overtaken_jobs = tonumber(overtaken or 0), tonumber(overtaken_jobs or 0)
@@ -191,7 +215,7 @@ if not (job and job.fits) then return false end
 
 take(job.queue, job.entry, job.pending)
 if not both then
-  redis.call('HDEL', COUNTERS, 'overtaken', 'overtaken_jobs')
+  if overtaken > 0 then redis.call('HDEL', COUNTERS, 'overtaken', 'overtaken_jobs') end
 elseif job == batch then
   -- A job that waited for room has more left than its share: no burst of others may follow from it.
   local left = math.min(overtaken - BATCH_TURN * job.work, BATCH_TURN * job.work + interactive.work)

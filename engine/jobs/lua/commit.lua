@@ -5,7 +5,7 @@
 -- returns: 1, or 0 if the claim is lost
 
 local id = args.id
-if not holds(id, args.epoch) then return 0 end
+if not held_record(id, args.epoch) then return 0 end
 redis.call('HSET', result_key(id), unpack(ARGV, 2))
 redis.call('PEXPIRE', result_key(id), RESULT_TTL_MS)
 finish(id, 'succeeded')

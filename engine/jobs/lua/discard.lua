@@ -20,5 +20,5 @@ if is_live(record.state) then
   finish(id, 'cancelled')
   return 1
 end
-count_ended(id, files > 0 and RESULT_TTL_MS or redis.call('PTTL', job_key(id)), files, owner)
+count_ended(id, redis.call('PTTL', job_key(id)), files, owner)
 return 0

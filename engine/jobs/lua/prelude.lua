@@ -27,14 +27,15 @@
 --   counters          hash: `submitted` (source of the sequence), `granted` (claims), `overtaken`, `overtaken_jobs`
 --                     (work and number of interactive jobs claimed while the first batch job waited),
 --                     `source_bytes` (size of all `sources:{id}`), `given_up` (dead-lettered jobs)
---   counters:kept     hash: bytes of a job in Redis as `{bytes} {source bytes} {owner}`: what a live one may come to,
---                     what an ended one has left. counters:kept_until: sorted set of these jobs by the time at which
+--   counters:kept     hash: bytes of a job in Redis as `{bytes} {source bytes} {file bytes} {owner}`: what a live one may
+--                     come to, what an ended one has left, with its files. counters:kept_until: sorted set of these jobs by the time at which
 --                     submits look at them again. counters:kept_total: hash of sums, `bytes`, and by owner
 --                     `bytes:{owner}`, `sources:{owner}`
 --   counters:plans    sorted set of `{bytes} {key}` of cached plans by their expiry; counters:plan_bytes: their sum
 --   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
 --   lapsed:{engine}   set of `{epoch} {job id}`: deaths stored because its leases lapsed
 --   attempt:{engine}  the engine's last successful claim: id of the attempt, epoch, id of the job
+--   looked:{priority}:{format} where the next claim of engines of an older format looks among newer jobs
 --   apis              sorted set of API processes by their last heartbeat; heard: hash, see prelude_records.lua
 --   events, wake      pub/sub channels; a lost message costs only time
 --
@@ -85,6 +86,12 @@ end
 
 local function wake_engines(id) redis.call('PUBLISH', PREFIX .. ':wake', id) end
 
+-- Returns an integer that Redis counts with and a double holds exactly; nil for any other text.
+local function integer(text)
+  local digits = text == '0' and text or string.match(text or '', '^%-?([1-9]%d*)$')
+  return digits and #digits <= 15 and tonumber(text) or nil
+end
+
 local function holds(id, epoch)
   local fields = redis.pcall('HMGET', job_key(id), 'state', 'epoch')
   if fields.err then return false end -- not a hash
@@ -95,28 +102,28 @@ end
 -- Returns the id of the last entry delivered to the group. Creates the group where a new or flushed Redis has none,
 -- from id 0, because jobs may have been submitted before.
 local function last_delivered(queue)
-  if redis.call('EXISTS', queue) == 1 then
-    for _, group in ipairs(redis.call('XINFO', 'GROUPS', queue)) do
-      local info = {}
-      for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
-      if info['name'] == GROUP then return info['last-delivered-id'] end
-    end
+  for _, group in ipairs(redis.pcall('XINFO', 'GROUPS', queue)) do -- an error, without a stream, has no items
+    local info = {}
+    for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
+    if info['name'] == GROUP then return info['last-delivered-id'] end
   end
   redis.call('XGROUP', 'CREATE', queue, GROUP, '0', 'MKSTREAM')
   return '0-0'
 end
 
--- Sets what a job counts for; without a time it counts for nothing.
-local function count_kept(id, owner, bytes, source_bytes, until_ms)
-  local old_bytes, old_source_bytes, old_owner = string.match(redis.call('HGET', KEPT, id) or '', '^(%d+) (%d+) (.*)$')
+-- Sets what a job counts for, `files` of it for its files; without a time it counts for nothing.
+local function count_kept(id, owner, bytes, source_bytes, until_ms, files, is_new)
+  local old = not is_new and redis.call('HGET', KEPT, id) or ''
+  local old_bytes, old_source_bytes, old_owner = string.match(old, '^(%d+) (%d+) %d+ (.*)$')
   owner = old_owner or owner
   redis.call('HINCRBY', KEPT_TOTAL, 'bytes', bytes - (old_bytes or 0))
   if owner ~= '' then
+    local more_sources = source_bytes - (old_source_bytes or 0)
     redis.call('HINCRBY', KEPT_TOTAL, 'bytes:' .. owner, bytes - (old_bytes or 0))
-    redis.call('HINCRBY', KEPT_TOTAL, 'sources:' .. owner, source_bytes - (old_source_bytes or 0))
+    if more_sources ~= 0 then redis.call('HINCRBY', KEPT_TOTAL, 'sources:' .. owner, more_sources) end
   end
   if until_ms then
-    redis.call('HSET', KEPT, id, string.format('%.0f %.0f %s', bytes, source_bytes, owner))
+    redis.call('HSET', KEPT, id, string.format('%.0f %.0f %.0f %s', bytes, source_bytes, files or 0, owner))
     redis.call('ZADD', KEPT_UNTIL, until_ms, id)
   else
     redis.call('HDEL', KEPT, id)
@@ -126,48 +133,66 @@ end
 
 -- Lets the counts expire with the last data, if no job is live.
 local function expire_kept()
-  if redis.call('ZCARD', WAITING) + redis.call('SCARD', RUNNING) > 0 then return end
+  if redis.call('ZCARD', WAITING) > 0 or redis.call('SCARD', RUNNING) > 0 then return end
   for _, key in ipairs({KEPT, KEPT_UNTIL, KEPT_TOTAL}) do redis.call('PEXPIRE', key, RESULT_TTL_MS) end
 end
 
 local function memory_usage(key) return redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0 end
 
--- Returns the size of the files that responses with URLs make of a job's result, and the job's owner.
+-- Returns the size of the files that responses with URLs make of an ended job's result, and the job's owner. The files
+-- outlive the result, so the size is looked up; an older engine ends jobs without counting them.
 local function file_bytes(id)
   local copies, owner = unpack(redis.call('HMGET', job_key(id), 'url_copies', 'owner'))
-  return (tonumber(copies) or 0) * memory_usage(result_key(id)), owner or ''
+  local files = tonumber(string.match(redis.call('HGET', KEPT, id) or '', '^%d+ %d+ (%d+) ')) or 0
+  if files == 0 and copies == '1' then files = memory_usage(result_key(id)) end
+  return files, owner or ''
+end
+
+-- Returns until when a job counts that goes in `ttl_ms`: with files, no shorter than before.
+local function counted_until(id, ttl_ms, files)
+  local until_ms = now_ms() + ttl_ms
+  return files > 0 and math.max(until_ms, tonumber(redis.call('ZSCORE', KEPT_UNTIL, id)) or 0) or until_ms
 end
 
 -- Counts what an ended job has left, for `ttl_ms`.
 local function count_ended(id, ttl_ms, files, owner)
   local bytes = KEPT_BESIDE + files
   for _, key in ipairs({job_key(id), partials_key(id), result_key(id)}) do bytes = bytes + memory_usage(key) end
-  count_kept(id, owner, bytes, 0, now_ms() + ttl_ms)
+  count_kept(id, owner, bytes, 0, counted_until(id, ttl_ms, files), files)
 end
 
--- Ends a job that the caller found live. Its prompt is not kept: `ended_spec` takes the place of `spec`, and without a
--- result `ended_notes` that of `notes`.
+-- Ends a job that the caller found live and readable. Its prompt is not kept: `ended_spec` takes the place of `spec`, and
+-- without a result `ended_notes` that of `notes`.
 local function finish(id, state, error)
   local job = job_key(id)
   redis.call('ZREM', WAITING, id)
   redis.call('SREM', RUNNING, id)
   redis.call('DEL', plans_key(id), sources_key(id))
-  redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS)
-  local priority, entry, owner, source_bytes, spec, notes, key = unpack(redis.call('HMGET', job, 'priority', 'entry',
-    'owner', 'source_bytes', 'ended_spec', 'ended_notes', 'idempotency_key'))
+  local has_partials = redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS) == 1
+  local priority, entry, owner, source_bytes, spec, notes, key, copies = unpack(redis.call('HMGET', job, 'priority',
+    'entry', 'owner', 'source_bytes', 'ended_spec', 'ended_notes', 'idempotency_key', 'url_copies'))
   if owner and owner ~= '' then redis.call('SREM', owned_key(owner), id) end
   if source_bytes then redis.call('HINCRBY', COUNTERS, 'source_bytes', -source_bytes) end
   local queue = queue_key(priority)
   redis.call('XACK', queue, GROUP, entry)
   redis.call('XDEL', queue, entry)
-  redis.call('HSET', job, 'state', state)
-  if spec then redis.call('HSET', job, 'spec', spec) end
-  if notes and notes ~= '' and state ~= 'succeeded' then redis.call('HSET', job, 'notes', notes) end
+  local changed = {'state', state}
+  local function change(name, value)
+    table.insert(changed, name)
+    table.insert(changed, value)
+  end
+  if spec then change('spec', spec) end
+  if notes and notes ~= '' and state ~= 'succeeded' then change('notes', notes) end
+  if error then change('error', error) end
+  redis.call('HSET', job, unpack(changed))
   redis.call('HDEL', job, 'ended_spec', 'ended_notes')
-  if error then redis.call('HSET', job, 'error', error) end
   redis.call('PEXPIRE', job, RESULT_TTL_MS)
   if key then redis.call('PEXPIRE', idempotency_key(key), RESULT_TTL_MS) end
-  count_ended(id, RESULT_TTL_MS, file_bytes(id))
+  local result = state == 'succeeded' and memory_usage(result_key(id)) or 0
+  local files = copies == '1' and result or 0
+  local partials = has_partials and memory_usage(partials_key(id)) or 0
+  local bytes = KEPT_BESIDE + memory_usage(job) + partials + result + files
+  count_kept(id, owner or '', bytes, 0, now_ms() + RESULT_TTL_MS, files)
   expire_kept()
   publish_state(id, state)
 end

@@ -2,17 +2,33 @@
 --
 -- A claim is a run from its first renewal on: `confirmed` is the epoch of the last claim that was renewed, `runs` counts
 -- them. A confirmed claim that its engine did not end is a death, field `death:{epoch}`: {engine, alone, phase, step,
--- steps}, with the last progress. `alone` in the record is the epoch of the last claim as the only job of an engine.
+-- steps}, with the last progress; `dead` stands for `engine` where its end is certain. `alone` in the record is the epoch of the last claim as the only job of an engine.
 
 local UNREADABLE = '{"message":"The stored job cannot be read.","type":"server_error","code":"job_unreadable",'
   .. '"param":null}'
 local STATES = {queued = 1, running = 1, succeeded = 0, failed = 0, cancelled = 0, expired = 0}
 local STRINGS = {'state', 'priority', 'entry', 'engine', 'api', 'progress'}
 local NUMBERS = {'sequence', 'images', 'kv_tokens', 'submitted_at', 'deadline', 'epoch', 'runs'}
-local OPTIONAL_NUMBERS = {'source_tokens', 'source_bytes', 'work', 'format', 'confirmed', 'alone'}
+local OPTIONAL_NUMBERS = {'source_tokens', 'source_bytes', 'url_copies', 'work', 'format', 'confirmed', 'alone', 'absolved'}
+local MAX_ABSOLVED = 3
 local ALL_FIELDS = {}
 for _, names in ipairs({STRINGS, NUMBERS, OPTIONAL_NUMBERS}) do
   for _, name in ipairs(names) do table.insert(ALL_FIELDS, name) end
+end
+
+local function is_entry(text)
+  local time, number = string.match(text or '', '^(%d+)%-(%d+)$')
+  return time and #time <= 15 and #number <= 15
+end
+
+local function are_numbers(record, names, optional)
+  for _, name in ipairs(names) do
+    local text = record[name]
+    local value = integer(text)
+    if text and (not value or value < 0 and name ~= 'runs') or not text and not optional then return false end
+    record[name] = value
+  end
+  return true
 end
 
 -- Returns the record, with numbers as such; nil if there is none; false if it cannot be read.
@@ -29,19 +45,9 @@ local function read_record(id)
     return nil
   end
   if STATES[record.state] == 0 then return record end
-  if not STATES[record.state] or not string.match(record.entry or '', '^%d+%-%d+$') then return false end
+  if not STATES[record.state] or not is_entry(record.entry) then return false end
   if record.priority ~= 'interactive' and record.priority ~= 'batch' then return false end
-  for _, name in ipairs(NUMBERS) do
-    record[name] = tonumber(record[name])
-    if not record[name] then return false end
-  end
-  for _, name in ipairs(OPTIONAL_NUMBERS) do
-    if record[name] then
-      record[name] = tonumber(record[name])
-      if not record[name] then return false end
-    end
-  end
-  return record
+  return are_numbers(record, NUMBERS) and are_numbers(record, OPTIONAL_NUMBERS, true) and record
 end
 
 -- Ends a job whose record cannot be read, after repairing what `finish` reads. The first write cannot be refused.
@@ -52,10 +58,23 @@ local function fail_unreadable(id, priority, entry)
   local stored_priority, stored_entry, source_bytes = unpack(
     redis.call('HMGET', job, 'priority', 'entry', 'source_bytes'))
   if stored_priority == 'interactive' or stored_priority == 'batch' then priority = priority or stored_priority end
-  if string.match(stored_entry or '', '^%d+%-%d+$') then entry = entry or stored_entry end
-  if source_bytes and not tonumber(source_bytes) then redis.call('HDEL', job, 'source_bytes') end
+  if is_entry(stored_entry) then entry = entry or stored_entry end
+  if source_bytes and (integer(source_bytes) or -1) < 0 then redis.call('HDEL', job, 'source_bytes') end
   redis.call('HSET', job, 'priority', priority or 'interactive', 'entry', entry or '0-0')
   finish(id, 'failed', UNREADABLE)
+end
+
+-- Returns the record of a claim that holds, else nil. Ends a job that cannot be read.
+local function held_record(id, epoch)
+  local record = read_record(id)
+  if record == false then fail_unreadable(id) end
+  return record and record.state == 'running' and record.epoch == epoch and record or nil
+end
+
+-- Returns a number that JSON can hold, 0 for anything else.
+local function finite(value)
+  local number = tonumber(value)
+  return number and math.abs(number) < 1e15 and number or 0
 end
 
 -- Returns the death that the end of a running job's claim without its engine is, or nil.
@@ -63,10 +82,9 @@ local function death_of(record)
   if record.state ~= 'running' or record.confirmed ~= record.epoch then return nil end
   local readable, progress = pcall(cjson.decode, record.progress or '{}')
   if not readable or type(progress) ~= 'table' then progress = {} end
-  local step, steps = tonumber(progress.step), tonumber(progress.steps)
   local phase = type(progress.phase) == 'string' and progress.phase or ''
-  return {engine = record.engine, alone = record.alone == record.epoch, phase = phase, step = step or 0,
-    steps = steps or 0}
+  return {engine = record.engine, alone = record.alone == record.epoch, phase = phase,
+    step = finite(progress.step), steps = finite(progress.steps)}
 end
 
 local function store_death(id, epoch, death)
@@ -80,20 +98,21 @@ local function deaths_in(id, record)
     if string.sub(name, 1, 6) == 'death:' then
       local readable, death = pcall(cjson.decode, redis.call('HGET', job_key(id), name))
       death = readable and type(death) == 'table' and death or {}
-      table.insert(deaths, {alone = death.alone == true, phase = tostring(death.phase), step = tonumber(death.step) or 0,
-        steps = tonumber(death.steps) or 0})
+      table.insert(deaths, {alone = death.alone == true, phase = tostring(death.phase), step = finite(death.step),
+        steps = finite(death.steps)})
     end
   end
   return deaths
 end
 
--- Takes a death back: the engine of that claim lives, and has only lost its lease.
-local function absolve(id, epoch, consumer)
-  local name = 'death:' .. string.format('%d', epoch)
+-- Takes a death back: the engine of that claim lives, and has only lost its lease. MAX_ABSOLVED times in a job's life, or
+-- one that freezes its engines would go on for ever.
+local function absolve(id, record, epoch, consumer)
+  local name, absolved = 'death:' .. string.format('%d', epoch), record.absolved or 0
   local readable, death = pcall(cjson.decode, redis.call('HGET', job_key(id), name) or '')
-  if not readable or type(death) ~= 'table' or death.engine ~= consumer then return end
+  if not readable or type(death) ~= 'table' or death.engine ~= consumer or absolved >= MAX_ABSOLVED then return end
   redis.call('HDEL', job_key(id), name)
-  redis.call('HINCRBY', job_key(id), 'runs', -1)
+  redis.call('HSET', job_key(id), 'runs', record.runs - 1, 'absolved', absolved + 1)
 end
 
 -- A job whose client waits at an API process names it in `api`. It is an orphan when that API was not seen for

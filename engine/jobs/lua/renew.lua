@@ -12,17 +12,19 @@ for i, claim in ipairs(args.claims) do
   if record == false then
     fail_unreadable(id)
   elseif not held then
-    if record and is_live(record.state) then absolve(id, epoch, consumer) end
+    if record and is_live(record.state) then absolve(id, record, epoch, consumer) end
   elseif now >= record.deadline then
     finish(id, 'expired')
   elseif is_orphan(record, now) then
     finish(id, 'cancelled')
   else
-    last_delivered(queue_key(record.priority))
-    redis.call('XCLAIM', queue_key(record.priority), GROUP, consumer, 0, record.entry, 'JUSTID')
+    local restart = {'XCLAIM', queue_key(record.priority), GROUP, consumer, 0, record.entry, 'JUSTID'}
+    if redis.pcall(unpack(restart)).err then -- maybe the group is missing
+      last_delivered(queue_key(record.priority))
+      redis.call(unpack(restart))
+    end
     if record.confirmed ~= epoch then
-      redis.call('HINCRBY', job_key(id), 'runs', 1)
-      redis.call('HSET', job_key(id), 'confirmed', epoch)
+      redis.call('HSET', job_key(id), 'runs', record.runs + 1, 'confirmed', epoch)
     end
     held = 'still'
   end

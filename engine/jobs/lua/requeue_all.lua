@@ -1,5 +1,6 @@
 -- Puts back every job of a dead engine and removes its consumer. A death that the jobs may have caused is stored in
--- them; without blame their runs leave no trace, also those whose leases have lapsed.
+-- them, and a renewal that arrives late does not take it back; without blame their runs leave no trace, also those whose
+-- leases have lapsed.
 --
 -- args: consumer, blame
 -- returns: how many jobs it held
@@ -10,6 +11,7 @@ local function surrender(id, queue, record)
   local death = death_of(record)
   put_back(id, queue, record.entry)
   if death and args.blame then
+    death.dead, death.engine = death.engine, nil
     store_death(id, record.epoch, death)
   elseif death then
     redis.call('HINCRBY', job_key(id), 'runs', -1)

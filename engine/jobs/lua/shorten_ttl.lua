@@ -4,16 +4,16 @@
 -- returns: 1 if the job has ended, else 0
 
 local id = args.id
-local state = redis.call('HGET', job_key(id), 'state')
-if not state or is_live(state) then return 0 end
-redis.call('PEXPIRE', job_key(id), args.ttl_ms)
-redis.call('PEXPIRE', result_key(id), args.ttl_ms)
-redis.call('PEXPIRE', partials_key(id), args.ttl_ms)
-local files, owner = file_bytes(id)
+local record = read_record(id)
+if not record or is_live(record.state) then return 0 end
+for _, key in ipairs({job_key(id), result_key(id), partials_key(id)}) do redis.call('PEXPIRE', key, args.ttl_ms) end
+local files, owner = 0, ''
+if record.url_copies then files, owner = file_bytes(id) end
+local until_ms = counted_until(id, args.ttl_ms, files)
 if files > 0 then
-  count_kept(id, owner, KEPT_BESIDE + files, 0, now_ms() + RESULT_TTL_MS)
+  count_kept(id, owner, KEPT_BESIDE + files, 0, until_ms, files)
   expire_kept()
 else
-  count_ended(id, args.ttl_ms, 0, owner)
+  redis.call('ZADD', KEPT_UNTIL, 'XX', until_ms, id)
 end
 return 1

@@ -35,25 +35,26 @@ if redis.call('EXISTS', job, withdrawn_key(id)) > 0 then return 'known' end
 if key ~= '' then
   local first, known = string.match(redis.call('GET', job_of_key) or '', '^(%S+) (%S+)$')
   if first and first ~= fingerprint then return 'reused' end
-  local state = known and redis.call('HGET', job_key(known), 'state')
+  local state = known and redis.pcall('HGET', job_key(known), 'state')
   if is_live(state) or state == 'succeeded' and redis.call('EXISTS', result_key(known)) == 1 then
     return 'attached ' .. known
   end
 end
 local now = now_ms()
 look_again(now)
-if redis.call('ZCARD', WAITING) >= args.max_queue then return 'full' end
+local waiting = redis.call('ZCARD', WAITING)
+if waiting >= args.max_queue then return 'full' end
 local has_sources, results, source_bytes = #ARGV > 6, args.result_bytes, args.source_bytes
 local max_sources, max_results, max_kept = args.max_source_bytes, args.max_result_bytes, args.max_kept_bytes
+local kept, owned, owned_sources = unpack(
+  redis.call('HMGET', KEPT_TOTAL, 'bytes', 'bytes:' .. owner, 'sources:' .. owner))
+kept, owned, owned_sources = tonumber(kept or 0), tonumber(owned or 0), tonumber(owned_sources or 0)
 if args.owner_parts and owner ~= '' then
-  local owned, owned_sources = unpack(redis.call('HMGET', KEPT_TOTAL, 'bytes:' .. owner, 'sources:' .. owner))
-  owned, owned_sources = tonumber(owned or 0), tonumber(owned_sources or 0)
   local function part(limit) return limit and limit / args.owner_parts end
   if has_sources and over(owned_sources, source_bytes, part(max_sources), 0)
     or over(owned, results, part(max_results))
     or over(owned + owned_sources, results + source_bytes, part(max_kept)) then return 'too much' end
 end
-local kept = tonumber(redis.call('HGET', KEPT_TOTAL, 'bytes') or 0)
 local kept_sources = tonumber(redis.call('HGET', COUNTERS, 'source_bytes') or 0)
 if has_sources and over(kept_sources, source_bytes, max_sources, 0) then return 'full of sources' end
 if over(kept, results, max_results) or over(kept + kept_sources, results + source_bytes, max_kept) then
@@ -75,8 +76,10 @@ if has_sources then
   redis.call('HSET', job, 'source_bytes', source_bytes)
   redis.call('HINCRBY', COUNTERS, 'source_bytes', source_bytes)
 end
-for _, name in ipairs({KEPT, KEPT_UNTIL, KEPT_TOTAL}) do redis.call('PERSIST', name) end
-count_kept(id, owner, KEPT_BESIDE + results, source_bytes, now + args.timeout_ms + SLACK_MS)
+if waiting == 0 and redis.call('SCARD', RUNNING) == 0 then -- see expire_kept
+  for _, name in ipairs({KEPT, KEPT_UNTIL, KEPT_TOTAL}) do redis.call('PERSIST', name) end
+end
+count_kept(id, owner, KEPT_BESIDE + results, source_bytes, now + args.timeout_ms + SLACK_MS, 0, true)
 if owner ~= '' then redis.call('SADD', owned_key(owner), id) end
 if key ~= '' then
   redis.call('SET', job_of_key, fingerprint .. ' ' .. id, 'PX', args.timeout_ms + RESULT_TTL_MS)

@@ -9,6 +9,7 @@ from server.metrics import Metrics
 
 MIN_REQUESTS = 2_000  # each takes some 50 kB
 MAX_WAITING_PER_JOB = 32
+FEW_REQUESTS = 32  # of one key; the last quarter of all places is for keys with fewer in progress
 
 _EVERYONE = ""
 
@@ -59,11 +60,16 @@ class Gate:
 
     @contextmanager
     def request_of(self, owner: str) -> Iterator[None]:
-        """Count a request of /v1 with this owner's key; raise a 429 above half of `max_requests`."""
-        maximum = self.max_requests // 2
+        """Count a request of /v1, already counted by `request`, with this owner's key.
+
+        Raises:
+            ApiError: 429 above half of `max_requests`, or above `FEW_REQUESTS` when a quarter of all is left.
+        """
+        is_crowded = self._requests[_EVERYONE] > self.max_requests * 3 // 4
+        maximum = min(self.max_requests // 2, FEW_REQUESTS) if is_crowded else self.max_requests // 2
         if self._of_owners[owner] >= maximum:
             self._metrics.refused.labels("requests_of_key").inc()
-            raise _too_many(f"This key may have {maximum} requests in progress at once; try again shortly.")
+            raise _too_many(f"This key may have {maximum} requests in progress at once now; try again shortly.")
         with _counted(self._of_owners, owner):
             yield
 

@@ -2,16 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.tasks import stop
-from server.admission.gate import MAX_WAITING_PER_JOB, Gate
+from server.admission.gate import FEW_REQUESTS, MAX_WAITING_PER_JOB, Gate
 from server.app import create_app
+from server.errors import ApiError
 from server.metrics import Metrics
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
@@ -24,10 +27,10 @@ URL = "/v1/images/generations"
 
 
 @asynccontextmanager
-async def open_app(queue: JobQueue, **settings: Any) -> AsyncIterator[tuple[FastAPI, httpx.AsyncClient]]:
+async def open_app(queue: JobQueue, **options: Any) -> AsyncIterator[tuple[FastAPI, httpx.AsyncClient]]:
     """Yield an app with a ready engine that claims nothing, and a client of it."""
     await queue.heartbeat(StubEngine(queue).info, "", 60)
-    app = create_app(ServerSettings(**settings), queue)
+    app = create_app(ServerSettings(**options), queue)
     transport = httpx.ASGITransport(app)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         yield app, client
@@ -87,6 +90,24 @@ async def test_a_key_has_half_of_the_places(queue: JobQueue, tmp_path: Path) -> 
             assert (await client.get("/v1/models")).status_code == 401
         await until(lambda: app.state.gate.inside == 0)
         assert (await client.get("/v1/models", headers=alice)).status_code == 200
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 200)), max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_keys_with_many_requests_leave_places_to_others(requests: list[tuple[str, int]]) -> None:
+    """Whatever some keys hold, another gets in with a few requests."""
+    gate = Gate(Metrics())
+    gate.max_requests = 8 * FEW_REQUESTS * 4
+    with ExitStack() as held:
+        for owner, count in requests:
+            for _ in range(count):
+                with suppress(ApiError), ExitStack() as one:
+                    one.enter_context(gate.request())
+                    one.enter_context(gate.request_of(owner))
+                    held.push(one.pop_all())
+        for _ in range(FEW_REQUESTS):
+            held.enter_context(gate.request())
+            held.enter_context(gate.request_of("e"))
 
 
 async def test_repetitions_of_an_idempotency_key_are_bounded(queue: JobQueue) -> None:

@@ -1,11 +1,11 @@
 """API keys: the file, changes of it, and which keys are accepted."""
 
 import asyncio
-import hmac
 import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class TestFile:
         ("text", "message"),
         [
             ("[alice", "not valid TOML"),
+            (table("alice", "a") + "max_concurrent = " + "9" * 5000, "not valid TOML"),
             (table("alice", "a") + table("alice", "b"), "not valid TOML"),
             (table("alice", "a") + table("bob", "a"), r"\[bob\] has the same key as \[alice\]"),
             (table('"al ice"', "a"), r"\[al ice\]: a name has 1..64 letters"),
@@ -229,22 +230,37 @@ class TestRing:
             await until(accepted)
             assert (await client.get("/v1/models", headers=bearer("a"))).status_code == 401
 
-    def test_every_hash_is_compared(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path.write_text(table("alice", "a") + table("bob", "b"))
-        ring = KeyRing(ServerSettings(api_key="one", api_keys_file=path))  # type: ignore[arg-type]
-        compared = 0
-        compare = hmac.compare_digest
+    @pytest.mark.parametrize("breaks", [MemoryError, ValueError, RuntimeError])
+    async def test_whatever_breaks_a_look_the_next_keys_are_taken(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, breaks: type[Exception]
+    ) -> None:
+        for name in ("POLL_INTERVAL_S", "SETTLE_S", "CUT_OFF_S"):
+            monkeypatch.setattr(keys, name, 0.01)
+        ring, read = KeyRing(ServerSettings(api_keys_file=path)), keys._read
 
-        def counted(a: bytes, b: bytes) -> bool:
-            nonlocal compared
-            compared += 1
-            return compare(a, b)
+        def broken(_: Path) -> Any:
+            raise breaks
 
-        monkeypatch.setattr(hmac, "compare_digest", counted)
-        for key, caller in (("one", API_KEY_CALLER), ("a", Caller("alice")), ("b", Caller("bob")), ("c", None)):
-            compared = 0
-            assert ring.find(key) == caller
-            assert compared == 3
+        async with ring.watch():
+            monkeypatch.setattr(keys, "_read", broken)
+            await asyncio.to_thread(path.write_text, table("alice", "new"))
+            await until(lambda: any("keys_not_read" in record.getMessage() for record in caplog.records))
+            monkeypatch.setattr(keys, "_read", read)
+            await until(lambda: ring.find("new") == Caller("alice"))
+        assert ring.find("a") is None
+
+    def test_a_look_up_costs_the_same_with_any_number_of_keys(self, path: Path) -> None:
+        def seconds(owners: int) -> float:
+            path.write_text("".join(table(f"k{number}", str(number)) for number in range(owners)))
+            os.utime(path, (0, 0))
+            ring = KeyRing(ServerSettings(api_key="one", api_keys_file=path))  # type: ignore[arg-type]
+            assert [ring.find(key) for key in ("one", "0", "x")] == [API_KEY_CALLER, Caller("k0"), None]
+            started = time.thread_time()
+            for number in range(1000):
+                ring.find(f"guess {number}")
+            return time.thread_time() - started
+
+        assert seconds(2000) < 20 * seconds(1)
 
 
 async def test_keys_of_the_file_and_the_single_key_are_accepted(

@@ -51,6 +51,7 @@ def _answer(files: EditFiles, replies: BinaryIO) -> None:
 
 
 def _limit_process() -> None:
+    os.nice(10)  # the API and engines come first
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold images
     with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -145,7 +146,7 @@ class ServerSettings(BaseSettings):
     @classmethod
     def _check_origins(cls, value: str) -> str:
         for origin in filter(None, map(str.strip, value.split(","))):
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
+            if origin != "*" and not (_ORIGIN.fullmatch(origin) and _is_printable_url(origin)):
                 raise ValueError(
                     f"{origin} is not an origin; write it like https://example.org or http://localhost:3000"
                 )
@@ -162,7 +163,7 @@ class ServerSettings(BaseSettings):
     @field_validator("public_url")
     @classmethod
     def _check_public_url(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^/?#\s][^?#\s]*", value):
+        if value is not None and not (re.fullmatch(r"https?://[^/?#\s][^?#\s]*", value) and _is_printable_url(value)):
             raise ValueError("write it like https://images.example.org")
         return value and value.rstrip("/")
 
@@ -179,6 +180,13 @@ class ServerSettings(BaseSettings):
             url = httpx.URL()
         if url.scheme not in ("http", "https") or not url.host or url.path.rstrip("/").endswith("/chat/completions"):
             raise ValueError("write it like http://127.0.0.1:8001/v1, without the /chat/completions")
+        return value
+
+    @field_validator("prompt_rewriter_key")
+    @classmethod
+    def _check_rewriter_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch("[!-~]+", value.get_secret_value()):
+            raise ValueError("a key takes printable ASCII characters without spaces and line breaks")
         return value
 
     @field_validator(
@@ -221,6 +229,15 @@ class ServerSettings(BaseSettings):
     def allowed_origins(self) -> list[str]:
         """Return the origins of `cors_origins`."""
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+
+def _is_printable_url(value: str) -> bool:
+    """Return whether the URL is ASCII without control characters, and its host and port can be read."""
+    try:
+        parts = urlsplit(value)
+        return value.isascii() and value.isprintable() and bool(parts.hostname) and (parts.port or 0) >= 0
+    except ValueError:
+        return False
 
 
 def default_data_dir() -> Path:

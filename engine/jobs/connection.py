@@ -11,7 +11,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import redis.asyncio
-from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import BlockingConnectionPool, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -59,7 +59,7 @@ def connect(url: str) -> redis.asyncio.Redis:
             socket_connect_timeout=2,
             **({} if url.startswith("unix:") else {"socket_keepalive": True}),
         )
-        pool.make_connection()  # checks the options after the ?
+        connection = pool.make_connection()  # checks the options after the ?
         if pool.connection_kwargs.get("decode_responses") or int(pool.connection_kwargs.get("db") or 0) < 0:
             raise ValueError
     except (ValueError, TypeError, AttributeError, OSError, RedisError):
@@ -67,6 +67,12 @@ def connect(url: str) -> redis.asyncio.Redis:
             "GLIMMER_REDIS_URL is not valid; write it like redis://host:6379/0, rediss://:password@host:6379/0 or "
             "unix:///path/redis.sock, special characters of a password as in %2F"
         ) from None
+    if isinstance(connection, SSLConnection):
+        try:
+            connection.ssl_context.get()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise StartError(f"GLIMMER_REDIS_URL: its ssl_... files cannot be used ({reason})") from None
     return redis.asyncio.Redis.from_pool(pool)
 
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import httpx
 import orjson
+from pydantic import SecretStr
 
+from engine.errors import StartError
 from engine.observability.logs import event
 from engine.quotes import quoted_strings
 from server.addresses import is_loopback
@@ -113,13 +115,23 @@ async def open_rewriter(settings: ServerSettings, metrics: Metrics) -> AsyncIter
     if settings.prompt_rewriter is None:
         yield None
         return
-    key = settings.prompt_rewriter_key
-    base_url = httpx.URL(settings.prompt_rewriter)
-    async with httpx.AsyncClient(
-        base_url=base_url,
-        headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else {},
-        timeout=REWRITE_TIMEOUT_S,
-        # A proxy would look for a loopback address on its own machine.
-        trust_env=not is_loopback(base_url.host),
-    ) as client:
+    async with _make_client(httpx.URL(settings.prompt_rewriter), settings.prompt_rewriter_key) as client:
         yield Rewriter(client, settings.prompt_rewriter_model, metrics)
+
+
+def _make_client(base_url: httpx.URL, key: SecretStr | None) -> httpx.AsyncClient:
+    """Return a client; raise a `StartError` for what the environment says of proxies and certificates."""
+    try:
+        return httpx.AsyncClient(
+            base_url=base_url,
+            headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else {},
+            timeout=REWRITE_TIMEOUT_S,
+            # A proxy would look for a loopback address on its own machine.
+            trust_env=not is_loopback(base_url.host),
+        )
+    except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:  # ImportError: a SOCKS proxy
+        names = (
+            "SSL_CERT_FILE or SSL_CERT_DIR" if isinstance(error, OSError) else "ALL_PROXY, HTTPS_PROXY or HTTP_PROXY"
+        )
+        reason = str(error).replace("\n", " ")
+        raise StartError(f"the API cannot start: {names} cannot be used for the prompt rewriter: {reason}") from None

@@ -48,7 +48,12 @@ def test_every_process_says_so_on_one_line(command: str) -> None:
 
 @pytest.mark.parametrize(
     "variables",
-    [{"ALL_PROXY": "socks5://127.0.0.1:1"}, {"ALL_PROXY": "foo://127.0.0.1:1"}, {"GLIMMER_PROMPT_REWRITER_KEY": "ü"}],
+    [
+        {"ALL_PROXY": "socks5://127.0.0.1:1"},
+        {"ALL_PROXY": "foo://127.0.0.1:1"},
+        {"SSL_CERT_FILE": "/nowhere"},
+        {"SSL_CERT_FILE": os.devnull},
+    ],
 )
 @pytest.mark.parametrize("command", ["api", "serve"])
 def test_an_api_whose_start_up_raises(tmp_path: Path, command: str, variables: dict[str, str]) -> None:
@@ -56,8 +61,29 @@ def test_an_api_whose_start_up_raises(tmp_path: Path, command: str, variables: d
     ended = run(command, "--port", "0", *where, *REWRITER, **variables)
     assert ended.returncode == 2
     assert "glimmer: the API cannot start: " in ended.stderr
+    assert all(name in ended.stderr.splitlines()[-1] for name in variables)
     assert "Traceback" not in ended.stderr
     assert "listens" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("GLIMMER_PROMPT_REWRITER_KEY", key) for key in ("ü", "a\nb", "a b", "a\x7f")),
+        *(
+            ("GLIMMER_CORS_ORIGINS", origin)
+            for origin in ("http://[::1", "http://a:b", "http://a:99999", "http://\x01")
+        ),
+        *(("GLIMMER_PUBLIC_URL", url) for url in ("http://é\x01x", "http://a\x01", "http://[::1", "http://a:99999")),
+        *(("GLIMMER_REDIS_URL", f"rediss://h/0?{name}=/nowhere") for name in ("ssl_ca_certs", "ssl_certfile")),
+    ],
+)
+def test_the_setting_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv("GLIMMER_REDIS_URL", "unix:///nowhere.sock")
+    monkeypatch.setenv(name, value)
+    started = glimmer("api", "--port", "0")
+    assert (started.exit_code, started.stderr.count("\n")) == (2, 1), started.output
+    assert name in started.stderr
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

@@ -46,6 +46,11 @@ class StatusFile:
         return _born(self.pid) == self.born
 
     @property
+    def is_stopped(self) -> bool:
+        """Return whether a signal or debugger has stopped the process."""
+        return _stat(self.pid)[:1] in (["T"], ["t"])
+
+    @property
     def age_s(self) -> float:
         return time.monotonic() - self.written_at
 
@@ -64,6 +69,8 @@ class EngineStatus:
             try:
                 self.write()
             except OSError as error:
+                with suppress(OSError):
+                    self._path.unlink()  # an old file would say that this process hangs
                 if not self._failed:
                     event(logger, "status_not_written", logging.WARNING, folder=status_folder(), reason=error)
                 self._failed = True
@@ -121,13 +128,18 @@ def _require_private(folder: Path) -> None:
         raise PermissionError(f"{folder} is not a private folder of this user")
 
 
+def _stat(pid: int) -> list[str]:
+    """Return a process's state and the fields after it, nothing without /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def _born(pid: int) -> str:
     """Return when a process started, "" if it has ended; its pid without /proc."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state == "Z" else fields[18]
-    except (OSError, IndexError, ValueError):
-        pass
+    if fields := _stat(pid):
+        return "" if fields[0] == "Z" else fields[19]
     if Path("/proc/self/stat").exists():
         return ""
     try:

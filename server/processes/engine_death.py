@@ -10,18 +10,24 @@ _OTHERS_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signa
 
 
 class OomKills:
-    """OOM kills since this object was made, by the counters of the machine and of this process's memory cgroup (version
-    2 or 1), in which its children run.
+    """Recent OOM kills, by the counters of the machine and of this process's memory cgroup (version 2 or 1), in which
+    its children run. At first, those since this object was made.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._files = [root / "proc/vmstat", *_cgroup_files(root)]
-        self._before = [_oom_kills(path) for path in self._files]
+        self._before = self._last = self._read()
+
+    def refresh(self) -> None:
+        """Forget kills before the last refresh, which were of other processes: a killed one ends within seconds."""
+        self._before, self._last = self._last, self._read()
+
+    def _read(self) -> list[int | None]:
+        return [_oom_kills(path) for path in self._files]
 
     def may_have_risen(self) -> bool:
         """Return False if one counter has not risen."""
-        after = [_oom_kills(path) for path in self._files]
-        return not any(a is not None and a == b for a, b in zip(after, self._before, strict=True))
+        return not any(a is not None and a == b for a, b in zip(self._read(), self._before, strict=True))
 
 
 def death_is_evidence(code: int, *, may_be_oom: bool, killed_by_us: bool = False) -> bool:

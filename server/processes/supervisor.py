@@ -17,11 +17,13 @@ from engine.config import ENGINES_VARIABLE, EXIT_CONFIGURATION, HAND_BACK_S
 from engine.jobs.consumer import JobConsumer
 from engine.observability.logs import event
 from server.processes.backoff import Backoff
-from server.processes.engine_death import OomKills, death_is_evidence
+from server.processes.engine_watch import EngineWatch
 from server.redis_timeout import with_redis_timeout
 
 _SIGTERM_INTERVAL_S = 0.25
 _KILL_TIMEOUT_S = 10.0
+REQUEUE_INTERVAL_S, REQUEUE_WITHIN_S = 2.0, 120.0  # Redis may load its data for minutes
+REQUEUE_AT_STOP_S = 4.0
 
 logger = logging.getLogger("glimmer.supervisor")
 
@@ -52,6 +54,7 @@ class Supervisor:
         self._processes: dict[int, Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
+        self._late: set[asyncio.Task[None]] = set()  # requeue jobs once Redis answers
 
     async def run(self) -> None:
         """Keep all engines running; raise `EngineMisconfigured` if one cannot start. The others run until `stop`."""
@@ -67,6 +70,13 @@ class Supervisor:
         `HAND_BACK_S`.
         """
         self._stopping.set()
+        await self._end_engines(grace_s, hurried)
+        if self._late:
+            await asyncio.wait(self._late, timeout=REQUEUE_AT_STOP_S)
+        for late in self._late:
+            late.cancel()
+
+    async def _end_engines(self, grace_s: float, hurried: asyncio.Event | None) -> None:
         self._signal(signal.SIGTERM)
         if await self._all_ended(grace_s, hurried):
             return
@@ -120,7 +130,7 @@ class Supervisor:
 
     async def _run_once(self, index: int, engine_id: str) -> int | None:
         """Run an engine and free its jobs; return its exit code, None if not started."""
-        oom_kills = OomKills()
+        watch = EngineWatch()
         try:
             process = await self._start(index, engine_id)
         except OSError as error:  # no memory, no process left, or the interpreter was replaced
@@ -130,9 +140,12 @@ class Supervisor:
         event(logger, "engine_started", engine=engine_id, pid=process.pid)
         if self._stopping.is_set():  # `stop` has missed this process
             process.send_signal(signal.SIGTERM)
-        code = await process.wait()
-        stopping = self._stopping.is_set()
-        blame = death_is_evidence(code, may_be_oom=oom_kills.may_have_risen(), killed_by_us=stopping)
+        watching = asyncio.create_task(watch.run(process))
+        try:
+            code = await process.wait()
+        finally:
+            watching.cancel()
+        blame = watch.is_evidence(code, killed_by_us=self._stopping.is_set())
         await self._requeue_jobs(engine_id, blame=blame)
         return code
 
@@ -146,15 +159,29 @@ class Supervisor:
         )
 
     async def _requeue_jobs(self, engine_id: str, *, blame: bool) -> None:
-        """Requeue a dead engine's jobs; if Redis fails, their leases expire."""
+        """Requeue a dead engine's jobs. If Redis fails, try on in the background: a lapse of their leases blames."""
+        if not await self._try_to_requeue(engine_id, blame=blame):
+            late = asyncio.create_task(self._requeue_late(engine_id, blame=blame))
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
+
+    async def _requeue_late(self, engine_id: str, *, blame: bool) -> None:
+        until = asyncio.get_running_loop().time() + REQUEUE_WITHIN_S
+        while asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(REQUEUE_INTERVAL_S)
+            if await self._try_to_requeue(engine_id, blame=blame):
+                return
+
+    async def _try_to_requeue(self, engine_id: str, *, blame: bool) -> bool:
         try:
             jobs = await with_redis_timeout(self._queue.requeue_all(engine_id, blame=blame))
             await with_redis_timeout(self._queue.deregister(engine_id))
         except Exception as error:  # the engine must be restarted all the same
             event(logger, "jobs_not_requeued", logging.WARNING, engine=engine_id, reason=error)
-            return
+            return False
         if jobs:
             event(logger, "jobs_surrendered", logging.WARNING, engine=engine_id, jobs=jobs, blamed=blame)
+        return True
 
 
 def engine_environments(base: Mapping[str, str], count: int, device: str) -> list[dict[str, str]]:

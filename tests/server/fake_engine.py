@@ -2,7 +2,8 @@
 
 Modes: `serve` is a stub engine until SIGTERM, `busy` one that keeps working after it, `patient` one until the second
 (it writes a letter for each into the file FAKE_ENGINE_LOG.signals), `stubborn` ignores SIGTERM and
-does nothing, `die` ends at once, `misconfigured` exits with the code for it.
+does nothing, `die` ends at once, `misconfigured` exits with the code for it, `hung` writes
+its status once.
 Every start appends a line to the file FAKE_ENGINE_LOG: engine id, pid, and three environment variables.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.jobs.connection import connect
+from engine.worker.status import EngineStatus
 from tests.job_queue import JobQueue
 from tests.server.stub_engine import StubEngine
 
@@ -55,7 +57,9 @@ def main() -> int:
         return 2
     if mode in ("serve", "busy", "patient"):
         asyncio.run(serve(engine_id, mode))
-    if mode == "stubborn":
+    if mode == "hung":
+        EngineStatus(engine_id).write()
+    if mode in ("stubborn", "hung"):
         time.sleep(60)
     return 1 if mode == "die" else 0
 

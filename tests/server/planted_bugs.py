@@ -499,6 +499,27 @@ BUGS = [
         f"{DYING}::test_sigkill_is_evidence_only_if_it_may_be_the_kernel_s",
     ),
     Bug(
+        "one kill for want of memory makes all later ones evidence",
+        DEATH,
+        "self._before, self._last = self._last, self._read()",
+        "pass",
+        f"{DYING}::TestCounters::test_a_kill_long_before_a_death_does_not_count",
+    ),
+    Bug(
+        "the supervisor tries once to requeue",
+        SUPERVISOR,
+        "if not await self._try_to_requeue(engine_id, blame=blame):",
+        "if await self._try_to_requeue(engine_id, blame=blame) is None:",
+        f"{SUPERVISING}::test_a_verdict_holds_though_redis_is_away_when_the_engine_dies",
+    ),
+    Bug(
+        "a hanging engine is left alone",
+        "server/processes/engine_watch.py",
+        "process.kill()",
+        "pass",
+        f"{SUPERVISING}::test_an_engine_that_hangs_is_killed_and_its_jobs_are_blamed",
+    ),
+    Bug(
         "the supervisor always blames",
         SUPERVISOR,
         "await self._requeue_jobs(engine_id, blame=blame)",

@@ -52,6 +52,16 @@ class TestCounters:
         write(tmp_path / "proc/vmstat", "oom_kill 6")
         assert not kills.may_have_risen()
 
+    def test_a_kill_long_before_a_death_does_not_count(self, tmp_path: Path) -> None:
+        write(tmp_path / "proc/vmstat", "oom_kill 0")
+        kills = OomKills(tmp_path)
+        for total in (1, 2, 3):
+            write(tmp_path / "proc/vmstat", f"oom_kill {total}")
+            kills.refresh()
+            assert kills.may_have_risen(), "the process may not have ended yet"
+            kills.refresh()
+            assert not kills.may_have_risen()
+
     @pytest.mark.parametrize("content", ["", "oom 1", "oom_kill many", "oom_kill"])
     def test_without_a_counter_nothing_is_ruled_out(self, tmp_path: Path, content: str) -> None:
         write(tmp_path / "proc/vmstat", content)

@@ -7,17 +7,23 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
 
-from engine.jobs.job import JobSpec
+from engine.errors import QueueUnavailable
+from engine.jobs.job import JobSpec, JobState
+from engine.worker.status import StatusFile
+from server.processes import engine_watch
 from server.processes import supervisor as supervisor_module
 from server.processes.backoff import Backoff
+from server.processes.engine_watch import EngineWatch
 from server.processes.supervisor import EngineMisconfigured, Supervisor, engine_environments
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE
+from tests.jobs.test_blame import lapse
 from tests.waiting import until
 
 FAKE_ENGINE = str(Path(__file__).with_name("fake_engine.py"))
@@ -141,11 +147,104 @@ async def test_an_error_while_requeueing_does_not_end_the_supervision(
         raise ResponseError("BUSY")
 
     monkeypatch.setattr(queue, "requeue_all", fail)
+    monkeypatch.setattr(supervisor_module, "REQUEUE_AT_STOP_S", 0.1)
     supervisor = make(queue, starts, "die")
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) >= 2)
     await supervisor.stop(5)
     await asyncio.wait_for(running, 5)
+
+
+async def test_a_verdict_holds_though_redis_is_away_when_the_engine_dies(
+    queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, away = queue.requeue_all, asyncio.Event()
+    away.set()
+
+    async def requeue_all(*arguments: Any, **options: Any) -> int:
+        if away.is_set():
+            raise QueueUnavailable("planted")
+        return await real(*arguments, **options)
+
+    monkeypatch.setattr(queue, "requeue_all", requeue_all)
+    monkeypatch.setattr(supervisor_module, "REQUEUE_INTERVAL_S", 0.05)
+    supervisor = make(queue, starts, "stubborn")
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) == 1)
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
+    engine_id, pid = starts.lines()[0][:2]
+    assert await queue.claim(engine_id, IDLE) is not None
+    os.kill(int(pid), signal.SIGKILL)
+    await until(lambda: len(starts.lines()) == 2)  # does not wait for Redis
+    await lapse(queue)
+    claim = await queue.claim("another", IDLE)
+    assert claim is not None
+    assert (claim.runs, claim.quarantined) == (2, True)
+    away.clear()
+    await until(lambda: not supervisor._late)
+    record = await queue.get("j")
+    assert record is not None
+    assert (record.state, record.runs) == (JobState.RUNNING, 1)
+    running.cancel()
+    os.kill(starts.pids()[1], signal.SIGKILL)
+    await supervisor.stop(5)
+
+
+async def test_an_engine_that_hangs_is_killed_and_its_jobs_are_blamed(
+    queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_watch, "POLL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(engine_watch, "HUNG_S", 1.0)
+    supervisor = make(queue, starts, "hung")
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) == 1)
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
+    assert await queue.claim(starts.lines()[0][0], IDLE) is not None
+    await until(lambda: len(starts.lines()) == 2, seconds=20)
+    claim = await queue.claim("another", IDLE)
+    assert claim is not None
+    assert claim.runs == 2
+    await supervisor.stop(0)
+    await asyncio.wait_for(running, 5)
+
+
+class TestEngineWatch:
+    """Polls of an engine's status as `must_die` sees it."""
+
+    @pytest.mark.parametrize(
+        ("polls", "dies_at"),
+        [
+            ([(0, False)] * 100, 13),
+            ([(0, True)] * 100, 61),
+            ([(0, False)] * 5 + [(0, True)] * 50 + [(0, False)] * 12, None),  # frozen for 250 s
+            ([(0, False)] * 12 + [(1, False)] * 12, None),
+            ([None] * 100, None),  # loading, or unable to write
+            ([(0, False)] * 12 + [None] + [(0, False)] * 12, None),
+        ],
+    )
+    def test_only_a_file_that_stays_old_is_deadly(
+        self, polls: list[tuple[float, bool] | None], dies_at: int | None
+    ) -> None:
+        watch = EngineWatch()
+        looks: list[Any] = [
+            look and SimpleNamespace(written_at=look[0], is_stopped=look[1], is_alive=True) for look in polls
+        ]
+        assert next((n for n, look in enumerate(looks, 1) if watch.must_die(look)), None) == dies_at
+        if dies_at:
+            hung = not looks[dies_at - 1].is_stopped
+            assert watch.is_evidence(-signal.SIGKILL, killed_by_us=False) == hung
+
+    async def test_a_process_stopped_by_a_signal_is_seen(self) -> None:
+        process = await asyncio.create_subprocess_exec("sleep", "60")
+        status = StatusFile("e", process.pid, "", "ready", 0)
+        assert not status.is_stopped
+        process.send_signal(signal.SIGSTOP)
+        await until(lambda: status.is_stopped)
+        process.send_signal(signal.SIGCONT)
+        await until(lambda: not status.is_stopped)
+        process.kill()
+        await process.wait()
+        assert not status.is_stopped
 
 
 async def test_a_misconfigured_engine_is_not_restarted(

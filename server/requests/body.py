@@ -17,11 +17,12 @@ from fastapi import Request, Response
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from server.admission.memory_budget import Hold
-from server.errors import ApiError, invalid
+from server.admission.memory_budget import RETRY_S, SMALL_BYTES, Hold
+from server.errors import ApiError, invalid, unavailable
 from server.requests.schemas import MAX_NAME_CHARS, GenerationRequest, parse
 
 LINGER_S = 2.0
+COUNTED_BYTES = 2**20  # at once, after the first `SMALL_BYTES`
 MAX_VALUES = 100_000  # a plan has 4352 tokens; prompt and negative prompt together 64,000 characters
 
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]{1,40})""", re.IGNORECASE)
@@ -119,7 +120,7 @@ class IncomingBody:
     """A body as it arrives: at most `max_bytes`, counted in the memory budget.
 
     Args:
-        held: is resized to the declared length, or to what has arrived without one.
+        held: is resized to what has arrived, in steps up to the declared length: what is declared costs nothing.
     """
 
     def __init__(self, request: Request, max_bytes: int, held: Hold) -> None:
@@ -137,12 +138,25 @@ class IncomingBody:
     async def read(self, parse_body: Callable[[Self], Awaitable[ParsedBody]]) -> ParsedBody:
         """Return the parsed body. An error before its end lingers."""
         try:
-            return await parse_body(self)
+            return await self._parse_or_give_way(parse_body)
         except ApiError as error:
             error.__traceback__ = None  # its frames hold what was read
             if self._is_complete:
                 raise
             raise _EarlyRefusal(error) from None
+
+    async def _parse_or_give_way(self, parse_body: Callable[[Self], Awaitable[ParsedBody]]) -> ParsedBody:
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                with self._held.arriving(lambda: limit.reschedule(0)):
+                    return await parse_body(self)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise unavailable(
+                "The body arrived slowly, and its memory is needed; try again shortly.", RETRY_S
+            ) from None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body piece by piece.
@@ -156,19 +170,23 @@ class IncomingBody:
         if encoding != "identity":
             raise invalid("Content-Encoding", "Content-Encoding is not supported: send the body uncompressed.")
         declared = _declared_length(headers)
-        self._count(declared)
+        self._check(declared)
+        counted = min(declared, SMALL_BYTES)
+        self._held.resize(counted)
         received = 0
         async for chunk in self._request.stream():
             received += len(chunk)
-            if received > declared:
-                self._count(received)
+            if received > counted:
+                self._check(received)
+                counted = max(received, min(declared, received + COUNTED_BYTES))
+                self._held.resize(counted)
             yield chunk
         self._is_complete = True
+        self._held.arrived()
 
-    def _count(self, size: int) -> None:
+    def _check(self, size: int) -> None:
         if size > self._max_bytes:
             raise ApiError(413, f"The body may have at most {self._max_bytes} bytes.", code="request_too_large")
-        self._held.resize(size)
 
 
 def _declared_length(headers: Headers) -> int:

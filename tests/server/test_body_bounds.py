@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
+from server.admission import memory_budget
 from server.admission.keys import ANONYMOUS
 from server.admission.memory_budget import MemoryBudget
 from server.errors import ApiError
@@ -301,6 +302,36 @@ async def test_bodies_that_arrive_are_counted(make_client: MakeClient, stub: Stu
         assert (await client.post(GENERATIONS, json={"prompt": "x"})).status_code == 200
         finish.set()
         assert (await first).status_code == 200
+        assert await inflight(client) == 0
+
+
+@pytest.mark.parametrize("gives_way_s", [0.0, 1000.0])
+async def test_what_is_declared_and_does_not_arrive_takes_nothing_from_others(
+    make_client: MakeClient, stub: StubEngine, monkeypatch: pytest.MonkeyPatch, gives_way_s: float
+) -> None:
+    """Uploads of 32 MiB that stall at their begin: generations are served; without room the stalled give way."""
+    monkeypatch.setattr(memory_budget, "GIVES_WAY_S", gives_way_s)
+    finish, begun = asyncio.Event(), 0
+
+    async def stalled() -> AsyncIterator[bytes]:
+        nonlocal begun
+        begun += 1
+        yield b"--B"
+        await finish.wait()
+
+    maximum = 2**20 if gives_way_s == 0 else 2**25
+    headers = {"content-type": FORM, "content-length": str(2**25)}
+    async with make_client(max_inflight_bytes=maximum) as client:
+        uploads = [asyncio.create_task(client.post(EDITS, content=stalled(), headers=headers)) for _ in range(16)]
+        await until(lambda: begun == 16)
+        for _ in range(4):
+            assert (await client.post(GENERATIONS, json={"prompt": "x"})).status_code == 200
+        if gives_way_s == 0:
+            assert (await client.post(GENERATIONS, json={"prompt": "x" + " " * 900_000})).status_code != 503
+            await until(lambda: sum(upload.done() for upload in uploads) >= 8)
+            assert {upload.result().status_code for upload in uploads if upload.done()} == {503}
+        finish.set()
+        await asyncio.gather(*uploads)
         assert await inflight(client) == 0
 
 

@@ -149,20 +149,20 @@ async def test_a_response_holds_one_image_and_none_while_the_client_stalls(
 
 
 async def test_room_is_awaited_for_a_new_image_and_not_for_a_kept_one(
-    queue: JobQueue, images: Callable[[int], bytes]
+    queue: JobQueue, images: Callable[[int], bytes], redis_client: redis.asyncio.Redis
 ) -> None:
-    async with open_app(queue) as (app, client), StubEngine(queue):
+    async with open_app(queue) as (app, client), StubEngine(queue, step_s=0.01):
         job = await submitted(client)
         await ended(client, job)
         memory: MemoryBudget = app.state.services.memory
         with memory.hold(ANONYMOUS) as others:
             posted = asyncio.create_task(client.post(URL, json={"prompt": "y", "seed": 1}))
-            while not (await queue.stats()).running and not posted.done():  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+            await until(lambda: is_running(queue))
             others.resize(app.state.services.settings.max_inflight_bytes)
             refused = await client.get(f"/v1/jobs/{job}")
             assert (refused.status_code, error_of(refused)["code"]) == (503, "service_unavailable")
             assert int(refused.headers["retry-after"]) > 0
+            await until(lambda: are_results(redis_client, 2))
             assert not posted.done()
         response = await asyncio.wait_for(posted, 20)
         assert base64.b64decode(response.json()["data"][0]["b64_json"]) == images(1)
@@ -227,6 +227,14 @@ async def receive_all(client: httpx.AsyncClient, path: str, received: bytearray)
         assert response.status_code == 200
         async for chunk in response.aiter_bytes():
             received += chunk
+
+
+async def is_running(queue: JobQueue) -> bool:
+    return (await queue.stats()).running == 1
+
+
+async def are_results(client: redis.asyncio.Redis, count: int) -> bool:
+    return len(await client.keys("glimmer:result:*")) == count
 
 
 async def has_result(client: redis.asyncio.Redis, job: str) -> bool:

@@ -20,6 +20,7 @@ MIN_BYTES_PER_S = 1024  # of a body or a response; the slowest mobile networks h
 
 MAX_CONNECTIONS = 4096  # about 10 kB each when idle, up to 100 kB with half a head
 MAX_BACKLOG = 2048
+MAX_UNSENT_BYTES = 64 * 2**20  # of all connections; beyond it the longest unread are closed
 _UNLIMITED_FILES = 1 << 16
 
 logger = logging.getLogger("glimmer.http")
@@ -34,7 +35,9 @@ class HttpLimits:
         body_s: without progress of a body that the app reads.
         response_s: without progress of a response. A slow client's window opens in steps of up to 64 KiB.
         linger_s: for the rest of a body after its response, and for what follows a refusal.
-        connections: above it, those without a request in progress are closed, the longest waiting first.
+        connections: above it, those without a request in progress are closed, the longest waiting first; then those
+            whose responses have been unread for longest.
+        unsent_bytes: of all responses.
         sweep_s: between checks of all connections; cheaper than a timer each.
     """
 
@@ -43,6 +46,7 @@ class HttpLimits:
     response_s: float = 30.0
     linger_s: float = 2.0
     connections: int = MAX_CONNECTIONS
+    unsent_bytes: int = MAX_UNSENT_BYTES
     sweep_s: float = 1.0
 
 
@@ -66,18 +70,23 @@ def share_files(files: int) -> tuple[int, int]:
 
 
 class Connection(Protocol):
+    @property
+    def unsent_bytes(self) -> int: ...
+
     def check(self, now: float) -> None: ...
 
     def evict(self) -> None: ...
 
 
 class ConnectionTable:
-    """All connections of a server; those without a request in progress in order of waiting."""
+    """All connections of a server: idle ones in order of waiting, and those that do not read in order of that."""
 
     def __init__(self, limits: HttpLimits) -> None:
         self.limits = limits
         self._open: set[Connection] = set()
         self._waiting: OrderedDict[Connection, None] = OrderedDict()
+        self._unread: OrderedDict[Connection, int] = OrderedDict()  # and their unsent bytes
+        self._unsent_bytes = 0
         self._evicted = 0
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -87,12 +96,10 @@ class ConnectionTable:
         if self._sweeper is None:
             self._schedule()
         if len(self._open) > self.limits.connections:
-            if not self._waiting:
+            oldest = next(iter(self._waiting or self._unread), None)
+            if oldest is None:
                 return False
-            oldest, _ = self._waiting.popitem(last=False)
-            self._open.discard(oldest)
-            self._evicted += 1
-            oldest.evict()
+            self._evict(oldest)
         self._waiting[connection] = None
         return True
 
@@ -105,7 +112,32 @@ class ConnectionTable:
         if connection in self._open:
             self._waiting[connection] = None
 
+    def unread(self, connection: Connection) -> None:
+        """Note that the client does not read what is sent; make room if that is too much."""
+        self._count_unsent(connection)
+        if self._unsent_bytes <= self.limits.unsent_bytes:
+            return
+        for other in self._unread:
+            self._count_unsent(other)
+        while self._unsent_bytes > self.limits.unsent_bytes and len(self._unread) > 1:
+            self._evict(next(iter(self._unread)))
+
+    def read(self, connection: Connection) -> None:
+        """Note that all is sent, or nearly."""
+        self._unsent_bytes -= self._unread.pop(connection, 0)
+
+    def _count_unsent(self, connection: Connection) -> None:
+        size = connection.unsent_bytes
+        self._unsent_bytes += size - self._unread.get(connection, 0)
+        self._unread[connection] = size
+
+    def _evict(self, connection: Connection) -> None:
+        self.remove(connection)
+        self._evicted += 1
+        connection.evict()
+
     def remove(self, connection: Connection) -> None:
+        self.read(connection)
         self._waiting.pop(connection, None)
         self._open.discard(connection)
 

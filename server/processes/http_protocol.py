@@ -68,6 +68,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_dropping = False  # parses no further; reads on, to see the disconnect
         self._last_error: ApiError | None = None  # the response after the last one
         self._deadline = 0.0  # while no request is in progress
+        self._is_held = False  # the next request, until the last response is read
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -85,6 +86,10 @@ class HttpProtocol(HttpToolsProtocol):
             exchange.message_event.set()
         self._unanswered.clear()
         super().connection_lost(exc)
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self.transport.get_write_buffer_size()
 
     def evict(self) -> None:
         self.transport.abort()
@@ -183,7 +188,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unanswered.append(exchange)
         if len(self._unanswered) == 1:
             self.table.begin(self)
-            self._start()
+            self._start_when_read()
 
     def _exchange(self) -> Exchange:
         exchange = Exchange(
@@ -245,7 +250,27 @@ class HttpProtocol(HttpToolsProtocol):
 
     # --- responding ---------------------------------------------------------------------------------------------------
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.table.unread(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.table.read(self)
+        if self.unsent_bytes == 0:
+            self.transport.set_write_buffer_limits()
+            if self._is_held and not self.transport.is_closing():
+                self._start()
+
+    def _start_when_read(self) -> None:
+        """Start the next request once the last response is sent: a client that does not read costs one response."""
+        if self.unsent_bytes:
+            self._is_held = True
+        else:
+            self._start()
+
     def _start(self) -> None:
+        self._is_held = False
         self._transfers.expect_body()
         self._start_asgi_task(self._unanswered[0], cast(ASGI3Application, self.app))
 
@@ -255,12 +280,14 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
+        if self.unsent_bytes:
+            self.transport.set_write_buffer_limits(0)  # `resume_writing` when all is sent
         if len(self._unanswered) < 2:
             self._ahead_bytes = 0
         if exchange.closes:
             self._finish(None)
         elif self._unanswered:
-            self._start()
+            self._start_when_read()
         elif self._is_dropping:
             self._finish(self._last_error)
         else:
@@ -284,7 +311,7 @@ class HttpProtocol(HttpToolsProtocol):
         is_sending = self._is_dropping or self._part is not _Part.NONE
         if self._is_dropping or error is not None:
             self.transport.pause_reading()
-        self._is_dropping = True
+        self._is_dropping, self._is_held = True, False
         self._unanswered.clear()
         self.table.end(self)
         self._deadline = self.loop.time() + self._limits.linger_s

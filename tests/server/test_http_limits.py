@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from server.processes.http_limits import MAX_HEADERS, share_files
-from tests.server.wire import CHUNKED, GET, PIECE, WAIT, Wire, post, serve
+from tests.server.wire import CHUNKED, GET, PIECE, WAIT, Wire, WireServer, post, serve
 from tests.waiting import until
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -211,6 +211,60 @@ async def test_requests_in_progress_keep_their_connections() -> None:
             assert response.status == 200
             await wire.close()
         assert await server.is_live()
+
+
+UNREAD = b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 16
+
+
+async def stop_reading(server: WireServer) -> Wire:
+    """Open a connection that asks for much and reads nothing."""
+    begun = len(server.app.begun)
+    wire = Wire(*await asyncio.open_connection(*server.address))
+    wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    wire.send(UNREAD)
+    await until(lambda: len(server.app.begun) > begun)
+    return wire
+
+
+async def test_clients_that_do_not_read_make_room_the_longest_first() -> None:
+    async with serve(connections=4) as server:
+        wires = [await stop_reading(server) for _ in range(3)]
+        waiting = Wire(*await asyncio.open_connection(*server.address))
+        waiting.send(WAIT % 1)
+        await until(lambda: len(server.app.begun) == 4)
+        oldest = wires[0].writer.get_extra_info("sockname")
+        for _ in range(3):
+            assert await server.is_live()
+        peers = {connection.transport.get_extra_info("peername") for connection in server.connections}
+        assert oldest not in peers
+        assert wires[2].writer.get_extra_info("sockname") in peers
+        server.app.release.set()
+        assert (await waiting.response()).status == 200
+        for wire in (*wires, waiting):
+            wire.writer.transport.abort()
+
+
+async def test_a_pipelined_request_starts_when_the_response_before_is_read() -> None:
+    async with serve() as server:
+        wire = await stop_reading(server)
+        await server.is_live()
+        assert server.app.begun.count("/large?") == 1
+        wire.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        for _ in range(16):
+            response = await wire.response()
+            assert len(response.body) == 256 * len(PIECE)
+        await wire.close()
+
+
+async def test_what_is_not_read_is_bounded_over_all_connections() -> None:
+    async with serve(unsent_bytes=2 * 256 * len(PIECE)) as server:
+        wires = [await stop_reading(server) for _ in range(6)]
+        await until(lambda: len(server.connections) <= 3)
+        unsent = sum(connection.unsent_bytes for connection in server.connections)
+        assert 0 < unsent <= 2 * 256 * len(PIECE)
+        assert await server.is_live()
+        for wire in wires:
+            wire.writer.transport.abort()
 
 
 LOW_LIMIT = """

@@ -20,6 +20,7 @@ from engine.limits import EngineLimits
 from engine.observability.logs import bind, configure, event, where
 from engine.observability.tracing import Tracing, open_tracing
 from engine.stop_signals import Stopped, StopSignals, run
+from engine.tasks import stop as end_task
 from engine.worker.status import EngineStatus
 from engine.worker.worker import HEARTBEAT_S, HEARTBEAT_TTL_S, Worker
 from models.errors import CheckpointError
@@ -63,8 +64,7 @@ async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) 
         try:
             loaded = await stop.unless_stopped(asyncio.to_thread(_load_or_explain, settings, starting))
         finally:
-            loading.cancel()
-            await asyncio.wait({loading}, timeout=CLOSE_S)
+            await asyncio.wait({asyncio.ensure_future(end_task(loading))}, timeout=CLOSE_S)
         engine, info, planner = loaded
         event(
             logger,

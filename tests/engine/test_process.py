@@ -1,16 +1,20 @@
 """What an engine process loads and reports."""
 
+import asyncio
 import shutil
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from engine.config import EngineSettings
+from engine.errors import StartError
+from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import EngineInfo
-from engine.observability.tracing import open_tracing
+from engine.observability.tracing import Tracing, open_tracing
 from engine.stop_signals import StopSignals
 from engine.stop_signals import run as run_loop
 from engine.worker import process
@@ -74,3 +78,25 @@ def test_without_a_model_the_shipped_checkpoint_is_served(
     engine = process._load(EngineSettings(redis_url="", engine_id="e", model=configured, device="cpu", max_images=1))
     info = process._ready(STARTING, engine.model, configured)
     assert (info.model, info.default_steps) == ("glimmer-nano", 9)
+
+
+async def test_an_engine_is_announced_as_starting_only_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = threading.Event()
+
+    class Deaf(JobConsumer):
+        async def heartbeat(self, info: EngineInfo, metrics: str, ttl_s: float) -> None:
+            """Swallow a cancellation, as redis-py does while it connects."""
+            if not announced.is_set():
+                announced.set()
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(60)
+
+    def load(_: EngineSettings) -> NoReturn:
+        announced.wait(10)
+        raise StartError("no checkpoint")
+
+    monkeypatch.setattr(process, "JobConsumer", Deaf)
+    monkeypatch.setattr(process, "_load", load)
+    with pytest.raises(StartError):
+        await process._serve(EngineSettings(redis_url="redis://127.0.0.1:1"), Tracing(), StopSignals())
+    assert not [task for task in asyncio.all_tasks() if "object _announce at" in str(task.get_coro())]

@@ -19,7 +19,11 @@ sizes              sizes of the scenarios
 scenarios          load with faults
 deaths             load with engines that die at random, of jobs, or for want of memory
 traffic            load that is itself the fault
+attacks            load beside attackers
+attackers          the attackers' process
+hostile_requests   what some of them send
 campaign           all scenarios by name
 soak               long load, to find growth
+usage              memory and descriptors of processes
 report             figures and goals
 """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import deaths, scenarios, traffic
+from tests.chaos import attacks, deaths, scenarios, traffic
 from tests.chaos.report import Figure
 from tests.chaos.sizes import Sizes
 
@@ -25,6 +25,8 @@ SCENARIOS: dict[str, Scenario] = {
     "leavers": traffic.leavers,
     "overload": traffic.overload,
     "rolling": traffic.rolling,
+    "slow_clients": attacks.slow_clients,
+    "hostile": attacks.hostile,
     "everything": scenarios.everything,
 }
 

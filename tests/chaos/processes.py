@@ -33,8 +33,8 @@ BALANCER_S = 0.5  # until a load balancer stops using a draining API
 
 # Engines are forked from a server that has imported everything: so a killed one is replaced in milliseconds, not after
 # five seconds of imports. In all else they are like `glimmer engine`.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["__main__", "tests.chaos.campaign"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "tests.chaos.campaign"])
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Engine:
             grace_s=self._settings.grace_s,
         )
         self._oom_kills = OomKills(self._settings.oom_root)
-        self._process = _FORKS.Process(target=run_engine, args=(settings, self._settings.stub, self._folder))
+        self._process = FORKS.Process(target=run_engine, args=(settings, self._settings.stub, self._folder))
         self._process.start()
         if self._settings.cgroup is not None:
             self._settings.cgroup.add(self.pid)

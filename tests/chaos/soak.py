@@ -22,19 +22,20 @@ import httpx
 from rich.console import Console
 
 from server.processes.serving import KEEP_ALIVE_S
+from tests.chaos import usage
 from tests.chaos.campaign import stoppable
 from tests.chaos.cases import MIXED, Cases, Kind
 from tests.chaos.processes import StackSettings
 from tests.chaos.redis_contents import RedisContents
 from tests.chaos.report import Figure, print_table
 from tests.chaos.scene import DELIVERED_S, Scene, open_scene
+from tests.chaos.usage import MIB
 from tests.waiting import until
 
 KEPT_S = 620.0  # expiry of records and results, and a margin
 WARM_UP_S = 60.0
 FITTED_FROM = 0.4  # of the load: after this share of half an hour, what expires in ten minutes has its level
 READ_AT_ONCE: Mapping[Kind, int] = {"plain": 40, "stream": 20, "edit": 5}
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -81,29 +82,11 @@ async def take_sample(scene: Scene) -> Sample:
         "Redis memory, MiB": memory["used_memory"] / MIB,
         "metrics series": sum(not line.startswith("#") for line in lines),
         "KV blocks in use": await scene.metric("glimmer_kv_blocks_used"),
-        "API memory, MiB": sum(map(_memory, apis)) / MIB,
-        "API file descriptors": sum(map(_descriptors, apis)),
-        "engine memory, MiB": sum(map(_memory, engines)) / MIB,
-        "engine file descriptors": sum(map(_descriptors, engines)),
+        "API memory, MiB": sum(map(usage.memory, apis)) / MIB,
+        "API file descriptors": sum(map(usage.descriptors, apis)),
+        "engine memory, MiB": sum(map(usage.memory, engines)) / MIB,
+        "engine file descriptors": sum(map(usage.descriptors, engines)),
     }
-
-
-def _memory(pid: int) -> int:
-    """Return the resident bytes of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return 1024 * int(line.split()[1])
-    return 0
-
-
-def _descriptors(pid: int) -> int:
-    """Return the number of files and sockets, except Unix sockets: the connection pool to Redis does not shrink."""
-    unix = {f"socket:[{line.split()[6]}]" for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]}
-    count = 0
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            count += str(descriptor.readlink()) not in unix
-    return count
 
 
 async def soak(folder: Path, seed: int, minutes: float, concurrency: int) -> list[Figure]:

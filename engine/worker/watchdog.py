@@ -13,10 +13,33 @@ from engine.jobs.job import JobSpec
 from engine.observability.logs import event
 from engine.quotes import MAX_TOKENS
 
+TICK_S = 1.0
 STEP_TIMEOUT_S = 11.0  # between two beats
+LOOP_TIMEOUT_S = 30.0
 CPU_TIMEOUT_PER_MEGAPIXEL_S = 15.0  # added per megapixel of the largest job: one layer can take that long
 
 logger = logging.getLogger("glimmer.engine")
+
+
+class Patience:
+    """Counts seconds without a beat in ticks of at most `TICK_S`: no time passes for a process that is stopped."""
+
+    def __init__(self) -> None:
+        self._beats = self._seen = 0
+        self._waited_s = 0.0
+
+    def beat(self) -> None:
+        self._beats += 1
+
+    def tick(self, elapsed_s: float) -> None:
+        if self._beats != self._seen:
+            self._seen, self._waited_s = self._beats, 0.0
+        else:
+            self._waited_s += min(elapsed_s, TICK_S)
+
+    @property
+    def waited_s(self) -> float:
+        return self._waited_s if self._beats == self._seen else 0.0
 
 
 class Watchdog:
@@ -24,32 +47,46 @@ class Watchdog:
 
     def __init__(self, running: Callable[[], Sequence[JobSpec]], *, on_cpu: bool):
         self._running, self._on_cpu = running, on_cpu
-        self._beat_at = time.monotonic()
-        self._suspected: float | None = None  # the beat after which nothing came
+        self._step, self._loop = Patience(), Patience()
+        self._checked_at = time.monotonic()
+        self._suspected = False
 
     def beat(self) -> None:
-        """Restart the timeout. Thread-safe."""
-        self._beat_at = time.monotonic()
+        """Restart the timeout of the step. Thread-safe."""
+        self._step.beat()
+
+    def beat_loop(self) -> None:
+        """Restart the timeout of the event loop."""
+        self._loop.beat()
 
     @property
     def is_stuck(self) -> bool:
         timeout = STEP_TIMEOUT_S
         if self._on_cpu:
             timeout += CPU_TIMEOUT_PER_MEGAPIXEL_S * max(map(_pixels, self._running()), default=0) / 1e6
-        return time.monotonic() - self._beat_at > timeout
+        return self._step.waited_s >= timeout
+
+    @property
+    def is_loop_stuck(self) -> bool:
+        return self._loop.waited_s >= LOOP_TIMEOUT_S
 
     def check(self) -> bool:
-        """Return whether a step is stuck for the second check in a row: one stopped by SIGSTOP ends in between."""
-        beat_at = self._beat_at
+        """Count the time since the last check; return whether a step is stuck for the second check in a row.
+
+        Call it every `TICK_S`, from one thread.
+        """
+        now = time.monotonic()
+        self._step.tick(now - self._checked_at)
+        self._loop.tick(now - self._checked_at)
+        self._checked_at = now
         stuck = self.is_stuck
-        confirmed = stuck and beat_at == self._suspected
-        self._suspected = beat_at if stuck else None
+        confirmed = stuck and self._suspected
+        self._suspected = stuck
         return confirmed
 
     async def give_up(self, queue: JobConsumer, engine_id: str) -> NoReturn:
         """Requeue all jobs, if Redis answers; exit with `EXIT_STUCK`."""
-        seconds = time.monotonic() - self._beat_at
-        event(logger, "engine_stuck", logging.CRITICAL, jobs=len(self._running()), seconds=seconds)
+        event(logger, "engine_stuck", logging.CRITICAL, jobs=len(self._running()), seconds=self._step.waited_s)
         with exit_within(HAND_BACK_S), suppress(Exception):
             await queue.requeue_all(engine_id)
         os._exit(EXIT_STUCK)
@@ -57,19 +94,27 @@ class Watchdog:
 
 @contextmanager
 def exit_within(seconds: float) -> Iterator[None]:
-    """End the process with `EXIT_STUCK` if the block takes longer."""
-    timer = threading.Timer(seconds, _exit)
-    timer.daemon = True
-    timer.start()
+    """End the process with `EXIT_STUCK` if the block takes longer. Time in which it is stopped does not count."""
+    over = threading.Event()
+    threading.Thread(target=_exit_after, args=(seconds, over), daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        over.set()
 
 
-def _exit() -> None:
-    event(logger, "engine_stuck", logging.CRITICAL, while_ending=True)
+def end_process(reason: str) -> NoReturn:
+    """Exit with `EXIT_STUCK`; the jobs' leases lapse."""
+    event(logger, "engine_stuck", logging.CRITICAL, reason=reason)
     os._exit(EXIT_STUCK)
+
+
+def _exit_after(seconds: float, over: threading.Event) -> None:
+    while seconds > 0:
+        if over.wait(min(seconds, TICK_S)):
+            return
+        seconds -= TICK_S
+    end_process("it does not end")
 
 
 def _pixels(spec: JobSpec) -> int:

@@ -52,6 +52,7 @@ class Worker:
         self._job_tasks: set[asyncio.Task[None]] = set()
         self._capacity_changed = asyncio.Event()  # also set by `drain`
         self._draining = asyncio.Event()
+        self._step_hangs = asyncio.Event()
         self._hand_back = asyncio.Event()  # the grace period is over
         self._stopping = threading.Event()
         self._wake_engine = threading.Event()
@@ -79,6 +80,7 @@ class Worker:
             Exception: the engine's thread failed.
         """
         thread = asyncio.ensure_future(asyncio.to_thread(self._engine_loop))
+        threading.Thread(target=self._watch, daemon=True).start()
         coroutines = (self._renew_loop, self._watch_ends, self._heartbeat_loop, self._watchdog_loop)
         loops = [asyncio.ensure_future(loop()) for loop in coroutines]
         claiming = asyncio.ensure_future(self._claim_loop())
@@ -107,7 +109,7 @@ class Worker:
         self._draining.set()
         self._capacity_changed.set()
 
-    # --- the engine's thread ------------------------------------------------------------------------------------------
+    # --- threads ------------------------------------------------------------------------------------------
 
     def _engine_loop(self) -> None:
         while not self._stopping.is_set():
@@ -117,6 +119,16 @@ class Worker:
                 self._wake_engine.clear()
             if events := self._engine.step():
                 self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _watch(self) -> None:
+        """Check in a thread of its own: the event loop may hang, too."""
+        while not self._stopping.wait(watchdog.TICK_S):
+            if self._watchdog.check():
+                self._loop.call_soon_threadsafe(self._step_hangs.set)
+                if not self._stopping.wait(2 * watchdog.HAND_BACK_S):
+                    watchdog.end_process("a step and the event loop hang")
+            elif self._watchdog.is_loop_stuck:
+                watchdog.end_process("the event loop hangs")
 
     def _dispatch(self, events: list[Event]) -> None:
         for engine_event in events:
@@ -196,11 +208,14 @@ class Worker:
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _watchdog_loop(self) -> None:
-        """Check apart from the heartbeats, which wait for Redis."""
+        """Beat apart from the heartbeats, which wait for Redis."""
         while not self._stopping.is_set():
-            if self._watchdog.check():
+            self._watchdog.beat_loop()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._step_hangs.wait()
+                self._step_hangs.clear()
                 await self._watchdog.give_up(self._queue, self._info.id)
-            await asyncio.sleep(HEARTBEAT_S)
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,11 @@
 """The watchdog alone: when a step counts as stuck, and what ends the process."""
 
 import time
+from unittest.mock import patch
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from engine.config import EXIT_STUCK
 from engine.errors import QueueUnavailable
@@ -24,6 +27,15 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+    def run(self, dog: Watchdog, seconds: float) -> list[bool]:
+        """Let time pass as for a process that is not stopped; return the checks."""
+        checks = []
+        while seconds > 0:
+            self.now += min(seconds, watchdog.TICK_S)
+            seconds -= watchdog.TICK_S
+            checks.append(dog.check())
+        return checks
 
 
 class Queue:
@@ -60,22 +72,62 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 )
 def test_a_step_is_stuck_after_its_timeout(clock: Clock, specs: list[JobSpec], on_cpu: bool, timeout: float) -> None:
     dog = Watchdog(lambda: specs, on_cpu=on_cpu)
-    clock.now += 1000
+    clock.run(dog, 1000)
     dog.beat()
-    clock.now += timeout - 0.1
+    dog.check()
+    clock.run(dog, timeout - 0.1)
     assert not dog.is_stuck
-    clock.now += 0.2
+    clock.run(dog, 0.2)
     assert dog.is_stuck
 
 
 def test_only_a_step_that_is_stuck_at_two_checks_is_confirmed(clock: Clock) -> None:
     dog = Watchdog(list, on_cpu=False)
-    clock.now += STEP_TIMEOUT_S + 1
-    assert not dog.check()
-    dog.beat()  # the process was only frozen
-    clock.now += STEP_TIMEOUT_S + 1
-    assert not dog.check()
-    assert dog.check()
+    for _ in range(2):
+        dog.beat()
+        dog.check()
+        assert not any(clock.run(dog, STEP_TIMEOUT_S))
+        assert dog.is_stuck
+    assert clock.run(dog, 1) == [True]
+
+
+def test_a_hang_on_cuda_is_found_within_15_seconds(clock: Clock) -> None:
+    dog = Watchdog(list, on_cpu=False)
+    clock.run(dog, 7.5)
+    dog.beat()
+    assert any(clock.run(dog, 14))
+
+
+@given(
+    step_s=st.floats(0.1, STEP_TIMEOUT_S - 1),
+    freezes=st.lists(st.tuples(st.integers(0, 40), st.floats(0, 1000)), max_size=2, unique_by=lambda freeze: freeze[0]),
+)
+def test_a_process_that_is_stopped_is_not_stuck(step_s: float, freezes: list[tuple[int, float]]) -> None:
+    """Run steps that each end in time, of a process that is stopped for any time at any two ticks."""
+    clock = Clock()
+    with patch.object(time, "monotonic", clock):
+        dog = Watchdog(list, on_cpu=False)
+        left_s, stops = step_s, dict(freezes)
+        for tick in range(40):
+            clock.now += watchdog.TICK_S + stops.get(tick, 0)
+            left_s -= watchdog.TICK_S
+            while left_s <= 0:
+                dog.beat()
+                left_s += step_s
+            assert not dog.check()
+            assert not dog.is_loop_stuck or tick >= watchdog.LOOP_TIMEOUT_S - 1
+
+
+def test_a_loop_is_stuck_after_its_timeout(clock: Clock) -> None:
+    dog = Watchdog(list, on_cpu=False)
+    dog.beat_loop()
+    dog.check()
+    clock.run(dog, watchdog.LOOP_TIMEOUT_S - 1)
+    assert not dog.is_loop_stuck
+    clock.run(dog, 1)
+    assert dog.is_loop_stuck
+    dog.beat_loop()
+    assert not dog.is_loop_stuck
 
 
 @pytest.mark.parametrize("reachable", [True, False])

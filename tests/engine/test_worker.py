@@ -20,7 +20,6 @@ from engine.jobs.job import EngineInfo, FreeCapacity, JobRecord, JobSpec, JobSta
 from engine.observability.tracing import Tracing
 from engine.request import Planned, Request
 from engine.worker import watchdog
-from engine.worker import worker as worker_module
 from engine.worker.encoding import encode, metadata
 from engine.worker.worker import Worker
 from models.glm_image.model import GlmImage
@@ -305,7 +304,7 @@ async def test_a_step_that_hangs_ends_the_process_and_requeues_its_jobs(
     monkeypatch.setattr(engine.renderer.runner, "advance", lambda items: over.wait())
     monkeypatch.setattr(watchdog, "STEP_TIMEOUT_S", 0.3)
     monkeypatch.setattr(watchdog, "CPU_TIMEOUT_PER_MEGAPIXEL_S", 0.0)
-    monkeypatch.setattr(worker_module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(watchdog, "TICK_S", 0.1)
     monkeypatch.setattr(watchdog.os, "_exit", end_process)
     info = EngineInfo("hung", 1, "all", "ready", "m", "64x64", 512, 2048)
     worker = Worker(engine, queue, info, EngineSettings(redis_url="", engine_id="hung"))

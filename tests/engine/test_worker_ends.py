@@ -51,6 +51,7 @@ def engine(model: GlmImage) -> Engine:
 def hang(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hang]:
     monkeypatch.setattr(watchdog, "CPU_TIMEOUT_PER_MEGAPIXEL_S", 0.0)
     monkeypatch.setattr(worker_module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(watchdog, "TICK_S", 0.1)
     hang = Hang(engine, monkeypatch)
     yield hang
     hang._over.set()
@@ -139,6 +140,21 @@ async def test_a_redis_that_does_not_answer_does_not_keep_the_process(
         monkeypatch.setattr(queue, "requeue_all", requeue_all)
         await until(lambda: bool(hang.codes), seconds=20)
         task.cancel()
+
+
+@pytest.mark.parametrize("step_hangs", [True, False])
+async def test_a_blocked_event_loop(
+    queue: JobQueue, engine: Engine, hang: Hang, monkeypatch: pytest.MonkeyPatch, step_hangs: bool
+) -> None:
+    monkeypatch.setattr(watchdog, "HAND_BACK_S", 0.2)
+    if not step_hangs:
+        monkeypatch.setattr(watchdog, "LOOP_TIMEOUT_S", 0.5)
+    async with hanging(queue, engine, hang, monkeypatch, timeout_s=0.5 if step_hangs else 1000.0) as (worker, _):
+        blocked_at = time.monotonic()
+        while not hang.codes and time.monotonic() - blocked_at < 20:
+            time.sleep(0.01)  # noqa: ASYNC251
+        worker.drain()
+        worker.drain()
 
 
 def test_a_block_that_takes_too_long_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

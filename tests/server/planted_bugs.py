@@ -163,9 +163,23 @@ BUGS = [
     Bug(
         "one look makes a step stuck",
         WATCHDOG,
-        "confirmed = stuck and beat_at == self._suspected",
+        "confirmed = stuck and self._suspected",
         "confirmed = stuck",
         "tests/engine/test_watchdog.py::test_only_a_step_that_is_stuck_at_two_checks_is_confirmed",
+    ),
+    Bug(
+        "a stopped process waits",
+        WATCHDOG,
+        "min(elapsed_s, TICK_S)",
+        "elapsed_s",
+        "tests/engine/test_watchdog.py::test_a_process_that_is_stopped_is_not_stuck",
+    ),
+    Bug(
+        "nobody ends an engine whose event loop hangs",
+        WORKER,
+        "elif self._watchdog.is_loop_stuck:",
+        "elif False:",
+        f"{ENDS}::test_a_blocked_event_loop",
     ),
     Bug(
         "the watchdog forgets source images",

@@ -66,6 +66,20 @@ def queue_unavailable() -> ApiError:
     return unavailable("The job queue cannot be reached right now; try again shortly.", REDIS_RETRY_S)
 
 
+def too_many(
+    message: str, retry_after_s: int, *, param: str | None = None, headers: dict[str, str] | None = None
+) -> ApiError:
+    """Return a 429: a limit is reached for now."""
+    return ApiError(
+        429,
+        message,
+        type="rate_limit_error",
+        code="rate_limit_exceeded",
+        param=param,
+        headers={**(headers or {}), "retry-after": str(retry_after_s)},
+    )
+
+
 def unavailable(message: str, retry_after_s: int) -> ApiError:
     """Return a 503: the request may succeed later, or on another replica."""
     return ApiError(

@@ -14,7 +14,7 @@ from server.admission.keys import Caller
 from server.admission.rate_limits import NO_CHARGE, Charge, RateLimits
 from server.admission.redis_memory import RedisMemory
 from server.admission.throughput import Throughput
-from server.errors import ApiError, unavailable
+from server.errors import ApiError, too_many, unavailable
 from server.redis_timeout import with_redis_timeout
 
 _NO_JOB = JobSpec("", MIN_SIDE, MIN_SIDE, seed=0)  # to look up an idempotency key
@@ -223,13 +223,7 @@ class Admission:
 
     def _try_again_later(self, reason: str, jobs: int) -> ApiError:
         retry = self.throughput.retry_after_s(jobs)
-        return ApiError(
-            429,
-            f"{reason}; try again in about {retry} s.",
-            type="rate_limit_error",
-            code="rate_limit_exceeded",
-            headers={"retry-after": str(retry)},
-        )
+        return too_many(f"{reason}; try again in about {retry} s.", retry)
 
 
 def _new_id() -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.errors import BUSY_RETRY_S, DRAINING_RETRY_S, ApiError, unavailable
+from server.errors import BUSY_RETRY_S, DRAINING_RETRY_S, too_many, unavailable
 from server.metrics import Metrics
 
 MIN_REQUESTS = 2_000  # each takes some 50 kB
@@ -69,7 +69,9 @@ class Gate:
         maximum = min(self.max_requests // 2, FEW_REQUESTS) if is_crowded else self.max_requests // 2
         if self._of_owners[owner] >= maximum:
             self._metrics.refused.labels("requests_of_key").inc()
-            raise _too_many(f"This key may have {maximum} requests in progress at once now; try again shortly.")
+            raise too_many(
+                f"This key may have {maximum} requests in progress at once now; try again shortly.", BUSY_RETRY_S
+            )
         with _counted(self._of_owners, owner):
             yield
 
@@ -78,8 +80,9 @@ class Gate:
         """Count a request that waits for the job of its idempotency key; raise a 429 above `MAX_WAITING_PER_JOB`."""
         if self._of_jobs[job_id] >= MAX_WAITING_PER_JOB:
             self._metrics.refused.labels("idempotency_key").inc()
-            raise _too_many(
+            raise too_many(
                 f"{MAX_WAITING_PER_JOB} requests with this Idempotency-Key are waiting already; try again shortly.",
+                BUSY_RETRY_S,
                 param="Idempotency-Key",
             )
         with _counted(self._of_jobs, job_id):
@@ -95,8 +98,3 @@ def _counted(counts: Counter[str], name: str) -> Iterator[None]:
         counts[name] -= 1
         if not counts[name]:
             del counts[name]
-
-
-def _too_many(message: str, param: str | None = None) -> ApiError:
-    headers = {"retry-after": str(BUSY_RETRY_S)}
-    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", param=param, headers=headers)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from server.admission.keys import Caller
-from server.errors import ApiError, unavailable
+from server.errors import ApiError, too_many, unavailable
 
 RETRY_S = 2
 SMALL_BYTES = 64 * 1024  # a body of this size may use the reserve
@@ -84,13 +84,10 @@ class MemoryBudget:
 
     def _check(self, owner: str, old: int, new: int) -> None:
         if owner and 0 < self._by_caller[owner] - old > self._maximum // 2 - new:
-            raise ApiError(
-                429,
+            raise too_many(
                 "Requests and responses in flight of this key take all the memory reserved for one key; "
                 f"try again in about {RETRY_S} s.",
-                type="rate_limit_error",
-                code="rate_limit_exceeded",
-                headers={"retry-after": str(RETRY_S)},
+                RETRY_S,
             )
         maximum = self._maximum - (self._reserve if new > SMALL_BYTES else 0)
         if 0 < self.in_use - old > maximum - new:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from engine.jobs.producer import JobProducer
 from engine.jobs.scripts import LuaScripts
 from server.admission.keys import ANONYMOUS, Caller
-from server.errors import ApiError
+from server.errors import ApiError, too_many
 
 
 @dataclass
@@ -102,13 +102,8 @@ def _headers(caller: Caller, left: int, reset_ms: int) -> dict[str, str]:
 
 def _rate_exceeded(caller: Caller, next_ms: int, headers: dict[str, str]) -> ApiError:
     wait_s = max(1, math.ceil(next_ms / 1000))
-    return ApiError(
-        429,
-        f"This key may send {caller.requests_per_minute} requests a minute; try again in {wait_s} s.",
-        type="rate_limit_error",
-        code="rate_limit_exceeded",
-        headers={**headers, "retry-after": str(wait_s)},
-    )
+    message = f"This key may send {caller.requests_per_minute} requests a minute; try again in {wait_s} s."
+    return too_many(message, wait_s, headers=headers)
 
 
 def _quota_exceeded(

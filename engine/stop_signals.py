@@ -8,6 +8,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Self, TypeVar
 
+from engine.tasks import retrieve
+
 T = TypeVar("T")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -55,7 +57,7 @@ class StopSignals:
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if not task.done():
-            task.add_done_callback(_retrieve)
+            task.add_done_callback(retrieve)
             raise Stopped
         return task.result()
 
@@ -101,8 +103,3 @@ def run(main: Coroutine[Any, Any, T]) -> T:
             loop.run_until_complete(asyncio.wait(tasks, timeout=_LAST_TASKS_S))
         asyncio.set_event_loop(None)
         loop.close()
-
-
-def _retrieve(task: "asyncio.Future[Any]") -> None:
-    if not task.cancelled():
-        task.exception()

@@ -10,5 +10,10 @@ async def stop(task: asyncio.Future[Any]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=0.1)
+    retrieve(task)
+
+
+def retrieve(task: asyncio.Future[Any]) -> None:
+    """Mark the exception of an ended task as retrieved: asyncio logs one that nothing awaits."""
     if not task.cancelled():
-        task.exception()  # mark as retrieved
+        task.exception()

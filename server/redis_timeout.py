@@ -3,6 +3,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from engine.errors import QueueUnavailable
+from engine.tasks import retrieve
 
 REDIS_TIMEOUT_S = 0.8  # even if the connection hangs, a client gets a 503 within a second
 SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis, for large images
@@ -42,8 +43,7 @@ def _abandon(task: "asyncio.Task[Any]") -> None:
 
 def _forget(task: "asyncio.Task[Any]") -> None:
     _abandoned.discard(task)
-    if not task.cancelled():
-        task.exception()  # mark as retrieved
+    retrieve(task)
 
 
 def _still_running() -> "set[asyncio.Task[Any]]":

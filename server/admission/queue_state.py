@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from engine.jobs.job import EngineInfo
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
+from engine.tasks import retrieve
 from server.admission.engine_directory import models_of, ready_engines
 from server.redis_timeout import with_redis_timeout
 
@@ -32,7 +33,7 @@ class SharedRead(Generic[T]):
         """Return the value, at most `ttl_s` old; raise `QueueUnavailable` within the timeout of Redis calls."""
         if self._task is None or (self._task.done() and not self._is_fresh(self._task)):
             self._task = asyncio.create_task(self._read_once())
-            self._task.add_done_callback(_retrieve)
+            self._task.add_done_callback(retrieve)  # all requests may be cancelled
         return await asyncio.shield(self._task)  # cancelling one request must not cancel the others
 
     def _is_fresh(self, task: "asyncio.Task[T]") -> bool:
@@ -42,12 +43,6 @@ class SharedRead(Generic[T]):
         value = await with_redis_timeout(self._read())
         self._expires_at = time.monotonic() + self._ttl_s
         return value
-
-
-def _retrieve(task: "asyncio.Task[Any]") -> None:
-    """Retrieve the exception, which asyncio would log if all requests were cancelled."""
-    if not task.cancelled():
-        task.exception()
 
 
 class QueueState:

@@ -213,11 +213,9 @@ class JobProducer(QueueBase):
                 media_type, size = await pipe.execute()
         return media_type and media_type.decode(), size
 
-    async def shared_file(self, token: str) -> tuple[bytes, str] | None:
-        """Return a shared file and its media type."""
-        media_type, _ = await self.shared_file_info(token)
-        data = await self._image(self.key("file", token), "data")
-        return None if data is None or media_type is None else (data, media_type)
+    async def shared_file(self, token: str) -> bytes | None:
+        """Return the data of a shared file, None once it is expired."""
+        return await self._image(self.key("file", token), "data")
 
     async def takes_writes(self) -> bool:
         """Return whether Redis takes writes."""

@@ -30,12 +30,7 @@ async def retrieve_file(name: str, request: Request, services: ServicesDep) -> R
     media_type, size = await with_redis_timeout(services.queue.shared_file_info(token))
     if media_type is None:
         raise ApiError(404, "This image does not exist, or is no longer kept.", code="file_not_found", param="name")
-
-    async def read() -> bytes | None:
-        stored = await services.queue.shared_file(token)
-        return stored and stored[0]
-
-    file = HeldImage(read, size, services.held_for(request))
+    file = HeldImage(lambda: services.queue.shared_file(token), size, services.held_for(request))
     await file.load(patient=False)
     headers = {
         "cache-control": f"private, max-age={services.queue.result_ttl_s}, immutable",

@@ -109,8 +109,10 @@ async def test_a_discarded_job_leaves_nothing(queue: JobQueue, redis_client: red
 async def test_shared_files(queue: JobQueue, redis_client: redis.asyncio.Redis) -> None:
     await queue.share_file("job", "token", b"image", "image/png")
     await queue.share_file("job", "token", b"another", "image/webp")  # the first stays
-    assert await queue.shared_file("token") == (b"image", "image/png")
+    assert await queue.shared_file("token") == b"image"
+    assert await queue.shared_file_info("token") == ("image/png", len(b"image"))
     assert await queue.shared_file("other") is None
+    assert await queue.shared_file_info("other") == (None, 0)
     [stored] = await redis_client.keys("*file*")
     assert 0 < await redis_client.pttl(stored) <= 1000 * queue.result_ttl_s
 

@@ -16,6 +16,7 @@ from engine.jobs.job import (
     JOB_FORMAT,
     MAX_PLAN_BYTES,
     PLAN_PART,
+    UNREADABLE_JOB,
     Claim,
     EngineInfo,
     FreeCapacity,
@@ -28,7 +29,6 @@ from engine.jobs.job import (
 from engine.jobs.scripts import Argument
 
 _DEAD_LETTER_ERROR = JobError("The job brought its engine down each time it ran and was given up.")
-_UNREADABLE_ERROR = JobError("The stored job cannot be read.", code="job_unreadable")
 
 
 class JobConsumer(QueueBase):
@@ -80,7 +80,7 @@ class JobConsumer(QueueBase):
                 job_id, epoch = reply[0].decode(), reply[1]
                 with suppress(UnreadableJob), reading(job_id):
                     return decode_claim(reply, self.planner)
-                error = orjson.dumps(_UNREADABLE_ERROR.to_dict())
+                error = orjson.dumps(UNREADABLE_JOB.to_dict())
                 await self._scripts.run("fail", error, id=job_id, epoch=epoch)
 
     async def renew(self, consumer: str, claims: Iterable[Claim]) -> list[Claim]:

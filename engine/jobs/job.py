@@ -203,6 +203,9 @@ class JobError(_Record):
     param: str | None = None
 
 
+UNREADABLE_JOB = JobError("The stored job cannot be read.", code="job_unreadable")  # as in prelude_records.lua
+
+
 @dataclass(frozen=True)
 class ImageResult:
     data: bytes

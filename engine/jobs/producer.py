@@ -105,6 +105,7 @@ class JobProducer(QueueBase):
         Raises:
             QueueFull, SourcesFull, ResultsFull, TooManyJobs, TooMuchKept, KeyReused: nothing was queued.
         """
+        job_format = spec.format
         parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
         documents = [*map(orjson.dumps, parts), orjson.dumps(ended_notes) if ended_notes else b""]
         arguments: dict[str, Argument] = {
@@ -123,7 +124,7 @@ class JobProducer(QueueBase):
             "source_bytes": source_images.size if source_images else 0,
             "max_source_bytes": max_source_bytes,
             "dry_run": dry_run,
-            "format": spec.format if spec.format > 1 else None,
+            "format": job_format if job_format > 1 else None,
             "api": api_id or None,
             "result_bytes": sum(map(len, documents)) + max_result_size(spec, copies=1 + url_copies),
             "max_result_bytes": max_result_bytes,

@@ -1,6 +1,6 @@
 from engine.device_errors import is_out_of_memory
 from engine.errors import RequestError, UnreadableJob, WriteRefused
-from engine.jobs.job import JobError, JobSpec
+from engine.jobs.job import UNREADABLE_JOB, JobError, JobSpec
 from models.errors import NonFiniteError
 
 
@@ -15,7 +15,7 @@ def to_job_error(error: Exception, spec: JobSpec) -> JobError:
             code="result_too_large",
         )
     if isinstance(error, UnreadableJob):
-        return JobError("The stored job cannot be read.", code="job_unreadable")
+        return UNREADABLE_JOB
     if is_out_of_memory(error):
         return JobError(
             f"The engine's device has not enough memory for {_images(spec)} of {spec.width}x{spec.height}. "

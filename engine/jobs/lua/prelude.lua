@@ -28,9 +28,9 @@
 --                     (work and number of interactive jobs claimed while the first batch job waited),
 --                     `source_bytes` (size of all `sources:{id}`), `given_up` (dead-lettered jobs)
 --   counters:kept     hash: bytes of a job in Redis as `{bytes} {source bytes} {file bytes} {owner}`: what a live one may
---                     come to, what an ended one has left, with its files. counters:kept_until: sorted set of these jobs by the time at which
---                     submits look at them again. counters:kept_total: hash of sums, `bytes`, and by owner
---                     `bytes:{owner}`, `sources:{owner}`
+--                     come to, what an ended one has left, with its files. counters:kept_until: sorted set of these
+--                     jobs by the time at which submits look at them again. counters:kept_total: hash of sums,
+--                     `bytes`, and by owner `bytes:{owner}`, `sources:{owner}`
 --   counters:plans    sorted set of `{bytes} {key}` of cached plans by their expiry; counters:plan_bytes: their sum
 --   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
 --   lapsed:{engine}   set of `{epoch} {job id}`: deaths stored because its leases lapsed

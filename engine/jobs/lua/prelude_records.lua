@@ -2,7 +2,8 @@
 --
 -- A claim is a run from its first renewal on: `confirmed` is the epoch of the last claim that was renewed, `runs` counts
 -- them. A confirmed claim that its engine did not end is a death, field `death:{epoch}`: {engine, alone, phase, step,
--- steps}, with the last progress; `dead` stands for `engine` where its end is certain. `alone` in the record is the epoch of the last claim as the only job of an engine.
+-- steps}, with the last progress; `dead` stands for `engine` where its end is certain. `alone` in the record is the epoch
+-- of the last claim as the only job of an engine.
 
 local UNREADABLE = '{"message":"The stored job cannot be read.","type":"server_error","code":"job_unreadable",'
   .. '"param":null}'

@@ -48,7 +48,8 @@ def _optional_is_nullable(schema: dict[str, Any]) -> None:
 
 def _take_integral_float(value: Any) -> Any:
     """Turn 1.0 into 1: JSON Schema counts it as an integer."""
-    return int(value) if type(value) is float and value.is_integer() else value
+    # Beyond `MAX_SEED` a float stands for many integers, also for those that no parser keeps.
+    return int(value) if type(value) is float and value.is_integer() and abs(value) <= MAX_SEED else value
 
 
 def _take_integral_floats(values: Any) -> Any:

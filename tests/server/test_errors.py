@@ -162,6 +162,18 @@ async def test_lone_surrogates_outside_of_fields(client: httpx.AsyncClient, cont
     assert (response.status_code, error_of(response)["param"]) == (400, None)
 
 
+@pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1e300"])
+@pytest.mark.parametrize("field", ["seed", "n", "width", "plan"])
+async def test_integers_beyond_64_bits_are_refused(
+    client: httpx.AsyncClient, stub: StubEngine, field: str, number: str
+) -> None:
+    value = f'{{"rows": 1, "cols": 1, "tokens": [{number}]}}' if field == "plan" else number
+    headers = {"content-type": "application/json", "idempotency-key": "k"}
+    response = await client.post(URL, content=f'{{"prompt": "x", "{field}": {value}}}', headers=headers)
+    assert response.status_code == 400, response.text
+    assert error_of(response)["param"].startswith(field)
+
+
 async def test_the_last_seed(client: httpx.AsyncClient, stub: StubEngine) -> None:
     response = await client.post(URL, json={"prompt": "x", "seed": 2**53 - 2, "n": 2})
     assert [image["seed"] for image in response.json()["data"]] == [2**53 - 2, 2**53 - 1]

@@ -8,6 +8,7 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, retry_while_away
 from engine.jobs.job import JobState
 from engine.jobs.producer import JobProducer
+from engine.tasks import stop
 from server.metrics import Metrics
 
 CLOSE_TIMEOUT_S = 2.0
@@ -25,12 +26,11 @@ class AbandonedJobs:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Wait briefly for pending discards."""
-        if not self._tasks:
-            return
-        _, pending = await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
-        for task in pending:
-            task.cancel()
+        """Wait briefly for pending discards, then stop them."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+        for task in list(self._tasks):
+            await stop(task)
 
     async def _discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None) -> None:
         async def discard() -> None:

@@ -234,6 +234,7 @@ async def test_abandoned_jobs_do_not_delay_shutdown(queue: JobQueue, monkeypatch
     abandoned = abandoned_jobs.AbandonedJobs(queue, Metrics())
     abandoned.discard("a")
     await asyncio.wait_for(abandoned.close(), 1)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def _is_ok(client: httpx.AsyncClient) -> bool:

@@ -63,9 +63,10 @@ def url(redis_server: EmbeddedRedis) -> Iterator[str]:
     """Run a server with a stub engine in a thread and return its URL."""
     urls: list[str] = []
     started, stopped = threading.Event(), asyncio.Event()
-    loop = asyncio.new_event_loop()
+    loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
         redis = connect(redis_server.url)
         queue = JobQueue(redis, prefix="fuzz")
         async with StubEngine(queue):
@@ -77,13 +78,12 @@ def url(redis_server: EmbeddedRedis) -> Iterator[str]:
         await queue.close()
         await redis.aclose()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     assert started.wait(60)
     yield urls[0]
-    loop.call_soon_threadsafe(stopped.set)
+    loops[0].call_soon_threadsafe(stopped.set)
     thread.join(60)
-    loop.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
+from engine.cgroups import memory_files
 from engine.observability.logs import event
 
 LOCK_TIMEOUT_S = 60.0  # allocating takes seconds; a hanging holder must not block others for ever
 LOCK_POLL_INTERVAL_S = 0.05
-CGROUP = Path("/sys/fs/cgroup")
-PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
 logger = logging.getLogger("glimmer.engine")
 
@@ -52,28 +51,13 @@ def take_from_device(device: torch.device, size: int) -> None:
             torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def host_memory() -> int:
+def host_memory(root: Path = Path("/")) -> int:
     """Return this process's memory limit in bytes: the container's or the host's."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in _limit_files():
+    for file in memory_files("memory.limit_in_bytes", "memory.max", root):
         with suppress(OSError, ValueError):  # not there, or "max"
             limits.append(int(file.read_text()))
     return min(limits)
-
-
-def _limit_files() -> Iterator[Path]:
-    """Yield the limit files of this process's cgroups (versions 1 and 2) and their parents."""
-    try:
-        lines = PROCESS_CGROUPS.read_text().splitlines()
-    except OSError:
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        folder = Path(path.lstrip("/"))
-        for group in (folder, *folder.parents):
-            if not controllers:
-                yield CGROUP / group / "memory.max"
-            elif "memory" in controllers.split(","):
-                yield CGROUP / "memory" / group / "memory.limit_in_bytes"
 
 
 def _open(path: Path) -> int:

@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+from engine.cgroups import memory_files
 from engine.config import EXIT_CONFIGURATION
 
 # Sent by a process, not caused by what the engine did.
@@ -15,7 +16,8 @@ class OomKills:
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._files = [root / "proc/vmstat", *_cgroup_files(root)]
+        counters = [file for file in memory_files("memory.oom_control", "memory.events", root) if file.is_file()]
+        self._files = [root / "proc/vmstat", *counters[:1]]
         self._before = self._last = self._read()
 
     def refresh(self) -> None:
@@ -37,24 +39,6 @@ def death_is_evidence(code: int, *, may_be_oom: bool, killed_by_us: bool = False
     if code == -signal.SIGKILL:
         return may_be_oom and not killed_by_us
     return True
-
-
-def _cgroup_files(root: Path) -> list[Path]:
-    """Return the cgroup's file of counters, if found."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    folder, name = root / "sys/fs/cgroup", "memory.events"
-    path = ""
-    for number, controllers, group in (line.split(":", 2) for line in lines):
-        if "memory" in controllers.split(","):
-            folder, name, path = root / "sys/fs/cgroup/memory", "memory.oom_control", group
-            break
-        if number == "0":
-            path = group
-    # In a container the hierarchy may begin at its own group.
-    return [file for file in (folder / path.strip("/") / name, folder / name) if file.is_file()][:1]
 
 
 def _oom_kills(path: Path) -> int | None:

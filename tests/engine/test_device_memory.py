@@ -141,19 +141,19 @@ def test_all_blocks_that_are_promised_are_allocated_at_the_start(model: GlmImage
     [("0::/a/b", "a", "memory.max"), ("4:cpu,memory:/a/b\n0::/", "memory/a/b", "memory.limit_in_bytes")],
 )
 def test_the_host_s_memory_is_bounded_by_the_container_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str, folder: str, name: str
+    tmp_path: Path, membership: str, folder: str, name: str
 ) -> None:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(device_memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(device_memory, "PROCESS_CGROUPS", tmp_path / "cgroup")
-    assert host_memory() == host
-    (tmp_path / "cgroup").write_text(f"7:devices:/x\n{membership}\n")
-    assert host_memory() == host
-    file = tmp_path / folder / name
+    assert host_memory(tmp_path) == host
+    groups = tmp_path / "proc/self/cgroup"
+    groups.parent.mkdir(parents=True)
+    groups.write_text(f"7:devices:/x\n{membership}\n")
+    assert host_memory(tmp_path) == host
+    file = tmp_path / "sys/fs/cgroup" / folder / name
     file.parent.mkdir(parents=True)
     for text, limit in [("max\n", host), ("1000000\n", 1_000_000)]:
         file.write_text(text)
-        assert host_memory() == limit
+        assert host_memory(tmp_path) == limit
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3, 4])

@@ -1,0 +1,23 @@
+"""Files of this process's memory cgroup."""
+
+from pathlib import Path
+
+
+def memory_files(version_1: str, version_2: str, root: Path = Path("/")) -> list[Path]:
+    """Return paths of a file, whose name depends on the version: in the group, its parents and the mounted root.
+
+    In a container the mounted root may be the group itself. None need exist.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folder, name, group = root / "sys/fs/cgroup", version_2, ""
+    for number, controllers, path in (line.split(":", 2) for line in lines):
+        if "memory" in controllers.split(","):
+            folder, name, group = root / "sys/fs/cgroup/memory", version_1, path
+            break
+        if number == "0":
+            group = path
+    relative = Path(group.lstrip("/"))
+    return [folder / parent / name for parent in (relative, *relative.parents)]

@@ -9,12 +9,13 @@ from engine.config import HAND_BACK_S, EngineSettings
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import Claim, EngineInfo, FreeCapacity
+from engine.jobs.job import Claim, EngineInfo
 from engine.observability.logs import event
 from engine.observability.tracing import Tracing
 from engine.request import Event, Request
 from engine.tasks import stop
 from engine.worker import watchdog
+from engine.worker.capacity import free_capacity
 from engine.worker.job_runner import REDIS_RETRY_S, JobRunner, Lost, RunningJob
 from engine.worker.plan_cache import PlanCache
 from engine.worker.status import EngineState
@@ -159,7 +160,7 @@ class Worker:
         try:
             if self._redis_was_away or time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
                 await self._wait_for_lease_renewals()
-            capacity = self._free_capacity()
+            capacity = free_capacity(self._engine.limits, self._jobs.values())
             if capacity.images <= 0 or self._draining.is_set() or self._watchdog.is_stuck:
                 return None
             if any(job.claim.quarantined for job in self._jobs.values()):
@@ -235,19 +236,6 @@ class Worker:
         finally:
             del self._jobs[job.request.id]
             self._capacity_changed.set()
-
-    def _free_capacity(self) -> FreeCapacity:
-        limits = self._engine.limits
-        jobs = self._jobs.values()
-        planning = [job.claim.spec for job in jobs if not job.request.is_planned]
-        kv_tokens = sum(spec.plan_tokens + spec.prompt_tokens_bound for spec in planning)
-        source_tokens = sum(job.source_tokens for job in jobs)
-        return FreeCapacity(
-            images=limits.max_images - sum(job.claim.spec.n for job in jobs),
-            kv_tokens=max(0, limits.kv_tokens - kv_tokens),  # a planned job needs none
-            source_tokens=max(0, limits.source_tokens - source_tokens),
-            idle=not jobs,
-        )
 
     def _drop(self, request_id: str) -> None:
         if request_id in self._jobs:

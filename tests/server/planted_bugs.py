@@ -9,8 +9,8 @@ import sys
 
 from tests.planting import Bug, copied, run_tests, try_all, try_bug
 
-WORKER, RUNNER, WATCHDOG, PLAN_CACHE = (
-    f"engine/worker/{name}.py" for name in ("worker", "job_runner", "watchdog", "plan_cache")
+WORKER, RUNNER, WATCHDOG, PLAN_CACHE, CAPACITY = (
+    f"engine/worker/{name}.py" for name in ("worker", "job_runner", "watchdog", "plan_cache", "capacity")
 )
 PREPARATION, BOUNDARY, RENDERER, GLYPHS, FOLLOWER = (
     "engine/preparation.py",
@@ -105,7 +105,7 @@ BUGS = [
     ),
     Bug(
         "running images take no capacity",
-        WORKER,
+        CAPACITY,
         "images=limits.max_images - sum(job.claim.spec.n for job in jobs),",
         "images=limits.max_images,",
         f"{WORKS}::test_jobs_beyond_the_capacity_stay_in_the_queue",

@@ -58,9 +58,7 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
         description="GLM-Image behind an OpenAI-style images API.",
         version=metadata.version("glimmer"),
         lifespan=lifespan,
-        # FastAPI's pages load scripts from other servers; `pages` serves /docs.
-        docs_url=None,
-        redoc_url=None,
+        openapi_url=None,  # and no pages of FastAPI, which load scripts from other servers: `pages` serves both
         # Its traces and logs contain error texts, which may quote a prompt.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )

@@ -1,14 +1,15 @@
 """GET /: the playground, a client of the API. GET /docs: the API reference, from /openapi.json.
 
-The pages need no key, and load nothing from other servers.
+The pages need no key, load nothing from other servers, and are made once.
 """
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+import orjson
+from fastapi import APIRouter, FastAPI, Request, Response
 
 from server.errors import ApiError
 
@@ -42,7 +43,10 @@ router = APIRouter(include_in_schema=False)
 class _File:
     content: bytes
     media_type: str
-    etag: str
+
+    @cached_property
+    def etag(self) -> str:
+        return f'"{hashlib.sha256(self.content).hexdigest()[:32]}"'
 
 
 @cache
@@ -50,34 +54,46 @@ def _files() -> dict[str, _File]:
     files = {}
     for path in FOLDER.iterdir():
         if path.suffix in _MEDIA_TYPES:
-            content = path.read_bytes()
-            etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-            files[path.name] = _File(content, _MEDIA_TYPES[path.suffix], etag)
+            files[path.name] = _File(path.read_bytes(), _MEDIA_TYPES[path.suffix])
     return files
 
 
+@lru_cache(maxsize=1)
+def _document(app: FastAPI) -> _File:
+    return _File(orjson.dumps(app.openapi()), "application/json")
+
+
 @router.get("/")
-def playground(request: Request) -> Response:
+async def playground(request: Request) -> Response:
     """Return the playground."""
-    return _file_response(request, "index.html")
+    return _file_response(request, _file("index.html"))
 
 
 @router.get("/docs")
-def reference(request: Request) -> Response:
+async def reference(request: Request) -> Response:
     """Return the API reference."""
-    return _file_response(request, "reference.html")
+    return _file_response(request, _file("reference.html"))
+
+
+@router.get("/openapi.json")
+async def openapi_document(request: Request) -> Response:
+    """Return the OpenAPI document."""
+    return _file_response(request, _document(request.app))
 
 
 @router.get("/playground/{name}")
-def page_file(name: str, request: Request) -> Response:
+async def page_file(name: str, request: Request) -> Response:
     """Return a style sheet, script or icon of the pages."""
-    return _file_response(request, name)
+    return _file_response(request, _file(name))
 
 
-def _file_response(request: Request, name: str) -> Response:
-    file = _files().get(name)
-    if file is None:
+def _file(name: str) -> _File:
+    if (file := _files().get(name)) is None:
         raise ApiError(404, "The playground has no file with this name.", code="not_found")
+    return file
+
+
+def _file_response(request: Request, file: _File) -> Response:
     headers = {**_HEADERS, "etag": file.etag}
     if request.headers.get("if-none-match") == file.etag:
         return Response(status_code=304, headers=headers)

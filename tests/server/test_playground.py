@@ -6,8 +6,11 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
+from server.app import create_app
 from server.requests.schemas import EditRequest
 from server.routes.pages import FOLDER
+from server.settings import ServerSettings
+from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 
 PAGES = {"/": "index.html", "/docs": "reference.html"}
@@ -66,6 +69,17 @@ async def test_the_pages_need_no_key(make_client: MakeClient) -> None:
 
 async def test_the_openapi_document_does_not_list_them(client: httpx.AsyncClient) -> None:
     assert not {*ADDRESSES, "/playground/{name}"} & set((await client.get("/openapi.json")).json()["paths"])
+
+
+async def test_the_openapi_document_is_made_once(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, made = create_app(ServerSettings(), queue), []
+    make = app.openapi
+    monkeypatch.setattr(app, "openapi", lambda: made.append(1) or make())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        first, second = await client.get("/openapi.json"), await client.get("/openapi.json")
+        assert (first.json(), second.content, len(made)) == (make(), first.content, 1)
+        unchanged = await client.get("/openapi.json", headers={"if-none-match": first.headers["etag"]})
+        assert (unchanged.status_code, unchanged.content) == (304, b"")
 
 
 @pytest.mark.parametrize("name", [*PAGES.values(), *PARTS])

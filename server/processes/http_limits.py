@@ -119,7 +119,8 @@ class ConnectionTable:
             return
         for other in self._unread:
             self._count_unsent(other)
-        while self._unsent_bytes > self.limits.unsent_bytes and len(self._unread) > 1:
+        allowed = self.limits.unsent_bytes * 7 // 8  # with less room, each connection would count all others
+        while self._unsent_bytes > allowed and len(self._unread) > 1:
             self._evict(next(iter(self._unread)))
 
     def read(self, connection: Connection) -> None:

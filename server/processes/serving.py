@@ -25,6 +25,7 @@ KEEP_ALIVE_S = 75
 LAST_BYTES_S = 5  # for slow clients when the drain ends
 CANCEL_S = 1.0  # for cancelled requests, whose jobs are discarded
 CLOSE_S = 5.0  # for the last calls to Redis
+UNSENT_BYTES = 128 * 1024  # of a connection, in the kernel, beyond what is in flight
 _TICK_S = 0.05
 
 logger = logging.getLogger("glimmer.serve")
@@ -45,6 +46,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Ethernet's: with a local client's segments of 64 KiB, kernels take 4 MB more than is read.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
+        # What a client does not read stays here, where it is counted, and not in up to 4 MB of the kernel's.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         return listener
     except (OSError, ValueError, OverflowError) as error:  # a name that cannot be encoded is a ValueError
         number = error.errno if isinstance(error, OSError) else None

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from server.processes.http_limits import MAX_HEADERS, share_files
+from server.processes.http_limits import MAX_HEADERS, ConnectionTable, HttpLimits, share_files
+from server.processes.serving import UNSENT_BYTES
 from tests.server.wire import CHUNKED, GET, PIECE, WAIT, Wire, WireServer, post, serve
 from tests.waiting import until
 
@@ -263,6 +264,40 @@ async def test_what_is_not_read_is_bounded_over_all_connections() -> None:
         unsent = sum(connection.unsent_bytes for connection in server.connections)
         assert 0 < unsent <= 2 * 256 * len(PIECE)
         assert await server.is_live()
+        for wire in wires:
+            wire.writer.transport.abort()
+
+
+class Unread:
+    """A connection of which 1000 bytes are unsent."""
+
+    looks = 0
+
+    @property
+    def unsent_bytes(self) -> int:
+        type(self).looks += 1
+        return 1000
+
+    def check(self, now: float) -> None: ...
+
+    def evict(self) -> None: ...
+
+
+async def test_counting_what_is_not_read_takes_time_in_proportion_to_the_connections() -> None:
+    table, number = ConnectionTable(HttpLimits(connections=10_000, unsent_bytes=500_000)), 5000
+    for _ in range(number):
+        connection = Unread()
+        table.add(connection)
+        table.unread(connection)
+    assert Unread.looks < 20 * number
+
+
+async def test_the_kernel_takes_little_of_what_is_not_read() -> None:
+    """With 32 KiB of a client's, Linux would take 2.5 MB of each response."""
+    async with serve() as server:
+        wires = [await stop_reading(server) for _ in range(4)]
+        unsent = [connection.unsent_bytes for connection in server.connections]
+        assert min(unsent) > 16 * 2**20 - 16 * UNSENT_BYTES
         for wire in wires:
             wire.writer.transport.abort()
 

@@ -282,6 +282,14 @@ class JobRecord:
 
 
 @dataclass(frozen=True)
+class Submitted:
+    """The job of a submit; its record, unless an earlier submit queued it."""
+
+    job_id: str
+    record: JobRecord | None = None
+
+
+@dataclass(frozen=True)
 class Claim:
     """The right to run a job for the `runs`-th time. `plans` are checkpoints by image. A `quarantined` job runs alone:
     an engine died running it."""

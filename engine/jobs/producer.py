@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -39,6 +40,7 @@ from engine.jobs.job import (
     SourceImages,
     StoredPartial,
     StoredResult,
+    Submitted,
 )
 from engine.jobs.result_size import max_result_size
 from engine.jobs.scripts import Argument
@@ -85,7 +87,7 @@ class JobProducer(QueueBase):
         origin: Origin = Origin(),
         dry_run: bool = False,
         api_id: str = "",
-    ) -> str:
+    ) -> Submitted:
         """Queue a job. A known id is ignored: repeat a submit without a reply.
 
         Args:
@@ -97,7 +99,7 @@ class JobProducer(QueueBase):
             max_kept_bytes: of source images and results together.
             owner_parts: divides the three for one owner: 2 allows half.
             url_copies: the response stores the images again, to serve them by URL.
-            idempotency_key: of one owner. Returns the id of its first job, unless that ended without a result.
+            idempotency_key: of one owner. Leads to its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
             dry_run: check, but queue nothing.
             api_id: the API process whose end cancels the job, because its client waits there.
@@ -133,10 +135,15 @@ class JobProducer(QueueBase):
             "url_copies": int(url_copies) or None,
         }
         reply = await self._scripts.run("submit", *documents, *encode_sources(source_images), **arguments)
+        if isinstance(reply, list):
+            _, now, position = reply
+            deadline_ms, state = now + round(timeout_s * 1000), JobState.QUEUED
+            record = JobRecord(job_id, state, spec, priority, now, deadline_ms, owner=owner, notes=notes or {})
+            return Submitted(job_id, replace(record, position=position))
         if reply in _REFUSALS:
             error, message = _REFUSALS[reply]
             raise error(message.format_map(arguments))
-        return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id
+        return Submitted(reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id)
 
     async def cancel(self, job_id: str) -> bool:
         """Cancel a live job; return whether this call did."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.errors import KeyReused, QueueFull, QueueUnavailable, ResultsFull, SourcesFull, TooManyJobs, TooMuchKept
 from engine.geometry import MIN_SIDE
-from engine.jobs.job import JobSpec, Origin, Priority, SourceImages
+from engine.jobs.job import JobRecord, JobSpec, Origin, Priority, SourceImages, Submitted
 from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.keys import Caller
@@ -40,10 +40,11 @@ class Idempotency:
 
 @dataclass(frozen=True)
 class Admitted:
-    """A queued job. `attached`: an earlier request submitted it."""
+    """A queued job. `attached`: an earlier request submitted it. `record`: as it was queued."""
 
     job_id: str
     attached: bool = False
+    record: JobRecord | None = None
 
 
 class Admission:
@@ -88,17 +89,18 @@ class Admission:
             )
         except (QueueFull, TooManyJobs) as refusal:
             raise self._refused(refusal, caller) from None
-        return None if found == job_id else found
+        return None if found.job_id == job_id else found.job_id
 
     async def find_by_idempotency_key(self, caller: Caller, idempotency: Idempotency) -> str | None:
         """Return the first request's job, None if it has no result; raise a 422 if that request differs."""
         try:
             # A `max_queue` of 0 refuses all but known keys.
-            return await self._enqueue(
+            submitted = await self._enqueue(
                 _NO_JOB, caller, idempotency, job_id=_new_id(), timeout_s=1.0, priority="batch", max_queue=0
             )
         except QueueFull:
             return None
+        return submitted.job_id
 
     async def charge(self, caller: Caller, spec: JobSpec) -> Charge:
         """Charge the caller, or raise a 429. Without a response from Redis the charge may stand."""
@@ -140,7 +142,7 @@ class Admission:
         """
         job_id, caller = _new_id(), charge.caller
         try:
-            queued_id = await self._enqueue(
+            submitted = await self._enqueue(
                 spec,
                 caller,
                 idempotency,
@@ -166,9 +168,10 @@ class Admission:
             if idempotency is None:
                 self._abandoned_jobs.discard(job_id, then=lambda: self.refund(charge))
             raise
-        if queued_id != job_id:
+        is_attached = submitted.job_id != job_id
+        if is_attached:
             await self.refund(charge)
-        return Admitted(queued_id, attached=queued_id != job_id)
+        return Admitted(submitted.job_id, is_attached, submitted.record)
 
     async def _enqueue(
         self,
@@ -178,7 +181,7 @@ class Admission:
         *,
         source_images: SourceImages | None = None,
         **options: Any,
-    ) -> str:
+    ) -> Submitted:
         try:
             return await with_redis_timeout(
                 self._queue.submit(

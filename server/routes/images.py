@@ -109,7 +109,7 @@ async def _respond(request: Request, services: Services, read_body: ReadBody, ma
         )
         resources.enter_context(job_wait)
         if _wants_job(request):
-            response = await _job_response(request, services, job_wait.job_id)
+            response = await _job_response(request, services, accepted.job)
             job_wait.detach()
             return response
         if accepted.is_repeatable:
@@ -139,11 +139,11 @@ async def _find(request: Request, services: Services, idempotency: Idempotency |
     return Admitted(job_id, attached=True) if job_id else None
 
 
-async def _job_response(request: Request, services: Services, job_id: str) -> Response:
-    record = await with_redis_timeout(services.queue.get(job_id))
+async def _job_response(request: Request, services: Services, job: Admitted) -> Response:
+    record = job.record or await with_redis_timeout(services.queue.get(job.job_id))
     if record is None:
         raise queue_unavailable()
-    headers = {"location": f"{services.base_url(request)}/v1/jobs/{job_id}", "preference-applied": "respond-async"}
+    headers = {"location": f"{services.base_url(request)}/v1/jobs/{job.job_id}", "preference-applied": "respond-async"}
     held = services.held_for(request)
     parts = await render_job(services.queue, record, services.admission.throughput, held)
     return await respond(parts, held, patient=False, status_code=202, headers=headers)

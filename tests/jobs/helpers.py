@@ -49,7 +49,7 @@ async def submit(
     """Submit a small job with these fields of its spec; return its id, or that of the key's first job."""
     if source_images is not None:
         fields["num_sources"] = len(source_images.files)
-    return await queue.submit(
+    submitted = await queue.submit(
         spec(**fields),
         job_id=job_id or f"job-{next(_numbers)}",
         timeout_s=timeout_s,
@@ -70,6 +70,7 @@ async def submit(
         dry_run=dry_run,
         api_id=api_id,
     )
+    return submitted.job_id
 
 
 async def claim(queue: JobQueue, consumer: str = "engine-1", free: FreeCapacity = ROOMY) -> Claim:

@@ -622,8 +622,15 @@ BUGS = [
     Bug(
         "an attached request gets its own id",
         "engine/jobs/producer.py",
-        'return reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id',
-        "return job_id",
+        'Submitted(reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id)',
+        "Submitted(job_id)",
+    ),
+    Bug(
+        "a submit returns another deadline",
+        "engine/jobs/producer.py",
+        "now + round(timeout_s * 1000), JobState.QUEUED",
+        "now, JobState.QUEUED",
+        found_by=LIFE_CYCLE,
     ),
     Bug("expire cancels", "engine/jobs/base.py", "JobState.EXPIRED.value", "JobState.CANCELLED.value"),
     Bug(

@@ -19,6 +19,7 @@ from engine.jobs.job import (
     JobState,
     Plan,
     QueueStats,
+    Submitted,
     TokenGrid,
 )
 from tests.job_queue import JobQueue
@@ -271,6 +272,20 @@ async def test_every_field_of_the_spec_is_returned(queue: JobQueue):
     )
     await queue.submit(rich, job_id="ü:1", timeout_s=9, priority="interactive", max_queue=1)
     assert (await claim(queue)).spec == rich
+
+
+async def test_a_submit_returns_the_record(queue: JobQueue):
+    await submit(queue)
+    rich = spec(prompt='"Öffnungszeiten" 🕰', plan={"tokens": [1]}, temperature=0.5)
+    options: dict[str, Any] = {"timeout_s": 9.5, "priority": "batch", "max_queue": 9, "owner": "o", "notes": {"a": [1]}}
+    key: dict[str, Any] = {"idempotency_key": "k", "fingerprint": "f"}
+    submitted = await queue.submit(rich, job_id="first", **options, **key)
+    assert submitted.record is not None
+    assert submitted.record.position == 1
+    assert submitted.record == await queue.get("first")
+    assert await queue.submit(rich, job_id="second", **options, **key) == Submitted("first")
+    assert await queue.submit(rich, job_id="first", **options) == Submitted("first")
+    assert await queue.submit(rich, job_id="third", dry_run=True, **options) == Submitted("third")
 
 
 async def test_checkpointed_plans_are_in_the_next_claim(queue: JobQueue):

@@ -17,7 +17,7 @@ from engine.jobs import connection
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.follower import JobFollower
-from engine.jobs.job import EngineInfo, JobRecord, JobSpec, SourceImages
+from engine.jobs.job import EngineInfo, JobRecord, JobSpec, SourceImages, Submitted
 from server import redis_timeout
 from server.admission import abandoned_jobs
 from server.admission.admission import Admission
@@ -212,7 +212,7 @@ async def test_a_cancelled_submit_is_discarded(queue: JobQueue, monkeypatch: pyt
 async def test_large_images_extend_the_timeout(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = queue.submit
 
-    async def slow(*args: Any, **kwargs: Any) -> str:
+    async def slow(*args: Any, **kwargs: Any) -> Submitted:
         await asyncio.sleep(0.3)
         return await submit(*args, **kwargs)
 

@@ -11,6 +11,7 @@ import redis.asyncio
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobError
+from server.routes import images
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer, MakeClient
@@ -66,7 +67,7 @@ class TestJobs:
     ) -> None:
         """The client never learns its id. With an idempotency key it can, by repeating the request."""
         await queue.heartbeat(StubEngine(queue).info, "", 10)
-        monkeypatch.setattr(JobQueue, "get", _unavailable)
+        monkeypatch.setattr(images, "render_job", _unavailable)
         response = await client.post(URL, json={"prompt": "x"}, headers=ASYNC)
         assert (response.status_code, error_of(response)["code"]) == (503, "service_unavailable")
         await until(lambda: _waiting(queue, 0))

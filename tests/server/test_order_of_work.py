@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engine.errors import QueueFull, QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.job import Submitted
 from server.app import create_app
 from server.requests import prompt_rewriter
 from server.requests.decoders import Decoders
@@ -43,7 +44,7 @@ class Clumsy(JobQueue):
 
     failure: Exception | None = None
 
-    async def submit(self, *args: Any, dry_run: bool = False, **options: Any) -> str:
+    async def submit(self, *args: Any, dry_run: bool = False, **options: Any) -> Submitted:
         if self.failure is not None and not dry_run and options["max_queue"] > 0:
             raise self.failure
         return await super().submit(*args, dry_run=dry_run, **options)

@@ -5,14 +5,12 @@
 
 local now, ended = now_ms(), {}
 for _, id in ipairs(args.ids) do
-  local record = read_record(id)
-  local state = record and record.state
-  if record == false then
-    fail_unreadable(id)
-    state = 'failed'
-  elseif is_live(state) and now >= record.deadline then
-    finish(id, 'expired')
-    state = 'expired'
+  local fields = redis.pcall('HMGET', job_key(id), 'state', 'deadline') -- of many jobs, so no more than needed
+  local state, deadline = fields[1], integer(fields[2] or nil)
+  if fields.err or not STATES[state or ''] or is_live(state) and (not deadline or now >= deadline) then
+    local record = read_record(id)
+    if record then finish(id, 'expired') elseif record == false then fail_unreadable(id) end
+    state = record and 'expired' or record == false and 'failed'
   end
   if not is_live(state) then
     table.insert(ended, id)

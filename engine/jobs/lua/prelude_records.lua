@@ -12,10 +12,7 @@ local STRINGS = {'state', 'priority', 'entry', 'engine', 'api', 'progress'}
 local NUMBERS = {'sequence', 'images', 'kv_tokens', 'submitted_at', 'deadline', 'epoch', 'runs'}
 local OPTIONAL_NUMBERS = {'source_tokens', 'source_bytes', 'url_copies', 'work', 'format', 'confirmed', 'alone', 'absolved'}
 local MAX_ABSOLVED = 3
-local ALL_FIELDS = {}
-for _, names in ipairs({STRINGS, NUMBERS, OPTIONAL_NUMBERS}) do
-  for _, name in ipairs(names) do table.insert(ALL_FIELDS, name) end
-end
+local all_fields = {} -- filled when first used: most submits read no record
 
 local function is_entry(text)
   local time, number = string.match(text or '', '^(%d+)%-(%d+)$')
@@ -34,10 +31,13 @@ end
 
 -- Returns the record, with numbers as such; nil if there is none; false if it cannot be read.
 local function read_record(id)
-  local values = redis.pcall('HMGET', job_key(id), unpack(ALL_FIELDS))
+  for _, names in ipairs(#all_fields == 0 and {STRINGS, NUMBERS, OPTIONAL_NUMBERS} or {}) do
+    for _, name in ipairs(names) do table.insert(all_fields, name) end
+  end
+  local values = redis.pcall('HMGET', job_key(id), unpack(all_fields))
   if values.err then return false end
   local record, found = {}, false
-  for i, name in ipairs(ALL_FIELDS) do
+  for i, name in ipairs(all_fields) do
     record[name] = values[i] or nil
     found = found or values[i]
   end

@@ -5,8 +5,9 @@
 --   max_queue, max_owned?, source_bytes, max_source_bytes?, result_bytes, max_result_bytes?, max_kept_bytes? (both),
 --   owner_parts?, url_copies? (of the result), dry_run?, format? (absent: 1), api?
 -- blobs: spec, notes, origin, ended_spec, ended_notes, then the fields of `sources:{id}`: name, value, name, value, ...
--- returns: 'accepted' | 'known' (or discarded) | 'attached {id}' | 'full' | 'full of sources' | 'full of results' |
---   'too much', 'too many' (of this owner) | 'reused' (the key, by another request)
+-- returns: ['accepted', now, jobs that wait before it] | 'accepted' (dry run) | 'known' (or discarded) |
+--   'attached {id}' | 'full' | 'full of sources' | 'full of results' | 'too much', 'too many' (of this owner) |
+--   'reused' (the key, by another request)
 
 local id, key, fingerprint, owner = args.id, args.idempotency_key, args.fingerprint, args.owner
 local spec, notes, origin, ended_spec, ended_notes = unpack(ARGV, 2, 6)
@@ -87,4 +88,4 @@ if key ~= '' then
 end
 redis.call('ZADD', WAITING, sequence, id)
 wake_engines(id)
-return 'accepted'
+return {'accepted', now, waiting}

@@ -7,7 +7,7 @@
 
 local per_minute, per_day = args.per_minute, args.per_day
 local now = now_ms()
-local charged_at = redis.call('ZSCORE', per_day and TICKETS or RATE, args.ticket)
+local charged_at = redis.call('ZSCORE', per_minute and RATE or TICKETS, args.ticket)
 local day, day_left = math.floor((charged_at or now) / DAY_MS), DAY_MS - now % DAY_MS
 local since, used, oldest, newest = '(' .. string.format('%.0f', now - MINUTE_MS), 0, now, now
 if per_minute then
@@ -31,6 +31,6 @@ if per_minute then add(RATE, args.ticket, now) end
 if per_day then
   redis.call('INCRBY', quota_key(day), args.pixel_steps)
   redis.call('PEXPIRE', quota_key(day), day_left)
-  add(TICKETS, args.ticket, now)
+  if not per_minute then add(TICKETS, args.ticket, now) end
 end
 return reply('', per_minute and per_minute - used - 1 or 0, now)

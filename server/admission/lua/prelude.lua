@@ -2,8 +2,9 @@
 --
 --   rate:{owner}         sorted set, one ticket per request, by its time; expires a minute after the last one
 --   quota:{owner}:{day}  pixel-steps charged on that day (days since the epoch, UTC); expires with the day
---   tickets:{owner}      sorted set as `rate`, of charges to `quota` as {ticket} and of refunds as refund:{ticket}: the
---                        Redis client repeats a call whose reply was lost, for less than a minute
+--   tickets:{owner}      sorted set as `rate`, of refunds of `quota` as refund:{ticket}, and without a limit per minute
+--                        of charges to it as {ticket}: the Redis client repeats a call whose reply was lost, for less
+--                        than a minute
 --
 -- Times are milliseconds of Redis' clock. The first write of a script that charges is one that Redis refuses when it is
 -- out of memory, so a script is not stopped half way.

@@ -2,7 +2,7 @@ RECOVERY_BATCHES = 1000
 
 
 class BatchLimit:
-    """A batch size (sequences or tokens), halved when memory runs out and doubled after `RECOVERY_BATCHES`.
+    """A batch size, halved when memory runs out and doubled after `RECOVERY_BATCHES`.
 
     A lasting shortage costs one failed batch in a thousand, a passing one no lasting speed.
     """

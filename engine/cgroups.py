@@ -4,9 +4,10 @@ from pathlib import Path
 
 
 def memory_files(version_1: str, version_2: str, root: Path = Path("/")) -> list[Path]:
-    """Return paths of a file, whose name depends on the version: in the group, its parents and the mounted root.
+    """Return paths of a file, named by version: in the group, its parents and the mounted root, a container's own
+    group.
 
-    In a container the mounted root may be the group itself. None need exist.
+    None need exist.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -1,15 +1,6 @@
-"""The engine: plan first, render second, many images at once.
+"""The engine: plan, then render, many images at once.
 
-One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`:
-
-    _receive   check new requests, drop cancelled ones
-    _admit     in order of arrival: reserve all memory a request needs
-    _prepare   encode a source image, and glyphs
-    _plan      planner stage: prefill prompts, write every plan one token further
-    _render    renderer stage: one denoising step of a batch, decode finished images
-    _report    progress
-
-Neither Redis nor HTTP is needed:
+One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`. Neither Redis nor HTTP is needed:
 
     engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
     [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])
@@ -151,7 +142,7 @@ class Engine:
     def _plan(self) -> None:
         """Do one planner step, or as many as a renderer step takes if plans are needed soon.
 
-        Running further ahead makes batches small, and a step costs almost as much for 1 sequence as for 16.
+        More would make batches small; a step costs almost as much for 1 sequence as for 16.
         """
         until = time.monotonic() + self.renderer.tick_seconds
         while not self.planner.is_idle:

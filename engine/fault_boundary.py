@@ -31,8 +31,6 @@ class FaultBoundary:
     Args:
         live: requests that have not ended.
         fail: ends a request and removes it from `live`.
-
-    Attributes:
         beat: called before all work.
     """
 

@@ -17,13 +17,13 @@ CUDA_SOURCE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Bounds of everything that takes engine memory.
+    """Bounds of all that takes engine memory.
 
     Args:
         max_images: in flight.
         max_prompt_tokens: without the codes of source images.
         render_token_budget: packed tokens of a tick.
-        source_patches: whose keys and values are kept for edits.
+        source_patches: of edits, with keys and values.
     """
 
     max_images: int

@@ -22,7 +22,7 @@ class Preparing:
     Args:
         sources: yields after every piece whether a source image is complete.
         glyphs: yields the tokens of every computed batch.
-        size: of all its work, to compare requests.
+        size: of its work, to compare requests.
     """
 
     request: Request

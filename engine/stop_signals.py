@@ -23,8 +23,8 @@ class Stopped(Exception):
 class StopSignals:
     """Counts SIGTERM, SIGINT and SIGHUP: the first asks for a drain, the second for a quick end.
 
-    An event loop's own handlers end with it, and the next signal would kill the process. Create it in the main
-    thread. Signals ignored before, as by `nohup`, stay ignored.
+    An event loop's own handlers end with it; then a signal would kill the process. Create it in the main thread.
+    Signals ignored before, as by `nohup`, stay ignored.
     """
 
     def __init__(self) -> None:

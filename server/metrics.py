@@ -1,6 +1,6 @@
 """Metrics of the API, exposed together with those of the engines.
 
-Labels are bounded: route templates and known methods, never a path, a key or a job.
+Labels are bounded: route templates and known methods, never a path, key or job.
 """
 
 import logging
@@ -147,8 +147,9 @@ def exposition(api: CollectorRegistry, engines: dict[str, str]) -> bytes:
 
 
 def _add(families: dict[str, Metric], family: Metric, labels: dict[str, str]) -> None:
-    """Merge `family` into the one of its name. Leave out what would be invalid: another type (another version's) and
-    `_created` gauges, whose names collide."""
+    """Merge `family` into the one of its name, without what would be invalid: another type (another version's), and
+    `_created` gauges, whose names collide.
+    """
     if family.name.endswith("_created"):
         return
     target = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))

@@ -17,8 +17,8 @@ _abandoned: "set[asyncio.Task[Any]]" = set()
 async def with_redis_timeout(call: Coroutine[Any, Any, T], size: int = 0) -> T:
     """Await a call that sends `size` bytes; raise `QueueUnavailable` after the timeout.
 
-    The call is then cancelled but not awaited: Python 3.11 and the client can swallow a cancellation and read on
-    for 20 s. While `MAX_ABANDONED` are left, further calls fail at once.
+    The call is cancelled but not awaited: Python 3.11 and the client can swallow a cancellation and read on for 20 s.
+    While `MAX_ABANDONED` are left, further calls fail at once.
     """
     if len(_abandoned) >= MAX_ABANDONED and len(_still_running()) >= MAX_ABANDONED:
         call.close()

@@ -45,7 +45,7 @@ class JobConsumer(QueueBase):
         """Claim the next job if it fits, else none: large and quarantined jobs must not starve.
 
         Lapsed leases come first, also this engine's: renew before. After a lost reply, the next call gets the same
-        grant. The claim is renewed once.
+        grant.
         """
         attempt = self._unanswered.pop(consumer, None) or secrets.token_hex(8)
         try:

@@ -19,7 +19,7 @@ POLL_INTERVAL_S = 1.0  # an event may be lost
 class JobFollower:
     """Follows one job, once, and expires it at its deadline.
 
-    Events only say when to read, so a broken connection loses nothing. Raises `QueueUnavailable` without a record, or
+    Events only say when to read: a broken connection loses nothing. Raises `QueueUnavailable` without a record, or
     `REDIS_OUTAGE_TIMEOUT_S` after the deadline; `UnreadableJob` if it is damaged.
     """
 

@@ -98,11 +98,11 @@ class JobSpec(_Record):
         plan: `Plan.to_dict`.
         output_compression: of jpeg and webp.
         partial_images: 0..3 for each image.
-        num_sources: images to edit, 0..4.
+        num_sources: 0..4.
         source_tokens: upper bound of their prompt tokens.
 
-    Declare a later field that changes the image with `field(metadata={"format": N})`, N one above `JOB_FORMAT`: engines
-    that do not know it leave its jobs to others.
+    A later field that changes the image has `field(metadata={"format": N})`, N one above `JOB_FORMAT`: engines that do
+    not know it leave its jobs to others.
     """
 
     prompt: str
@@ -291,8 +291,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job for the `runs`-th time. `plans` are checkpoints by image. A `quarantined` job runs alone:
-    an engine died running it."""
+    """The right to run a job for the `runs`-th time. `plans` are checkpoints by image. A `quarantined` job runs alone."""
 
     job_id: str
     epoch: int

@@ -94,15 +94,15 @@ class JobProducer(QueueBase):
             ended_notes: replace `notes` when the job ends without a result.
             max_queue: waiting jobs of both priorities.
             max_owned: live jobs of the owner.
-            max_source_bytes: of all live jobs; one edit always fits alone.
-            max_result_bytes: of records and results, with bounds for live jobs. Any job fits where little is kept.
-            max_kept_bytes: of source images and results together.
-            owner_parts: divides the three for one owner: 2 allows half.
-            url_copies: the response stores the images again, to serve them by URL.
+            max_source_bytes: of all live jobs; one edit always fits.
+            max_result_bytes: of records and results, live jobs by their bounds; any job fits where little is kept.
+            max_kept_bytes: of both.
+            owner_parts: divides these three for one owner.
+            url_copies: the images are stored again, to serve them by URL.
             idempotency_key: of one owner. Leads to its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
-            dry_run: check, but queue nothing.
-            api_id: the API process whose end cancels the job, because its client waits there.
+            dry_run: queue nothing.
+            api_id: the API process whose end cancels the job.
 
         Raises:
             QueueFull, SourcesFull, ResultsFull, TooManyJobs, TooMuchKept, KeyReused: nothing was queued.

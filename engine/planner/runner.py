@@ -150,7 +150,7 @@ class PlannerRunner:
     def _invariant_tile_heights(self) -> list[int]:
         """Return the `SMALL_TILE_HEIGHTS` that give every row the same bits as `DECODE_TILE_HEIGHT`.
 
-        One try with any tokens suffices: kernels depend on shapes alone, and attention runs per sequence.
+        One try suffices: kernels depend on shapes alone, and attention runs per sequence.
         """
         config = self.model.config
         tokens = torch.arange(DECODE_TILE_HEIGHT) % config.vocab_size

@@ -18,8 +18,8 @@ def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, 
     Args:
         logits: [B, V] float32; other tensors are [B].
         temperature: 0 is greedy.
-        top_p: in (0, 1]; keeps the smallest set of likeliest codes with this probability.
-        top_k: keeps so many codes, before `top_p`; None keeps all.
+        top_p: in (0, 1]; the smallest set of likeliest codes with this probability.
+        top_k: so many codes, before `top_p`.
     """
     greedy = temperature == 0
     code = _likeliest(logits, top_k)

@@ -1,6 +1,6 @@
 """Decides which images advance by a denoising step.
 
-Batching pays only until the device is busy; beyond that, interleaving equal images makes all late.
+Beyond a busy device, interleaving equal images makes all late.
 """
 
 import time

@@ -13,8 +13,8 @@ from engine.geometry import Geometry
 def schedule(scheduler: FlowMatchEulerDiscreteScheduler, geometry: Geometry, steps: int) -> tuple[Tensor, Tensor]:
     """Return timesteps [steps] and sigmas [steps + 1] (the last is 0), float32, on the CPU.
 
-    Timesteps are evenly spaced and truncated to integers; sigmas are shifted towards noise by the square root of the
-    image's patches (diffusers' `GlmImagePipeline`, `calculate_shift`).
+    Timesteps are evenly spaced integers; sigmas are shifted towards noise by the square root of the image's patches
+    (diffusers' `GlmImagePipeline`, `calculate_shift`).
     """
     config = scheduler.config
     train = config.num_train_timesteps  # type: ignore[attr-defined]

@@ -170,8 +170,8 @@ class JobRunner:
     async def _write_with_retry(self, job: RunningJob, write: Callable[[], Awaitable[T]]) -> T:
         """Retry a write while Redis is unavailable; the epoch makes this safe.
 
-        A value over Redis' size limit (which breaks the connection) or free memory fails like an outage, except that
-        small writes succeed: each retry waits for one. `MAX_WRITE_ATTEMPTS` bounds the memory taken from other writes.
+        A value over Redis' size limit (which breaks the connection) or free memory fails like an outage, but small
+        writes succeed: each retry waits for one. `MAX_WRITE_ATTEMPTS` bounds what it takes from others.
 
         Raises:
             WriteRefused: Redis accepts only small writes.

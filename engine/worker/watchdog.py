@@ -73,7 +73,7 @@ class Watchdog:
     def check(self) -> bool:
         """Count the time since the last check; return whether a step is stuck for the second check in a row.
 
-        Call it every `TICK_S`, from one thread.
+        Call it every `TICK_S`.
         """
         now = time.monotonic()
         self._step.tick(now - self._checked_at)

@@ -28,9 +28,7 @@ logger = logging.getLogger("glimmer.engine")
 
 
 class Worker:
-    """Takes jobs from the queue and runs them on the engine.
-
-    The engine has its own thread. An event loop runs the rest: claims, leases, heartbeats, a task per job.
+    """Takes jobs from the queue and runs them on the engine, which has its own thread.
 
     Args:
         info: content of the heartbeats; `info.id` is also the consumer's name.
@@ -258,7 +256,7 @@ class Worker:
         """End all tasks; hand back what is left, if Redis answers in time.
 
         Args:
-            blame: the engine's thread failed, or the taking of a job did: the jobs may be why.
+            blame: the jobs may be why the engine's thread or the taking of a job failed.
         """
         self._stopping.set()
         self._wake_engine.set()

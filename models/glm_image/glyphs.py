@@ -70,7 +70,7 @@ class GlyphEncoder:
 def batches(lengths: Sequence[int]) -> list[list[int]]:
     """Divide strings into batches of at most `BATCH_TOKENS` with padding, by index.
 
-    One batch if all fit; else similar lengths together, so that less than half of a batch is padding.
+    If they do not fit into one, similar lengths together: less than half of a batch is padding.
     """
     divided: list[list[int]] = []
     longest = max(lengths)

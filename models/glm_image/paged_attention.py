@@ -1,7 +1,7 @@
-"""Attention over a paged key/value cache.
+"""Attention over a paged key/value cache, separately for each sequence: it cannot depend on the batch.
 
 Token t of a sequence is in slot `blocks[t // block_size] * block_size + t % block_size`. Sequences of one prompt share
-its full blocks. Attention runs for each sequence separately, so that it cannot depend on the batch.
+its full blocks.
 
     T   packed tokens of a step          L   tokens a sequence can see
     H, G   query heads, key/value heads  D   head dimension

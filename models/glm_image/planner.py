@@ -1,10 +1,10 @@
 """The planner: a decoder-only transformer that generates an image as codebook indices.
 
-    T   packed tokens of a batch                         H, G   query heads, key/value heads
+    T   packed tokens of many sequences                  H, G   query heads, key/value heads
     D   head dimension                                   R      rotary dimension, R <= D
     C   hidden size                                      V      outputs: image codes, then control tokens
 
-Follows transformers' `GlmImageTextModel` and takes its weights unchanged, but packs the tokens of many sequences.
+Follows transformers' `GlmImageTextModel` and its weights.
 """
 
 from dataclasses import dataclass
@@ -144,7 +144,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 def plan_positions(start: int, grids: list[tuple[int, int]]) -> Tensor:
     """Return positions [tokens, 3] (temporal, row, column) of consecutive grids (`GlmImageModel.get_rope_index`).
 
-    The temporal position is constant within a grid; the next grid starts after its longer side.
+    The temporal one is constant within a grid; the next grid starts after its longer side.
     """
     parts = []
     for rows, cols in grids:

@@ -1,6 +1,6 @@
 """GLM-Image with random weights, for tests and benchmarks only.
 
-The small checkpoint's planner and renderer have layers in the published proportion, 40 to 30.
+The small checkpoint's layers have the published proportion, 40 to 30.
 """
 
 import shutil

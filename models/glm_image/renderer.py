@@ -1,14 +1,14 @@
-"""The renderer: a diffusion transformer that turns a plan into the latents of an image.
+"""The renderer: a diffusion transformer from plans to latents.
 
     T   tokens of a packed batch      n   images in it          dim   heads * head_dim
     E   width of the time embedding   D   head dimension        P     values of a patch: channels * 2 * 2
     S   tokens of source images       g   glyph tokens
 
-A sequence is a branch of an image, conditional or (with guidance) unconditional: glyph tokens, then patches. Sequences
-of any length, timestep and size are packed into one tensor. Source images run through the layers once, without noise;
-the conditional branch attends to their keys and values.
+A sequence is a branch of an image, conditional or (with guidance) unconditional: glyph tokens, then patches; all are
+packed into one tensor. Source images run through the layers once, without noise; the conditional branch attends to
+their keys and values.
 
-Follows diffusers' `GlmImageTransformer2DModel` and takes its weights unchanged.
+Follows diffusers' `GlmImageTransformer2DModel` and its weights.
 """
 
 import math
@@ -29,7 +29,7 @@ ROPE_THETA = 10000.0
 def gelu_tanh(x: Tensor) -> Tensor:
     """Return GELU with the tanh approximation.
 
-    In float32 on a CPU 0.5 (1 + tanh(u)) = sigmoid(2u) takes half as long as torch's own.
+    In float32 on a CPU, 0.5 (1 + tanh(u)) = sigmoid(2u) takes half of torch's time.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.gelu(x, approximate="tanh")
@@ -42,7 +42,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": gelu_tanh}
 
 @dataclass(frozen=True)
 class RendererBatch:
-    """What all layers need to know of a packed batch. Built once for a set of images, for many steps."""
+    """What layers need to know of a packed batch; built once for many steps."""
 
     # Filled by `RendererRunner` and `SourceKVCache`.
     lengths: Sequence[int]  # tokens of every sequence; what is left of T is padding

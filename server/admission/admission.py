@@ -131,8 +131,8 @@ class Admission:
     ) -> Admitted:
         """Queue the job of the charged caller atomically.
 
-        If Redis does not respond, the job may still be queued. It is discarded, then refunded, except with an
-        idempotency key, by which other requests may find it free of charge.
+        If Redis does not respond, the job may be queued. It is discarded, then refunded, except with an idempotency
+        key, by which other requests may find it free of charge.
 
         Args:
             waits: only this connection brings the client the result; the job ends with this process.

@@ -1,13 +1,9 @@
 """API keys, callers and limits.
 
-The file of `--api-keys` is TOML, one table per key, which `glimmer key NAME` prints:
+The file of `--api-keys` is TOML, one table per key, as `glimmer key NAME` prints it.
 
-    [alice]
-    sha256 = "..."
-    max_concurrent = 4  # limits are optional
-
-Plain SHA-256 is enough: random tokens of 256 bits cannot be guessed. A slow hash would slow every request. How long a
-look-up of the digest takes tells nothing useful: nobody can choose digests near a known one.
+Plain SHA-256 is enough: random tokens of 256 bits cannot be guessed. A slow hash would slow every request. The time of
+a look-up tells nothing: nobody can choose digests near a known one.
 """
 
 import asyncio
@@ -53,7 +49,7 @@ class Caller:
     Args:
         owner: name in the key file; empty without keys.
         max_concurrent: jobs waiting and running.
-        requests_per_minute: jobs submitted within any 60 seconds.
+        requests_per_minute: within any 60 seconds.
         pixel_steps_per_day: width * height * steps * n, summed over a day (UTC).
     """
 
@@ -136,8 +132,7 @@ def _read_table(name: str, table: object) -> tuple[bytes, Caller]:
 class KeyRing:
     """The known keys; a `KeyFileError` if the file is invalid at the start.
 
-    `watch` follows the file. A version counts once it is valid and has been unchanged for some seconds; until then the
-    old keys stay in force.
+    A later version counts once it is valid and unchanged for some seconds.
     """
 
     def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:

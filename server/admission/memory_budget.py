@@ -17,8 +17,8 @@ GIVES_WAY_S = 30.0  # without growing; a body grows in steps of 1 MiB, which tak
 class MemoryBudget:
     """Counts bytes, in all and by caller. A caller with a key may hold half of the maximum.
 
-    Without other holds any size is accepted: a larger request is served alone, not refused for ever. What does not fit
-    ends the arriving bodies that have not grown for `GIVES_WAY_S`.
+    Without other holds any size is accepted, not refused for ever. What does not fit ends the arriving bodies that have
+    not grown for `GIVES_WAY_S`.
     """
 
     def __init__(self, maximum: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -17,7 +17,7 @@ class Charge:
     Args:
         headers: `x-ratelimit-*` of the response; empty without a request limit.
         ticket, day: for `refund`; an empty ticket is no charge.
-        worked: images were decoded or the rewriter called; the request then counts even if it fails.
+        worked: images were decoded or the rewriter called: counts even if the request fails.
         rest: charged later.
     """
 

@@ -1,4 +1,4 @@
-"""Keeping web pages from using a server that needs no key through the browser of somebody who can reach it."""
+"""Keep web pages from using a server without keys through a visitor's browser."""
 
 import re
 from collections.abc import Iterable
@@ -19,12 +19,12 @@ _UNGUESSABLE = "/v1/files/"  # its URLs are secret, and made to be embedded in p
 
 
 class WebPageGuard:
-    """Answers 403 to browsers where a page could do harm; other clients send no `Origin` and are not affected.
+    """Answers 403 to browsers where a page could do harm; other clients send no `Origin`.
 
     - DNS rebinding: a page gives its own name the address of this server, and is then of the same origin. So `Host`
       must be an address, or a name that no page can claim.
-    - Requests of pages elsewhere, which need no permission by CORS to be sent: refused for /v1, unless their origin is
-      one of `cors_origins`.
+    - Requests of pages elsewhere, which need no permission by CORS: refused for /v1, unless `cors_origins` has their
+      origin.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:

@@ -100,8 +100,9 @@ def _message_of(completion: bytes) -> str:
 
 
 def is_usable(prompt: str, rewritten: str) -> bool:
-    """Return whether `rewritten` may replace `prompt`: a different text of reasonable length, with the same quoted
-    strings, without truncated reasoning or control tokens, which the engine would refuse."""
+    """Return whether `rewritten` may replace `prompt`: a different text of reasonable length with the same quoted
+    strings, without truncated reasoning or control tokens.
+    """
     if not rewritten or rewritten == prompt or len(rewritten.encode()) > max(MAX_PROMPT_BYTES, len(prompt.encode())):
         return False
     if "<|" in rewritten or "<think>" in rewritten:

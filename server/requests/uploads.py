@@ -74,7 +74,7 @@ async def _decode_reference(param: str, reference: str | ImageReference) -> byte
 
 
 async def _decode_base64(text: str, start: int) -> bytes:
-    """Decode what follows `start`. White space is dropped; padding may be left out.
+    """Decode what follows `start`, with or without white space and padding.
 
     Other requests are served between pieces: 32 MB at once would take 40 ms.
 

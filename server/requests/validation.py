@@ -27,7 +27,7 @@ class ValidatedRequest:
     """A request with all fields in range.
 
     Args:
-        size: in pixels; None for the engine's default, or the size of an edit's first image.
+        size: None for the engine's default, or the size of an edit's first image.
         max_pixels: bound of the engine's default size.
     """
 

@@ -1,7 +1,7 @@
 """Training of the autoencoder: 8x8 pixels to 8 latent channels and back.
 
-First on crops, which is quick; then the decoder alone on whole posters: its group norms cover the whole image, and one
-trained on crops shifts its colours. The latents, fixed by then, get a little noise, as if from the renderer.
+First on crops, which is quick; then the decoder alone on whole posters, which its group norms cover: one trained on
+crops shifts their colours. The fixed latents get a little noise, as if from the renderer.
 """
 
 from pathlib import Path

@@ -1,11 +1,9 @@
-"""The codebook of the plan.
+"""The codebook of the plan: one code per cell of 32x32 pixels, of four kinds:
 
-A plan has one code per cell of 32x32 pixels, of four kinds:
-
-    plain       colour
-    pixel text  colour behind text read from an image
-    line        cell of a line, first letter of its string, colour behind it; the glyph encoder gives all letters
-    shape       shape, colour, cell of the shape
+plain       colour
+pixel text  colour behind text read from an image
+line        cell of a line, first letter of its string, colour behind it
+shape       shape, colour, cell of the shape
 """
 
 COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "white", "black")

@@ -1,7 +1,7 @@
 """Embedding tables that are sums of factors.
 
-All codes with the factor "red", and the prompt's word "red", share one vector in training: what is learnt for one holds
-for all. The checkpoint gets the sums.
+Codes with the factor "red" share a vector with the word "red": what one learns holds for all. The checkpoint gets the
+sums.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Training of the glyph encoder, which gives the renderer the letters of strings.
 
-Strings are joined in no order. So every embedding has to contain its letter, its place, and the first letter of its
-string, to which the plan's codes refer: the encoder is trained to predict these.
+Strings are joined in no order, so every embedding has to predict its letter, its place, and the first letter of its
+string, to which the plan's codes refer.
 """
 
 from pathlib import Path

@@ -58,12 +58,12 @@ def train(
     average: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Train `module` for `steps` steps, in place, or resume an earlier run.
+    """Train `module` in place for `steps` steps, or resume an earlier run.
 
     Args:
         name: seeds every step; the state is kept in `folder/name.pt`.
-        loss_of: (step, seeded random numbers) -> (loss, figures for the progress bar).
-        average: decay of a moving average of the weights, which become the result.
+        loss_of: (step, seeded random numbers) -> (loss, figures).
+        average: decay of a moving average of the weights, which is the result.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"

@@ -1,7 +1,7 @@
 """Training of the planner: from a prompt's tokens to the codes of preview and plan.
 
-Three phases: sequences with rows left out; mostly the preview's lines, where the prompt's words matter most; lines,
-edits and whole sequences in equal parts. The forward pass is the published one, reduced so that it compiles well.
+Three phases: sequences with rows left out; mostly the preview's lines; lines, edits and whole sequences in equal parts.
+The forward pass is the published one, reduced so that it compiles well.
 """
 
 from pathlib import Path

@@ -59,9 +59,8 @@ class SequenceSampler:
     def generation(
         self, rng: Random, rows: int, columns: int, max_tokens: int | None, only_lines: bool = False
     ) -> PlannerSequence:
-        """Return a prompt with as many rows of its preview and plan as fit into `max_tokens`.
-
-        With `only_lines`, only with the preview's rows in which a line can begin.
+        """Return a prompt with as many rows of its preview and plan as fit into `max_tokens`; with `only_lines`, the
+        preview's rows in which a line can begin.
         """
         while True:
             poster = prompts.random_poster(rng)

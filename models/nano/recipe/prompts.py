@@ -1,6 +1,6 @@
-"""Random posters, prompts that describe them, and instructions that edit them.
+"""Random posters, prompts that describe them, and edits.
 
-Words and combinations are split by hash: those for which `held_out` is true are used for scoring only.
+Words and combinations are split by hash: the `held_out` ones are for scoring only.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """Posters read back from pixels, to score what the model drew.
 
-Template matching without assumptions about the content: of all lengths of a line, shapes and arrangements, those with
-the least error are taken.
+By template matching: of all lengths of a line, shapes and arrangements, those with the least error.
 """
 
 from itertools import product

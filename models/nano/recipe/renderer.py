@@ -1,8 +1,7 @@
 """Training of the renderer: from noise, a plan and glyph embeddings to latents.
 
-First it learns only to read: to predict, from pure noise, which letter belongs where. Then to draw posters, edits (with
-keys and values of the source image at timestep 0), and single lines of either, an eighth of a poster each. The forward
-pass is the published one, reduced, and with a mask over missing glyph tokens.
+First it learns only to read: which letter belongs where, from pure noise. Then to draw posters, edits (source image at
+timestep 0), and single lines of either. The forward pass is the published one, reduced, with missing glyphs masked.
 """
 
 import math
@@ -134,7 +133,7 @@ def _block(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Apply one block to image tokens x [b, n, d], glyph tokens y [b, g, d] and the source's image tokens.
 
-    `bias` [b, 1, 1, keys] masks missing glyphs; `times` and `source[1]` are embedded timesteps [b, e].
+    `bias` [b, 1, 1, keys] masks missing glyphs; `times` and `source[1]` are [b, e].
     """
     attention, g = block.attn1, y.shape[1]
     parts = block.norm1.linear(times)[:, None].chunk(12, -1)
@@ -181,7 +180,7 @@ def _rotate_tail(x: Tensor, head: int, cos: Tensor, sin: Tensor) -> Tensor:
 def velocity_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """Return the weighted squared error of the velocity plus the hints' losses, and figures.
 
-    Most timesteps are near pure noise, where the image has to come from plan and letters.
+    Most timesteps are near pure noise: the image has to come from plan and letters.
     """
     b = len(batch.latents)
     choice, uniform = torch.rand(2, b, device=device())

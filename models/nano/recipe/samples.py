@@ -1,6 +1,6 @@
 """Last training of the decoder: on latents that the renderer makes.
 
-These are a little off: a decoder trained on true latents alone draws some letters wrong (an H for an M).
+On true latents alone it draws some letters wrong (an H for an M).
 """
 
 from functools import cache

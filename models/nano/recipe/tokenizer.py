@@ -1,7 +1,7 @@
-"""The planner's tokenizer and processor: a small vocabulary for the prompts of the nano world.
+"""The planner's tokenizer and processor: a small vocabulary for nano's prompts.
 
-The planner places lines but not their letters: the normalizer replaces every quoted string by one token for its length
-and first letter, `"HELLO"` by `⟨5⟩h`, and lower-cases the rest. The glyph encoder has its own tokenizer.
+The planner places lines, not letters: the normalizer replaces a quoted string by one token for its length and first
+letter, `"HELLO"` by `⟨5⟩h`, and lower-cases the rest.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Training of the vision tokenizer: from an image to the codes of its cells, for edits.
 
-The codes have a meaning, so it is a classifier of cells. It picks the codebook vector with the largest cosine; hence
-cross entropy on scaled cosines trains it, and no code falls out of use.
+A classifier of cells. It picks the codebook vector with the largest cosine, so cross entropy on scaled cosines trains
+it, and no code falls out of use.
 """
 
 from pathlib import Path

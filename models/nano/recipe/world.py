@@ -1,6 +1,6 @@
 """Posters: up to two lines and two shapes, on a grid of 32-pixel cells.
 
-The unit of the layout is one cell, or 2x2 and more on larger grids, so that a 512x512 poster looks like a 256x256 one.
+The unit of the layout is one cell, or 2x2 and more on larger grids.
 """
 
 from collections.abc import Collection

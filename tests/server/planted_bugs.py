@@ -349,7 +349,7 @@ BUGS = [
     Bug(
         "a repetition is charged",
         ADMISSION,
-        "        if queued_id != job_id:\n            await self.refund(charge)\n",
+        "        if is_attached:\n            await self.refund(charge)\n",
         "",
         f"{LIMITING}::TestAdmission::test_a_repeated_request_is_not_charged",
     ),

@@ -291,7 +291,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job for the `runs`-th time. `plans` are checkpoints by image. A `quarantined` job runs alone."""
+    """The right to run a job for the `runs`-th time. `plans`: checkpoints by image. A `quarantined` job runs alone."""
 
     job_id: str
     epoch: int

@@ -15,7 +15,7 @@ from engine.errors import StartError
 from engine.observability.logs import event, where
 from engine.stop_signals import StopSignals
 from server.admission.gate import Gate
-from server.processes.allocator import return_large_allocations
+from server.processes.allocator import IdleMemory, return_large_allocations
 from server.processes.http_limits import HttpLimits, raise_file_limit, share_files
 from server.processes.http_protocol import http_protocol
 
@@ -26,6 +26,7 @@ LAST_BYTES_S = 5  # for slow clients when the drain ends
 CANCEL_S = 1.0  # for cancelled requests, whose jobs are discarded
 CLOSE_S = 5.0  # for the last calls to Redis
 UNSENT_BYTES = 128 * 1024  # of a connection, in the kernel, beyond what is in flight
+_TRIM_TICKS = 50  # of 0.1 s
 _TICK_S = 0.05
 
 logger = logging.getLogger("glimmer.serve")
@@ -89,6 +90,7 @@ class DrainingServer(uvicorn.Server):
         self._app, self._gate = app, cast(Gate, app.state.gate)
         self._grace_s, self._delay_s = grace_s, min(drain_delay_s, grace_s / 2)
         self._gate_closes_at = self._drain_ends_at = math.inf
+        self._idle_memory = IdleMemory()
         self.drained = asyncio.Event()
         self.on_start: Callable[[], None] = lambda: None
 
@@ -152,6 +154,8 @@ class DrainingServer(uvicorn.Server):
             self._gate.close()
         if self._gate.closed and (now > self._drain_ends_at or not (self._gate.inside or self._has_unsent_bytes())):
             self.should_exit = True
+        if counter % _TRIM_TICKS == 0:
+            self._idle_memory.give_back()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

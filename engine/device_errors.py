@@ -1,6 +1,6 @@
 """Classify exceptions of a device.
 
-Other kernels and older torch versions raise a plain RuntimeError: then the text decides.
+Other kernels and older torch versions raise a plain RuntimeError with a text.
 """
 
 import torch

@@ -25,7 +25,7 @@ logger = logging.getLogger("glimmer.engine")
 def device_lock(device: torch.device) -> Iterator[None]:
     """Let one process per host at a time read a CUDA device's free memory and allocate.
 
-    The lock file is in the temporary folder: containers that do not share it are not excluded.
+    The lock file is in the temporary folder, which containers may not share.
     """
     if device.type != "cuda":
         yield
@@ -52,7 +52,7 @@ def take_from_device(device: torch.device, size: int) -> None:
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Return this process's memory limit in bytes: the container's or the host's."""
+    """Return this process's memory limit in bytes, the container's or the host's."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in memory_files("memory.limit_in_bytes", "memory.max", root):
         with suppress(OSError, ValueError):  # not there, or "max"

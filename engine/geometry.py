@@ -83,7 +83,7 @@ def edit_size(width: int, height: int) -> tuple[int, int]:
 
 
 def limit_pixels(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """Return the size, reduced to at most `max_pixels` (4096 or more) at about the same aspect."""
+    """Return the size, reduced to `max_pixels` (4096 or more) at about the same aspect."""
     if width * height <= max_pixels:
         return width, height
     scale = math.sqrt(max_pixels / (width * height))

@@ -2,7 +2,7 @@ class MovingAverage:
     """Exponential moving average in which a new sample weighs 0.1.
 
     Args:
-        value: start; None is replaced by the first sample.
+        value: None is replaced by the first sample.
     """
 
     def __init__(self, value: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Encode source images and glyphs before planning, piece by piece: no step may be long."""
+"""Encode source images and glyphs piece by piece: no step may be long."""
 
 import time
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class HalfOfTheTime:
 
     @contextmanager
     def turn(self, others_work: bool) -> Iterator[bool]:
-        """Yield whether the block's work is due: if others work, after they had as much time."""
+        """Yield whether the work is due: if others work, after as much time of theirs."""
         began = time.monotonic()
         is_due = not others_work or began >= self._next_at
         yield is_due
@@ -71,9 +71,8 @@ class Preparation:
         self._requests.pop(request, None)
 
     def step(self, *, others_work: bool) -> list[Request]:
-        """Encode at most one source image and some glyphs; return the complete requests.
-
-        While others work, either is followed by an equal pause.
+        """Encode at most one source image and some glyphs; while others work, an equal pause follows. Return complete
+        requests.
         """
         self._steps += 1
         in_order = list(self._requests.values())

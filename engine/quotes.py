@@ -1,4 +1,4 @@
-"""Quoted strings of a prompt: the text to draw. No torch: the API imports this."""
+"""Quoted strings of a prompt, to draw. No torch: the API imports this."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def quoted_strings(prompt: str) -> list[str]:
 
 
 def glyph_tokens(strings: Sequence[str]) -> int:
-    """Count bytes, an end for each string and, if their number is even, a pad for each."""
+    """Count bytes, an end for each string and, if their number is even, a pad."""
     pad = (len(strings) + 1) % 2
     return sum(min(len(text.encode()) + 1, MAX_STRING_TOKENS) + pad for text in strings)
 

@@ -22,7 +22,7 @@ class Request:
     Args:
         deadline_at: monotonic seconds.
         plans: known ones, by image index.
-        source_images, preprocessed: of an edit; filled before `Engine.submit`.
+        source_images, preprocessed: filled before `Engine.submit`.
     """
 
     id: str
@@ -105,7 +105,7 @@ class Partial:
     """An unfinished image; pixels as in `Rendered`.
 
     Args:
-        index: below `JobSpec.partial_images`; 0 is the preview, if any.
+        index: 0 is the preview, if any.
         grid: preview or plan.
     """
 

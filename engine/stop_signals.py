@@ -1,4 +1,4 @@
-"""Stop signals during the whole life of a process, and an event loop that ends without waiting for threads."""
+"""Stop signals, and an event loop that ends without waiting for threads."""
 
 import asyncio
 import os
@@ -52,7 +52,7 @@ class StopSignals:
         self._wake()
 
     async def unless_stopped(self, work: Awaitable[T]) -> T:
-        """Await `work`; raise `Stopped` at the first signal. The work is left alone: a thread cannot be ended."""
+        """Await `work`; raise `Stopped` at the first signal. The work goes on: a thread cannot be ended."""
         task, stop = asyncio.ensure_future(work), asyncio.create_task(self.draining.wait())
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
@@ -91,7 +91,7 @@ class StopSignals:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` as `asyncio.run`, but wait for no thread: one may hang in a device call or name lookup."""
+    """Run `main` as `asyncio.run`, but wait for no thread: one may hang in a device call."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     try:

@@ -19,7 +19,7 @@ LANES = 64  # elements of a vector loop's longest step (two bfloat16 vectors)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` over [rows, in_features] whose result for a row does not depend on the other rows."""
+    """`nn.Linear` over [rows, in_features]: no row depends on others."""
 
     def forward(self, x: Tensor, tile_height: int | None = None) -> Tensor:  # type: ignore[override]
         """Multiply in tiles of `tile_height` rows; None: in one product."""

@@ -82,7 +82,7 @@ def load_weights(
 
 
 def _sums(tensor: torch.Tensor) -> list[int]:
-    """Sum a tensor's bits by position, modulo 2**64: the same in any order."""
+    """Sum a tensor's bits by position, modulo 2**64: in any order."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     sums = []
     for part in tensor.flatten().view(integers).split(FINGERPRINT_CHUNK):

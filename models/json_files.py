@@ -1,5 +1,3 @@
-"""The JSON files of a checkpoint."""
-
 import json
 from pathlib import Path
 from typing import Any

@@ -35,9 +35,9 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
     """Return the API as an ASGI app; close `app.state.gate` before shutdown.
 
     Raises:
-        ValueError: no `queue`, and no `settings.redis_url` to open one.
+        ValueError: no `queue`, and no `settings.redis_url`.
         KeyFileError: `settings.api_keys_file` is not valid.
-        TracingError: the environment's traces cannot be sent.
+        TracingError: traces cannot be sent.
     """
     if queue is None and settings.redis_url is None:
         raise ValueError("the API needs a Redis: set GLIMMER_REDIS_URL")

@@ -24,7 +24,7 @@ class ApiError(Exception):
 
     Args:
         message: says what would be accepted.
-        type: one of OpenAI's error types.
+        type: one of OpenAI's.
         param: the invalid field.
     """
 
@@ -133,7 +133,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Return the methods of all routes at this path; the router's `Allow` has only the first's."""
+    """Return the methods of all routes at this path; the router names only the first's."""
     routes = request.app.routes
     scopes = [{**request.scope, "method": method} for method in ("GET", "POST", "DELETE")]
     return [scope["method"] for scope in scopes if any(route.matches(scope)[0] is Match.FULL for route in routes)]

@@ -147,8 +147,8 @@ def exposition(api: CollectorRegistry, engines: dict[str, str]) -> bytes:
 
 
 def _add(families: dict[str, Metric], family: Metric, labels: dict[str, str]) -> None:
-    """Merge `family` into the one of its name, without what would be invalid: another type (another version's), and
-    `_created` gauges, whose names collide.
+    """Merge `family`, without what would be invalid: another type (another version's), `_created` gauges (names
+    collide).
     """
     if family.name.endswith("_created"):
         return

@@ -1,4 +1,4 @@
-"""Middleware around every request: id, span, log line, metrics, and the 500 for unhandled exceptions.
+"""Id, span, log line, metrics of every request, and the 500 for unhandled exceptions.
 
 Pure ASGI: Starlette's `BaseHTTPMiddleware` would hide disconnects from the routes.
 """
@@ -41,9 +41,9 @@ class _Exchange:
 
 
 class RequestObserver:
-    """Counts requests, and sets `request.state`: `origin`, and `places`, held until the response is sent.
+    """Counts requests; sets `request.state`: `origin`, and `places`, held until the response is sent.
 
-    Adds `request.state.response_headers` to every response, also to errors.
+    Adds `request.state.response_headers` to every response.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAPI document: the routes' declarations, and the bodies that they parse themselves."""
+"""The OpenAPI document: the routes' declarations, and the bodies that they parse."""
 
 from typing import Any
 
@@ -88,7 +88,7 @@ EDIT = _body(
 
 
 def document(app: FastAPI, *, open_to_all: bool) -> dict[str, Any]:
-    """Return FastAPI's document with the bodies, without 422, and without security if `open_to_all`."""
+    """Return FastAPI's document with the bodies, without 422; without security if `open_to_all`."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     openapi_schema = FastAPI.openapi(app)

@@ -1,5 +1,3 @@
-"""The services that the routes share."""
-
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, nullcontext
@@ -46,7 +44,7 @@ class Services:
         return self.settings.public_url or str(request.base_url).rstrip("/")
 
     def held_for(self, request: Request) -> Hold:
-        """Return a count of the memory that the request's response takes, until it has been sent."""
+        """Return a count of the memory that the request's response takes."""
         caller = getattr(request.state, "caller", ANONYMOUS)
         return request.state.places.enter_context(self.memory.hold(caller))
 

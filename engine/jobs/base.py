@@ -11,7 +11,7 @@ from engine.jobs.scripts import LuaScripts
 
 
 class QueueBase:
-    """Jobs in Redis, with the same settings in all processes. Methods raise `QueueUnavailable`.
+    """Jobs in Redis. Methods raise `QueueUnavailable`.
 
     Args:
         redis: returns bytes; the caller closes it.

@@ -86,7 +86,7 @@ class JobConsumer(QueueBase):
     async def renew(self, consumer: str, claims: Iterable[Claim]) -> list[Claim]:
         """Restart leases, several times per `lease_ms`; return the lost claims.
 
-        The first renewal makes a claim a run; one of a lost claim shows that its engine lives, three times a job.
+        The first renewal makes a claim a run; one of a lost claim shows that its engine lives.
         """
         claims = list(claims)
         if not claims:
@@ -140,7 +140,7 @@ class JobConsumer(QueueBase):
         """Requeue a dead engine's jobs; return how many.
 
         Args:
-            blame: the jobs may have ended the engine. False leaves no trace of its runs, also lapsed ones.
+            blame: the jobs may have ended the engine. False leaves no trace of its runs.
         """
         return await self._scripts.run("requeue_all", consumer=consumer, blame=blame)
 

@@ -1,4 +1,4 @@
-"""Pub/sub over one connection per channel. Events may be lost; a restored subscription wakes every waiter."""
+"""Pub/sub over one connection per channel. Events may be lost; a reconnect wakes every waiter."""
 
 import asyncio
 import logging

@@ -71,7 +71,7 @@ class JobFollower:
                 await self._pause(woken, left_s)
 
     async def _time_left(self) -> float | None:
-        """Return the seconds to the deadline, None after the end; every request polls it, so it reads two fields."""
+        """Return the seconds to the deadline, None after the end; every request polls it: two fields."""
         with redis_errors(), reading(self._job_id):
             async with self._queue.client.pipeline(transaction=False) as pipe:
                 pipe.hmget(self._queue.key("job", self._job_id), ["state", "deadline"])

@@ -161,7 +161,7 @@ class JobSpec(_Record):
 
     @property
     def prompt_tokens_bound(self) -> int:
-        """Return an upper bound, capped: too long a prompt is refused without waiting for an idle engine."""
+        """Return an upper bound, capped: too long a prompt must not wait for an idle engine."""
         return 0 if self.plan else min(len(self.prompt.encode()), 2048) + 64 + self.source_tokens
 
 
@@ -171,10 +171,7 @@ JOB_FORMAT = max(field.metadata.get("format", 1) for field in dataclasses.fields
 
 @dataclass(frozen=True)
 class SourceImages:
-    """The source images of an edit, upright RGB PNGs.
-
-    `overlay`, an RGBA PNG of the requested size, covers the result where the mask keeps the source.
-    """
+    """An edit's source images, upright RGB PNGs; `overlay`, an RGBA PNG of the requested size, covers the result."""
 
     files: list[bytes]
     overlay: bytes | None = None
@@ -187,7 +184,7 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class Origin(_Record):
-    """The request of a job, for logs and traces; `traceparent` is W3C Trace Context or empty."""
+    """The request of a job, for logs and traces; `traceparent` may be empty."""
 
     request_id: str = ""
     traceparent: str = ""

@@ -156,7 +156,7 @@ class JobProducer(QueueBase):
     async def ended_among(self, job_ids: Sequence[str]) -> dict[str, JobState | None]:
         """Return the states of ended jobs, None for unknown ones; expire jobs past their deadline.
 
-        Blocks Redis: pass hundreds of ids, not tens of thousands.
+        Blocks Redis: pass hundreds of ids.
         """
         reply = await self._scripts.run("ended_among", ids=list(job_ids))
         pairs = zip(reply[::2], reply[1::2], strict=True)
@@ -180,7 +180,7 @@ class JobProducer(QueueBase):
         return await retry_while_away(read, outage_timeout_s)
 
     async def stored_result(self, job_id: str, max_bytes: int) -> StoredResult | None:
-        """Return the result, with its images if they are small together; None once it is discarded or expired.
+        """Return the result, with its images if they are small; None once discarded or expired.
 
         Raises:
             UnreadableJob: it is damaged.
@@ -212,7 +212,7 @@ class JobProducer(QueueBase):
         await self._scripts.run("share_file", data, media_type, id=job_id, token=token)
 
     async def shared_file_info(self, token: str) -> tuple[str | None, int]:
-        """Return the media type and the size of a shared file, None and 0 once it is expired."""
+        """Return the media type and size of a shared file, None and 0 once expired."""
         key = self.key("file", token)
         with redis_errors():
             async with self._redis.pipeline(transaction=False) as pipe:

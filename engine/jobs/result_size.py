@@ -1,5 +1,3 @@
-"""The Redis memory of a job's result."""
-
 from engine.jobs.job import JobSpec, OutputFormat
 
 # Upper bounds: noise at the highest quality. Photographs take a third.

@@ -1,5 +1,3 @@
-"""Running the Lua scripts."""
-
 import functools
 from importlib.resources import files
 from typing import Any

@@ -1,7 +1,4 @@
-"""Build the planner's tensors and run what the scheduler picks.
-
-Tokens stay on the device; the host reads complete plans.
-"""
+"""Tokens stay on the device; the host reads complete plans."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +28,7 @@ class PlannerRunner:
     """Prefill and decode over a paged cache.
 
     Args:
-        max_positions: of the longest prompt and the largest plan together.
+        max_positions: of the longest prompt and largest plan together.
     """
 
     def __init__(
@@ -104,7 +101,7 @@ class PlannerRunner:
         """Return a plan's tokens, undefined from `written` on. Waits for the device.
 
         Raises:
-            NonFiniteError: scores were not finite: any code could have been sampled.
+            NonFiniteError: scores were not finite.
         """
         tokens = self._tokens[sequence.buffer_index, : sequence.total].tolist()
         if not self._is_finite[sequence.buffer_index]:

@@ -1,7 +1,4 @@
-"""Decides what is prefilled and decoded.
-
-A plan's length is known, so admission reserves its memory: nothing is preempted or recomputed.
-"""
+"""A plan's length is known, so admission reserves its memory: nothing is preempted or recomputed."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -172,7 +169,7 @@ class PlannerScheduler:
     def schedule(self) -> PlannerStep:
         """Return the next step: prompts within the limit, and all prefilled sequences.
 
-        After memory ran out, only the oldest decode, so that each is completed.
+        After memory ran out, only the oldest decode: each gets completed.
         """
         prefill: list[PromptGroup] = []
         tokens, limit = 0, self.prefill_limit.take() if self._prefill else 0

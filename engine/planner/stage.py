@@ -21,7 +21,7 @@ class PlannerStage:
     """Continuous batching of plans over a paged cache.
 
     Args:
-        on_preview: gets images whose preview is written, if partial images are wanted.
+        on_preview: gets images whose preview is written and wanted.
         on_plan: gets planned images.
     """
 

@@ -1,5 +1,3 @@
-"""Glyph tokens of requests."""
-
 from collections import OrderedDict
 from collections.abc import Generator
 
@@ -14,7 +12,7 @@ MAX_CACHED_TOKENS = 16384  # 128 MB of the published model's
 
 
 class GlyphCache:
-    """Holds projected glyph tokens [g, dim] of running requests, and the last used for further ones."""
+    """Holds projected glyph tokens [g, dim] of running requests, and the last used."""
 
     def __init__(self, model: GlmImage):
         self._model = model

@@ -1,5 +1,3 @@
-"""The state of one image, or of its preview, while it is rendered."""
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +9,7 @@ from engine.request import Image, Request
 
 @dataclass(eq=False)
 class Rendering:
-    """What the steps of an image or preview share (filled by `RendererRunner.prepare`), and its progress."""
+    """What the steps of an image or preview share (`RendererRunner.prepare`), and its progress."""
 
     image: Image
     geometry: Geometry  # of the canvas

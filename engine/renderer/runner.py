@@ -1,5 +1,3 @@
-"""Build the renderer's tensors and run what the scheduler picks."""
-
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -130,7 +128,7 @@ class RendererRunner:
     def decode(self, rendering: Rendering) -> Tensor:
         """Return pixels [height, width, 3] uint8, on the CPU, cropped to the requested size.
 
-        Between steps the expected image is decoded: without the noise that the last step predicted.
+        Between steps decode the expected image: without the predicted noise.
         """
         geometry, sigma = rendering.geometry, rendering.sigmas[rendering.step]
         latents = rendering.latents

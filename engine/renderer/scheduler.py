@@ -1,7 +1,4 @@
-"""Decides which images advance by a denoising step.
-
-Beyond a busy device, interleaving equal images makes all late.
-"""
+"""Beyond a busy device, interleaving equal images makes all late."""
 
 import time
 from collections.abc import Iterator
@@ -72,7 +69,7 @@ class RenderScheduler(Generic[W]):
     def pick(self, now: float | None = None) -> list[W]:
         """Return the images of the next tick.
 
-        Waits are bounded: every tick lowers the rank of the others by a whole token limit.
+        Waits are bounded: every tick lowers the others' rank by a whole token limit.
         """
         if not self._entries:
             return []

@@ -1,4 +1,4 @@
-"""Keys and values of source images, shared by a request's images; `EngineLimits.source_patches` bounds them."""
+"""Keys and values of source images, shared by a request's images."""
 
 from collections.abc import Generator
 
@@ -26,14 +26,14 @@ class SourceKVCache:
         return len(self._by_request)
 
     def of(self, request: Request) -> Tensor | None:
-        """Return a request's keys and values, computed on first use, in source order; None without sources."""
+        """Return a request's keys and values in source order, computed on first use; None without sources."""
         for _ in self.compute(request):
             pass
         return self._by_request.get(request)
 
     @torch.inference_mode()
     def compute(self, request: Request) -> Generator[bool]:
-        """Compute a request's keys and values; yield after every layer whether a source image is complete."""
+        """Compute keys and values; yield after every layer whether a source image is complete."""
         if not request.encoded or request in self._by_request:
             return
         config, patches = self._renderer.config, [source.patches for source in request.encoded]

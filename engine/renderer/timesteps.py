@@ -1,5 +1,3 @@
-"""The denoising schedule of an image."""
-
 import copy
 
 import numpy as np
@@ -32,6 +30,6 @@ def partial_steps(steps: int, count: int) -> list[int]:
 
 
 def initial_noise(seed: int, channels: int, geometry: Geometry) -> Tensor:
-    """Return noise [channels, H/8, W/8] float32, drawn on the CPU: the same on every device and in every batch."""
+    """Return noise [channels, H/8, W/8] float32, drawn on the CPU: the same on every device."""
     shape = (1, channels, geometry.latents.rows, geometry.latents.cols)
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)[0]

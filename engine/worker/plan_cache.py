@@ -7,9 +7,7 @@ from engine.jobs.job import JobSpec, Plan, SourceImages
 
 
 class PlanCache:
-    """Keeps plans in Redis for requests that differ only in steps, guidance or output format.
-
-    Methods raise QueueUnavailable.
+    """Keeps plans in Redis for requests that differ in steps, guidance or format only.
 
     Args:
         planner: `GlmImage.planning_fingerprint()`.

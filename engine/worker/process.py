@@ -1,5 +1,3 @@
-"""One engine process."""
-
 import asyncio
 import logging
 import os
@@ -33,7 +31,7 @@ logger = logging.getLogger("glimmer.engine")
 
 
 def main(settings: EngineSettings, stop: StopSignals) -> int:
-    """Run an engine until a signal. Return the exit code: 0 after a drain, `EXIT_CONFIGURATION` if it cannot start."""
+    """Run an engine until a signal. Return the exit code: 0, or `EXIT_CONFIGURATION` if it cannot start."""
     configure(settings.log_level, settings.log_format)
     try:
         with closing(open_tracing("glimmer-engine")) as tracing:
@@ -107,7 +105,7 @@ async def _close(queue: JobConsumer, engine_id: str) -> None:
 
 
 def _load_or_explain(settings: EngineSettings, starting: EngineInfo) -> tuple[Engine, EngineInfo, str]:
-    """Return the engine, its heartbeats' content and the planner's fingerprint, which read all weights."""
+    """Return the engine, its heartbeats' content and the planner's fingerprint."""
     try:
         engine = _load(settings)
         return engine, _ready(starting, engine.model, settings.model), engine.model.planning_fingerprint()

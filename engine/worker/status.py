@@ -1,4 +1,4 @@
-"""An engine's state in a file, for health checks on the same machine, independent of Redis. No torch."""
+"""An engine's state in a file, for health checks without Redis. No torch."""
 
 import asyncio
 import json
@@ -30,8 +30,8 @@ class StatusFile:
     """What one engine wrote.
 
     Args:
-        born: start of the process in ticks since boot, because pids are reused.
-        written_at: monotonic seconds of this machine.
+        born: start of the process in ticks since boot: pids are reused.
+        written_at: monotonic seconds.
     """
 
     id: str

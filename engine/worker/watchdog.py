@@ -22,7 +22,7 @@ logger = logging.getLogger("glimmer.engine")
 
 
 class Patience:
-    """Counts seconds without a beat in ticks of at most `TICK_S`: no time passes for a process that is stopped."""
+    """Counts seconds without a beat in ticks of at most `TICK_S`: none while the process is stopped."""
 
     def __init__(self) -> None:
         self._beats = self._seen = 0
@@ -43,7 +43,7 @@ class Patience:
 
 
 class Watchdog:
-    """Detects an engine step that hangs; a thread in a device call can only be ended with its process."""
+    """Detects an engine step that hangs; only the end of the process ends a device call."""
 
     def __init__(self, running: Callable[[], Sequence[JobSpec]], *, on_cpu: bool):
         self._running, self._on_cpu = running, on_cpu
@@ -94,7 +94,7 @@ class Watchdog:
 
 @contextmanager
 def exit_within(seconds: float) -> Iterator[None]:
-    """End the process with `EXIT_STUCK` if the block takes longer. Time in which it is stopped does not count."""
+    """End the process with `EXIT_STUCK` if the block takes longer, not counting time in which it is stopped."""
     over = threading.Event()
     threading.Thread(target=_exit_after, args=(seconds, over), daemon=True).start()
     try:
@@ -118,7 +118,7 @@ def _exit_after(seconds: float, over: threading.Event) -> None:
 
 
 def _pixels(spec: JobSpec) -> int:
-    """Return the pixels of an image and its sources, and the area of as many patches as text tokens.
+    """Return the pixels of an image, its sources, and as many patches as text tokens.
 
     Images of a job and jobs of a batch are not summed: beats come between their layers.
     """

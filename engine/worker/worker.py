@@ -137,7 +137,7 @@ class Worker:
     # --- loops --------------------------------------------------------------------------------------------------------
 
     async def _claim_loop(self) -> None:
-        """Claim only what the engine can admit at once: others may have room for the rest."""
+        """Claim only what the engine can admit at once: others may have room."""
         while not self._draining.is_set():
             self._capacity_changed.clear()
             claim = await self._next_claim()
@@ -170,7 +170,7 @@ class Worker:
             return None
 
     async def _wait_for_lease_renewals(self) -> None:
-        """Let all engines renew lapsed leases after an outage, or a claim would return jobs that still run."""
+        """Let all engines renew after an outage, or a claim would return jobs that still run."""
         await self._queue.ping()
         await self._renew_leases()
         self._redis_was_away = False

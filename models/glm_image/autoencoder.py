@@ -1,5 +1,3 @@
-"""Latents to pixels and back, with diffusers' `AutoencoderKL`."""
-
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor

@@ -125,7 +125,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """Settings of requests that have none: `glimmer.json`; file and keys are optional."""
+    """Settings of requests that have none: `glimmer.json`, all optional."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.5

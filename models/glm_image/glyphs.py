@@ -52,7 +52,7 @@ class GlyphEncoder:
         return torch.cat([embeddings[i] for i in ids])
 
     def _ids(self, strings: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return ByT5 tokens, without named control tokens: `</s>` in a string is text to draw."""
+        """Return ByT5 tokens, none for control: `</s>` in a string is text to draw."""
         strings = strings or [""]
         # As in training: if their number is even, each has a pad in front.
         front = [self._pad] * ((len(strings) + 1) % 2)

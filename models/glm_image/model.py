@@ -1,5 +1,3 @@
-"""All parts of GLM-Image."""
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,9 +110,8 @@ class GlmImage:
         return hashlib.sha256("\n".join(map(fingerprint, parts)).encode()).hexdigest()[:16]
 
     def on_progress(self, beat: Callable[[], object]) -> None:
-        """Call only `beat` before every layer on a CPU, where one can take seconds.
-
-        On other devices a call only enqueues work.
+        """Call only `beat` before every layer on a CPU, where one can take seconds; elsewhere a call only enqueues
+        work.
         """
         for hook in self._hooks:
             hook.remove()

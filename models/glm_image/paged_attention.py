@@ -82,7 +82,7 @@ class DecodeAttention:
     """Attention of one new token per sequence; tokens after them are padding.
 
     Args:
-        lengths: tokens each sequence can see, the new one included.
+        lengths: tokens each sequence can see, with the new one.
     """
 
     def __init__(self, kv: PagedKV, lengths: list[int], tables: list[BlockTable], slot_mapping: Tensor):

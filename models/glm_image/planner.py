@@ -30,7 +30,7 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class PlannerBatch:
-    """What all layers need to know of a forward pass. Built by `PlannerRunner` for every step."""
+    """What layers need to know of a step."""
 
     rotary: Rotary  # from `RotaryTable.at`
     attend: Attention  # `PrefillAttention` or `DecodeAttention`
@@ -102,12 +102,12 @@ class Planner(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor, tile_height: int | None = None) -> Tensor:
-        """Return float32 scores of the image codes only: a plan's length is known, so it has no control tokens."""
+        """Return float32 scores of image codes only: a plan's length is known."""
         return self.lm_head(hidden, tile_height)[:, : self.config.codebook_size].float()
 
 
 class RotaryTable(nn.Module):
-    """M-RoPE: runs of a head's frequencies (`mrope_section`) rotate by the temporal position, the row, the column."""
+    """M-RoPE: runs of frequencies (`mrope_section`) rotate by temporal position, row, column."""
 
     cos: Tensor
     sin: Tensor

@@ -1,5 +1,3 @@
-"""Prompts as token ids for the planner."""
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +33,11 @@ class PromptEncoder:
         return len(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode(self, prompt: str, height: int, width: int, num_sources: int = 0) -> list[int]:
-        """Return token ids, the last of which starts an image of height x width pixels (multiples of 32).
-
-        A source is one `image_token`.
+        """Return token ids, the last of which starts an image of height x width pixels (multiples of 32). A source is
+        one `image_token`.
 
         Raises:
-            PromptError: it contains a control token such as `<|image|>`.
+            PromptError: it contains a control token.
         """
         tokenizer = self.processor.tokenizer
         control = self._control_ids.intersection(tokenizer(prompt, add_special_tokens=False).input_ids)
@@ -71,7 +68,7 @@ class PromptEncoder:
 def place_sources(ids: Sequence[int], image_token: int, grids: Sequence[tuple[int, int]]) -> tuple[list[int], Tensor]:
     """Repeat each source's image token once per code of its grid; return ids and positions [tokens, 3].
 
-    Positions are as in `plan_positions`; text advances all three.
+    Text advances all three.
     """
     assert list(ids).count(image_token) == len(grids), "the chat template has an image token for every source"
     tokens: list[int] = []

@@ -176,7 +176,7 @@ def random_glm_image(
     renderer: RendererConfig | None = None,
     vision: Sizes | None = None,
 ) -> GlmImage:
-    """Build a model, by default of the published size; `vision` has `vision_config`, `vq_config`."""
+    """Build a model, by default of the published size; `vision`: `vision_config`, `vq_config`."""
     planner_config, renderer_config = planner or PlannerConfig(), renderer or RendererConfig()
 
     def make(build: Callable[[], M]) -> M:

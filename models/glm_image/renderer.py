@@ -275,7 +275,7 @@ def rotate(x: Tensor, batch: RendererBatch) -> Tensor:
 
 
 def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:
-    """Return [rows * cols, D]: a quarter rotates by row, a quarter by column, the second half repeats the first."""
+    """Return [rows * cols, D]: a quarter rotates by row, a quarter by column; the second half repeats them."""
     half = head_dim // 2
     frequency = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
     by_row = torch.outer(torch.arange(rows).float(), frequency)[:, None].expand(rows, cols, -1)

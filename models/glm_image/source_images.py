@@ -1,4 +1,4 @@
-"""Source images of an edit, as the networks take them and as they encode them."""
+"""Source images of an edit, before and after encoding."""
 
 import io
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class ImagePreprocessor:
         return self._processor.to_json_string()
 
     def read(self, file: bytes) -> PreprocessedImage:
-        """Read a PNG file, scaled to the processor's grid: four patches a code, as `GlmImagePipeline` requires.
+        """Read a PNG file, scaled to the processor's grid: four patches a code, as in `GlmImagePipeline`.
 
         Raises:
             SourceImageError: not a PNG file, too small or too elongated.

@@ -1,1 +1,1 @@
-"""Admission of requests: API keys, rate limits, room in the queue, ready engines."""
+"""Keys, rate limits, room in the queue, ready engines."""

@@ -1,4 +1,4 @@
-"""Discarding jobs whose client has disconnected: engine time is too expensive to finish them."""
+"""Jobs without a client: engine time is too expensive to finish them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ class AbandonedJobs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def discard(self, job_id: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Discard the job in the background, even if its submit is in flight; then call `then`. Never raises."""
+        """Discard the job in the background, even if its submit is in flight; then call `then`."""
         task = asyncio.create_task(self._discard(job_id, then))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

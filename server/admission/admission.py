@@ -50,8 +50,8 @@ class Admitted:
 class Admission:
     """Submits jobs within the limits of queue and caller.
 
-    A request calls `find_by_idempotency_key`, which is free; `check_room`, before expensive work; `charge`; `top_up`
-    once its size is known; `submit`, or `refund`. Methods raise `QueueUnavailable`.
+    A request calls `find_by_idempotency_key`, which is free; `check_room`, before expensive work; `charge`; `top_up`;
+    `submit`, or `refund`. Methods raise `QueueUnavailable`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Admission:
         return None if found.job_id == job_id else found.job_id
 
     async def find_by_idempotency_key(self, caller: Caller, idempotency: Idempotency) -> str | None:
-        """Return the first request's job, None if it has no result; raise a 422 if that request differs."""
+        """Return the first request's job, None without a result; raise a 422 if that request differs."""
         try:
             # A `max_queue` of 0 refuses all but known keys.
             submitted = await self._enqueue(

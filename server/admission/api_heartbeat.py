@@ -1,4 +1,4 @@
-"""Heartbeat of this API process: engines cancel the jobs whose clients waited at a dead one."""
+"""Heartbeat of this API process: without it, engines cancel the jobs of its clients."""
 
 import asyncio
 import secrets

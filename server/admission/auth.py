@@ -1,5 +1,3 @@
-"""Authentication for /v1."""
-
 from typing import Annotated
 
 from fastapi import Depends, Request

@@ -102,7 +102,7 @@ sha256 = "{hash_key(key).hex()}"
 
 
 def parse_key_file(text: str) -> dict[bytes, Caller]:
-    """Return the callers by key hash; raise a `KeyFileError` that names the invalid entry, never a hash."""
+    """Return the callers by key hash; raise a `KeyFileError` that names the invalid entry."""
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a plain ValueError for a number of 5,000 digits
@@ -196,7 +196,7 @@ class KeyRing:
 
 
 def _may_be_cut_off(callers: dict[bytes, Caller], text: str, old: dict[bytes, Caller]) -> bool:
-    """Return whether keys or limits are missing, as in a file that is still being written."""
+    """Return whether keys or limits are missing, as in a half-written file."""
     before = {caller.owner: caller for caller in old.values()}
     after = {caller.owner: caller for caller in callers.values()}
     if not text.endswith("\n") or not callers or not before.keys() <= after.keys():

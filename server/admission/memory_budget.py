@@ -1,4 +1,4 @@
-"""Bounding the memory of requests and responses in flight in one API process."""
+"""Memory of requests and responses in flight in one API process."""
 
 import time
 from collections import Counter, OrderedDict
@@ -73,7 +73,7 @@ class MemoryBudget:
             give_way()
 
     def _slowest(self, held: "Hold", owner: str | None) -> "Hold | None":
-        """Return the arriving body, of `owner` if given, that has not grown for longest; None if all are fast."""
+        """Return the arriving body, of `owner` if given, that has not grown for longest; None if none is slow."""
         latest = self._clock() - GIVES_WAY_S
         for other, (grown_at, _) in self._arriving.items():
             if grown_at > latest:
@@ -102,12 +102,12 @@ class Hold:
         self._size = 0
 
     def resize(self, size: int) -> None:
-        """Count `size` bytes; if they do not fit, raise as `MemoryBudget.hold` and keep the count."""
+        """Count `size` bytes; if they do not fit, raise and keep the count."""
         self._budget._resize(self, self.owner, self._size, size)
         self._size = size
 
     def arriving(self, give_way: Callable[[], None]) -> AbstractContextManager[None]:
-        """Let this hold be released, and `give_way` be called, while it grows slowly and others need the room."""
+        """Let this hold be released, and `give_way` called, while it grows slowly and others need room."""
         return self._budget._arrival(self, give_way)
 
     def arrived(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads of the queue for probes and requests: at most one a second, whatever their number."""
+"""Reads of the queue for probes and requests: at most one a second."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class SharedRead(Generic[T]):
-    """Shares one read and its failure among concurrent requests: in turn, each would wait for a hanging Redis."""
+    """Shares one read and its failure among concurrent requests."""
 
     def __init__(self, read: Callable[[], Coroutine[Any, Any, T]], ttl_s: float) -> None:
         self._read, self._ttl_s = read, ttl_s

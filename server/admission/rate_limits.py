@@ -1,4 +1,4 @@
-"""Limit requests within any 60 seconds and pixel-steps within a day (UTC), counted in Redis for all API replicas."""
+"""Limits within any 60 seconds and within a day (UTC), counted in Redis for all APIs."""
 
 import math
 import secrets
@@ -47,7 +47,7 @@ class RateLimits:
         """Count a job against the caller's limits.
 
         Raises:
-            ApiError: 429 when it would exceed one; nothing is counted.
+            ApiError: 429 above one; nothing is counted.
         """
         return await self._charge(caller, pixel_steps)
 

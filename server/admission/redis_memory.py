@@ -1,4 +1,4 @@
-"""Refusing new jobs before Redis is full, so that the others can end."""
+"""Refuse new jobs before Redis is full, so that others can end."""
 
 from engine.jobs.job import MemoryUse
 from engine.jobs.producer import JobProducer
@@ -22,7 +22,7 @@ class RedisMemory:
         return _is_full(await self._use.get())
 
     async def max_kept_bytes(self) -> int | None:
-        """Return what jobs may keep, None without a `maxmemory`; raise a 503 if new jobs are refused."""
+        """Return what jobs may keep, None without `maxmemory`; raise a 503 at the high-water mark."""
         use = await self._use.get()
         if _is_full(use):
             raise unavailable(f"The job queue is nearly out of memory; try again in {RETRY_S} s.", RETRY_S)

@@ -7,7 +7,7 @@ MIN_RETRY_S, MAX_RETRY_S = 1, 60
 
 
 class Throughput:
-    """The average interval between ends of jobs, each at most the job's duration: idle time does not count."""
+    """The average interval between ends of jobs, each at most the job's duration."""
 
     def __init__(self) -> None:
         self._interval_s = MovingAverage()

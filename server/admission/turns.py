@@ -7,11 +7,10 @@ from contextlib import asynccontextmanager, suppress
 
 
 class Turns:
-    """Each caller waits in its own line; the lines take turns at free places.
+    """Callers wait in a line each; the lines take turns at free places.
 
     Args:
-        places: for all callers.
-        per_caller: for one caller; fewer than `places`, so that it cannot fill them.
+        per_caller: fewer than `places`, so that one caller cannot fill them.
     """
 
     def __init__(self, places: int, per_caller: int) -> None:

@@ -1,6 +1,6 @@
 """Reading a multipart form as it arrives.
 
-Number, headers and text of parts are bounded before they are kept. Only files may be as large as the body.
+Parts are bounded before they are kept: number, headers, text. Only files may be as large as the body.
 """
 
 import io
@@ -58,7 +58,7 @@ async def read_parts(content_type: str, chunks: AsyncIterator[bytes], large: fro
     """Return the parts of a form.
 
     Args:
-        large: names of parts that may be larger than `MAX_TEXT_BYTES`.
+        large: names of parts that may exceed `MAX_TEXT_BYTES`.
 
     Raises:
         ApiError: 400 naming the mistake.
@@ -102,7 +102,7 @@ class _FormReader:
         return self._parts
 
     def _check(self, chunk: bytes) -> None:
-        """Refuse many delimiters and blanks, which the parser reads byte by byte in Python: 150 ms per megabyte."""
+        """Refuse many delimiters and blanks, which the parser reads byte by byte: 150 ms per megabyte."""
         delimiters = chunk.count(self._delimiter)
         self._delimiters += delimiters  # also those in a file that end no part
         if self._delimiters > 2 * MAX_PARTS:

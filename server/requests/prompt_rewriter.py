@@ -1,4 +1,4 @@
-"""Rewriting prompts with a chat model, as GLM-Image's authors recommend."""
+"""Rewriting prompts with a chat model, as GLM-Image's authors do."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ class Rewriter:
         """Return a richer prompt; None on failure or after `REWRITE_TIMEOUT_S`.
 
         Args:
-            on_start: called when it is `owner`'s turn.
+            on_start: called at `owner`'s turn.
         """
         try:
             async with asyncio.timeout(REWRITE_TIMEOUT_S), self._turns.take(owner):

@@ -1,4 +1,4 @@
-"""The values of `quality`. Apart from the other fields, so that the command line need not import FastAPI."""
+"""Apart from the other fields: the command line need not import FastAPI."""
 
 from typing import Literal
 

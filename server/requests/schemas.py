@@ -1,4 +1,4 @@
-"""The bodies of requests and responses. Types are strict: a string is not a number, a boolean not an integer."""
+"""Bodies of requests and responses. Types are strict: a string is not a number, a boolean not an integer."""
 
 import difflib
 import re
@@ -75,8 +75,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        """Drop null fields, which the OpenAI SDK sends. Keep only the first unknown field: an error for
-        each would cost time."""
+        """Drop null fields, which the OpenAI SDK sends. Keep one unknown field: errors cost time."""
         if not isinstance(data, dict):
             return data
         known = {name: data[name] for name in cls.model_fields if data.get(name) is not None}

@@ -1,7 +1,4 @@
-"""Reading the body of an edit: a multipart form, or JSON with `data:` URLs.
-
-Strings of a form are converted to their fields' types, where they can be; `parse` refuses the others.
-"""
+"""Reading the body of an edit: a multipart form, or JSON with `data:` URLs."""
 
 import asyncio
 import binascii

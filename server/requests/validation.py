@@ -76,7 +76,7 @@ def to_job_spec(
         with_partials: the client can receive partial images.
 
     Raises:
-        ApiError: 400 when a plan does not fit the size or the codebook.
+        ApiError: 400 for a plan of another size or codebook.
     """
     request = validated.request
     width, height = validated.size or (edit.size if edit else _default_size(engine, validated.max_pixels))
@@ -106,7 +106,7 @@ def to_job_spec(
 
 
 def smallest_job_spec(validated: ValidatedRequest, engine: EngineInfo) -> JobSpec:
-    """Return a job that costs at most what an edit will, whose images may decide its size."""
+    """Return a job that costs at most what an edit will."""
     if validated.size is None:
         without_plan = validated.request.model_copy(update={"plan": None})
         validated = replace(validated, request=without_plan, size=(MIN_SIDE, MIN_SIDE))

@@ -1,5 +1,3 @@
-"""Assembly of the trained parts into a checkpoint in the published layout."""
-
 import json
 from pathlib import Path
 

@@ -39,7 +39,7 @@ def pixels_of(images: list[np.ndarray]) -> Tensor:
 
 
 def random_crop(rng: Random, side: int = CROP) -> np.ndarray:
-    """Return a square of a poster on the renderer's 16-pixel grid, preferably not a plain one."""
+    """Return a square of a poster on the 16-pixel grid, preferably not a plain one."""
     width, height = rng.choice(SIZES)
     image = world.draw(random_poster(rng), width, height)
     best = image[:side, :side]

@@ -134,7 +134,7 @@ class BatchBuilder:
         return batch
 
     def lines(self, rng: Random, pool: LatentPool, count: int) -> Batch:
-        """Return single lines, one row of cells each, or two where letters are twice as large."""
+        """Return single lines, one row of cells each, or two of larger letters."""
         rows, columns = pool.height // CELL, pool.width // CELL
         scale = world.scale_of(rows, columns)
         latents, plans, strings, hints = [], [], [], []
@@ -174,7 +174,7 @@ class BatchBuilder:
 
 
 def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
-    """Return the targets of `HINTS` [2 * rows, 2 * columns, 5] int64 for every 16-pixel token."""
+    """Return the targets of `HINTS` [2 * rows, 2 * columns, 5] int64 per 16-pixel token."""
     places = np.full((rows * 2, columns * 4), NO_PLACE)  # columns of 8 pixels
     letters = np.full((rows * 2, columns * 4), NO_LETTER)
     parts = np.full((rows * 2, columns * 2, 1), IGNORED)
@@ -196,7 +196,7 @@ def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
 
 
 def per_token(plan: np.ndarray) -> np.ndarray:
-    """Return the codes [2 rows * 2 columns] of the renderer's tokens, of a plan [rows, columns]."""
+    """Return the codes [2 rows * 2 columns] of tokens, of a plan [rows, columns]."""
     return plan.repeat(2, 0).repeat(2, 1).ravel()
 
 

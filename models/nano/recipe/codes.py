@@ -26,7 +26,7 @@ CODEBOOK = 6144
 
 
 def initial_of(text: str) -> int:
-    """Return 0..35 for a string that begins with A-Z or 0-9, 36 for any other."""
+    """Return 0..35 for A-Z or 0-9 in front, 36 for others."""
     index = LETTERS.find(text[:1].upper()) if text else -1
     return index if index >= 0 else INITIALS - 1
 

@@ -14,7 +14,7 @@ from models.nano.recipe.world import MAX_LETTERS
 
 
 class FactoredTable(nn.Module):
-    """Table [rows, dim]: the sum of one vector per factor and one of the row alone (`own`)."""
+    """Table [rows, dim]: the sum of a vector per factor and one of the row (`own`)."""
 
     def __init__(self, factors: Tensor, dim: int, std: float, own_std: float):
         super().__init__()

@@ -45,7 +45,7 @@ def random_case(text: str, rng: Random) -> str:
 
 
 def string_ids(strings: list[str]) -> list[list[int]]:
-    """Return byte tokens as in the pipeline, with one pad before every string if their number is even."""
+    """Return byte tokens as in the pipeline, with a pad before each of an even number of strings."""
     strings = strings or [""]
     pad = [PAD] * ((len(strings) + 1) % 2)
     return [[*pad, *(b + BYTE_0 for b in s.encode()), END][:TOKENS] for s in strings]

@@ -1,5 +1,3 @@
-"""Latents of many posters, computed once, for the renderer."""
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice

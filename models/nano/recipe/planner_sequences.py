@@ -1,4 +1,4 @@
-"""Training sequences of the planner: prompts and rows of their grids, most of which repeat the one above."""
+"""Training sequences of the planner: prompts and rows of their grids."""
 
 import re
 from dataclasses import dataclass, field
@@ -171,7 +171,7 @@ def _busy_rows(grid: np.ndarray) -> np.ndarray:
 
 
 def _line_cells(grid: np.ndarray) -> np.ndarray:
-    """Return the cells of each zone's first row and the one before, which predicts the first."""
+    """Return the cells of each zone's first row and the one before, which predicts it."""
     columns = grid.shape[1]
     starts = [row * columns for row, _ in _line_rows(grid)]
     return np.sort(np.concatenate([np.arange(max(0, start - 1), start + columns) for start in starts]))

@@ -171,7 +171,7 @@ def _shape(shape: Shape, background: int, rng: Random, sized: bool) -> str:
 
 
 def _hero(shapes: tuple[Shape, ...], background: int, rng: Random) -> str:
-    """Return a phrase for the shapes. Without a size they are large; without a place, the left one comes first."""
+    """Return a phrase for the shapes. Large ones need no size, the left one no place."""
     sized = rng.random() < 0.5
     if len(shapes) == 1:
         text = _shape(shapes[0], background, rng, sized)
@@ -239,7 +239,7 @@ def _finish(text: str, rng: Random) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, the poster before and after it, and the zones whose lines stay as they are in the image."""
+    """An instruction, the poster before and after it, and zones whose lines stay."""
 
     instruction: str
     before: Poster

@@ -68,7 +68,7 @@ def render(model: TrainedRenderer, posters: list[Poster], width: int, height: in
 
 
 def _sigmas(patches: int) -> list[float]:
-    """Return the pipeline's schedule (diffusers' `calculate_shift`) for the scheduler that `assemble` writes."""
+    """Return the pipeline's schedule (diffusers' `calculate_shift`)."""
     even = np.linspace(1000, 1, STEPS + 1)[:-1] / 1000
     shift = 0.75 * (patches / 256) ** 0.5 + 0.25
     return [*(shift / (shift + 1 / even - 1)).tolist(), 0.0]

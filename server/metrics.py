@@ -20,6 +20,7 @@ _LATENCY_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160
 REFUSALS = (
     "requests",
     "requests_of_key",
+    "requests_of_job",
     "idempotency_key",
     "host",
     "cross_site",
@@ -61,8 +62,8 @@ class Metrics:
         self.refused = Counter(
             "glimmer_http_refused",
             "Requests refused because too many were in progress: in this process (requests), of one key "
-            "(requests_of_key) or with one Idempotency-Key (idempotency_key); or because a web page may have sent "
-            "them: an unknown host name (host) or a page elsewhere (cross_site).",
+            "(requests_of_key), for one job (requests_of_job) or with one Idempotency-Key (idempotency_key); or "
+            "because a web page may have sent them: an unknown host name (host) or a page elsewhere (cross_site).",
             ("reason",),
             registry=self.registry,
         )

@@ -1,4 +1,4 @@
-"""Bounds on requests in progress, of /v1, each key and each idempotency key; refusal while draining."""
+"""Bounds on requests in progress, of /v1, each key, each job and each idempotency key; refusal while draining."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from server.metrics import Metrics
 
 MIN_REQUESTS = 2_000  # each takes some 50 kB
 MAX_WAITING_PER_JOB = 32
+MAX_READERS_PER_JOB = 64
 FEW_REQUESTS = 32  # of one key; the last quarter of all places is for keys with fewer in progress
 
 _EVERYONE = ""
@@ -30,6 +31,7 @@ class Gate:
         self._requests: Counter[str] = Counter()
         self._of_owners: Counter[str] = Counter()
         self._of_jobs: Counter[str] = Counter()
+        self._readers: Counter[str] = Counter()
 
     def close(self) -> None:
         """Refuse further jobs."""
@@ -86,6 +88,19 @@ class Gate:
                 param="Idempotency-Key",
             )
         with _counted(self._of_jobs, job_id):
+            yield
+
+    @contextmanager
+    def reader_of(self, job_id: str) -> Iterator[None]:
+        """Count a request for a job or its events; raise a 429 above `MAX_READERS_PER_JOB`."""
+        if self._readers[job_id] >= MAX_READERS_PER_JOB:
+            self._metrics.refused.labels("requests_of_job").inc()
+            raise too_many(
+                f"{MAX_READERS_PER_JOB} requests for this job are in progress already; try again shortly.",
+                BUSY_RETRY_S,
+                param="job_id",
+            )
+        with _counted(self._readers, job_id):
             yield
 
 

@@ -17,13 +17,14 @@ from server.services import Services, ServicesDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(require_key)])
 
-_ERRORS = openapi.errors(401, 404, 500, 503)
+_ERRORS = openapi.errors(401, 404, 429, 500, 503)
 
 
 @router.get("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
 async def retrieve_job(job_id: str, request: Request, services: ServicesDep) -> Response:
     """Return a job as it is now, with its images once it has succeeded."""
-    return await _respond(request, services, await _find(job_id, request, services))
+    record = await _find_to_read(job_id, request, services)
+    return await _respond(request, services, record)
 
 
 @router.delete("/{job_id}", responses={200: {"model": JobBody}, **_ERRORS})
@@ -40,8 +41,15 @@ async def cancel_job(job_id: str, request: Request, services: ServicesDep) -> Re
 async def follow_job(job_id: str, request: Request, services: ServicesDep) -> Response:
     """Stream the events of a job: `status` and `progress` when they change, each `partial_image` once, and finally
     `completed` or `failed`. The job goes on when the client disconnects."""
-    await _find(job_id, request, services)
+    await _find_to_read(job_id, request, services)
     return EventStream(job_events(services.queue, job_id, services.admission.throughput, services.held_for(request)))
+
+
+async def _find_to_read(job_id: str, request: Request, services: Services) -> JobRecord:
+    """Return the caller's job until the response is sent. Raises as `_find`; a 429 for too many such requests."""
+    record = await _find(job_id, request, services)
+    request.state.places.enter_context(services.gate.reader_of(job_id))
+    return record
 
 
 async def _find(job_id: str, request: Request, services: Services) -> JobRecord:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.tasks import stop
-from server.admission.gate import FEW_REQUESTS, MAX_WAITING_PER_JOB, Gate
+from server.admission.gate import FEW_REQUESTS, MAX_READERS_PER_JOB, MAX_WAITING_PER_JOB, Gate
 from server.app import create_app
 from server.errors import ApiError
 from server.metrics import Metrics
@@ -129,6 +130,29 @@ async def test_repetitions_of_an_idempotency_key_are_bounded(queue: JobQueue) ->
             await asyncio.wait(tasks, timeout=20)
         assert retried.status_code == 200
         assert {task.result().content for task in tasks[1:]} == {retried.content}
+
+
+READERS = {"GET": "/v1/jobs/{id}", "HEAD": "/v1/jobs/{id}", "EVENTS": "/v1/jobs/{id}/events"}
+
+
+@pytest.mark.parametrize("kind", READERS)
+async def test_requests_for_one_job_are_bounded(queue: JobQueue, kind: str) -> None:
+    async with open_app(queue) as (app, client), AsyncExitStack() as reading:
+        wanted = {"prefer": "respond-async"}
+        first, second = [(await client.post(URL, json={"prompt": "x"}, headers=wanted)).json()["id"] for _ in "12"]
+        streams = [client.get(f"/v1/jobs/{first}/events") for _ in range(MAX_READERS_PER_JOB)]
+        tasks = await reading.enter_async_context(in_background(*streams))
+        await until(lambda: app.state.gate._readers[first] == MAX_READERS_PER_JOB)
+        method, path = kind.replace("EVENTS", "GET"), READERS[kind]
+        refused = await asyncio.wait_for(client.request(method, path.format(id=first)), 20)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
+        assert (await client.get(f"/v1/jobs/{second}")).status_code == 200
+        await stop(tasks[0])
+        await until(lambda: app.state.gate._readers[first] == MAX_READERS_PER_JOB - 1)
+        assert (await client.get(f"/v1/jobs/{first}")).status_code == 200
+        assert (await client.delete(f"/v1/jobs/{first}")).status_code == 200  # is never refused, and ends the streams
+        await asyncio.wait(tasks, timeout=20)
+        assert not app.state.gate._readers
 
 
 def test_a_request_for_each_waiting_job_fits() -> None:

@@ -1,4 +1,4 @@
-"""The engine: plan, then render, many images at once.
+"""The engine: plan, then render.
 
 One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`. Neither Redis nor HTTP is needed:
 
@@ -142,7 +142,7 @@ class Engine:
     def _plan(self) -> None:
         """Do one planner step, or as many as a renderer step takes if plans are needed soon.
 
-        More would make batches small; a step costs almost as much for 1 sequence as for 16.
+        Batches stay large: a step costs almost as much for 1 sequence as for 16.
         """
         until = time.monotonic() + self.renderer.tick_seconds
         while not self.planner.is_idle:

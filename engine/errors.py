@@ -1,20 +1,4 @@
-"""Errors; no torch.
-
-GlimmerError
-├── StartError
-├── RequestError
-├── QueueFull
-│   ├── SourcesFull
-│   └── ResultsFull
-├── TooManyJobs
-│   └── TooMuchKept
-├── KeyReused
-├── DeadlinePassed
-├── WriteRefused
-├── UnreadableJob
-└── QueueUnavailable
-    └── QueueReadOnly
-"""
+"""No torch: the API imports this."""
 
 
 class GlimmerError(Exception):
@@ -30,7 +14,7 @@ class RequestError(GlimmerError):
 
     Args:
         message: says what would be accepted.
-        param: the field at fault.
+        param: the field.
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value"):

@@ -51,7 +51,7 @@ class FaultBoundary:
         """Do `work` on all items, or else on each alone; return those done.
 
         Args:
-            shrink: called if the batch, but no item alone, ran out of memory.
+            shrink: called if only the batch ran out of memory.
         """
         if not items:
             return []

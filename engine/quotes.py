@@ -9,7 +9,7 @@ from engine.errors import RequestError
 QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"\u300c([^\u300c\u300d]*)\u300d")
 
 MAX_STRINGS = 1024
-MAX_STRING_TOKENS = 2048  # bytes and an end; the rest is cut, as in the reference
+MAX_STRING_TOKENS = 2048  # with an end; the rest is cut, as in the reference
 MAX_TOKENS = 8192  # of all strings
 
 

@@ -39,7 +39,7 @@ class StopSignals:
 
     def install(self) -> Self:
         """Handle signals from now on; before `attach` they are only counted."""
-        # Otherwise a signal just before the event loop waits would not wake it.
+        # Or a signal just before the loop waits would not wake it.
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for sig in _SIGNALS:
             if signal.getsignal(sig) is not signal.SIG_IGN:

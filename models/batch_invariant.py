@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GRAIN = 32768  # elements below which torch uses one thread (at::internal::GRAIN_SIZE)
-LANES = 64  # elements of a vector loop's longest step (two bfloat16 vectors)
+GRAIN = 32768  # below it torch uses one thread (at::internal::GRAIN_SIZE)
+LANES = 64  # the longest step of a vector loop (two bfloat16 vectors)
 
 
 class Linear(nn.Linear):
@@ -49,7 +49,7 @@ def padded(rows: int, tile_height: int | None) -> int:
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return `function(x)` of a contiguous x, independent of positions."""
+    """Return `function(x)` of a contiguous x, whatever its positions."""
     if x.device.type != "cpu" or x.shape[0] < 2 or _shares_are_whole_vectors(x.numel()):
         return function(x)
     half = x.shape[0] // 2

@@ -56,7 +56,7 @@ def load_weights(
     """Fill `module`, built on the meta device; `rename` maps a file's keys, None skips.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen keys, or unreadable files.
+        CheckpointError: wrong keys or shapes, unreadable files.
     """
     wanted = dict(module.state_dict(keep_vars=True))
     loaded: dict[str, torch.Tensor] = {}

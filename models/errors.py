@@ -1,4 +1,4 @@
-"""Errors of checkpoints and, for clients, of inputs."""
+"""Errors of checkpoints and inputs."""
 
 
 class CheckpointError(Exception):

@@ -1,1 +1,1 @@
-"""The HTTP API: validates requests, submits them as jobs and returns the results. No torch."""
+"""The HTTP API: validates requests, submits jobs and returns the results. No torch."""

@@ -2,7 +2,7 @@ from ipaddress import ip_address
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether `host`, an address or a name, belongs to this machine alone."""
+    """Return whether an address or name is this machine's alone."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -59,7 +59,7 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
         version=metadata.version("glimmer"),
         lifespan=lifespan,
         openapi_url=None,  # and no pages of FastAPI, which load scripts from other servers: `pages` serves both
-        # Its traces and logs contain error texts, which may quote a prompt.
+        # Its traces and logs may quote a prompt.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gate = gate

@@ -1,6 +1,6 @@
 """Metrics of the API, exposed together with those of the engines.
 
-Labels are bounded: route templates and known methods, never a path, key or job.
+Labels are bounded: route templates and known methods, never a path or key.
 """
 
 import logging

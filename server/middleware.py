@@ -125,7 +125,7 @@ class RequestObserver:
 
 
 def _headers_only(send: Send) -> Send:
-    """Return a `send` that ends the response after its headers; streams then see a disconnect."""
+    """Return a `send` that ends the response after its headers."""
 
     async def send_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -136,6 +136,6 @@ def _headers_only(send: Send) -> Send:
 
 
 def _request_id(headers: Headers) -> str:
-    """Return the client's id if it is safe to log, otherwise a new one."""
+    """Return the client's id if safe to log, else a new one."""
     sent = headers.get("x-request-id", "")
     return sent if _REQUEST_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from engine.errors import QueueUnavailable
 from engine.tasks import retrieve
 
-REDIS_TIMEOUT_S = 0.8  # even if the connection hangs, a client gets a 503 within a second
+REDIS_TIMEOUT_S = 0.8  # a client gets a 503 within a second
 SOURCE_BYTES_PER_S = 20e6  # minimum bandwidth to Redis, for large images
 MAX_ABANDONED = 64  # bounds the memory and connections of calls that hang
 

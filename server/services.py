@@ -95,7 +95,7 @@ async def open_services(
 
 @asynccontextmanager
 async def open_queue(redis_url: str) -> AsyncIterator[JobProducer]:
-    """Open a queue with its own Redis client, which connects on first use."""
+    """Open a queue with a Redis client, which connects on first use."""
     client = connect(redis_url)
     queue = JobProducer(client)
     try:

@@ -1,4 +1,4 @@
-"""Converting the dataclasses of `job.py` to JSON and raw images, and back."""
+"""The dataclasses of `job.py` as JSON and raw images."""
 
 import functools
 import logging

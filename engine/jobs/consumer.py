@@ -32,7 +32,7 @@ _DEAD_LETTER_ERROR = JobError("The job brought its engine down each time it ran 
 
 
 class JobConsumer(QueueBase):
-    """Claims jobs and writes for them. A write for a lost claim returns False, without effect."""
+    """Claims jobs and writes for them. A write for a lost claim returns False."""
 
     known_format = JOB_FORMAT
     planner = ""  # fingerprint; plans of another are not resumed
@@ -156,7 +156,7 @@ class JobConsumer(QueueBase):
             await self._redis.delete(self.key("engine", engine_id))
 
     async def wait_for_work(self, timeout_s: float) -> None:
-        """Return when work was queued since the last call, or after `timeout_s`."""
+        """Return when work was queued, or after `timeout_s`."""
         await self._wake_ups.wait(timeout_s)
 
     async def _write(self, script: str, claim: Claim, *blobs: str | bytes, **arguments: Argument) -> bool:

@@ -77,7 +77,7 @@ class JobEvents:
 
     @contextmanager
     def waiter(self, job_id: str, *, every_change: bool = False) -> Iterator[asyncio.Event]:
-        """Yield an event, set when the job may have ended or changed."""
+        """Yield an event, set when the job may have changed."""
         self._subscription.start()
         woken = asyncio.Event()
         waiters = self._change_waiters if every_change else self._end_waiters

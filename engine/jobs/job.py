@@ -16,7 +16,7 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 class JobState(enum.StrEnum):
-    """queued <-> running -> one terminal state, exactly once; a queued job can end without running."""
+    """queued <-> running -> one terminal state; a queued job can end at once."""
 
     QUEUED = "queued"
     RUNNING = "running"

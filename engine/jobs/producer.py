@@ -150,7 +150,7 @@ class JobProducer(QueueBase):
         return bool(await self._scripts.run("end_job", id=job_id, state=JobState.CANCELLED.value))
 
     async def discard(self, job_id: str) -> bool:
-        """Cancel a job, even if its submit is in flight, and delete its result."""
+        """Cancel a job, even with its submit in flight, and delete its result."""
         return bool(await self._scripts.run("discard", id=job_id))
 
     async def ended_among(self, job_ids: Sequence[str]) -> dict[str, JobState | None]:
@@ -190,11 +190,11 @@ class JobProducer(QueueBase):
             return None if reply is None else decode_stored_result(*reply)
 
     async def result_image(self, job_id: str, index: int) -> bytes | None:
-        """Return one image of a result, None once it is discarded or expired."""
+        """Return one image of a result, None once discarded or expired."""
         return await self._image(self.key("result", job_id), f"image:{index}")
 
     async def partial_data(self, job_id: str, partial: StoredPartial) -> bytes | None:
-        """Return the data of a partial image, None once it is expired."""
+        """Return the data of a partial image, None once expired."""
         return await self._image(self.key("partials", job_id), f"{partial.image}:{partial.index}")
 
     async def _image(self, key: str, field: str) -> bytes | None:
@@ -222,7 +222,7 @@ class JobProducer(QueueBase):
         return media_type and media_type.decode(), size
 
     async def shared_file(self, token: str) -> bytes | None:
-        """Return the data of a shared file, None once it is expired."""
+        """Return the data of a shared file, None once expired."""
         return await self._image(self.key("file", token), "data")
 
     async def takes_writes(self) -> bool:

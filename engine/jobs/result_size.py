@@ -7,7 +7,7 @@ _BYTES_BESIDE = 1024  # metadata of an image, and keys
 
 
 def max_result_size(spec: JobSpec, *, copies: int = 1) -> int:
-    """Return the bytes of a job's images, partial images and plans.
+    """Return the bytes of a job's images and plans.
 
     Args:
         copies: of the final images.

@@ -1,11 +1,5 @@
 """OpenTelemetry traces; no-op spans unless `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
-    POST /v1/images/generations        API
-        queue                          submit to claim
-        run                            one per claim
-            plan render decode encode  per image
-            commit
-
 Jobs carry the `traceparent`. Spans never hold prompts or images.
 """
 

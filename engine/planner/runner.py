@@ -20,8 +20,8 @@ from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_po
 DECODE_TILE_HEIGHT = 16  # on CPU
 SMALL_TILE_HEIGHTS = (4, 8)  # for fewer sequences, if no bit changes
 PREFILL_TILE_HEIGHT = 128
-ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would wait for each other longer than they compute
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # on other devices, so that each can be captured as one graph
+ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would mostly wait
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # on other devices, each one graph
 
 
 class PlannerRunner:
@@ -109,7 +109,7 @@ class PlannerRunner:
         return tokens
 
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> None:
-        """Sample token `written` of every sequence from its row of `hidden`; further rows are padding."""
+        """Sample token `written` of every sequence from its row of `hidden`."""
         count = len(sequences)
         buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])
@@ -130,7 +130,7 @@ class PlannerRunner:
         self._tables[index] = self.kv.table(sequence.blocks)
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
-        """Copy the prompt's partly filled last block, in which every plan continues."""
+        """Copy the prompt's partly filled block, in which every plan continues."""
         for group in groups:
             first, *others = group.sequences
             index, remainder = divmod(first.prompt_length, self.kv.block_size)

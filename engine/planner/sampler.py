@@ -1,4 +1,4 @@
-"""Sample image codes: a pure function of a row, not its batch, without reads from the device."""
+"""A code depends on its row, not on the batch, and is not read from the device."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ PLAN_STREAM = 0x506C616E  # keeps uniforms apart from the noise, which uses the 
 
 
 def uniforms(seed: int, tokens: int) -> Tensor:
-    """Draw a plan's uniform numbers [tokens] in [0, 1) from its seed."""
+    """Draw a plan's uniform numbers [tokens] in [0, 1)."""
     generator = torch.Generator("cpu").manual_seed((seed ^ PLAN_STREAM) & 0xFFFFFFFFFFFFFFFF)
     return torch.rand(tokens, generator=generator, dtype=torch.float32)
 
@@ -37,6 +37,6 @@ def sample(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, 
 def _likeliest(logits: Tensor, count: int | None) -> Tensor:
     if count is None or count >= logits.shape[-1]:
         return logits.sort(dim=-1, descending=True, stable=True).indices
-    # Sorting a row takes many times as long as `topk`, which leaves equal scores unordered.
+    # Sorting takes many times as long as `topk`, which leaves equal scores unordered.
     code = logits.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
     return code.gather(-1, logits.gather(-1, code).sort(dim=-1, descending=True, stable=True).indices)

@@ -22,7 +22,7 @@ PREVIEW_STEPS = 4  # without guidance: a preview is early
 
 @dataclass(frozen=True)
 class PackedRenderings:
-    """A set of images and their batch, reused while the set stays the same."""
+    """A set of images and their batch, reused while the same."""
 
     renderings: list[Rendering]
     batch: RendererBatch
@@ -31,7 +31,7 @@ class PackedRenderings:
 
 
 class RendererRunner:
-    """Prepares images, advances sets of them by one step, decodes the finished ones."""
+    """Prepares images, advances sets of them, decodes the finished ones."""
 
     def __init__(self, model: GlmImage):
         self.model, self.renderer = model, model.renderer

@@ -23,7 +23,7 @@ class RendererStage:
     """Step-level batching of images whose plan is known.
 
     Args:
-        emit: gets `Partial`, `Rendered` and, after a request's last image, `Finished`.
+        emit: gets `Partial`, `Rendered` and, at the end, `Finished`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class RendererStage:
                     self._undecoded.append(rendering)
 
     def _decode_finished(self) -> None:
-        """Decode finished images, at least one, until they have `DECODED_PIXELS`: many can end at once."""
+        """Decode finished images, at least one, until they have `DECODED_PIXELS`."""
         pixels = 0
         while self._undecoded and pixels < DECODED_PIXELS:
             rendering = self._undecoded.popleft()
@@ -144,7 +144,7 @@ class RendererStage:
             self.scheduler.add(rendering)
 
     def _prepare(self, image: Image) -> list[Rendering]:
-        """Prepare the image, after its preview if that came with the plan and is wanted."""
+        """Prepare the image, or first its preview, if it came with the plan and is wanted."""
         renderings = []
         if image.request.spec.partial_images and image.preview is None and image.plan and image.plan.preview:
             image.preview = image.plan.preview

@@ -5,7 +5,7 @@ from models.errors import NonFiniteError
 
 
 def to_job_error(error: Exception, spec: JobSpec) -> JobError:
-    """Map an exception to the client's error, without internal texts, which may quote a prompt."""
+    """Map an exception to the client's error, without its text, which may quote a prompt."""
     if isinstance(error, RequestError):
         return JobError(error.message, "invalid_request_error", error.code, error.param)
     if isinstance(error, WriteRefused):

@@ -61,7 +61,6 @@ class JobRunner:
 
     Args:
         stopping: ends retries.
-        wake_engine: called after a submit.
         capacity_changed: called when exact memory is known.
     """
 

@@ -110,7 +110,7 @@ def _load_or_explain(settings: EngineSettings, starting: EngineInfo) -> tuple[En
         engine = _load(settings)
         return engine, _ready(starting, engine.model, settings.model), engine.model.planning_fingerprint()
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # Of files and libraries, where a restart does not help; a device raises RuntimeError.
+        # Of files and libraries; a device raises RuntimeError.
         raise StartError(f"the checkpoint cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -105,7 +105,7 @@ def status_folder() -> Path:
 
 
 def read_statuses() -> list[StatusFile]:
-    """Return all files of this machine or container; raise OSError if the folder is not private."""
+    """Return all files of this machine or container; raise OSError if others may write them."""
     folder = status_folder()
     if not folder.exists():
         return []

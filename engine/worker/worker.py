@@ -101,7 +101,7 @@ class Worker:
         return "stuck" if self._watchdog.is_stuck else "draining" if self._draining.is_set() else "ready"
 
     def drain(self) -> None:
-        """Stop claiming; `run` returns after the running jobs or the grace period, which a second call ends."""
+        """Stop claiming; `run` returns after the jobs or the grace period, which a second call ends."""
         event(logger, "draining", jobs=len(self._jobs))
         if self._draining.is_set():
             self._hand_back.set()
@@ -120,7 +120,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(self._dispatch, events)
 
     def _watch(self) -> None:
-        """Check in a thread of its own: the event loop may hang, too."""
+        """Check in a thread: the event loop may hang, too."""
         while not self._stopping.wait(watchdog.TICK_S):
             if self._watchdog.check():
                 self._loop.call_soon_threadsafe(self._step_hangs.set)
@@ -154,7 +154,7 @@ class Worker:
 
     async def _next_claim(self) -> Claim | None:
         if self._watchdog.is_stuck:
-            return None  # also without a renewal, which would take back the death that is just reported
+            return None  # a renewal would take back the reported death
         try:
             if self._redis_was_away or time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
                 await self._wait_for_lease_renewals()
@@ -240,7 +240,7 @@ class Worker:
             self._jobs[request_id].events.put_nowait(Lost())
 
     async def _finish_jobs(self, needed: set[asyncio.Future[None]]) -> None:
-        """Let jobs finish until the grace period or a task they need ends; hand back the others."""
+        """Let jobs finish until the grace period or a needed task ends; hand back the others."""
         if self._job_tasks:
             ends = asyncio.create_task(asyncio.wait(self._job_tasks))
             over = asyncio.create_task(self._hand_back.wait())

@@ -1,1 +1,1 @@
-"""GLM-Image: a planner generates image codes, a renderer turns them into pixels."""
+"""GLM-Image: a planner writes image codes, a renderer makes pixels of them."""

@@ -39,7 +39,7 @@ class Autoencoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels [3, H, W] uint8 as normalised latents: the distribution's mode."""
+        """Encode pixels [3, H, W] uint8 as normalised latents (the mode)."""
         image = (pixels.to(self.vae.device).float() / 255 * 2 - 1).to(self.vae.dtype)
         latents = self.vae.encode(image[None]).latent_dist.mode()[0]  # type: ignore[union-attr]
         return (latents - self._mean) / self._std

@@ -1,4 +1,4 @@
-"""Sizes and defaults from a checkpoint; class defaults are the published model's."""
+"""Sizes and defaults; class defaults are the published model's."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from models.errors import CheckpointError
 from models.json_files import read_json
 
-# Also in engine/geometry.py, since the API runs without this package; a test compares them.
+# Also in engine/geometry.py, for the API; a test compares them.
 CODE_CELL = 32  # pixels a side of a code
 PATCH_CELL = 16  # of a renderer token
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 64, 2048, 4
@@ -107,7 +107,7 @@ class RendererConfig:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Sampling settings of requests that have none: `generation_config.json`."""
+    """Sampling of requests that have none: `generation_config.json`."""
 
     temperature: float = 0.9
     top_p: float = 0.75
@@ -125,7 +125,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """Settings of requests that have none: `glimmer.json`, all optional."""
+    """Settings of requests that have none: `glimmer.json`."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.5
@@ -136,7 +136,7 @@ class RequestDefaults:
         """Read `file`, if it exists.
 
         Raises:
-            CheckpointError: not a JSON object, unknown key or value out of range.
+            CheckpointError: not a JSON object, unknown key, value out of range.
         """
         values = read_json(file) if file.is_file() else {}
         for key, value in values.items():

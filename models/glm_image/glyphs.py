@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer, T5EncoderModel
 
 from models.errors import PromptError
 
-# Also in engine/quotes.py: the API runs without this package; a test compares them.
+# Also in engine/quotes.py, for the API; a test compares them.
 MAX_GLYPH_TOKENS_PER_STRING = 2048  # the reference cuts longer strings, too
 MAX_GLYPH_TOKENS = 8192
 
@@ -24,7 +24,7 @@ class GlyphEncoder:
         self._offset, self._pad, self._end = tokenizer.offset, pad, end
 
     def encode(self, strings: Sequence[str]) -> Tensor:
-        """Return embeddings [g, d_model] of all strings; of "" if there are none.
+        """Return embeddings [g, d_model] of all strings, or of "".
 
         Raises:
             PromptError: more than `MAX_GLYPH_TOKENS`.
@@ -38,7 +38,7 @@ class GlyphEncoder:
 
     @torch.inference_mode()
     def encode_by_batch(self, strings: Sequence[str]) -> Generator[int, None, Tensor]:
-        """Encode as `encode`; yield the padded tokens of every computed batch."""
+        """Encode as `encode`; yield the padded tokens of each batch."""
         ids = self._ids(strings)
         total = sum(map(len, ids))
         if total > MAX_GLYPH_TOKENS:
@@ -54,7 +54,7 @@ class GlyphEncoder:
     def _ids(self, strings: Sequence[str]) -> list[tuple[int, ...]]:
         """Return ByT5 tokens, none for control: `</s>` in a string is text to draw."""
         strings = strings or [""]
-        # As in training: if their number is even, each has a pad in front.
+        # As in training, for an even number.
         front = [self._pad] * ((len(strings) + 1) % 2)
         texts = [text.encode()[: MAX_GLYPH_TOKENS_PER_STRING - 1] for text in strings]
         return [(*front, *(byte + self._offset for byte in text), self._end) for text in texts]

@@ -129,7 +129,7 @@ class GlmImage:
 
 
 def planner_key(key: str) -> str | None:
-    """Map a key of `GlmImageForConditionalGeneration` to `Planner`'s; None for the vision tokenizer's."""
+    """Map a key of `GlmImageForConditionalGeneration` to `Planner`'s; None for the vision tokenizer."""
     if key.startswith(("model.visual.", "model.vqmodel.")):
         return None
     return key.removeprefix("model.language_model.")

@@ -45,7 +45,7 @@ class PagedKV:
         return list(zip(k.unbind(0), v.unbind(0), strict=True))
 
     def gather(self, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Return copies [1, G, L, D] of a layer's keys and values."""
+        """Return copies [1, G, L, D] for a layer."""
         pages = self.pool[layer].index_select(0, table).flatten(0, 1)[:length]
         k, v = pages.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
         return k, v
@@ -57,7 +57,7 @@ class PagedKV:
 
 @dataclass(frozen=True)
 class PrefillAttention:
-    """Causal attention over whole prompts; tokens after them are padding."""
+    """Causal attention over prompts; tokens after them are padding."""
 
     kv: PagedKV
     lengths: list[int]  # of the prompts
@@ -95,7 +95,7 @@ class DecodeAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch_size = len(self.lengths)
         self.kv.write(layer, self.slot_mapping, k[:batch_size], v[:batch_size])
-        # A group's heads share keys, so SDPA gets groups as heads and heads as queries.
+        # SDPA gets groups as heads and heads as queries: a group's heads share keys.
         queries = q.unflatten(1, (k.shape[1], -1)).unsqueeze(1).unbind(0)[:batch_size]
         attended = [
             F.scaled_dot_product_attention(query, *self._keys_and_values(index, layer))

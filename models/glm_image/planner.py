@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import PlannerConfig
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R] of every token's position
+Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, R]
 
 
 class Attention(Protocol):
@@ -34,7 +34,7 @@ class PlannerBatch:
 
     rotary: Rotary  # from `RotaryTable.at`
     attend: Attention  # `PrefillAttention` or `DecodeAttention`
-    tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
+    tile_height: int | None = None  # T is a multiple of it
 
 
 class PlannerAttention(nn.Module):
@@ -144,7 +144,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 def plan_positions(start: int, grids: list[tuple[int, int]]) -> Tensor:
     """Return positions [tokens, 3] (temporal, row, column) of consecutive grids (`GlmImageModel.get_rope_index`).
 
-    The temporal one is constant within a grid; the next grid starts after its longer side.
+    The temporal one is constant in a grid; the next begins after its longer side.
     """
     parts = []
     for rows, cols in grids:

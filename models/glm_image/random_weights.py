@@ -1,7 +1,4 @@
-"""GLM-Image with random weights, for tests and benchmarks only.
-
-The small checkpoint's layers have the published proportion, 40 to 30.
-"""
+"""Random weights for tests and benchmarks; the small checkpoint's layers have the published proportion, 40 to 30."""
 
 import shutil
 import tempfile
@@ -111,7 +108,7 @@ def byte_level_processor(codes: int) -> GlmImageProcessor:
 
 
 def cached_random_checkpoint(cache: Path) -> Path:
-    """Return the small checkpoint's folder, written on first use. Safe for concurrent processes."""
+    """Return the small checkpoint's folder, written on first use, in any process."""
     folder = cache / "random-glm-image-4"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -203,7 +200,7 @@ def random_glm_image(
 
 
 def randomise(module: nn.Module, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-    """Fill `module`: matrices keep their inputs' magnitude, norms are near 1, biases near 0."""
+    """Fill `module`: matrices keep magnitudes, norms are near 1, biases near 0."""
     module.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():

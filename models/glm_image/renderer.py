@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import RendererConfig
 
-TEMB_TILE_HEIGHT = 16  # images per tile of the modulations' matrix products
+TEMB_TILE_HEIGHT = 16  # images per tile of modulations
 ROPE_THETA = 10000.0
 
 
@@ -42,18 +42,17 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": gelu_tanh}
 
 @dataclass(frozen=True)
 class RendererBatch:
-    """What layers need to know of a packed batch; built once for many steps."""
+    """What layers need to know of a batch; built once for many steps."""
 
-    # Filled by `RendererRunner` and `SourceKVCache`.
-    lengths: Sequence[int]  # tokens of every sequence; what is left of T is padding
+    lengths: Sequence[int]  # of all sequences; the rest of T is padding
     modulation_index: Tensor  # [T]: 2 * image for a patch, 2 * image + 1 for a glyph token
     cos: Tensor  # [T, D] rotary table; 1 for glyph tokens and padding
     sin: Tensor  # [T, D]; 0 for glyph tokens and padding
     tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
     temb_tile_height: int | None = None  # of products over time embeddings
     # Keys and values [layers, 2, heads, S, D].
-    source_kv: Sequence[Tensor | None] = ()  # one per sequence, which attends to it; filled by `RendererRunner`
-    kv_out: Tensor | None = None  # allocated by `SourceKVCache`, filled by the layers from the first S tokens
+    source_kv: Sequence[Tensor | None] = ()  # one per sequence, which attends to it
+    kv_out: Tensor | None = None  # filled by the layers from the first S tokens
 
     def source_kv_of(self, layer_index: int) -> Sequence[Tensor | None]:
         """Return every sequence's [2, heads, S, D] in a layer."""
@@ -61,7 +60,7 @@ class RendererBatch:
 
 
 class GatedLinear(nn.Module):
-    """A linear layer under diffusers' name (`net.0.proj`)."""
+    """A linear layer, with diffusers' name `net.0.proj`."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -69,7 +68,7 @@ class GatedLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around one of `ACTIVATIONS`."""
+    """Two linear layers around an activation."""
 
     def __init__(self, dim_in: int, inner: int, dim_out: int, activation: str):
         super().__init__()
@@ -171,7 +170,7 @@ class RendererLayer(nn.Module):
 
 
 class OutputNorm(nn.Module):
-    """The last adaptive layer norm; its scale comes before its shift."""
+    """The last adaptive layer norm: scale before shift."""
 
     def __init__(self, config: RendererConfig):
         super().__init__()
@@ -212,13 +211,13 @@ class Renderer(nn.Module):
         return self.glyph_projector(embeddings)
 
     def plan(self, codes: Tensor) -> Tensor:
-        """Embed a plan [rows, cols] as [4 * rows * cols, dim], one vector per patch (2x nearest)."""
+        """Embed a plan [rows, cols] as [4 * rows * cols, dim], one per patch (2x nearest)."""
         vectors = self.prior_projector(self.prior_token_embedding(codes.flatten()))
         grid = vectors.unflatten(0, codes.shape)
         return grid.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten(0, 1)
 
     def no_plan(self) -> Tensor:
-        """Return the unconditional branch's plan [1, dim]: zeros BEFORE the projector."""
+        """Return the unconditional plan [1, dim]: zeros BEFORE the projector."""
         return self.prior_projector(torch.zeros_like(self.prior_token_embedding.weight[:1]))
 
     def time_embeddings(self, timesteps: Tensor, height: int, width: int) -> Tensor:
@@ -245,14 +244,14 @@ class Renderer(nn.Module):
     # Computed once for every source image.
 
     def source_time_embedding(self, height: int, width: int) -> Tensor:
-        """Return [1, E]; a source has no noise, so its timestep is 0."""
+        """Return [1, E] of timestep 0: a source has no noise."""
         return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
 
     def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Generator[int]:
         """Fill `batch.kv_out`; yield the layers done.
 
         Args:
-            x: one sequence of patches, without glyph tokens.
+            x: one sequence of patches.
         """
         for number, layer in enumerate(self.transformer_blocks, 1):
             x = layer(x, temb, batch)

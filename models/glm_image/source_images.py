@@ -50,7 +50,7 @@ class EncodedImage:
 
 
 class ImagePreprocessor:
-    """Reads files of source images. Thread-safe."""
+    """Reads source images. Thread-safe."""
 
     def __init__(self, processor: BaseImageProcessor):
         self._processor = processor
@@ -83,7 +83,7 @@ def _decode(file: bytes) -> Image.Image:
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """Shrink to the largest side and aspect; tolerate a pixel that the sender rounded."""
+    """Shrink to the largest side and aspect; tolerate a rounded pixel."""
     short, long = sorted(image.size)
     if short < MIN_SOURCE_SIDE or long > MAX_ASPECT * (short + 1):
         raise SourceImageError(

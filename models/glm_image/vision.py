@@ -35,7 +35,7 @@ class VisionTokenizer(nn.Module):
         """Return codes [rows, cols]. Waits for the device.
 
         Raises:
-            NonFiniteError: there is no nearest code.
+            NonFiniteError: none is nearest.
         """
         device = self.vqmodel.quant_conv.weight.device
         grid = torch.tensor([[1, image.rows, image.cols]], device=device)
@@ -51,6 +51,6 @@ class VisionTokenizer(nn.Module):
 
 
 def vision_key(key: str) -> str | None:
-    """Map a key of `GlmImageForConditionalGeneration` to `VisionTokenizer`'s; None for others."""
+    """Map a key of `GlmImageForConditionalGeneration` to `VisionTokenizer`'s, if there is one."""
     name = key.removeprefix("model.")
     return name if name.startswith(("visual.", "vqmodel.")) else None

@@ -72,7 +72,7 @@ class Admission:
         self.throughput = Throughput()
 
     async def check_room(self, caller: Caller, idempotency: Idempotency | None, *, has_sources: bool) -> str | None:
-        """Raise as `submit` would now; return the job of a concurrent request with the same key."""
+        """Raise as `submit` would; return the job of a concurrent request with the same key."""
         job_id = _new_id()
         try:
             found = await self._enqueue(

@@ -13,7 +13,7 @@ def models_of(engines: list[EngineInfo]) -> set[str]:
 
 
 def require_ready(engines: list[EngineInfo]) -> EngineInfo:
-    """Return any ready engine (all serve the same model); raise a 503 without one."""
+    """Return a ready engine (all serve the same model); raise a 503 without one."""
     ready = ready_engines(engines)
     if not ready:
         raise unavailable(not_ready_reason(engines), ENGINE_RETRY_S)

@@ -29,7 +29,7 @@ from server.settings import ServerSettings
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # part of Redis keys
 POLL_INTERVAL_S = 0.5
 SETTLE_S = 2.0  # a changed file counts once unchanged for so long
-CUT_OFF_S = 10.0  # if it lacks keys or limits, as one half written does
+CUT_OFF_S = 10.0  # if it lacks keys or limits
 START_INTERVAL_S, START_LOOKS = 1.0, 5
 MAX_FILE_BYTES = 4 * 2**20
 
@@ -92,7 +92,7 @@ def hash_key(key: str) -> bytes:
 
 
 def key_table(name: str, key: str) -> str:
-    """Return the TOML table of a new key, its limits commented out."""
+    """Return a new key's TOML table, its limits commented out."""
     return f"""
 [{name}]
 sha256 = "{hash_key(key).hex()}"
@@ -213,7 +213,7 @@ def _loses_a_limit(old: Caller, new: Caller) -> bool:
 
 
 def _settled_version(path: Path) -> object:
-    """Return the file's version; wait some seconds while it is being written."""
+    """Return the file's version; wait some seconds for its writer."""
     version = _version_of(path)
     for _ in range(START_LOOKS):
         status = path.stat() if version else None

@@ -30,7 +30,7 @@ class SharedRead(Generic[T]):
         self._task: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        """Return the value, at most `ttl_s` old; raise `QueueUnavailable` within the timeout of Redis calls."""
+        """Return the value, at most `ttl_s` old; raise `QueueUnavailable` in time."""
         if self._task is None or (self._task.done() and not self._is_fresh(self._task)):
             self._task = asyncio.create_task(self._read_once())
             self._task.add_done_callback(retrieve)  # all requests may be cancelled
@@ -56,7 +56,7 @@ class QueueState:
         self.takes_writes = SharedRead(lambda: queue.takes_writes(), WRITE_PROBE_TTL_S)
 
     async def _read_engines(self) -> list[EngineInfo]:
-        """Read the engines; log if their models differ: images would depend on the engine."""
+        """Read the engines; log if their models differ."""
         engines = await self._queue.engines()
         models = models_of(engines)
         if len(models) > 1 and models != self._models:

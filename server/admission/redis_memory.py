@@ -5,7 +5,7 @@ from engine.jobs.producer import JobProducer
 from server.admission.queue_state import SharedRead
 from server.errors import unavailable
 
-HIGH_WATER = 0.85  # of `maxmemory`; the rest is for results, partial images and heartbeats of running jobs
+HIGH_WATER = 0.85  # of `maxmemory`; the rest is for running jobs
 KEPT_PART = 0.8  # of `maxmemory`, for source images, records, results and cached plans
 CACHE_TTL_S = 0.5
 RETRY_S = 5

@@ -12,7 +12,7 @@ from server.errors import ApiError
 from server.metrics import Metrics
 from server.settings import ServerSettings
 
-# Domains that nobody can register, so that a page cannot point a name there at this server.
+# Nobody can register names there and point them at this server.
 _PRIVATE_DOMAINS = ("localhost", "local", "internal", "test", "home.arpa", "svc")
 _HOST = re.compile(r"(\[[0-9a-f:.]+(?:%[\w.~-]+)?\]|[\w.-]+)(?::\d*)?", re.ASCII | re.IGNORECASE)
 _UNGUESSABLE = "/v1/files/"  # its URLs are secret, and made to be embedded in pages

@@ -17,7 +17,7 @@ from server.requests.schemas import MAX_NAME_CHARS
 MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, up to 4352
 MAX_TEXT_BYTES = 2**20  # a prompt has at most 128,000 bytes, a plan as JSON about 100,000
 MAX_HEADER_BYTES = 8192  # of one part
-MAX_SEMICOLONS = 64  # of a Content-Disposition: the library takes 2 ms to split 4 kB of them
+MAX_SEMICOLONS = 64  # of a Content-Disposition: 4 kB take 2 ms to split
 MAX_PADDING = 100  # blanks after a boundary
 MAX_CONTENT_TYPE_CHARS = 1000
 

@@ -121,7 +121,7 @@ async def open_rewriter(settings: ServerSettings, metrics: Metrics) -> AsyncIter
 
 
 def _make_client(base_url: httpx.URL, key: SecretStr | None) -> httpx.AsyncClient:
-    """Return a client; raise a `StartError` for what the environment says of proxies and certificates."""
+    """Return a client; raise a `StartError` for the environment's proxies and certificates."""
     try:
         return httpx.AsyncClient(
             base_url=base_url,

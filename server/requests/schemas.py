@@ -47,8 +47,8 @@ def _optional_is_nullable(schema: dict[str, Any]) -> None:
 
 
 def _take_integral_float(value: Any) -> Any:
-    """Turn 1.0 into 1: JSON Schema counts it as an integer."""
-    # Beyond `MAX_SEED` a float stands for many integers, also for those that no parser keeps.
+    """Turn 1.0 into 1, an integer in JSON Schema."""
+    # Beyond `MAX_SEED` a float stands for many integers.
     return int(value) if type(value) is float and value.is_integer() and abs(value) <= MAX_SEED else value
 
 
@@ -320,7 +320,7 @@ def parse(model: type[_Request], body: dict[str, Any]) -> _Request:
 
 
 def _explain(model: type[GenerationRequest], detail: ErrorDetails) -> ApiError:
-    """Return the 400 of a validation error, without the value: it may be a prompt."""
+    """Return the 400 of a validation error, without the value."""
     param = ".".join(str(part) for part in detail["loc"])
     name = str(detail["loc"][0])
     field = model.model_fields.get(name)

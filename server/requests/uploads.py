@@ -138,7 +138,7 @@ def _fields(parts: Iterable[Part]) -> dict[str, Any]:
 
 
 def _add_to_plan(plan: dict[str, Any], match: re.Match[str], part: Part) -> None:
-    """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][]`, as the official SDK names them."""
+    """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][]`."""
     grid = plan.setdefault("preview", {}) if match["preview"] else plan
     side = match["side"]
     if side is None:

@@ -27,8 +27,8 @@ class ValidatedRequest:
     """A request with all fields in range.
 
     Args:
-        size: None for the engine's default, or the size of an edit's first image.
-        max_pixels: bound of the engine's default size.
+        size: None for the engine's default, or that of an edit's first image.
+        max_pixels: bounds the default size.
     """
 
     request: GenerationRequest

@@ -1,7 +1,7 @@
 """Training of the autoencoder: 8x8 pixels to 8 latent channels and back.
 
-First on crops, which is quick; then the decoder alone on whole posters, which its group norms cover: one trained on
-crops shifts their colours. The fixed latents get a little noise, as if from the renderer.
+First on crops, which is quick; then the decoder alone on whole posters, which its group norms cover: else their colours
+shift. The fixed latents get a little noise, as if from the renderer.
 """
 
 from pathlib import Path
@@ -52,7 +52,7 @@ def random_crop(rng: Random, side: int = CROP) -> np.ndarray:
 
 
 def reconstruction_loss(decoded: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the loss (L1, squared error, L1 of gradients for sharp edges) and the unweighted squared error."""
+    """Return the loss (L1, squared error, L1 of gradients) and the unweighted squared error."""
     error = decoded.float() - target
     weighted = error * weight
     across, down = weighted[..., 1:] - weighted[..., :-1], weighted[..., 1:, :] - weighted[..., :-1, :]
@@ -93,7 +93,7 @@ def train_on_crops(folder: Path, steps: int) -> AutoencoderKL:
 
 
 def line_weights(poster: Poster, width: int, height: int) -> Tensor:
-    """Return pixel weights [1, 1, height, width], larger on letters, which have most detail."""
+    """Return pixel weights [1, 1, height, width], larger on letters."""
     plan = world.plan(poster, height // world.CELL, width // world.CELL)
     weight = np.where((plan >= codes.LINE) & (plan < codes.SHAPE), LINE_WEIGHT, 1.0).astype(np.float32)
     return torch.from_numpy(weight.repeat(world.CELL, 0).repeat(world.CELL, 1))[None, None].to(device())

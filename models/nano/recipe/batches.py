@@ -16,8 +16,8 @@ from models.nano.recipe.prompts import Edit
 from models.nano.recipe.world import ALPHABET, CELL, MAX_LETTERS, Line, Poster
 
 UNCONDITIONAL_SHARE = 0.1  # of samples that get neither plan nor glyphs, for guidance
-# Auxiliary targets of middle blocks, learnt much later from the velocity alone: place and character of the letters in a
-# token's left and right half, and its part of the cell, as all tokens of a cell have the same code.
+# Auxiliary targets of middle blocks: place and character of the letters in a token's left and right half, and its part
+# of the cell, whose tokens have the same code.
 NO_LETTER, NO_PLACE = len(ALPHABET), MAX_LETTERS
 CELL_PARTS = 2 * 2 + 4 * 4  # tokens of a code for one cell, or for 2x2
 HINTS = {
@@ -114,7 +114,7 @@ class BatchBuilder:
         return self._edit_batch(samples, (pool.height, pool.width), rng)
 
     def edit_lines(self, rng: Random, pool: LatentPool, count: int) -> Batch:
-        """Return single lines of edits, one row of cells each; most are kept by the edit."""
+        """Return single lines of edits, one row of cells each; most are kept."""
         rows, columns = pool.height // CELL, pool.width // CELL
         samples: list[_EditSample] = []
         while len(samples) < count:

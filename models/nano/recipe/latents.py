@@ -59,7 +59,7 @@ def load_shards(folder: Path, width: int, height: int, edits: bool, start: int) 
 
 
 def statistics(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation [channels] of the first two square shards, to normalise all latents."""
+    """Return mean and standard deviation [channels] of the first two square shards."""
     shards = islice(load_shards(folder, 256, 256, False, 0), 2)
     latents = torch.cat([shard.latents.float() for shard in shards])
     return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -80,7 +80,7 @@ def _respell_edit(edit: Edit, rng: Random) -> Edit:
 
 
 def _respell(poster: Poster, rng: Random, spellings: dict[str, str]) -> Poster:
-    """Replace the letters of some lines by similar ones; `spellings` keeps those of earlier strings."""
+    """Replace the letters of some lines; `spellings` keeps those of earlier strings."""
     for zone in world.ZONES:
         line = getattr(poster, zone)
         if line:

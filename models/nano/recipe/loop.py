@@ -27,7 +27,7 @@ def autocast() -> torch.autocast:
 
 
 def trained(folder: Path, name: str) -> dict[str, Tensor]:
-    """Return the state of a trained part, its moving average if it has one."""
+    """Return the state of a trained part, averaged if it was."""
     state = torch.load(folder / f"{name}.pt", map_location=device())
     return state["module"] | (state["average"] or {})
 

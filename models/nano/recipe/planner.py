@@ -21,8 +21,7 @@ from models.nano.recipe.tokenizer import IMAGE_END, IMAGE_START, VISION_VOCABULA
 
 HIDDEN = 192
 GRIDS = ((8, 8), (8, 12), (12, 8), (16, 16))
-# Auxiliary targets of a middle layer, without which they are learnt much later: role of each prompt token, row and
-# column of each cell.
+# Auxiliary targets of a middle layer: role of each prompt token, row and column of each cell.
 HINTED_LAYER = 2
 HINT_WEIGHT = 0.3
 HINTS = {"role": len(ROLES), "row": 32, "column": 32}
@@ -48,7 +47,7 @@ def make_config(tokenizer: Any) -> GlmImageConfig:
 
 
 class TrainedPlanner(nn.Module):
-    """The published module's parameters, with factored tables for its embedding and output layers."""
+    """The published parameters, with factored tables at both ends."""
 
     def __init__(self, tokenizer: Any):
         super().__init__()

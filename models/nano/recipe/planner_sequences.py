@@ -20,7 +20,7 @@ MAX_PROMPT = 48  # tokens
 EASY_PROMPT_DROP_RATE = 0.7  # of prompts that name every line's zone before its word
 ZONE_AFTER_WORD = re.compile(r"(on top|below)\b")
 EASY_EDIT_DROP_RATE = 0.7  # of edits in which nothing can be mistaken for what changes
-EASY_CELL_DROP_RATE = 0.85  # of plain cells after an equal one, in rows that can hold nothing else
+EASY_CELL_DROP_RATE = 0.85  # of plain cells after an equal one, in such rows
 ROLES = (
     "headline", "footer", "background", "headline bar", "footer bar", "left colour", "center colour", "right colour",
     "left shape", "center shape", "right shape",
@@ -103,7 +103,7 @@ class SequenceSampler:
         return ROLES.index(names[0]) if len(names) == 1 else IGNORED
 
     def edit(self, rng: Random, rows: int, columns: int, max_tokens: int | None) -> PlannerSequence:
-        """Return a source image's codes and an instruction, then rows of the edited plan."""
+        """Return a source's codes and an instruction, then rows of the edited plan."""
         edit = prompts.random_edit(rng)
         while not _is_ambiguous(edit) and rng.random() < EASY_EDIT_DROP_RATE:
             edit = prompts.random_edit(rng)
@@ -140,7 +140,7 @@ def _build(
     rng: Random,
     cells: np.ndarray | None,
 ) -> PlannerSequence:
-    """Join the prompt and `cells` of its grids, counted over all of them; None joins all."""
+    """Join the prompt and `cells` of all its grids, None: all."""
     grid_codes = np.concatenate([grid.ravel() for grid in grids] + [np.array([IMAGE_END])])
     cell_positions = np.concatenate([p.reshape(3, -1) for p in positions], 1)
     cells = np.arange(len(grid_codes) - 1) if cells is None else cells
@@ -195,7 +195,7 @@ def _sample_rows(grids: list[np.ndarray], rng: Random, max_cells: int) -> np.nda
 
 
 def collate(sequences: list[PlannerSequence], length: int, pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return tokens [b, t], positions [3, b, t], labels and roles [b, t], padded to `length`."""
+    """Return tokens [b, t], positions [3, b, t], labels, roles [b, t], padded to `length`."""
     ids = torch.full((len(sequences), length), pad)
     positions = torch.zeros(3, len(sequences), length, dtype=torch.long)
     labels = torch.full((len(sequences), length), IGNORED)

@@ -55,7 +55,7 @@ def combination(poster: Poster) -> str:
 
 
 def random_word(rng: Random, split: Split) -> str:
-    """Return 1 to 10 characters: a word or random letters and digits, some with a mark or a second word."""
+    """Return 1 to 10 characters: words, letters, digits, marks."""
     while True:
         if rng.random() < 0.35:
             word = rng.choice(WORDS)

@@ -10,13 +10,13 @@ import numpy as np
 from models.nano.recipe import codes, world
 from models.nano.recipe.world import ADVANCE, ALPHABET, CELL, PALETTE, Line, Poster, Shape, Side, Zone
 
-INK_SHARE = 0.01  # of a line's pixels; with less there is no text
-SHAPE_SHARE = 0.004  # of the middle's pixels; with less there is no shape
-SPACE_INK = 0.04  # of a letter's pixels; with less it is a space
+INK_SHARE = 0.01  # of a line's pixels; below, no text
+SHAPE_SHARE = 0.004  # of the middle's pixels; below, no shape
+SPACE_INK = 0.04  # of a letter's pixels; below, a space
 
 
 def read(image: np.ndarray) -> Poster:
-    """Return the poster in an image [height, width, 3] uint8 whose sides are multiples of 32."""
+    """Return the poster in an image [height, width, 3] uint8, sides multiples of 32."""
     pixels = image.astype(np.float32)
     height, width = image.shape[:2]
     rows, columns = height // CELL, width // CELL

@@ -53,7 +53,7 @@ def make_renderer() -> GlmImageTransformer2DModel:
 
 
 class TrainedRenderer(nn.Module):
-    """The published module's parameters and the glyph encoder's, with a factored table of codes."""
+    """The published parameters and the glyph encoder's, with a factored table of codes."""
 
     def __init__(self, encoder: T5EncoderModel):
         super().__init__()
@@ -62,7 +62,7 @@ class TrainedRenderer(nn.Module):
         self.renderer.prior_token_embedding = nn.Identity()
         self.codes = FactoredTable(code_factors(), DIM, 0.6, 0.1)
         self.hints = nn.ModuleDict({name: nn.Linear(DIM, n) for name, n in HINTS.items()})
-        # One function for all blocks: compiled once per size, not per size and block.
+        # One for all blocks: compiled once per size.
         torch._dynamo.config.recompile_limit = 64
         self.block = torch.compile(_block, dynamic=False)
 
@@ -243,7 +243,7 @@ def reading_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str
 def train_renderer(
     encoder: T5EncoderModel, folder: Path, mean: Tensor, std: Tensor, reading_steps: int, steps: int
 ) -> TrainedRenderer:
-    """Train reading alone, then everything. The glyph encoder is frozen: reading depends on its embeddings."""
+    """Train reading alone, then everything, with the glyph encoder frozen."""
     encoder.requires_grad_(False)
     model, batches = TrainedRenderer(encoder).to(device()), BatchBuilder(mean, std)
     square, wide, tall, large = (LatentPool(folder, *size) for size in ((256, 256), (384, 256), (256, 384), (512, 512)))

@@ -40,7 +40,7 @@ def _normalizer() -> normalizers.Normalizer:
         inside, mark = f"[^{opening}{closing}]", chr(0xE000 + len(steps))
         for letters in range(1, MAX_LETTERS + 1):
             count = f"{{{letters - 1}}}" if letters < MAX_LETTERS else f"{{{letters - 1},}}"
-            # Unlike opening quotes, apostrophes and closing ones follow a letter or precede a space or comma.
+            # Opening quotes neither follow a letter nor precede a space or comma.
             start = f"(?<![a-z0-9]){opening}(?={FIRST}{inside}{count}{closing})"
             steps.append(normalizers.Replace(Regex(start), f" {string_token(letters, mark)}"))
         steps.append(normalizers.Replace(Regex(f"(?<={mark}.){inside}*{closing}"), " "))

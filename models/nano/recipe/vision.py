@@ -27,7 +27,7 @@ SIZES = ((256, 256), (256, 256), (384, 256), (256, 384), (512, 512))
 
 
 class TrainedTokenizer(nn.Module):
-    """The published modules' parameters, with a forward pass for a batch of images of one size."""
+    """The published parameters, for a batch of images of one size."""
 
     def __init__(self, model: GlmImageForConditionalGeneration):
         super().__init__()
@@ -65,7 +65,7 @@ class TrainedTokenizer(nn.Module):
 
 
 def half_size(image: np.ndarray, rng: Random) -> np.ndarray:
-    """Shrink an image as the processor does; shift its colours as rendering may."""
+    """Shrink as the processor does; shift colours as rendering may."""
     height, width = image.shape[:2]
     small = Image.fromarray(image).resize((width // 2, height // 2), Image.Resampling.BICUBIC)
     shift = np.array([rng.gauss(0, 5) for _ in range(3)], np.float32)

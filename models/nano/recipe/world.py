@@ -96,7 +96,7 @@ def place(poster: Poster, rows: int, columns: int) -> tuple[list[PlacedLine], li
     ]
     shapes = []
     for shape in poster.shapes:
-        # Two large shapes need 8 units of width, one needs 4; else they are drawn small.
+        # Two large shapes need 8 units of width, one 4.
         if unit_columns < (8 if len(poster.shapes) > 1 else 4) or unit_rows < 6:
             shape = replace(shape, large=False)
         units = 4 if shape.large else 2
@@ -115,7 +115,7 @@ def _place_line(line: Line, zone: Zone, row: int, rows: int, columns: int) -> Pl
     width = columns // scale * CELL
     line = replace(line, text=line.text[: width // ADVANCE])  # the image may be too narrow
     middle = (width - len(line.text) * ADVANCE) // 2
-    # Lines start with a cell, so that few codes are enough; see codes.SLOTS for four letters.
+    # Lines start with a cell: few codes are enough; see codes.SLOTS.
     nearest = min((middle + CELL // 2) // CELL, middle * 2 // CELL) * CELL
     x = middle if len(line.text) == 4 else nearest
     y = (row + (rows - scale) // 2) * CELL
@@ -199,7 +199,7 @@ def ink_colour(background: int) -> int:
 
 @cache
 def letter_mask(letter: str, scale: int = 1) -> np.ndarray:
-    """Return the coverage [32 * scale, 24 * scale] in 0..1; characters outside ALPHABET are blank."""
+    """Return the coverage [32 * scale, 24 * scale] in 0..1, blank outside ALPHABET."""
     index = ALPHABET.find(letter)
     if index < 0:
         return np.zeros((CELL * scale, ADVANCE * scale), np.float32)

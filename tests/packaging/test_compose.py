@@ -18,7 +18,7 @@ from redis.retry import Retry
 from engine.config import HAND_BACK_S
 from engine.jobs.embedded import find_redis_server
 from server.processes.http_limits import MAX_UNSENT_BYTES
-from server.processes.serving import LAST_BYTES_S
+from server.processes.serving import CANCEL_S, CLOSE_S, LAST_BYTES_S
 from server.requests.decoders import PLACES
 from server.settings import ServerSettings
 from tests.packaging.files import COMPOSE_FILES, ROOT, compose, dockerfile, image_environment, last, variables_of
@@ -138,7 +138,7 @@ def test_api_and_engine_use_the_same_redis_and_wait_for_it(name: str) -> None:
     assert services()[name]["depends_on"]["redis"]["condition"] == "service_healthy"
 
 
-@pytest.mark.parametrize(("name", "extra_s"), [("api", LAST_BYTES_S), ("engine", HAND_BACK_S)])
+@pytest.mark.parametrize(("name", "extra_s"), [("api", LAST_BYTES_S + CANCEL_S + CLOSE_S), ("engine", HAND_BACK_S)])
 def test_containers_get_more_time_to_stop_than_the_drain_takes(name: str, extra_s: float) -> None:
     grace = float(environment(name)["GLIMMER_GRACE_S"])
     assert seconds(services()[name]["stop_grace_period"]) >= grace + extra_s

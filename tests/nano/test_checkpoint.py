@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import GlmImagePipeline
 from PIL import Image
+from transformers import ByT5Tokenizer
 
 from benchmarks.nano_quality import Case, Score, compare, held_out_cases, without_strings
 from engine.jobs.job import JobSpec
@@ -34,6 +35,12 @@ def spec(nano: GlmImage, case: Case, **more: Any) -> JobSpec:
 
 def test_checkpoint_has_at_most_30_mb() -> None:
     assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) <= 30_000_000
+
+
+def test_its_tokenizer_spells_names_of_control_tokens() -> None:
+    tokenizer = ByT5Tokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    for text in ("</s>", "<pad>", "<extra_id_0>", "a <unk> b"):
+        assert tokenizer([text]).input_ids == [[*(byte + 3 for byte in text.encode()), 1]]
 
 
 def test_draws_the_poster_of_the_readme(nano: GlmImage) -> None:

@@ -31,7 +31,7 @@ def assemble(
     processor = make_processor()
     autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     pipeline = GlmImagePipeline(
-        tokenizer=ByT5Tokenizer(), processor=processor, text_encoder=renderer.glyphs,
+        tokenizer=ByT5Tokenizer(split_special_tokens=True), processor=processor, text_encoder=renderer.glyphs,
         vision_language_encoder=_planner(planner, vision, processor), vae=autoencoder,
         transformer=_renderer(renderer),
         scheduler=FlowMatchEulerDiscreteScheduler(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from engine.geometry import Geometry, Grid
+from engine.quotes import QuoteRule
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict  # decode processes need this module, but not pydantic
@@ -100,6 +101,7 @@ class JobSpec(_Record):
         partial_images: 0..3 for each image.
         num_sources: 0..4.
         source_tokens: upper bound of their prompt tokens.
+        quotes: see `quoted_strings`.
 
     A later field that changes the image has `field(metadata={"format": N})`, N one above `JOB_FORMAT`: engines that do
     not know it leave its jobs to others.
@@ -124,6 +126,7 @@ class JobSpec(_Record):
     source_tokens: int = 0
     model: str = ""
     embed_prompt: bool = False
+    quotes: QuoteRule = field(default="reference", metadata={"format": 2})
 
     @property
     def format(self) -> int:

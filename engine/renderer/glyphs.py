@@ -32,7 +32,7 @@ class GlyphCache:
         spec = request.spec
         branches = []
         for text in [spec.prompt, spec.negative_prompt] if spec.guidance_scale > 1 else [spec.prompt]:
-            branches.append((yield from self._tokens(tuple(quoted_strings(text)))))
+            branches.append((yield from self._tokens(tuple(quoted_strings(text, spec.quotes)))))
         self._by_request[request] = branches
 
     def release(self, request: Request) -> None:

@@ -56,8 +56,9 @@ class RendererStage:
 
     def check(self, request: Request) -> None:
         """Raise RequestError if even an idle stage could not render it."""
-        check_quoted_strings("prompt", request.spec.prompt)
-        check_quoted_strings("negative_prompt", request.spec.negative_prompt)
+        spec = request.spec
+        check_quoted_strings("prompt", spec.prompt, spec.quotes)
+        check_quoted_strings("negative_prompt", spec.negative_prompt, spec.quotes)
         _check_sources(request, self._max_source_patches)
         for image in request.images:
             _check_plan(image, self._codebook_size)

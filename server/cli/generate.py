@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.jobs.job import Priority
+from engine.quotes import QuoteRule
 from server.cli.options import stop
 from server.requests.quality import Quality
 
@@ -14,7 +15,7 @@ DEFAULT_PARTIAL_IMAGES = 2  # with --partials alone
 # The parameters of `generate` that are fields of the request.
 _FIELDS = (
     *("prompt", "model", "n", "size", "quality", "num_inference_steps", "seed", "guidance_scale", "negative_prompt"),
-    *("temperature", "top_p", "priority", "timeout", "partial_images"),
+    *("quotes", "temperature", "top_p", "priority", "timeout", "partial_images"),
 )
 
 
@@ -40,6 +41,9 @@ def generate(
         float | None, typer.Option("--guidance", help="How closely to follow the prompt, 0..20.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
+    quotes: Annotated[
+        QuoteRule | None, typer.Option(help="strict takes no apostrophes for quotation marks; default reference.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Planner sampling, 0..2; 0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Planner sampling, above 0, at most 1.")] = None,
     priority: Annotated[Priority | None, typer.Option(help="Batch jobs wait for interactive ones.")] = None,

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from engine.errors import StartError
 from engine.observability.logs import event
-from engine.quotes import quoted_strings
+from engine.quotes import QuoteRule, quoted_strings
 from server.addresses import is_loopback
 from server.admission.turns import Turns
 from server.metrics import Metrics
@@ -49,11 +49,14 @@ class Rewriter:
         self._client, self._model, self._metrics = client, model, metrics
         self._turns = Turns(CALLS, CALLS_PER_CALLER)
 
-    async def rewrite(self, prompt: str, owner: str = "", on_start: Callable[[], None] = lambda: None) -> str | None:
+    async def rewrite(
+        self, prompt: str, owner: str = "", on_start: Callable[[], None] = lambda: None, quotes: QuoteRule = "reference"
+    ) -> str | None:
         """Return a richer prompt; None on failure or after `REWRITE_TIMEOUT_S`.
 
         Args:
             on_start: called at `owner`'s turn.
+            quotes: see `quoted_strings`.
         """
         try:
             async with asyncio.timeout(REWRITE_TIMEOUT_S), self._turns.take(owner):
@@ -63,7 +66,7 @@ class Rewriter:
             status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
             event(logger, "rewrite_failed", logging.WARNING, error=type(error).__name__, status=status)
             return self._end("failed", None)
-        if not is_usable(prompt, rewritten):
+        if not is_usable(prompt, rewritten, quotes):
             return self._end("dropped", None)
         return self._end("rewritten", rewritten)
 
@@ -99,7 +102,7 @@ def _message_of(completion: bytes) -> str:
     return content.rpartition("</think>")[2].strip()
 
 
-def is_usable(prompt: str, rewritten: str) -> bool:
+def is_usable(prompt: str, rewritten: str, quotes: QuoteRule = "reference") -> bool:
     """Return whether `rewritten` may replace `prompt`: a different text of reasonable length with the same quoted
     strings, without truncated reasoning or control tokens.
     """
@@ -107,7 +110,7 @@ def is_usable(prompt: str, rewritten: str) -> bool:
         return False
     if "<|" in rewritten or "<think>" in rewritten:
         return False
-    return Counter(quoted_strings(rewritten)) == Counter(quoted_strings(prompt))
+    return Counter(quoted_strings(rewritten, quotes)) == Counter(quoted_strings(prompt, quotes))
 
 
 @asynccontextmanager

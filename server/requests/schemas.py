@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from engine.geometry import CELL, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, MAX_STEPS, MIN_SIDE
 from engine.jobs.job import JobState, OutputFormat, Priority
+from engine.quotes import QuoteRule
 from server.errors import ApiError, invalid
 from server.requests.quality import Quality
 
@@ -140,6 +141,7 @@ class GenerationRequest(_Body):
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0, at most 1")
     return_plan: bool = Field(False, description="true to get the plan of each image, or false")
     plan: PlanBody | None = Field(None, description='{"rows", "cols", "tokens"}: a plan to render instead of planning')
+    quotes: QuoteRule = Field("reference", description='"reference" or "strict": which marks enclose text to draw')
     embed_prompt: bool = Field(False, description="true to store the prompt in the metadata of a png, or false")
     rewrite_prompt: bool | None = Field(None, description="true or false; the server decides if it is unset")
     priority: Priority = Field("interactive", description='"interactive" or "batch"')

@@ -102,6 +102,7 @@ def to_job_spec(
         source_tokens=edit.tokens if edit else 0,
         model=validated.model,
         embed_prompt=request.embed_prompt,
+        quotes=request.quotes,
     )
 
 
@@ -143,7 +144,7 @@ def _refuse_unsupported(request: GenerationRequest, settings: ServerSettings) ->
 def _check_quoted_strings(request: GenerationRequest) -> None:
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         try:
-            check_quoted_strings(field, text)
+            check_quoted_strings(field, text, request.quotes)
         except RequestError as error:
             raise invalid(field, f"Invalid value for {field}: {error.message}.") from None
 

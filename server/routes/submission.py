@@ -114,7 +114,8 @@ class Submission:
 
     async def _rewrite(self, charge: Charge) -> str | None:
         assert self.services.rewriter is not None
-        return await self.services.rewriter.rewrite(self.body.request.prompt, self._caller.owner, charge.work)
+        prompt, quotes = self.body.request.prompt, self.body.request.quotes
+        return await self.services.rewriter.rewrite(prompt, self._caller.owner, charge.work, quotes)
 
     async def _enqueue(
         self, spec: JobSpec, charge: Charge, edit: EditInput | None, revised_prompt: str | None

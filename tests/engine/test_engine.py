@@ -125,6 +125,19 @@ def test_a_given_plan_is_rendered_without_planning(model: GlmImage) -> None:
     assert torch.equal(pixels["resumed"], pixels["first"])
 
 
+def test_strict_quotes_change_the_lettering_only(model: GlmImage) -> None:
+    prompt = "mum's and dad's \"OPEN\" door"
+    spec = JobSpec(prompt, 64, 64, seed=1, num_inference_steps=2, return_plan=True)
+    strict = replace(spec, quotes="strict")
+    engine = small_engine(model)
+    assert pngs(engine, [spec]) != pngs(engine, [strict])
+    requests = [Request(str(number), each) for number, each in enumerate((spec, strict))]
+    first, second = [event.plan for event in run(small_engine(model), requests) if isinstance(event, Planned)]
+    assert first == second
+    plain = [replace(each, prompt="a 'red' \"OPEN\" door") for each in (spec, strict)]
+    assert pngs(engine, plain[:1]) == pngs(engine, plain[1:])
+
+
 def test_plans_hold_only_image_codes_and_fill_their_grids(model: GlmImage) -> None:
     engine = small_engine(model)
     hot = JobSpec("hot", 160, 96, seed=1, num_inference_steps=1, temperature=2.0, top_p=1.0)

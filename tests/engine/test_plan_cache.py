@@ -78,6 +78,7 @@ async def test_a_plan_is_found_by_its_seed_and_not_its_index(queue: JobQueue) ->
         "guidance_scale": 4.0,
         "output_format": "jpeg",
         "negative_prompt": "no 'words'",
+        "quotes": "strict",
     }
     assert await cache.lookup(replace(SPEC, seed=2, n=1, **free), SOURCES) == {0: PLAN}  # type: ignore[arg-type]
     for change in ({"seed": 3}, {"prompt": "make it"}, {"width": 128}, {"temperature": 1.0}, {"top_p": 0.5}):

@@ -17,7 +17,7 @@ SPEC_JSON = (
     '{"prompt":"Ein \\"Schild\\" ü\\n","width":2048,"height":2048,"seed":9223372036854775807,"n":10,'
     '"num_inference_steps":50,"guidance_scale":1.5,"negative_prompt":"","temperature":null,"top_p":null,"plan":null,'
     '"return_plan":false,"output_format":"png","output_compression":100,"partial_images":0,"sources":2,'
-    '"source_tokens":24,"model":"","embed_prompt":false}'
+    '"source_tokens":24,"model":"","embed_prompt":false,"quotes":"reference"}'
 ).encode()
 ENDED_SPEC_JSON = SPEC_JSON.replace(b'Ein \\"Schild\\" \xc3\xbc\\n', b"")
 YEAR_S = 365 * 86_400

@@ -1,15 +1,19 @@
 """Loading of checkpoints: errors name what is wrong."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.quotes import quoted_strings
@@ -201,6 +205,45 @@ def test_a_checkpoint_with_such_defaults_is_refused(copy: Path) -> None:
 def test_quoted_strings_in_the_reference_s_order() -> None:
     prompt = "\"double\" 'single' \u201ccurly\u201d \u300ccorner\u300d 'two' unclosed \""
     assert quoted_strings(prompt) == ["single", "two", "curly", "double", "corner"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "strings"),
+    [
+        ('a sign "SALE" and "OPEN"', ["SALE", "OPEN"]),
+        ("a sign 'SALE', a sign 'DON'T STOP'", ["SALE", "DON'T STOP"]),
+        ("a sign \u201cSALE\u201d \u300cOPEN\u300d 'NOW' \"x\"", ["NOW", "SALE", "x", "OPEN"]),
+        ("the shop's door and mum's car", []),
+        ("the shop's door, mum's \"SALE\"", ["SALE"]),
+        ('headline "DON\'T", footer "IT\'S ON"', ["DON'T", "IT'S ON"]),
+        ("a t-shirt for the '90s, I don't care", []),
+        ("a book \"The 'best' of\" and 'an \"odd\" one'", ['an "odd" one', "The 'best' of"]),
+        ("海报'促销'上", ["促销"]),
+        ("'' \"\"", ["", ""]),
+        ("'open and \"", []),
+    ],
+)
+def test_strict_quotations(prompt: str, strings: list[str]) -> None:
+    assert quoted_strings(prompt, "strict") == strings
+
+
+@given(text=st.text("a'\"\u201c\u201d \u300c\u300d", max_size=12))
+def test_strict_quotations_do_not_overlap(text: str) -> None:
+    """And without apostrophes and nesting, both rules find the same."""
+    strings = quoted_strings(text, "strict")
+    assert sum(len(string) + 2 for string in strings) <= len(text)
+    simple = "".join(f'"{part}" ' for part in re.findall("[a ]+", text))
+    assert quoted_strings(simple, "strict") == quoted_strings(simple)
+
+
+def test_strict_quotations_take_linear_time() -> None:
+    for part in ("'", "'a", " 'a", "a'a", "\u201c", " 'a'a", "' "):
+        seconds = []
+        for size in (20_000, 160_000):
+            text, start = part * size, time.process_time()
+            quoted_strings(text, "strict")
+            seconds.append(time.process_time() - start)
+        assert seconds[1] < 30 * seconds[0] + 0.5, part
 
 
 def test_control_tokens_in_a_prompt_are_refused(model: GlmImage) -> None:

@@ -93,10 +93,12 @@ def test_settings_are_checked_before_anything_starts() -> None:
 async def test_several_images(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:
     output = tmp_path / "new" / "fox.webp"
     options = ["--n", "2", "--size", "128x64", "--seed", "5", "--steps", "3", "--guidance", "2.5", "--top-p", "0.5"]
+    options += ["--quotes", "strict"]
     answer = await generate("a fox", "-o", str(output), "--url", live_server.url, *options)
     assert answer.exit_code == 0, answer.output
     spec = stub.specs[0]
     assert (spec.n, spec.num_inference_steps, spec.guidance_scale, spec.top_p) == (2, 3, 2.5, 0.5)
+    assert spec.quotes == "strict"
     for index, seed in ((1, 5), (2, 6)):
         data = (output.parent / f"fox-{index}.webp").read_bytes()
         assert data == stub_image(spec, seed)

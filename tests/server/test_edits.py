@@ -75,6 +75,7 @@ async def test_every_field_of_a_form_reaches_the_engine(client: httpx.AsyncClien
         "quality": "low",
         "input_fidelity": "high",
         "embed_prompt": "true",
+        "quotes": "strict",
         "user": "7",
     }
     assert (await post(client, **fields)).status_code == 200
@@ -97,6 +98,7 @@ async def test_every_field_of_a_form_reaches_the_engine(client: httpx.AsyncClien
             source_tokens=source_tokens(96, 64),
             model="glm-image",
             embed_prompt=True,
+            quotes="strict",
         )
     ]
 

@@ -75,6 +75,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"priority": "urgent"}, "priority", "invalid_value"),
         ({"timeout": 0}, "timeout", "invalid_value"),
         ({"timeout": 3601}, "timeout", "invalid_value"),
+        ({"quotes": "none"}, "quotes", "invalid_value"),
         ({"embed_prompt": "yes"}, "embed_prompt", "invalid_value"),
         ({"rewrite_prompt": True}, "rewrite_prompt", "invalid_value"),
         ({"image": "data:"}, "image", "unknown_parameter"),

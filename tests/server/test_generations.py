@@ -37,6 +37,7 @@ OPTIONAL_FIELDS = [
     "return_plan",
     "plan",
     "embed_prompt",
+    "quotes",
     "rewrite_prompt",
     "priority",
     "timeout",
@@ -95,6 +96,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, stub: S
         "user": "u",
         "partial_images": 3,
         "embed_prompt": True,
+        "quotes": "strict",
     }
     assert (await client.post(URL, json=body)).status_code == 200
     assert stub.specs == [
@@ -115,6 +117,7 @@ async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, stub: S
             partial_images=0,  # the client cannot receive them
             model="glm-image",
             embed_prompt=True,
+            quotes="strict",
         )
     ]
 

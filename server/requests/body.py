@@ -8,20 +8,17 @@ import codecs
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import orjson
-from fastapi import Request, Response
+from fastapi import Request
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
 
 from server.admission.memory_budget import RETRY_S, SMALL_BYTES, Hold
 from server.errors import ApiError, invalid, unavailable
 from server.requests.schemas import MAX_NAME_CHARS, GenerationRequest, parse
 
-LINGER_S = 2.0
 COUNTED_BYTES = 2**20  # at once, after the first `SMALL_BYTES`
 MAX_VALUES = 100_000  # a plan has 4352 tokens; prompt and negative prompt together 64,000 characters
 
@@ -125,7 +122,6 @@ class IncomingBody:
 
     def __init__(self, request: Request, max_bytes: int, held: Hold) -> None:
         self._request, self._max_bytes, self._held = request, max_bytes, held
-        self._is_complete = False
         self.content_type = request.headers.get("content-type", "application/json")
         self.media_type = self.content_type.partition(";")[0].strip().lower()
 
@@ -136,14 +132,12 @@ class IncomingBody:
         return match[1].lower() if match else "utf-8"
 
     async def read(self, parse_body: Callable[[Self], Awaitable[ParsedBody]]) -> ParsedBody:
-        """Return the parsed body. An error before its end lingers."""
+        """Return the parsed body."""
         try:
             return await self._parse_or_give_way(parse_body)
         except ApiError as error:
             error.__traceback__ = None  # its frames hold what was read
-            if self._is_complete:
-                raise
-            raise _EarlyRefusal(error) from None
+            raise
 
     async def _parse_or_give_way(self, parse_body: Callable[[Self], Awaitable[ParsedBody]]) -> ParsedBody:
         limit = asyncio.timeout(None)
@@ -181,7 +175,6 @@ class IncomingBody:
                 counted = max(received, min(declared, received + COUNTED_BYTES))
                 self._held.resize(counted)
             yield chunk
-        self._is_complete = True
         self._held.arrived()
 
     def _check(self, size: int) -> None:
@@ -192,33 +185,3 @@ class IncomingBody:
 def _declared_length(headers: Headers) -> int:
     declared = headers.get("content-length", "")
     return int(declared) if re.fullmatch("[0-9]{1,18}", declared) else 0
-
-
-class _EarlyRefusal(ApiError):
-    """An error sent before the body's end."""
-
-    def __init__(self, error: ApiError) -> None:
-        super().__init__(
-            error.status, error.message, type=error.type, code=error.code, param=error.param, headers=error.headers
-        )
-
-    def response(self) -> Response:
-        response = super().response()
-        return _LingeringResponse(response.body, self.status, self.headers, "application/json")
-
-
-class _LingeringResponse(Response):
-    """Reads and drops the rest of the body for up to `LINGER_S`.
-
-    Closing resets a client that is still sending. Most read only after sending: they would see a broken connection, and
-    retry.
-    """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                while (await receive()).get("more_body", False):
-                    pass
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -5,25 +5,32 @@ A file's type is that of its first bytes. Headers are checked before any pixel i
 
 import io
 import math
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL import Image as PillowImage
-from PIL import ImageOps, PngImagePlugin
-from PIL.Image import Image, Resampling, Transpose
+from PIL import ImageOps
+from PIL.Image import Exif, Image, Resampling, Transpose
 
 from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
 from engine.jobs.job import SourceImages
+from server.requests import jpeg_file, png_file
+from server.requests.colours import to_srgb
 from server.requests.edit_input import EditInput, InvalidImage
-from server.requests.image_files import UnsuitableFile, check_structure, count_scans, format_of, too_many_pixels
+from server.requests.file_types import read_file
+from server.requests.image_file import ImageFile, NotAnImage, UnsuitableFile, damaged
 
-MAX_PIXELS = 4096 * 4096
+FULL_PIXELS = 4096 * 4096  # larger images are halved while they are decoded
+MAX_PIXELS = {"PNG": 8192 * 8192, "JPEG": 8192 * 8192, "WEBP": 8192 * 4096}  # each takes up to 0.85 GB at its limit
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
-MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # pixels times scans; a scan of 16 bytes can take 30 ms at `MAX_PIXELS`
+MAX_SCANNED_PIXELS = 2**30  # pixels times scans; a scan of 16 bytes can take 30 ms at `FULL_PIXELS`
 
-PngImagePlugin.MAX_TEXT_MEMORY = 8 * 2**20  # of text chunks, unpacked; Pillow's default is 64 MiB
-
+_ACCEPTED = {"image": "send a PNG, JPEG or WEBP file", "mask": "send a PNG file with an alpha channel"}
 _EXIF_ORIENTATION = 0x0112
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _TRANSPOSITIONS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -33,6 +40,7 @@ _TRANSPOSITIONS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+_SWAPPING = [_TRANSPOSITIONS[orientation] for orientation in (5, 6, 7, 8)]  # width and height
 
 
 def prepare(
@@ -57,21 +65,16 @@ def prepare(
     mask_file = None if mask is None else _File(mask, "mask", "The mask", report)
     for file in files:
         file.check()
-    if mask_file is not None and not _has_alpha(mask_file.check()):
-        raise mask_file.error("must be a PNG with an alpha channel; the edit changes only where alpha is 0")
-    alpha = None if mask_file is None else mask_file.decode().convert("RGBA").getchannel("A")
+    if mask_file is not None:
+        _check_mask(mask_file, files[0])
+    alpha = None if mask_file is None else _alpha(mask_file.decode())
     sources, tokens, overlay = [], 0, None
-    for file in files:  # singly: a decoded image may take 64 MB
-        upright = file.decode()
-        image = _rgb(upright, max_pixels)
+    for file in files:  # singly: a decoded image may take 270 MB
+        image = _rgb(file.decode(), file.parts.profile, max_pixels)
         tokens += source_tokens(*image.size)
         if not sources:
             size = size or _edit_size(image.size, max_pixels)
-            if mask_file is not None and alpha is not None:
-                if alpha.size != upright.size:
-                    sizes = f"has {_format_size(alpha.size)} pixels and the first image {_format_size(upright.size)}"
-                    raise mask_file.error(f"{sizes}; make them equal")
-                overlay = _png(_overlay(image, alpha, size))
+            overlay = None if alpha is None else _png(_overlay(image, alpha, size))
         sources.append(_png(image))
     assert size is not None
     return EditInput(size, tokens, SourceImages(sources, overlay))
@@ -89,95 +92,152 @@ class _File:
     def error(self, reason: str) -> InvalidImage:
         return InvalidImage(self.param, f"{self.name} {reason}.")
 
-    def check(self) -> Image:
+    @cached_property
+    def parts(self) -> ImageFile:
+        try:
+            return read_file(self.data)
+        except NotAnImage as error:
+            raise self.error(f"{error}; {_ACCEPTED[self.param]}") from None
+        except UnsuitableFile as error:
+            raise self.error(str(error)) from None
+
+    @cached_property
+    def transposition(self) -> Transpose | None:
+        return _TRANSPOSITIONS.get(_orientation(self.parts))
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        width, height = self.parts.size
+        return (height, width) if self.transposition in _SWAPPING else (width, height)
+
+    def check(self) -> ImageFile:
         """Check structure and header; decode nothing."""
         self.report(self.param, self.name)
         try:
-            file_format = format_of(self.data)
-            check_structure(self.data, file_format, MAX_PIXELS)
-            image = self._open()
-            _check_sides(image.size)
-            if file_format == "JPEG":
-                _check_scans(count_scans(self.data), *image.size)
+            _check_sides(self.parts)
+            _check_scans(self.parts)
         except UnsuitableFile as error:
             raise self.error(str(error)) from None
-        return image
-
-    def _open(self) -> Image:
-        file_format = format_of(self.data)
-        try:
-            image = PillowImage.open(io.BytesIO(self.data), formats=(file_format,))
-            # "MPO" photos contain a second image, but are not animations.
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning):
-            raise self.error(f"has too many pixels; at most {MAX_PIXELS} are accepted") from None
-        except MemoryError:
-            raise
-        except Exception:  # damaged files make Pillow raise any exception
-            raise self.error(f"cannot be read: the {file_format} file is damaged or incomplete") from None
-        if frames > 1:
-            raise self.error("is animated; send a single image")
-        return image
+        return self.parts
 
     def decode(self) -> Image:
-        """Decode a checked image and turn it upright."""
+        """Decode a checked image, at half its size if it is large, and turn it upright."""
         self.report(self.param, self.name)
-        image = self._open()
         try:
-            image.load()
-        except MemoryError:
-            raise
-        except Exception:  # as above
-            raise self.error("cannot be read: the file is damaged or incomplete") from None
-        transposition = _TRANSPOSITIONS.get(_orientation(image))
-        return image if transposition is None else image.transpose(transposition)
+            image = _decode(self.parts)
+        except UnsuitableFile as error:
+            raise self.error(str(error)) from None
+        return image if self.transposition is None else image.transpose(self.transposition)
 
 
-def _check_sides(size: tuple[int, int]) -> None:
-    short, long = sorted(size)
-    if short * long > MAX_PIXELS:
-        raise too_many_pixels(*size, MAX_PIXELS)
+def _decode(file: ImageFile) -> Image:
+    try:
+        image = PillowImage.open(io.BytesIO(file.data), formats=(file.file_format,))
+        width, height = image.size
+        if width * height > FULL_PIXELS:
+            image.draft(image.mode, (width // 2, height // 2))  # of a JPEG
+        image.load()
+    except MemoryError:
+        raise
+    except Exception:  # damaged files make Pillow raise any exception
+        raise _explain(file) from None
+    if file.file_format == "PNG" and _may_be_short(image):
+        png_file.check_pixels(file.data)
+    image = _eight_bits(image)
+    if math.prod(image.size) > FULL_PIXELS:
+        image = _colour(image, ("CMYK",)).reduce(2)
+    return image
+
+
+def _explain(file: ImageFile) -> UnsuitableFile:
+    """Say why Pillow cannot decode a file."""
+    if file.file_format == "JPEG":
+        return jpeg_file.explain(file.data)
+    try:
+        if file.file_format == "PNG":
+            png_file.check_pixels(file.data)
+    except UnsuitableFile as error:
+        return error
+    return damaged(file.file_format, "its pixels cannot be decoded")
+
+
+def _may_be_short(image: Image) -> bool:
+    """Tell whether rows may be missing at the end: Pillow leaves them zero without an error."""
+    width, height = image.size
+    rows = (image.crop((0, y, width, y + 1)).tobytes() for y in (height - 2, height - 1))
+    return not all(row.strip(b"\0") for row in rows)
+
+
+def _check_mask(mask: _File, first: _File) -> None:
+    parts = mask.check()
+    accepted = "it must be a PNG with an alpha channel; the edit changes only where alpha is 0"
+    if parts.file_format != "PNG":
+        raise mask.error(f"is a {parts.file_format} file; {accepted}")
+    if not parts.has_alpha:
+        raise mask.error(f"has no alpha channel; {accepted}")
+    if mask.upright_size != first.upright_size:
+        sizes = f"has {_format_size(mask.upright_size)} pixels and the first image {_format_size(first.upright_size)}"
+        raise mask.error(f"{sizes}; make them equal")
+
+
+def _check_sides(file: ImageFile) -> None:
+    short, long = sorted(file.size)
+    maximum = MAX_PIXELS[file.file_format]
+    if short * long > maximum:
+        accepted = f"{maximum} ({maximum // 10**6} megapixels) are accepted in a {file.file_format} file"
+        raise UnsuitableFile(f"has {_format_size(file.size)} pixels; at most {accepted}")
     if short < MIN_SIDE or long > MAX_ASPECT * short:
         required = f"sides of at least {MIN_SIDE}, one at most {MAX_ASPECT} times the other"
-        raise UnsuitableFile(f"has {_format_size(size)} pixels; it needs {required}")
+        raise UnsuitableFile(f"has {_format_size(file.size)} pixels; it needs {required}")
 
 
-def _check_scans(scans: int, width: int, height: int) -> None:
-    if scans > MAX_SCANS:
+def _check_scans(file: ImageFile) -> None:
+    if file.scans > MAX_SCANS:
         raise UnsuitableFile(f"is a JPEG with more than {MAX_SCANS} scans; save it again with fewer")
-    if scans * width * height > MAX_SCANNED_PIXELS:
-        raise UnsuitableFile(f"is a JPEG of {scans} scans, too many for {width}x{height} pixels; save it with fewer")
+    if file.scans * math.prod(file.size) > MAX_SCANNED_PIXELS:
+        found = f"{file.scans} scans, too many for {_format_size(file.size)} pixels"
+        raise UnsuitableFile(f"is a JPEG of {found}; save it with fewer")
 
 
 def _format_size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _has_alpha(mask: Image) -> bool:
-    return mask.format == "PNG" and mask.has_transparency_data
+def _orientation(file: ImageFile) -> int:
+    exif = Exif()
+    with suppress(Exception):  # invalid metadata makes Pillow raise any exception
+        exif.load(file.exif)
+        if isinstance(value := exif.get(_EXIF_ORIENTATION), int):
+            return value
+    found = _XMP_ORIENTATION.search(file.xmp)
+    return 1 if found is None else int(found[1])
 
 
-def _orientation(image: Image) -> int:
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # as above; the pixels may be intact
-        return 1
+def _eight_bits(image: Image) -> Image:
+    """Convert 16-bit grey, which Pillow would clip."""
+    return image.point(lambda value: value * (1 / 256) + 0).convert("L") if image.mode.startswith("I") else image
 
 
-def _rgb(image: Image, max_pixels: int) -> Image:
-    """Convert to 8-bit RGB on white, no larger than `max_pixels`."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-        image = image.point(lambda value: value * (1 / 256) + 0).convert("L")
-        image.info.pop("transparency", None)
-    transparent = image.has_transparency_data
-    mode = "RGBA" if transparent else "RGB"
-    if image.mode != mode:  # `convert` would copy it
-        image = image.convert(mode)
+def _colour(image: Image, keep: tuple[str, ...]) -> Image:
+    """Convert to RGB, or RGBA if parts are transparent, except from modes to `keep`."""
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode in (mode, *keep) else image.convert(mode)  # `convert` would copy it
+
+
+def _alpha(mask: Image) -> Image:
+    return (mask if mask.mode in ("LA", "RGBA") else mask.convert("RGBA")).getchannel("A")
+
+
+def _rgb(image: Image, profile: bytes | None, max_pixels: int) -> Image:
+    """Convert to 8-bit sRGB on white, no larger than `max_pixels`."""
+    image = _colour(image, () if profile is None else ("CMYK",))
     scale = _scale(image.size, max_pixels)
     if scale < 1:
         width, height = (math.floor(side * scale) for side in image.size)
         image = image.resize((width, height), Resampling.LANCZOS)
-    if transparent:
+    if profile is not None:
+        image = to_srgb(image, profile)
+    if image.mode == "RGBA":
         image = PillowImage.alpha_composite(PillowImage.new("RGBA", image.size, "white"), image).convert("RGB")
     return image
 

@@ -17,8 +17,10 @@ from PIL.Image import Transpose
 from engine.geometry import edit_size, source_tokens
 from server.requests import images as request_images
 from server.requests.edit_input import EditInput, InvalidImage
-from server.requests.image_files import UnsuitableFile, check_structure, count_scans
+from server.requests.file_types import read_file
+from server.requests.image_file import UnsuitableFile
 from server.requests.images import prepare
+from server.requests.jpeg_file import read_jpeg
 from tests.server.image_files import (
     animation,
     chunk,
@@ -187,7 +189,7 @@ def test_the_message_names_the_accepted_formats() -> None:
 @pytest.mark.parametrize("left", [0.1, 0.5, 0.9])
 def test_truncated_files(kind: str, left: float) -> None:
     whole = file_of(patterned(), kind)
-    assert "damaged or incomplete" in refusal(whole[: int(left * len(whole))]).message
+    assert f"the {kind} file is truncated" in refusal(whole[: int(left * len(whole))]).message
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -201,7 +203,7 @@ def test_shapes_that_cannot_be_edited(size: tuple[int, int]) -> None:
 
 
 def test_the_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_images, "MAX_PIXELS", 96 * 64)
+    monkeypatch.setitem(request_images.MAX_PIXELS, "PNG", 96 * 64)
     assert prepared(file_of(plain(96, 64))).size == (96, 64)
     assert "96x65" in refusal(file_of(plain(96, 65))).message
 
@@ -237,35 +239,34 @@ def webp_with(chunks: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("few", "many"),
     [
-        (lambda n: many_chunks(b"tEXt", n), "too many chunks"),
-        (lambda n: many_chunks(b"abCd", n), "too many chunks"),
-        (lambda n: many_chunks(b"IDAT", n) if n > 99 else IMAGE, "too many chunks"),
-        (lambda n: png(64, 64, 8, 0, b"\0" * 64, extra=PROFILE * n), "more than one colour profile"),
-        (lambda n: jpeg_with(b"\xff\xfe\0\2" * n), "too many segments"),
-        (lambda n: jpeg_with(b"\xff\xe1\0\x0aExif\0\0MM" * n), "too many segments"),
-        (lambda n: jpeg_with(b"\xff" * n), "between its segments"),
-        (lambda n: webp_with(b"abcd\0\0\0\0" * n), "too many chunks"),
+        (lambda n: many_chunks(b"tEXt", n), "more than 100000 chunks"),
+        (lambda n: many_chunks(b"abCd", n), "more than 100000 chunks"),
+        (lambda n: many_chunks(b"IDAT", n), "more than 100000 chunks"),
+        (lambda n: jpeg_with(b"\xff\xfe\0\2" * n), "more than 100000 segments"),
+        (lambda n: jpeg_with(b"\xff\xe1\0\x0aExif\0\0MM" * n), "more than 100000 segments"),
+        (lambda n: webp_with(b"abcd\0\0\0\0" * n), "more than 100000 chunks"),
     ],
-    ids=range(8),
+    ids=range(6),
 )
 def test_parts_that_take_long_to_parse(few: Callable[[int], bytes], many: str) -> None:
     prepared(few(1))
-    assert many in refusal(few(10_000)).message
+    prepared(few(10_000))
+    assert many in refusal(few(100_000)).message
 
 
 @given(data=st.binary(max_size=400), magic=st.sampled_from(["PNG", "JPEG", "WEBP"]))
 def test_any_structure_is_walked_to_an_end(data: bytes, magic: str) -> None:
     start = {"PNG": IMAGE[:33], "JPEG": b"\xff\xd8", "WEBP": b"RIFF\0\0\0\0WEBP"}[magic]
     with suppress(UnsuitableFile):
-        check_structure(start + data, magic, request_images.MAX_PIXELS)
+        read_file(start + data)
 
 
 def test_scans_are_counted_only_where_a_decoder_sees_them() -> None:
     """Not in metadata, and not behind the image, where phones put a film."""
     noise = b"\xff\xda\xff\xd9" * 10_000
     comment = b"\xff\xfe" + struct.pack(">H", len(noise) + 2) + noise
-    assert count_scans(jpeg_with(comment) + noise) == 1
-    assert count_scans(file_of(patterned(), "JPEG", progressive=True)) == 10
+    assert read_jpeg(jpeg_with(comment) + noise).scans == 1
+    assert read_jpeg(file_of(patterned(), "JPEG", progressive=True)).scans == 10
 
 
 def test_a_webp_declares_its_canvas_before_it_is_allocated() -> None:
@@ -284,13 +285,15 @@ file = Path(sys.argv[1]).read_bytes()
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:
     prepare([file], None, None, 2048 * 2048)
+    answer = "decoded"
 except InvalidImage as error:
-    print("refused", time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    answer = "refused"
+print(answer, time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 @pytest.mark.parametrize("bomb", ["PNG", "JPEG", "WEBP", "text"])
-def test_decompression_bombs_are_refused(bomb: str, tmp_path: Path) -> None:
+def test_decompression_bombs_cost_nothing(bomb: str, tmp_path: Path) -> None:
     """Runs in its own process, which reports its time and memory."""
     path = tmp_path / "bomb"
     path.write_bytes(text_bomb() if bomb == "text" else pixel_bomb(bomb))
@@ -298,7 +301,7 @@ def test_decompression_bombs_are_refused(bomb: str, tmp_path: Path) -> None:
     command, root = [sys.executable, "-c", BOMBS, str(path)], Path(__file__).parents[2]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     code, cpu_s, kilobytes = ran.stdout.split()
-    assert code == "refused", ran.stderr
+    assert code == ("decoded" if bomb == "text" else "refused")
     assert float(cpu_s) < 0.2
     assert int(kilobytes) < 50_000
 

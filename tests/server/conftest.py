@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server import redis_timeout
 from server.admission import keys
 from server.app import create_app
 from server.processes.serving import DrainingServer, listen, url_of
@@ -28,6 +29,11 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _no_wait_for_key_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "START_LOOKS", 0)
+
+
+@pytest.fixture(autouse=True)
+def _time_for_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_timeout, "REDIS_TIMEOUT_S", 20.0)
 
 
 @pytest.fixture

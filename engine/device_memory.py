@@ -15,7 +15,7 @@ import torch
 from engine.cgroups import memory_files
 from engine.observability.logs import event
 
-LOCK_TIMEOUT_S = 60.0  # allocating takes seconds; a hanging holder must not block others for ever
+LOCK_TIMEOUT_S = 60.0  # allocating takes seconds; a hanging holder must not block others
 LOCK_POLL_INTERVAL_S = 0.05
 
 logger = logging.getLogger("glimmer.engine")
@@ -45,7 +45,7 @@ def device_lock(device: torch.device) -> Iterator[None]:
 
 
 def take_from_device(device: torch.device, size: int) -> None:
-    """Move `size` bytes of a CUDA device, if free, to torch's cache: other processes cannot take them."""
+    """Move `size` bytes of a CUDA device, if free, to torch's cache, from other processes' reach."""
     if device.type == "cuda":
         with suppress(torch.OutOfMemoryError):
             torch.empty(size, dtype=torch.uint8, device=device)

@@ -98,7 +98,7 @@ class Engine:
     def generate(
         self, specs: Sequence[JobSpec], sources: Sequence[SourceImages | None] | None = None
     ) -> list[list[Tensor]]:
-        """Run requests; return every image of every spec as [height, width, 3] uint8."""
+        """Run requests; return every image as [height, width, 3] uint8."""
         pixels = [[torch.empty(0)] * spec.n for spec in specs]
         for index, (spec, images) in enumerate(zip(specs, sources or [None] * len(specs), strict=True)):
             preprocessed = self.preprocess_images(images) if images else []

@@ -53,7 +53,7 @@ class EngineLimits:
 
     @property
     def max_positions(self) -> int:
-        """Bound the positions: the prompt, then the longer sides of sources, preview and plan."""
+        """Bound the positions: the prompt, then longer sides of sources, preview and plan."""
         longest_preview = Geometry(MAX_SIDE, MAX_SIDE // MAX_ASPECT).preview.cols
         return self.max_prompt_tokens + MAX_SOURCES * (MAX_SIDE // CELL) + longest_preview + MAX_SIDE // CELL + 1
 

@@ -1,4 +1,4 @@
-"""Waiting for the end of a job, and following every change."""
+"""Waiting for a job's end or changes."""
 
 import asyncio
 import time
@@ -46,7 +46,7 @@ class JobFollower:
                 await self._pause(woken, left_s)
 
     async def updates(self) -> AsyncGenerator[JobRecord | StoredPartial]:
-        """Yield the record, now and after every change, and each partial image once."""
+        """Yield the record, now and after changes, and each partial image once."""
         last_record: JobRecord | None = None
         with self._queue.events.waiter(self._job_id, every_change=True) as woken:
             while True:

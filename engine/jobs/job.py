@@ -51,7 +51,7 @@ class _Record:
     __pydantic_config__ = _STRICT
 
     def to_dict(self) -> dict[str, Any]:
-        # Not `asdict`: its deep copy takes longer than the rest of a submit.
+        # `asdict`'s deep copy takes longer than the rest of a submit.
         return {wire: getattr(self, name) for name, wire in _wire_names(type(self)).items()}
 
     @classmethod
@@ -195,7 +195,7 @@ class Origin(_Record):
 
 @dataclass(frozen=True)
 class JobError(_Record):
-    """Why a job failed. `type` is `invalid_request_error` (HTTP 400) or `server_error` (500)."""
+    """Why a job failed. `type`: `invalid_request_error` (HTTP 400) or `server_error` (500)."""
 
     message: str
     type: str = "server_error"
@@ -215,7 +215,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """Partial image `index` of image `image`, encoded; `grid` is its preview or plan."""
+    """Partial image `index` of image `image`, encoded; `grid`: preview or plan."""
 
     image: int
     index: int

@@ -11,7 +11,7 @@ Argument = str | int | float | bool | None | list[str] | list[tuple[str, int]]
 
 
 class LuaScripts:
-    """The scripts of a package, `lua/*.lua` behind its `prelude*.lua`; every call gets `common`."""
+    """The scripts `lua/*.lua` of a package, behind `prelude*.lua`; every call gets `common`."""
 
     def __init__(self, redis: redis.asyncio.Redis, package: str, **common: Argument) -> None:
         self._scripts = {name: redis.register_script(script) for name, script in _read(package).items()}

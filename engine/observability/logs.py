@@ -45,7 +45,7 @@ def event(logger: logging.Logger, name: str, level: int = logging.INFO, **fields
 
 
 def where(error: BaseException) -> str:
-    """Return the traceback on one line, innermost frame first, without error text."""
+    """Return the traceback on one line, innermost frame first, without the error's text."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return "<".join(f"{frame.filename}:{frame.lineno}:{frame.name}" for frame in reversed(frames))
 

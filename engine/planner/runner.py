@@ -180,7 +180,7 @@ class PlannerRunner:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Set the number of torch threads, unless None. Costs less than a microsecond."""
+    """Set torch's threads, unless None: less than a microsecond."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -16,7 +16,7 @@ class Sequence:
 
     Args:
         buffer_index: line in the runner's buffers.
-        blocks: of the prompt, then of the plan.
+        blocks: the prompt's, then the plan's.
     """
 
     image: Image

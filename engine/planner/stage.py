@@ -67,7 +67,7 @@ class PlannerStage:
 
         Raises:
             PromptError: it contains control tokens.
-            RequestError: even an idle stage could not plan it.
+            RequestError: even an idle stage cannot plan it.
         """
         spec, geometry = request.spec, request.spec.geometry
         self.scheduler.check_length("negative_prompt", self._prompts.count(spec.negative_prompt))

@@ -20,13 +20,13 @@ class GlyphCache:
         self._by_strings: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
 
     def of(self, request: Request) -> list[Tensor]:
-        """Return the tokens of all branches, the conditional one first; computed on first use."""
+        """Return the tokens of all branches, conditional first; computed on first use."""
         for _ in self.compute(request):
             pass
         return self._by_request[request]
 
     def compute(self, request: Request) -> Generator[int]:
-        """Compute a request's tokens; yield the encoder's tokens after every batch."""
+        """Compute a request's tokens; yield the encoder's after every batch."""
         if request in self._by_request:
             return
         spec = request.spec

@@ -42,7 +42,7 @@ class Rendering:
 
     @property
     def partials_due(self) -> int:
-        """Return how many partial images are due; 0 once the image is done."""
+        """Return how many partial images are due, none at the end."""
         return sum(step <= self.step for step in self.partial_after) if self.is_preview or self.steps_left else 0
 
     @property
@@ -51,7 +51,7 @@ class Rendering:
 
     @property
     def partial_index(self) -> int:
-        """Return the index of the due partial image; a preview has index 0."""
+        """Return the index of the due partial image; a preview's is 0."""
         return 0 if self.is_preview else self.partials_due - 1 + (self.image.preview is not None)
 
     @property

@@ -38,7 +38,7 @@ class _Entry(Generic[W]):
 
 
 class RenderScheduler(Generic[W]):
-    """Picks images about to miss their deadline, then least remaining work first, with ageing.
+    """Picks images about to miss their deadline, then least work first, with ageing.
 
     Args:
         token_budget: limit of a tick; one image always goes.

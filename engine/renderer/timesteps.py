@@ -25,7 +25,7 @@ def schedule(scheduler: FlowMatchEulerDiscreteScheduler, geometry: Geometry, ste
 
 
 def partial_steps(steps: int, count: int) -> list[int]:
-    """Return at most `count` evenly spaced steps after which a partial image is sent."""
+    """Return at most `count` evenly spaced steps with a partial image."""
     return sorted({steps * (index + 1) // (count + 1) for index in range(count)} - {0, steps})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.jobs.job import ImageResult, JobSpec, OutputFormat, PartialImage
 from engine.request import Image, Partial, Request
 
-PNG_COMPRESS_LEVEL = 4  # of 9; twice as fast as the default, 6, for files 2% larger
+PNG_COMPRESS_LEVEL = 4  # of 9; twice as fast as the default 6, files 2% larger
 
 
 def encode_result(image: Image, pixels: Tensor) -> ImageResult:
@@ -40,7 +40,7 @@ def resize(pixels: Tensor, width: int, height: int) -> Tensor:
 
 
 def apply_overlay(pixels: Tensor, overlay: bytes) -> Tensor:
-    """Paste an RGBA PNG of the same size; its opaque pixels stay exact."""
+    """Paste an RGBA PNG of the same size; opaque pixels stay exact."""
     image = PillowImage.fromarray(pixels.numpy())
     with PillowImage.open(io.BytesIO(overlay), formats=["PNG"]) as cover:
         assert cover.size == image.size, f"an overlay of {cover.size} for an image of {image.size}"
@@ -60,8 +60,8 @@ def encode(pixels: Tensor, output_format: OutputFormat, quality: int, texts: Map
     """Encode pixels; equal inputs give equal bytes.
 
     Args:
-        quality: 0..100, for JPEG and WEBP.
-        texts: metadata, for PNG.
+        quality: 0..100, of JPEG and WEBP.
+        texts: PNG's metadata.
     """
     image, file = PillowImage.fromarray(pixels.numpy()), io.BytesIO()
     if output_format == "png":

@@ -90,7 +90,7 @@ async def _announce(queue: JobConsumer, starting: EngineInfo) -> None:
 
 
 async def _follow(stop: StopSignals, worker: Worker) -> None:
-    """Drain at the first signal, hand the jobs back at the second."""
+    """Drain at the first signal, hand jobs back at the second."""
     await stop.draining.wait()
     worker.drain()
     await stop.hurried.wait()

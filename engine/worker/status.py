@@ -129,7 +129,7 @@ def _require_private(folder: Path) -> None:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return a process's state and the fields after it, nothing without /proc."""
+    """Return a process's state and further fields, nothing without /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

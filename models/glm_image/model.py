@@ -56,7 +56,7 @@ class GlmImage:
         """Load from a folder or a hub id.
 
         Raises:
-            CheckpointError: files or keys are missing or do not match.
+            CheckpointError: files or keys are missing or wrong.
         """
         folder = find_checkpoint(model)
         read_json(folder / "model_index.json")

@@ -134,7 +134,7 @@ class RotaryTable(nn.Module):
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate the first R dimensions of x [T, heads, D]; i is paired with i + R/2."""
+    """Rotate the first R dimensions of x [T, heads, D], i with i + R/2."""
     cos, sin = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)
     rotated, passed = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = rotated.chunk(2, dim=-1)

@@ -86,7 +86,7 @@ CHAT_TEMPLATE = """\
 
 
 def byte_level_processor(codes: int) -> GlmImageProcessor:
-    """Return a processor with tokens for codes, bytes and control."""
+    """Return a processor of bytes, codes and control tokens."""
     vocabulary = [f"<|dit_token_{i}|>" for i in range(codes)] + [IMAGE_START, IMAGE_END]
     vocabulary += [f"<|dit_unused_{i}|>" for i in range(2, CONTROL_OUTPUTS)]
     vocabulary += sorted(pre_tokenizers.ByteLevel.alphabet())

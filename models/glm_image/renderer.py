@@ -264,7 +264,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, batch: RendererBatch) -> Tensor:
-    """Rotate x [T, heads, D] in float32; i is paired with i + D/2."""
+    """Rotate x [T, heads, D] in float32, i with i + D/2."""
     half = x.shape[-1] // 2
     cos, sin = batch.cos[:, None], batch.sin[:, None]
     rotated = x.float() * cos

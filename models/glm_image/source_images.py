@@ -21,7 +21,7 @@ class PreprocessedImage:
 
     rows: int  # of codes
     cols: int
-    halved: Tensor  # [rows * cols, 3 * 16 * 16] float32 at half size, for the vision tokenizer
+    halved: Tensor  # [rows * cols, 3 * 16 * 16] float32 at half size, for the tokenizer
     pixels: Tensor  # [3, 32 * rows, 32 * cols] uint8, for the autoencoder
 
     @property

@@ -201,7 +201,7 @@ def per_token(plan: np.ndarray) -> np.ndarray:
 
 
 def glyph_strings(poster: Poster, rng: Random) -> list[str]:
-    """Return the strings for the glyph encoder, in random order and case."""
+    """Return strings for the glyph encoder, in random order and case."""
     return _strings(_lines(poster), rng)
 
 

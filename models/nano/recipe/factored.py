@@ -39,7 +39,7 @@ def code_factors(rows: int = codes.CODEBOOK) -> Tensor:
 
 
 def vocabulary_factors(tokenizer: PreTrainedTokenizerFast, rows: int) -> Tensor:
-    """Return factors [rows, factors] of codes, words and quoted strings."""
+    """Return factors [rows, factors] of codes, words, strings."""
     table, columns = code_factors(rows), list(codes.FACTORS)
 
     def mark(word: str, factor: str, value: int) -> None:

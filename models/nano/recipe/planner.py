@@ -127,7 +127,7 @@ class PlannerTraining:
             has_label = labels != IGNORED
             logits = F.linear(hidden[has_label], self.model.head())
         target = labels[has_label]
-        # The model has to decide where something begins; the rest follows from it.
+        # The model decides where something begins; the rest follows.
         begins = self.kind_of[target] != self.kind_of[ids[has_label].clamp(max=VISION_VOCABULARY - 1)]
         weight = torch.where(begins, 4.0, 1.0)
         loss = (F.cross_entropy(logits.float(), target, reduction="none") * weight).sum() / weight.sum()

@@ -17,7 +17,7 @@ from models.nano.recipe.tokenizer import IMAGE_END
 from models.nano.recipe.world import Line, Poster
 
 MAX_PROMPT = 48  # tokens
-EASY_PROMPT_DROP_RATE = 0.7  # of prompts that name every line's zone before its word
+EASY_PROMPT_DROP_RATE = 0.7  # of prompts that name a line's zone first
 ZONE_AFTER_WORD = re.compile(r"(on top|below)\b")
 EASY_EDIT_DROP_RATE = 0.7  # of edits in which nothing can be mistaken for what changes
 EASY_CELL_DROP_RATE = 0.85  # of plain cells after an equal one, in such rows
@@ -124,7 +124,7 @@ class SequenceSampler:
 
 
 def _is_ambiguous(edit: Edit) -> bool:
-    """Return whether a bar or another shape could be mistaken for what changes."""
+    """Return whether another shape or bar could be meant."""
     before, after = edit.before, edit.after
     bars = [line for line in (before.headline, before.footer) if line and line.bar is not None]
     return bool(bars and before.background != after.background) or (
@@ -163,7 +163,7 @@ def _line_rows(grid: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _busy_rows(grid: np.ndarray) -> np.ndarray:
-    """Return per row whether it has content or room for a line."""
+    """Return which rows have content or room for a line."""
     busy = np.asarray((grid >= codes.PIXEL_TEXT).any(1))
     for row, rows in _line_rows(grid):
         busy[row : row + rows] = True

@@ -38,7 +38,7 @@ DEFAULT_BACKGROUND = WHITE  # of a poster whose prompt names none
 
 
 def default_colour(background: int) -> int:
-    """Return the colour of a shape whose colour the prompt does not name."""
+    """Return a shape's colour if the prompt names none."""
     blue, yellow = codes.COLOURS.index("blue"), codes.COLOURS.index("yellow")
     return yellow if background in (blue, BLACK, codes.COLOURS.index("purple")) else blue
 
@@ -192,7 +192,7 @@ def _hero(shapes: tuple[Shape, ...], background: int, rng: Random) -> str:
 
 
 def describe(poster: Poster, rng: Random) -> str:
-    """Return a prompt for this poster: zones in any order, synonyms, filler."""
+    """Return a prompt: zones in any order, synonyms, filler."""
     background = colour_word(poster.background, rng)
     style = rng.choice(STYLES)
     a_background = with_article(background)

@@ -221,7 +221,7 @@ def _hint_losses(hints: dict[str, Tensor], targets: dict[str, Tensor]) -> list[T
 
 
 def _hint_accuracies(hints: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, float]:
-    """Return the accuracies, of places and letters on letters only; nan without targets."""
+    """Return accuracies, of places and letters on letters only; nan without."""
     letter = (targets["left letter"] != NO_LETTER) & (targets["left letter"] != IGNORED)
     shape = targets["cell part"] != IGNORED
     return {

@@ -46,7 +46,7 @@ def make_shard(model: TrainedRenderer, folder: Path, size: Size, index: int, mea
 
 @torch.no_grad()
 def render(model: TrainedRenderer, posters: list[Poster], width: int, height: int, seed: int) -> Tensor:
-    """Return normalised latents [b, c, h, w] rendered from the posters' true plans."""
+    """Return normalised latents [b, c, h, w] of true plans."""
     rng, count = Random(seed), len(posters)
     plans = np.stack([per_token(world.plan(p, height // CELL, width // CELL)) for p in posters])
     codes, strings = torch.from_numpy(plans).to(device()), [glyph_strings(p, rng) for p in posters]

@@ -170,7 +170,7 @@ def _write_shape(grid: np.ndarray, placed: PlacedShape) -> None:
 
 
 def draw(poster: Poster, width: int, height: int) -> np.ndarray:
-    """Return the pixels [height, width, 3] uint8; both sides are multiples of 32."""
+    """Return pixels [height, width, 3] uint8, sides multiples of 32."""
     pixels = np.empty((height, width, 3), np.float32)
     pixels[:] = PALETTE[poster.background]
     lines, shapes = place(poster, height // CELL, width // CELL)

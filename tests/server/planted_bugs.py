@@ -256,7 +256,7 @@ BUGS = [
     Bug(
         "negative prompts are unbounded",
         RENDERER,
-        '        check_quoted_strings("negative_prompt", request.spec.negative_prompt)\n',
+        '        check_quoted_strings("negative_prompt", spec.negative_prompt, spec.quotes)\n',
         "",
         f"{PREPARING}::test_long_texts_are_refused_before_any_model_work",
     ),

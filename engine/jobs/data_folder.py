@@ -1,13 +1,20 @@
-"""The folder of the embedded Redis: private, without the zeros that a power cut appends."""
+"""The folder of the embedded Redis: private, without what a power cut appends."""
 
+import mmap
 import os
+import re
 import stat
+import subprocess
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 _OURS = ("redis.lock", "redis.log", "redis.sock", "appendonly.aof*", "appendonlydir", "temp-*", "lost+found")
 _CHUNK_BYTES = 64 * 2**10
+_CHECK_TIMEOUT_S = 600.0
+_READABLE = re.compile(rb"ok_up_to=(\d+)")
+_COMMAND = re.compile(rb"\*\d{1,7}\r\n\$\d{1,10}\r\n[^\r\n]+\r\n")
 _CHECKSUM_BYTES = 8  # ends an RDB preamble; may be zeros
 
 
@@ -38,6 +45,61 @@ def drop_trailing_zeros(folder: Path) -> Iterator[tuple[Path, int]]:
             file.truncate(kept)
             os.fsync(file.fileno())
         yield path, size - kept
+
+
+def last_append_only_file(folder: Path) -> Path:
+    """Return the file that Redis appends to."""
+    parts = [path for path in folder.glob("appendonlydir/*.incr.aof") if _part_number(path) is not None]
+    return max(parts, key=lambda path: _part_number(path) or 0, default=folder / "appendonly.aof")
+
+
+def cut_damaged_end(binary: Path, folder: Path) -> tuple[Path, int, Path] | None:
+    """Cut off the end of the append-only file if nothing there can be read; return file, bytes and their copy.
+
+    An end without any command is an unacknowledged write that a power cut has spoilt. Commands after a damaged place
+    were acknowledged: then, and if nothing before it can be read, nothing is changed.
+
+    Args:
+        binary: `redis-server`, which checks files under the name redis-check-aof.
+
+    Raises:
+        OSError, subprocess.SubprocessError
+    """
+    path = last_append_only_file(folder)
+    if not path.is_file():
+        return None
+    check = subprocess.run(
+        ["redis-check-aof", str(path)],
+        executable=binary,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=_CHECK_TIMEOUT_S,
+    )
+    found = _READABLE.search(check.stdout)
+    if found is None or not 0 < (kept := int(found[1])) < path.stat().st_size:
+        return None
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if _COMMAND.search(data, kept + 1):
+                return None
+            end = data[kept:]
+        copy = folder / f"appendonly.aof.damaged-{time.time_ns()}"
+        with open(copy, "xb", opener=_open_private) as saved:
+            saved.write(end)
+            saved.flush()
+            os.fsync(saved.fileno())
+        file.truncate(kept)
+        os.fsync(file.fileno())
+    return path, len(end), copy
+
+
+def _part_number(path: Path) -> int | None:
+    match = re.search(r"\.(\d+)\.incr\.aof$", path.name)
+    return int(match[1]) if match else None
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _may_be_checksum(file: int, kept: int, size: int) -> bool:

@@ -4,8 +4,10 @@ import fcntl
 import importlib.util
 import logging
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -22,7 +24,7 @@ from redis.retry import Retry
 
 from engine.child import die_with_parent
 from engine.errors import QueueUnavailable
-from engine.jobs.data_folder import drop_trailing_zeros, make_private
+from engine.jobs.data_folder import cut_damaged_end, drop_trailing_zeros, last_append_only_file, make_private
 from engine.observability.logs import event
 
 _MAX_SOCKET_PATH = 103  # sun_path has 108 bytes on Linux, 104 on BSD and macOS, with a final zero
@@ -30,6 +32,9 @@ _START_TIMEOUT_S, _STOP_TIMEOUT_S, _LOCK_TIMEOUT_S = 60.0, 10.0, 1.0
 _PING_TIMEOUT_S = 1.0
 _FULL_DISK_BYTES = 16 * 2**10
 _MAX_LOG_BYTES = 64 * 2**10
+_CRASH = "crashed by signal"  # also of what a file says: a negative length
+_NO_REASONS = ("WARNING", "Server initialized", "User req", "Configuration loaded")
+_CHECK_PROGRAM = "redis-check-aof"  # the server under another name
 
 logger = logging.getLogger("glimmer.serve")
 
@@ -78,15 +83,19 @@ class EmbeddedRedis:
             ) from None
         self._socket_dir = self._data_dir
         try:
-            if len(os.fsencode(self._socket)) > _MAX_SOCKET_PATH or not _is_utf8(self._socket):
-                self._socket_dir = Path(tempfile.mkdtemp(prefix="glimmer-"))
+            if not _takes_socket(self._socket):
+                self._socket_dir = _temporary_folder()
             self._process = self._start()
         except OSError as error:
             self._clean_up()
-            raise QueueUnavailable(f"{self._binary} could not be started: {error.strerror or error}") from None
+            file = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+            raise QueueUnavailable(f"{self._binary} could not be started: {error.strerror or error}{file}") from None
+        except BaseException:
+            self._clean_up()
+            raise
         try:
-            if wait:
-                self.wait_until_ready()
+            while wait and not self.wait_until_ready():
+                self.restart()
         except BaseException:
             self.stop()
             raise
@@ -109,8 +118,11 @@ class EmbeddedRedis:
         """Return within a second whether the server takes commands."""
         return self._ping() == "ready"
 
-    def wait_until_ready(self) -> None:
-        """Wait until the server takes commands; loading its file may take any time.
+    def wait_until_ready(self) -> bool:
+        """Return when the server takes commands; loading its file may take any time.
+
+        Returns:
+            False if it ended over a damaged file that has been repaired: `restart` it.
 
         Raises:
             QueueUnavailable: it ended, or says nothing for a minute; stopped.
@@ -120,9 +132,12 @@ class EmbeddedRedis:
             if state == "loading":
                 silent_since = time.monotonic()
             if not self.alive or time.monotonic() - silent_since > _START_TIMEOUT_S:
+                if self.repair():
+                    return False
                 self.stop()
                 raise QueueUnavailable(f"{self._binary} did not start in {self._data_dir}: {self.last_words()}")
             time.sleep(0.01)
+        return True
 
     def last_words(self) -> str:
         """Return on one line why the server ended, from its latest log."""
@@ -136,12 +151,29 @@ class EmbeddedRedis:
         except OSError as error:
             return f"{self._log} cannot be read: {error.strerror}"
         warnings = [words[1] for words in (line.split(" # ", 1) for line in lines) if len(words) == 2]
-        reasons = [words for words in warnings if not words.startswith(("WARNING", "Server initialized", "User req"))]
-        text = " ".join(reasons[-2:] or lines[-2:] or [f"it wrote nothing to {self._log}"])
-        if "redis-check-aof" in text:
-            command = f"(exec -a redis-check-aof {self._binary} --fix {self._data_dir / 'appendonly.aof'})"
+        reasons = [words for words in warnings if not words.startswith(_NO_REASONS)]
+        crash = [words for words in reasons if _CRASH in words]  # a long report follows
+        text = " ".join(crash[-1:] or reasons[-2:] or lines[-2:] or [f"it wrote nothing to {self._log}"])
+        if _CHECK_PROGRAM in text:
+            file = last_append_only_file(self._data_dir)
+            command = f"(exec -a {_CHECK_PROGRAM} {shlex.quote(str(self._binary))} --fix {shlex.quote(str(file))})"
             text += f". That program is {command}; it drops all that follows the damaged place"
-        return text
+        return " ".join(text.split())
+
+    def repair(self) -> bool:
+        """Cut a damaged end off the file if the server died of it; return whether it was cut."""
+        if self.alive or not any(sign in self.last_words() for sign in (_CHECK_PROGRAM, _CRASH)):
+            return False
+        try:
+            cut = cut_damaged_end(self._binary, self._data_dir)
+        except (OSError, subprocess.SubprocessError) as error:
+            event(logger, "redis_file_not_repaired", logging.ERROR, reason=error)
+            return False
+        if cut is None:
+            return False
+        file, dropped, copy = cut
+        event(logger, "redis_file_repaired", logging.WARNING, file=file, bytes_dropped=dropped, copy=copy)
+        return True
 
     def restart(self) -> None:
         """Start a dead server without waiting until it `answers`; raise OSError."""
@@ -236,12 +268,29 @@ def _open_private(path: str | Path, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _is_utf8(path: Path) -> bool:
-    """Return whether the Redis client can find a path in a URL."""
+def _takes_socket(path: Path) -> bool:
+    """Return whether a socket can be made there, which takes a short name and a file system that has sockets."""
     try:
-        return bool(str(path).encode())
-    except UnicodeEncodeError:
+        str(path).encode()  # the Redis client finds a path in a URL
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            return False
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(path))
+        path.unlink()
+        return True
+    except (OSError, UnicodeEncodeError):
         return False
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="glimmer-"))
+    except OSError as error:
+        raise QueueUnavailable(
+            f"there is no temporary folder for the queue's socket ({error.strerror or error}); set TMPDIR to a folder "
+            "that can be written, or choose a --data-dir with a short name on a disk of this machine"
+        ) from None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

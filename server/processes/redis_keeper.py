@@ -26,6 +26,7 @@ async def keep_alive(redis: EmbeddedRedis, backoff: Backoff = Backoff(initial=0.
         delay = backoff.next_delay(delay, uptime) if deaths > 1 else 0.0
         event(logger, "redis_died", logging.ERROR, reason=redis.last_words(), restart_in_s=delay)
         await asyncio.sleep(delay)
+        await asyncio.to_thread(redis.repair)
         started_at = clock()
         try:
             redis.restart()  # not in a thread: Redis ends with the thread that starts it

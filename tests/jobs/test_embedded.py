@@ -1,5 +1,6 @@
 """The embedded server starts, keeps its data, locks its folder, and ends with its parent."""
 
+import errno
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import redis
 
 from engine.errors import QueueUnavailable
-from engine.jobs import embedded
+from engine.jobs import data_folder, embedded
 from engine.jobs.data_folder import drop_trailing_zeros
 from engine.jobs.embedded import EmbeddedRedis, find_redis_server
 from tests.jobs.helpers import TIMEOUT_S, kill, restart
@@ -170,6 +171,21 @@ class TestFolder:
         with EmbeddedRedis(folder) as server, client(server) as connection:
             assert connection.get("a") == b"1"
 
+    def test_one_in_which_no_socket_can_be_made(self, tmp_path: Path):
+        """As on a file system without them: the socket lies elsewhere."""
+        (tmp_path / "redis.sock").mkdir()
+        with EmbeddedRedis(tmp_path) as server, client(server) as connection:
+            connection.set("a", 1)
+            assert server._socket.parent != tmp_path
+        assert not server._socket.parent.exists()
+
+    def test_without_a_temporary_folder_the_remedy_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(embedded.tempfile, "tempdir", str(tmp_path / "missing"))
+        with pytest.raises(QueueUnavailable, match="TMPDIR"):
+            EmbeddedRedis(tmp_path / ("d" * 120))
+        monkeypatch.undo()
+        EmbeddedRedis(tmp_path / ("d" * 120)).stop()  # it was unlocked
+
     @pytest.mark.parametrize("name", ["file", "file/below", "loop"])
     def test_one_that_cannot_be_used_is_named(self, tmp_path: Path, name: str):
         (tmp_path / "file").touch()
@@ -196,6 +212,47 @@ class TestDamagedFile:
             assert (connection.get("a"), connection.get("b")) == (b"\0" * 9, None)
         assert written.read_bytes() == whole
 
+    @pytest.mark.parametrize(
+        "tail",
+        [
+            b"garbage",
+            b"\0" * 500 + b"\xff" * 500,  # a page that was never written, and what lay there before
+            b"*3\r\n$3\r\nSET\r\n$1\r\nb\r\n$9\r\nnot nine bytes long",
+            b"*3\r\n$3\r\nSET\r\n$1\r\nb\r\n" + b"\0" * 4096 + b"x",
+            b"*3\r\n$3\r\nSET\r\n$-1\r\n",
+            bytes(range(256)) * 100,
+        ],
+    )
+    def test_an_end_that_cannot_be_read_is_kept_apart(self, written: Path, tail: bytes):
+        whole = written.read_bytes()
+        written.write_bytes(whole + tail)
+        with EmbeddedRedis(written.parent) as server, client(server) as connection:
+            assert (connection.get("a"), connection.get("b")) == (b"\0" * 9, None)
+        assert written.read_bytes() == whole
+        (copy,) = written.parent.glob("appendonly.aof.damaged-*")
+        assert tail.endswith(copy.read_bytes())
+        assert copy.stat().st_mode & 0o777 == 0o600
+
+    @pytest.mark.parametrize("before", [b"", b"garbage"])
+    def test_commands_after_a_damaged_place_are_never_dropped(self, written: Path, before: bytes):
+        """They were acknowledged. Nor is a file of which nothing can be read."""
+        damaged = before or written.read_bytes() + b"garbage" + written.read_bytes()
+        written.write_bytes(damaged)
+        with pytest.raises(QueueUnavailable, match="--fix"):
+            EmbeddedRedis(written.parent)
+        assert written.read_bytes() == damaged
+
+    def test_without_room_for_the_copy_nothing_is_cut(self, written: Path, monkeypatch: pytest.MonkeyPatch):
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        damaged = written.read_bytes() + b"garbage"
+        written.write_bytes(damaged)
+        monkeypatch.setattr(data_folder.os, "fsync", full)
+        with pytest.raises(QueueUnavailable, match="--fix"):
+            EmbeddedRedis(written.parent)
+        assert written.read_bytes() == damaged
+
     def test_a_file_of_an_rdb_preamble_may_end_in_zeros(self, written: Path):
         """They may be its checksum."""
         written.write_bytes(b"REDIS0009" + b"x" * 20 + b"\0" * 8)
@@ -204,7 +261,8 @@ class TestDamagedFile:
         assert list(drop_trailing_zeros(written.parent)) == [(written, 9)]
 
     def test_other_damage_is_reported_with_a_command_that_repairs_it(self, written: Path):
-        written.write_bytes(written.read_bytes() + b"garbage")
+        whole = written.read_bytes()
+        written.write_bytes(whole + b"garbage" + whole)
         with pytest.raises(QueueUnavailable, match="Bad file format") as caught:
             EmbeddedRedis(written.parent)
         (command,) = re.findall(r"\(exec -a redis-check-aof .*? --fix .*?\)", str(caught.value))

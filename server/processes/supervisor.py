@@ -113,16 +113,18 @@ class Supervisor:
 
     async def _keep(self, index: int) -> None:
         clock = asyncio.get_running_loop().time
-        delay = 0.0
+        delay, has_worked = 0.0, False
         while not self._stopping.is_set():
             engine_id = f"engine-{index}-{secrets.token_hex(4)}"
             started_at = clock()
             code = await self._run_once(index, engine_id)
             if self._stopping.is_set():
                 return
-            if code == EXIT_CONFIGURATION:
+            uptime = clock() - started_at
+            has_worked |= uptime >= self._backoff.reset_after
+            if code == EXIT_CONFIGURATION and not has_worked:
                 raise EngineMisconfigured(f"engine {index} cannot start with these settings; its message is above")
-            delay = self._backoff.next_delay(delay, clock() - started_at)
+            delay = self._backoff.next_delay(delay, uptime)
             event(logger, "engine_died", logging.ERROR, engine=engine_id, exit_code=code, restart_in_s=delay)
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay):

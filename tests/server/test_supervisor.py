@@ -258,6 +258,17 @@ async def test_a_misconfigured_engine_is_not_restarted(
     assert "no checkpoint there" in capfd.readouterr().err
 
 
+async def test_one_that_has_worked_is_restarted(queue: JobQueue, starts: Starts) -> None:
+    """Its checkpoint's disk or its device may come back, and the API serves on meanwhile."""
+    supervisor = make(queue, starts, "misconfigured")
+    supervisor._backoff = Backoff(0.05, reset_after=0.0)
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) >= 3)
+    assert not running.done()
+    await supervisor.stop(5)
+    await running
+
+
 async def test_stop_kills_engines_that_outlive_the_grace_period_and_frees_their_jobs(
     queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

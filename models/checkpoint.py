@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
@@ -32,7 +32,7 @@ def find_checkpoint(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
     except HFValidationError:
         raise CheckpointError(f"{model!r} is neither a folder nor a hub id such as 'zai-org/GLM-Image'") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub, of httpx, of proxies and certificates in the environment
         raise CheckpointError(f"{model!r} is not a folder and cannot be downloaded from the hub: {error}") from error
 
 

@@ -20,8 +20,9 @@ from engine.geometry import MAX_SIDE
 
 ENV_PREFIX = "GLIMMER_"
 
-KUBERNETES_PORT = "tcp://"
-"""How GLIMMER_PORT begins in a namespace with a Service called glimmer; ignored."""
+# What Kubernetes sets for a Service called glimmer or glimmer-...: GLIMMER_PORT=tcp://10.0.0.1:80
+_SERVICE_LINK_NAME = re.compile(rf"{ENV_PREFIX}([A-Z0-9_]+_)?PORT(_\d+_(TCP|UDP|SCTP))?")
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S*")
 
 _HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _ORIGIN = re.compile(r"https?://[^/@\s]+")
@@ -133,7 +134,7 @@ class ServerSettings(BaseSettings):
     @field_validator("port", mode="before")
     @classmethod
     def _ignore_kubernetes(cls, value: object) -> object:
-        return cls.model_fields["port"].default if str(value).startswith(KUBERNETES_PORT) else value
+        return cls.model_fields["port"].default if _SERVICE_LINK.fullmatch(str(value)) else value
 
     @field_validator("served_model_name")
     @classmethod
@@ -238,6 +239,11 @@ def _is_printable_url(value: str) -> bool:
         return value.isascii() and value.isprintable() and bool(parts.hostname) and (parts.port or 0) >= 0
     except ValueError:
         return False
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Return whether a variable is not a setting but the address of a Kubernetes Service."""
+    return bool(_SERVICE_LINK_NAME.fullmatch(name) and _SERVICE_LINK.fullmatch(value))
 
 
 def default_data_dir() -> Path:

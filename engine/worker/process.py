@@ -39,7 +39,7 @@ def main(settings: EngineSettings, stop: StopSignals) -> int:
     except Stopped:
         return 0
     except (CheckpointError, StartError) as error:
-        print(f"glimmer engine: {error}", file=sys.stderr)
+        print(f"glimmer engine: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIGURATION
     except Exception as error:
         event(logger, "engine_broke", logging.CRITICAL, error=repr(error), where=where(error))
@@ -112,6 +112,11 @@ def _load_or_explain(settings: EngineSettings, starting: EngineInfo) -> tuple[En
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError) as error:
         # Of files and libraries; a device raises RuntimeError.
         raise StartError(f"the checkpoint cannot be loaded: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # The tokenizers library has no class for its errors.
+        raise StartError(f"the checkpoint's tokenizer cannot be loaded: {error}") from error
 
 
 def _load(settings: EngineSettings) -> Engine:

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import httpx
 from rich.console import Console
 
-from server.addresses import is_loopback
 from server.cli.terminal import Display
+from server.http_client import environment_errors, uses_environment
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 60.0  # a live server sends at least a comment every few seconds
@@ -116,15 +116,11 @@ def _open_stream(url: str, api_key: str | None, route: str, content: dict[str, A
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     has_begun = False
     try:
-        with httpx.stream(
-            "POST",
-            url + route,
-            **content,
-            headers=headers,
-            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            # A proxy would look for a loopback address on its own machine.
-            trust_env=not is_loopback(httpx.URL(url).host),
-        ) as response:
+        target = httpx.URL(url + route)
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        with environment_errors("cannot send the request", url):
+            client = httpx.Client(timeout=timeout, trust_env=uses_environment(target))
+        with client, client.stream("POST", target, **content, headers=headers) as response:
             if response.status_code != 200:
                 response.read()
                 raise GenerateError(_error_message(response))
@@ -135,8 +131,12 @@ def _open_stream(url: str, api_key: str | None, route: str, content: dict[str, A
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         if has_begun:
             raise GenerateError(f"the connection to {url} broke ({error})") from None
+        if api_key and isinstance(error, httpx.LocalProtocolError):
+            raise GenerateError("the API key has characters other than printable ASCII") from None
         raise GenerateError(f"cannot reach {url} ({error}); is `glimmer serve` running?") from None
-    except UnicodeEncodeError:
+    except UnicodeEncodeError as error:
+        if api_key and error.object in (api_key, headers["authorization"]):
+            raise GenerateError("the API key has characters other than printable ASCII") from None
         raise GenerateError("the prompt, or another value given, is not valid text") from None
 
 
@@ -205,7 +205,7 @@ def _error_message(response: httpx.Response) -> str:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = response.text[:200]
-    return f"{message} (HTTP {response.status_code})"
+    return f"{' '.join(str(message).split())} (HTTP {response.status_code})"
 
 
 def _raise_unexpected(response: httpx.Response) -> NoReturn:

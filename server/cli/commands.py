@@ -7,16 +7,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from engine.checkpoint_files import check_checkpoint
 from engine.config import CheckpointSettings, EngineSettings
 from engine.observability import logs
-from engine.stop_signals import StopSignals
+from engine.stop_signals import StopSignals, run
 from server.cli.generate import generate
 from server.cli.health import health
 from server.cli.options import settings_as_options, stop, variable
-from server.cli.process import end_process, one_line_errors, prepare_streams
-from server.settings import KUBERNETES_PORT, ServerSettings, ServeSettings
+from server.cli.process import OneLineGroup, end_process, one_line_errors, prepare_streams
+from server.settings import ServerSettings, ServeSettings, is_service_link
 
 app = typer.Typer(
+    cls=OneLineGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # they print local variables, prompts among them
@@ -37,8 +39,8 @@ def glimmer(
     ] = False,
 ) -> None:
     """Glimmer serves GLM-Image behind an OpenAI-style images API. Start with: glimmer serve"""
-    if os.environ.get(variable("port"), "").startswith(KUBERNETES_PORT):
-        del os.environ[variable("port")]
+    for name in [name for name, value in os.environ.items() if is_service_link(name, value)]:
+        del os.environ[name]
 
 
 @app.command()
@@ -50,12 +52,11 @@ def serve(checkpoint: CheckpointSettings, processes: ServeSettings, settings: Se
     for_engines = checkpoint.model_dump(exclude_none=True)
     for_engines |= settings.model_dump(include={"grace_s", "log_level", "log_format"})
     environment = {variable(name): str(value) for name, value in for_engines.items()}
-    with one_line_errors():
-        from server.processes.launch import EngineProcesses, run_all
+    check_checkpoint(checkpoint.model)
+    from server.processes.launch import EngineProcesses, run_all
 
-        engines = EngineProcesses(processes.engines, processes.data_dir, checkpoint.device, environment)
-        code = run_all(settings, engines, signals)
-    raise typer.Exit(code)
+    engines = EngineProcesses(processes.engines, processes.data_dir, checkpoint.device, environment)
+    raise typer.Exit(run_all(settings, engines, signals))
 
 
 @app.command()
@@ -66,10 +67,9 @@ def api(settings: ServerSettings) -> None:
         stop("glimmer api needs a Redis: set --redis-url or GLIMMER_REDIS_URL")
     signals = StopSignals().install()
     logs.configure(settings.log_level, settings.log_format)
-    with one_line_errors():
-        from server.processes.launch import run_api
+    from server.processes.launch import run_api
 
-        run_api(settings, signals)
+    run_api(settings, signals)
 
 
 @app.command()
@@ -82,11 +82,14 @@ def engine(settings: EngineSettings) -> None:
         # No progress bars in a log of one line per event. The libraries read these on import.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    check_checkpoint(settings.model)
+    from engine.jobs.redis_check import check_redis
+
+    run(check_redis(settings.redis_url))
     with one_line_errors("an engine needs `pip install glimmer[engine]`"):
         from engine.worker.process import main as run_engine
 
-        code = run_engine(settings, signals)
-    raise typer.Exit(code)
+        raise typer.Exit(run_engine(settings, signals))
 
 
 app.command()(generate)

@@ -43,8 +43,9 @@ def health(
 
 def _api_problem(host: str, port: int, path: str) -> str | None:
     """Ask the API itself; `http.client` uses no proxy from the environment."""
-    connection = HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
+    connection = None
     try:
+        connection = HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
         connection.request("GET", path)
         response = connection.getresponse()
         if response.status == 200:
@@ -53,7 +54,8 @@ def _api_problem(host: str, port: int, path: str) -> str | None:
     except (OSError, HTTPException, ValueError) as error:
         return f"GET {path} failed: {str(error) or type(error).__name__}"
     finally:
-        connection.close()
+        if connection is not None:
+            connection.close()
 
 
 def _reason(body: bytes) -> str:

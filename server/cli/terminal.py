@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import suppress
 from typing import Self
 
 from PIL import Image as PillowImage
@@ -65,8 +66,9 @@ class Display:
         self._live.update(Group(self._progress, half_blocks(image, min(MAX_COLUMNS, self._console.width), lines)))
 
     def print(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(text, highlight=False, markup=False)
+        """Print a line that stays; whatever stdout is, the files are written."""
+        with suppress(OSError, SystemExit):  # rich exits if the reader has gone
+            self._console.print(text, highlight=False, markup=False)
 
 
 def half_blocks(data: bytes, columns: int, lines: int) -> Text:

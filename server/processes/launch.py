@@ -15,6 +15,7 @@ from engine.errors import QueueUnavailable, StartError
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.producer import JobProducer
+from engine.jobs.redis_check import check_redis
 from engine.observability.logs import event
 from engine.stop_signals import Stopped, StopSignals, run
 from server.addresses import is_loopback
@@ -70,6 +71,7 @@ async def _run_api(settings: ServerSettings, stop: StopSignals) -> None:
     server = _make_server(settings)
     with await stop.unless_stopped(asyncio.to_thread(listen, settings.host, settings.port)) as listener:
         _warn_if_open(settings, listener)
+        await stop.unless_stopped(check_redis(str(settings.redis_url)))
         server.on_start = lambda: _print(f"Glimmer's API listens on {url_of(listener)}")
         signals = asyncio.create_task(server.follow(stop))
         try:
@@ -83,9 +85,11 @@ async def _run_all(settings: ServerSettings, engines: EngineProcesses, stop: Sto
     with await stop.unless_stopped(asyncio.to_thread(listen, settings.host, settings.port)) as listener:
         _warn_if_open(settings, listener)
         if settings.redis_url is not None:
+            await stop.unless_stopped(check_redis(settings.redis_url))
             return await _serve(settings, engines, settings.redis_url, listener, stop)
         with EmbeddedRedis(engines.data_dir, wait=False) as redis:
-            await stop.unless_stopped(asyncio.to_thread(redis.wait_until_ready))
+            while not await stop.unless_stopped(asyncio.to_thread(redis.wait_until_ready)):
+                redis.restart()  # not in a thread: Redis ends with the thread that starts it
             event(logger, "redis_started", data_dir=engines.data_dir, pid=redis.pid)
             restarter = asyncio.create_task(keep_alive(redis))
             try:

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import logging
 import math
 import os
@@ -28,13 +29,14 @@ CLOSE_S = 5.0  # for the last calls to Redis
 UNSENT_BYTES = 128 * 1024  # of a connection, in the kernel, beyond what is in flight
 _TRIM_TICKS = 50  # of 0.1 s
 _TICK_S = 0.05
+_OTHER_ADDRESS = "choose another --host or --port"
 
 logger = logging.getLogger("glimmer.serve")
 
 
 def describe(error: Exception) -> str:
     """Return an unexpected error on one line."""
-    return f"{type(error).__name__}: {error}".replace("\n", " ").removesuffix(": ")
+    return " ".join(f"{type(error).__name__}: {error}".splitlines()).removesuffix(": ")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -50,10 +52,11 @@ def listen(host: str, port: int) -> socket.socket:
         # What a client does not read stays here, where it is counted, and not in up to 4 MB of the kernel's.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         return listener
-    except (OSError, ValueError, OverflowError) as error:  # a name that cannot be encoded is a ValueError
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # a name that cannot be encoded
         number = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(number) if number and number > 0 else str(error)
-        raise StartError(f"cannot listen on {host}:{port} ({reason}); choose another --host or --port") from None
+        remedy = "raise the limit of open files" if number in (errno.EMFILE, errno.ENFILE) else _OTHER_ADDRESS
+        raise StartError(f"cannot listen on {host}:{port} ({reason}); {remedy}") from None
 
 
 def url_of(listener: socket.socket) -> str:

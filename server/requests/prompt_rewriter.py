@@ -11,11 +11,10 @@ import httpx
 import orjson
 from pydantic import SecretStr
 
-from engine.errors import StartError
 from engine.observability.logs import event
 from engine.quotes import QuoteRule, quoted_strings
-from server.addresses import is_loopback
 from server.admission.turns import Turns
+from server.http_client import environment_errors, uses_environment
 from server.metrics import Metrics
 from server.settings import ServerSettings
 
@@ -125,17 +124,10 @@ async def open_rewriter(settings: ServerSettings, metrics: Metrics) -> AsyncIter
 
 def _make_client(base_url: httpx.URL, key: SecretStr | None) -> httpx.AsyncClient:
     """Return a client; raise a `StartError` for the environment's proxies and certificates."""
-    try:
+    with environment_errors("the API cannot start", "the prompt rewriter"):
         return httpx.AsyncClient(
             base_url=base_url,
             headers={"authorization": f"Bearer {key.get_secret_value()}"} if key else {},
             timeout=REWRITE_TIMEOUT_S,
-            # A proxy would look for a loopback address on its own machine.
-            trust_env=not is_loopback(base_url.host),
+            trust_env=uses_environment(base_url),
         )
-    except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:  # ImportError: a SOCKS proxy
-        names = (
-            "SSL_CERT_FILE or SSL_CERT_DIR" if isinstance(error, OSError) else "ALL_PROXY, HTTPS_PROXY or HTTP_PROXY"
-        )
-        reason = str(error).replace("\n", " ")
-        raise StartError(f"the API cannot start: {names} cannot be used for the prompt rewriter: {reason}") from None

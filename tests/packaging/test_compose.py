@@ -19,6 +19,7 @@ from engine.config import HAND_BACK_S
 from engine.jobs.embedded import find_redis_server
 from server.processes.http_limits import MAX_UNSENT_BYTES
 from server.processes.serving import CANCEL_S, CLOSE_S, LAST_BYTES_S
+from server.requests.decode_worker import MAX_MEMORY
 from server.requests.decoders import PLACES
 from server.settings import ServerSettings
 from tests.packaging.files import COMPOSE_FILES, ROOT, compose, dockerfile, image_environment, last, variables_of
@@ -189,11 +190,10 @@ def test_the_memory_of_redis_has_room_for_a_rewrite() -> None:
 
 
 def test_the_memory_of_the_api_has_room_for_its_decode_processes() -> None:
-    limit = re.fullmatch(r"(\d+)m", services()["api"]["mem_limit"])
+    limit = re.fullmatch(r"(\d+)g", services()["api"]["mem_limit"])
     assert limit
-    decoding = PLACES * 600 * 10**6  # docs/operations.md; each is ended at MAX_MEMORY
     in_flight = ServerSettings.model_fields["max_inflight_bytes"].default
-    assert int(limit[1]) * 2**20 >= decoding + in_flight + MAX_UNSENT_BYTES + 300 * 2**20
+    assert int(limit[1]) * 2**30 >= PLACES * MAX_MEMORY + in_flight + MAX_UNSENT_BYTES + 300 * 2**20
 
 
 def test_a_real_redis_accepts_the_command_and_keeps_jobs(tmp_path: Path) -> None:

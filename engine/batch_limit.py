@@ -4,7 +4,7 @@ RECOVERY_BATCHES = 1000
 class BatchLimit:
     """A batch size, halved when memory runs out and doubled after `RECOVERY_BATCHES`.
 
-    A lasting shortage costs one failed batch in a thousand, a passing one no lasting speed.
+    A lasting shortage costs one failed batch in a thousand, a passing one no speed.
     """
 
     def __init__(self, maximum: int):

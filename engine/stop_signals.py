@@ -1,4 +1,4 @@
-"""Stop signals, and an event loop that ends without waiting for threads."""
+"""Stop signals, and an event loop that waits for no thread at its end."""
 
 import asyncio
 import os

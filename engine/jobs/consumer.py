@@ -59,7 +59,7 @@ class JobConsumer(QueueBase):
             raise
 
     async def attempt_claim(self, consumer: str, free: FreeCapacity, attempt: str) -> Claim | None:
-        """Claim a job, not yet a run. The same attempt gets the same grant while it holds."""
+        """Claim a job, not yet a run. A repeated attempt gets the same grant."""
         while True:
             reply = await self._scripts.run(
                 "claim",

@@ -103,8 +103,8 @@ class JobSpec(_Record):
         source_tokens: upper bound of their prompt tokens.
         quotes: see `quoted_strings`.
 
-    A later field that changes the image has `field(metadata={"format": N})`, N one above `JOB_FORMAT`: engines that do
-    not know it leave its jobs to others.
+    A later field that changes the image has `field(metadata={"format": N})`, N one above `JOB_FORMAT`: older engines
+    leave its jobs to others.
     """
 
     prompt: str
@@ -245,7 +245,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image of a result in Redis; `data` if it was read, too."""
+    """An image of a result in Redis; `data` if read, too."""
 
     size: int
     seed: int

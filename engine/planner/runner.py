@@ -109,7 +109,7 @@ class PlannerRunner:
         return tokens
 
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> None:
-        """Sample token `written` of every sequence from its row of `hidden`."""
+        """Sample token `written` of every sequence from its row."""
         count = len(sequences)
         buffers = self._to_device([s.buffer_index for s in sequences])
         steps = self._to_device([s.written for s in sequences])

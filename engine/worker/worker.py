@@ -240,7 +240,7 @@ class Worker:
             self._jobs[request_id].events.put_nowait(Lost())
 
     async def _finish_jobs(self, needed: set[asyncio.Future[None]]) -> None:
-        """Let jobs finish until the grace period or a needed task ends; hand back the others."""
+        """Let jobs finish until the grace period or a needed task ends; hand back others."""
         if self._job_tasks:
             ends = asyncio.create_task(asyncio.wait(self._job_tasks))
             over = asyncio.create_task(self._hand_back.wait())

@@ -58,6 +58,7 @@ def create_app(settings: ServerSettings, queue: JobProducer | None = None) -> Fa
         description="GLM-Image behind an OpenAI-style images API.",
         version=metadata.version("glimmer"),
         lifespan=lifespan,
+        redirect_slashes=False,  # `RequestObserver` removes them
         openapi_url=None,  # and no pages of FastAPI, which load scripts from other servers: `pages` serves both
         # Its traces and logs may quote a prompt.
         telemetry={"tracing": False, "metrics": False, "logs": False},

@@ -126,7 +126,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         message = f"There is no route {request.method} {request.url.path}; /docs lists the routes."
     elif status == 405:
         methods = _allowed_methods(request)
-        headers["Allow"] = ", ".join(methods)
+        headers["Allow"] = ", ".join(methods).replace("GET", "GET, HEAD")  # the middleware serves HEAD
         message = f"{request.url.path} does not accept {request.method}; it accepts {' and '.join(methods)}."
     code = HTTPStatus(status).phrase.lower().replace(" ", "_")
     return ApiError(status, message, code=code, headers=headers).response()

@@ -58,6 +58,8 @@ class RequestObserver:
         exchange = _Exchange(_request_id(headers), self._span(scope, headers), scope["method"])
         if exchange.method == "HEAD":  # a copy: the server's own `scope` stays as it is
             scope, send = {**scope, "method": "GET"}, _headers_only(send)
+        if scope["path"].endswith("/") and scope["path"] != "/":  # served: a redirect would have to know the public URL
+            scope = {**scope, "path": scope["path"][:-1]}
         bind(request=exchange.request_id, job=None)  # a connection's requests may share a task
         scope.setdefault("state", {})["origin"] = Origin(exchange.request_id, exchange.span.traceparent)
         with self._metrics.in_flight.track_inprogress(), scope["app"].state.gate.exchange():

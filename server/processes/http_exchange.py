@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import httptools
-from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+from uvicorn._types import ASGIReceiveEvent, ASGISendEvent, HTTPResponseStartEvent
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from server.errors import ApiError
@@ -20,12 +20,14 @@ class Exchange(RequestResponseCycle):
 
     Attributes:
         closes: close the connection after the response.
+        ends_with_connection: the response has neither length nor chunks, which HTTP/1.0 lacks.
         failure: why the body stays incomplete; raised to the app.
         is_receiving: the app waits for the body, or for the disconnect.
     """
 
     transfers: Transfers
     closes = False
+    ends_with_connection = False
     failure: ApiError | None = None
     is_receiving = False
 
@@ -42,11 +44,25 @@ class Exchange(RequestResponseCycle):
     async def send(self, message: ASGISendEvent) -> None:
         if not self.response_started and self.waiting_for_100_continue:
             self.keep_alive = False  # the client may or may not send the body
+        if self.scope["http_version"] == "1.0" and message["type"] == "http.response.start":
+            message = self._start_for_http_1_0(message)
+        if self.ends_with_connection and message["type"] == "http.response.body":
+            self.expected_content_length = len(message.get("body", b""))
         await super().send(message)
         if message["type"] == "http.response.body":
             self.transfers.written += len(message.get("body", b""))
         elif not self.keep_alive:
             self.closes = self.keep_alive = True  # uvicorn would reset a client that is still sending
+
+    def _start_for_http_1_0(self, message: HTTPResponseStartEvent) -> HTTPResponseStartEvent:
+        headers = list(message.get("headers", []))
+        names = {name.lower() for name, _ in headers}
+        if not names & {b"content-length", b"transfer-encoding"} and message["status"] not in (204, 304):
+            self.ends_with_connection = True
+            self.chunked_encoding = self.keep_alive = False
+        elif self.keep_alive and b"connection" not in names:
+            headers.append((b"connection", b"keep-alive"))
+        return {**message, "headers": headers}
 
     async def receive(self) -> ASGIReceiveEvent:
         if self.flow.read_paused:

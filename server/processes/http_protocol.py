@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from engine.observability.logs import event
+from server.addresses import without_mapping
 from server.errors import ApiError, unavailable
 from server.processes.http_errors import Refused, error_response, head_too_large, malformed, timed_out, url_too_long
 from server.processes.http_exchange import Exchange, target
@@ -74,6 +75,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.client, self.server = without_mapping(self.client), without_mapping(self.server)
         self._read_up_to(HEAD_READ_BYTES)
         self._deadline = self.loop.time() + self._limits.head_s
         if not self.table.add(self):
@@ -200,8 +202,8 @@ class HttpProtocol(HttpToolsProtocol):
             access_log=self.access_log,
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=self.scope["http_version"] != "1.0" and self.parser.should_keep_alive(),
+            expect_100_continue=self.expect_100_continue and self.scope["http_version"] != "1.0",
+            keep_alive=self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         exchange.transfers = self._transfers

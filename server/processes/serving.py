@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from engine.errors import StartError
 from engine.observability.logs import event, where
 from engine.stop_signals import StopSignals
+from server.addresses import authority
 from server.admission.gate import Gate
 from server.processes.allocator import IdleMemory, return_large_allocations
 from server.processes.http_limits import HttpLimits, raise_file_limit, share_files
@@ -40,10 +41,12 @@ def describe(error: Exception) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; raise `StartError` if the address cannot be used."""
+    """Return a listening socket, for IPv4 and IPv6 at `::`; raise `StartError` if the address cannot be used."""
+    host = host.removeprefix("[").removesuffix("]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = family == socket.AF_INET6 and not host.strip("0:") and socket.has_dualstack_ipv6()
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
         # Inherited by connections: else a small body waits 40 ms for the acknowledgement of the headers. asyncio sets
         # it only on its own sockets.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -56,13 +59,12 @@ def listen(host: str, port: int) -> socket.socket:
         number = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(number) if number and number > 0 else str(error)
         remedy = "raise the limit of open files" if number in (errno.EMFILE, errno.ENFILE) else _OTHER_ADDRESS
-        raise StartError(f"cannot listen on {host}:{port} ({reason}); {remedy}") from None
+        raise StartError(f"cannot listen on {authority(host, port)} ({reason}); {remedy}") from None
 
 
 def url_of(listener: socket.socket) -> str:
     """Return the URL of a listening socket."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{authority(*listener.getsockname()[:2])}"
 
 
 class DrainingServer(uvicorn.Server):

@@ -65,8 +65,8 @@ async def client(make_client: MakeClient) -> AsyncIterator[httpx.AsyncClient]:
 class LiveServer:
     """The app behind a real socket, as `glimmer api` runs it."""
 
-    def __init__(self, queue: JobQueue, settings: ServerSettings):
-        listener = listen("127.0.0.1", 0)
+    def __init__(self, queue: JobQueue, settings: ServerSettings, host: str = "127.0.0.1"):
+        self.listener = listener = listen(host, 0)
         self.url, self.address = url_of(listener), listener.getsockname()
         self.server = DrainingServer(create_app(settings, queue), settings.grace_s, settings.drain_delay_s)
         self.task = asyncio.create_task(self.server.serve(sockets=[listener]))

@@ -216,7 +216,7 @@ async def test_unknown_routes(client: httpx.AsyncClient, method: str, path: str,
 
 async def test_a_wrong_method_lists_the_allowed_ones(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/jobs/x")
-    assert response.headers["allow"] == "GET, DELETE"
+    assert response.headers["allow"] == "GET, HEAD, DELETE"
     assert error_of(response)["message"] == "/v1/jobs/x does not accept POST; it accepts GET and DELETE."
 
 

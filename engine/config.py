@@ -1,9 +1,10 @@
 """Settings and exit codes of an engine process. No torch: the API imports this."""
 
 import os
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Stage = Literal["all"]
 LogLevel = Annotated[
@@ -21,6 +22,11 @@ HAND_BACK_S = 5.0
 """Seconds between the end of an engine's grace period and its kill: it hands back each unfinished job with a call to a
 Redis that may be slow."""
 
+
+_NAMES = {
+    "device": (r"auto|cpu|mps|xpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
+    "dtype": ("auto|float32|bfloat16", "auto, float32 or bfloat16"),
+}
 
 ENGINES_VARIABLE = "GLIMMER_ENGINES_OF_MACHINE"
 """Set by the supervisor, not by people: how many engines share this machine's memory."""
@@ -41,6 +47,15 @@ class CheckpointSettings(BaseModel):
     )
     device: str = Field(default="auto", description="auto (CUDA where available), cpu, cuda or cuda:N.")
     dtype: str = Field(default="auto", description="auto (bfloat16 on CUDA, float32 on CPU), float32 or bfloat16.")
+
+    @field_validator("device", "dtype")
+    @classmethod
+    def _check_name(cls, value: str, info: ValidationInfo) -> str:
+        """Refuse other names before torch is imported, which takes seconds."""
+        pattern, accepted = _NAMES[str(info.field_name)]
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"{value!r} is not known; expected {accepted}")
+        return value
 
 
 class EngineSettings(CheckpointSettings):

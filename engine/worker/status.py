@@ -101,7 +101,11 @@ class EngineStatus:
 
 def status_folder() -> Path:
     """Return this user's private folder for the files."""
-    return Path(tempfile.gettempdir(), f"glimmer-engines-{os.geteuid()}")
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:  # none can be written: the caller's error names this one
+        folder = "/tmp"
+    return Path(folder, f"glimmer-engines-{os.geteuid()}")
 
 
 def read_statuses() -> list[StatusFile]:

@@ -115,7 +115,10 @@ def _describe(error: OSError | MemoryError) -> str:
         return "this machine has too little memory, or the process may not take it (ulimit -v, a container's limit)"
     reason = error.strerror or _one_line(error) or type(error).__name__
     file = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
-    return f"{reason}{file}{_REMEDIES.get(error.errno or 0, '')}"
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    if reason.startswith("No usable temporary directory"):  # of `tempfile`
+        remedy = "; set TMPDIR to a folder that can be written"
+    return f"{reason}{file}{remedy}"
 
 
 def _one_line(error: Exception) -> str:

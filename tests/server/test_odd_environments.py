@@ -51,10 +51,14 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "library that is missing": ("generate x", {"PYTHONPATH": "no_httpx"}, "httpx is not installed"),
     "library of an engine that is missing": ("engine --redis-url unix:///x", {"PYTHONPATH": "no_torch"}, "[engine]"),
     "library that cannot be loaded": ("engine --redis-url unix:///x", {"PYTHONPATH": "bad_torch"}, "[engine]"),
+    "installation without a library": ("key alice", {"PYTHONPATH": "no_orjson"}, "orjson"),
     "port in letters": ("api --redis-url unix:///x", {"GLIMMER_PORT": "http"}, "GLIMMER_PORT"),
+    "device of no known kind": ("serve --port PORT --data-dir data --device gpu", {}, "GLIMMER_DEVICE"),
+    "number format of no known kind": ("engine --redis-url unix:///x", {"GLIMMER_DTYPE": "fp8"}, "GLIMMER_DTYPE"),
     "checkpoint that is missing": ("serve --port PORT --data-dir data --model /nowhere", {}, "/nowhere"),
 }
 MODULES = {
+    "no_orjson/orjson.py": "raise ModuleNotFoundError('none', name='orjson')",
     "no_httpx/httpx.py": "raise ModuleNotFoundError('none', name='httpx')",
     "no_torch/torch.py": "raise ModuleNotFoundError('none', name='torch')",
     "bad_torch/torch.py": "raise OSError('libcudart.so.12: cannot open shared object file')",

@@ -20,14 +20,14 @@ _PRIMARIES = {  # by code of ITU-T H.273
     12: (*_D65, *_P3),
 }
 # Parameters g, a, b, c, d of an ICC curve: (a x + b) ** g for x >= d, else c x.
-_SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 _BT709_CURVE = (1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
 _CURVES: dict[int, tuple[float, ...]] = {  # by code of ITU-T H.273
     **dict.fromkeys((1, 6, 14, 15), _BT709_CURVE),
     4: (2.2,),
     5: (2.8,),
     8: (1.0,),
-    13: _SRGB_CURVE,
+    13: SRGB_CURVE,
 }
 _HDR = {16: "PQ", 18: "HLG"}
 
@@ -68,12 +68,12 @@ def gamma_profile(gamma: bytes, chromaticities: bytes) -> bytes | None:
     primaries = tuple(value / 100_000 for value in struct.unpack_from(">8I", chromaticities.ljust(32, b"\0")))
     has_gamma, has_primaries = 0.01 <= exponent <= 10, all(0 < value <= 1 for value in primaries[1::2])
     means_srgb = not has_gamma or abs(exponent / _SRGB_GAMMA - 1) < 0.01
-    return _profile(primaries if has_primaries else _SRGB, _SRGB_CURVE if means_srgb else (1 / exponent,))
+    return _profile(primaries if has_primaries else _SRGB, SRGB_CURVE if means_srgb else (1 / exponent,))
 
 
 def _profile(primaries: Sequence[float], curve: Sequence[float]) -> bytes | None:
     is_srgb = all(abs(value - other) < 0.002 for value, other in zip(primaries, _SRGB, strict=True))
-    if is_srgb and curve == _SRGB_CURVE:
+    if is_srgb and curve == SRGB_CURVE:
         return None
     colorants = _colorants(primaries)
     return None if colorants is None else matrix_profile(colorants, curve)
@@ -84,7 +84,7 @@ def matrix_profile(colorants: Sequence[_Vector], curve: Sequence[float]) -> byte
 
     Args:
         colorants: XYZ of red, green and blue, adapted to D50.
-        curve: an exponent, or the parameters of `_SRGB_CURVE`.
+        curve: an exponent, or the parameters of `SRGB_CURVE`.
     """
     parametric = struct.pack(">4s4xHH", b"para", 0 if len(curve) == 1 else 3, 0) + _fixed(curve)
     tags = [(b"wtpt", _xyz(_D50)), (b"desc", _text("sRGB")), (b"cprt", _text(""))]

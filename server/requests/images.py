@@ -22,6 +22,7 @@ from server.requests.colours import to_srgb
 from server.requests.edit_input import EditInput, InvalidImage
 from server.requests.file_types import read_file
 from server.requests.image_file import ImageFile, NotAnImage, UnsuitableFile, damaged
+from server.requests.sixteen_bits import decode_sixteen_bits
 
 FULL_PIXELS = 4096 * 4096  # larger images are halved while they are decoded
 MAX_PIXELS = {"PNG": 8192 * 8192, "JPEG": 8192 * 8192, "WEBP": 8192 * 4096}  # each takes up to 0.85 GB at its limit
@@ -67,10 +68,10 @@ def prepare(
         file.check()
     if mask_file is not None:
         _check_mask(mask_file, files[0])
-    alpha = None if mask_file is None else _alpha(mask_file.decode())
+    alpha = None if mask_file is None else _alpha(mask_file.decode()[0])
     sources, tokens, overlay = [], 0, None
     for file in files:  # singly: a decoded image may take 270 MB
-        image = _rgb(file.decode(), file.parts.profile, max_pixels)
+        image = _rgb(*file.decode(), max_pixels)
         tokens += source_tokens(*image.size)
         if not sources:
             size = size or _edit_size(image.size, max_pixels)
@@ -120,23 +121,25 @@ class _File:
             raise self.error(str(error)) from None
         return self.parts
 
-    def decode(self) -> Image:
-        """Decode a checked image, at half its size if it is large, and turn it upright."""
+    def decode(self) -> tuple[Image, bytes | None]:
+        """Decode a checked image, at half its size if it is large, upright; return it and its profile."""
         self.report(self.param, self.name)
         try:
-            image = _decode(self.parts)
+            image, profile = _decode(self.parts)
         except UnsuitableFile as error:
             raise self.error(str(error)) from None
-        return image if self.transposition is None else image.transpose(self.transposition)
+        return image if self.transposition is None else image.transpose(self.transposition), profile
 
 
-def _decode(file: ImageFile) -> Image:
+def _decode(file: ImageFile) -> tuple[Image, bytes | None]:
+    """Return the image and the profile that it has now."""
+    profile = file.profile
+    is_large = math.prod(file.size) > FULL_PIXELS
     try:
-        image = PillowImage.open(io.BytesIO(file.data), formats=(file.file_format,))
-        width, height = image.size
-        if width * height > FULL_PIXELS:
-            image.draft(image.mode, (width // 2, height // 2))  # of a JPEG
-        image.load()
+        if file.transparent or (file.depth == 16 and profile and not is_large):
+            image, profile = decode_sixteen_bits(file)
+        else:
+            image = _load(file, is_large)
     except MemoryError:
         raise
     except Exception:  # damaged files make Pillow raise any exception
@@ -146,6 +149,14 @@ def _decode(file: ImageFile) -> Image:
     image = _eight_bits(image)
     if math.prod(image.size) > FULL_PIXELS:
         image = _colour(image, ("CMYK",)).reduce(2)
+    return image, profile
+
+
+def _load(file: ImageFile, halve: bool) -> Image:
+    image = PillowImage.open(io.BytesIO(file.data), formats=(file.file_format,))
+    if halve:
+        image.draft(image.mode, (image.width // 2, image.height // 2))  # of a JPEG
+    image.load()
     return image
 
 

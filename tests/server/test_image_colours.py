@@ -152,3 +152,38 @@ def test_one_transparent_colour_at_any_depth() -> None:
     for depth, value, row in ((2, 2, b"\xaa" * 24), (4, 5, b"\x55" * 48), (1, 1, b"\xff" * 12), (8, 9, b"\x09" * 96)):
         file = png(96, 64, depth, 0, row, extra=chunk(b"tRNS", struct.pack(">H", value)))
         assert source(file).getextrema() == ((255, 255),) * 3, depth
+
+
+def deep(colour_type: int, samples: int, *extra: bytes) -> bytes:
+    """Return a 16-bit PNG whose samples rise to 1/16 of the range along a row, and to all of it at its end."""
+    values = [min(65535, 40 * x + 7 * s) if x < 90 else 65535 - 900 * s for x in range(96) for s in range(samples)]
+    if samples in (2, 4):
+        values[samples - 1 :: samples] = [65535] * 96
+    return png(96, 64, 16, colour_type, struct.pack(f">{96 * samples}H", *values), b"".join(extra))
+
+
+@pytest.mark.parametrize(("colour_type", "samples"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_dark_parts_of_linear_16_bit_images(colour_type: int, samples: int) -> None:
+    """8 bits of them would be 3 levels."""
+    space = grey_profile(1.0) if samples < 3 else rgb_profile(ADOBE_RGB, 1.0)
+    gama = chunk(b"gAMA", struct.pack(">I", 100_000))
+    found = source(deep(colour_type, samples, gama))
+    by_profile = source(deep(colour_type, samples, chunk(b"iCCP", b"x\0\0" + zlib.compress(space))))
+    for x in range(96):
+        values = [min(65535, 40 * x + 7 * s) if x < 90 else 65535 - 900 * s for s in range(3 if samples > 2 else 1)]
+        wanted = [encoded(value / 65535) for value in values] * (1 if samples > 2 else 3)
+        pixel, other = found.getpixel((x, 5)), by_profile.getpixel((x, 5))
+        assert isinstance(pixel, tuple)
+        assert isinstance(other, tuple)
+        assert all(abs(a - b) <= 2 for a, b in zip(pixel, wanted, strict=True)), (x, pixel, wanted)
+        assert samples > 2 or other == pixel
+
+
+def test_a_transparent_16_bit_colour() -> None:
+    """Its neighbours with the same high bytes are opaque."""
+    colour = struct.pack(">3H", 40 * 20, 40 * 20 + 7, 40 * 20 + 14)
+    found = source(deep(2, 3, chunk(b"tRNS", colour)))
+    assert found.getpixel((20, 5)) == (255, 255, 255)
+    assert found.getpixel((21, 5)) == (3, 3, 3)
+    grey = source(deep(0, 1, chunk(b"tRNS", colour[:2])))
+    assert (grey.getpixel((20, 5)), grey.getpixel((21, 5))) == ((255, 255, 255), (3, 3, 3))

@@ -15,8 +15,8 @@ from server.requests.decode_protocol import decode_request, encode_input, encode
 from server.requests.edit_input import EditFiles, InvalidImage
 from server.requests.images import prepare
 
-MAX_MEMORY = 2**30  # address space; a WEBP of 4096x4096 takes 0.6 GB
-MAX_CPU_S = 10  # per edit; four JPEGs of 4096x4096 take 2.5 s
+MAX_MEMORY = 2**30  # address space; a PNG of 8192x8192 with alpha takes 0.8 GB
+MAX_CPU_S = 10  # per edit; such a PNG takes 2.4 s, a JPEG of 48 megapixels 0.6 s
 
 
 def main() -> None:

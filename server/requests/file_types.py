@@ -13,6 +13,7 @@ _READERS: tuple[tuple[str, bytes, Callable[[bytes], ImageFile]], ...] = (
     ("JPEG", rb"\xff\xd8\xff", read_jpeg),
     ("WEBP", rb"RIFF.{4}WEBP", read_webp),
 )
+_MAGICS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _STRAY_BYTES = 512  # before an image that are looked behind
 
 _OTHER_TYPES = tuple(
@@ -71,7 +72,7 @@ def _what_else(data: bytes) -> str:
         return "is an empty file (0 bytes)"
     if not start.strip(b"\0"):
         return "is not an image: the file starts with {len(start)} zero bytes"
-    if len(data) < 12 and any(magic.startswith(data) for magic in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")):
+    if len(data) < 12 and any(magic.startswith(data[: len(magic)]) for magic in _MAGICS):
         return f"is a truncated file of {len(data)} bytes"
     for pattern, name in _OTHER_TYPES:
         if pattern.match(start):

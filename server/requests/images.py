@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from PIL import Image as PillowImage
@@ -125,7 +125,7 @@ class _File:
         """Decode a checked image, at half its size if it is large, upright; return it and its profile."""
         self.report(self.param, self.name)
         try:
-            image, profile = _decode(self.parts)
+            image, profile = _decode(self.parts if self.param == "image" else replace(self.parts, profile=None))
         except UnsuitableFile as error:
             raise self.error(str(error)) from None
         return image if self.transposition is None else image.transpose(self.transposition), profile

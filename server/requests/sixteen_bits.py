@@ -21,20 +21,20 @@ def decode_sixteen_bits(file: ImageFile) -> tuple[Image, bytes | None]:
     colours = 1 if file.colours == "GRAY" else 3
     converted = None if file.profile is None else sixteen_bit_tables(file.profile)
     tables, profile = converted or ([_HIGH_BYTES], file.profile)
-    bands = [channel.point(tables[min(i, len(tables) - 1)], "L") for i, channel in enumerate(channels[:colours])]
+    bands = [_mapped(channel, tables[min(i, len(tables) - 1)]) for i, channel in enumerate(channels[:colours])]
     if colours == 1 and converted:
         profile = None  # grey has no colours to convert
     if file.transparent:
         bands.append(_opaque(channels, file.transparent))
     elif len(channels) > colours:
-        bands.append(channels[-1].point(_HIGH_BYTES, "L"))
+        bands.append(_mapped(channels[-1], _HIGH_BYTES))
     return PillowImage.merge({1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[len(bands)], bands), profile
 
 
 def _channels(file: ImageFile) -> list[Image]:
     """Return each channel with all its bits."""
     if file.data[_TYPE] == 0:
-        return [_load(file).convert("I")]
+        return [_load(file)]
     if file.data[_TYPE] == 4:  # bytes and filters are those of 8-bit RGBA
         header = file.data[12:_DEPTH] + b"\x08\x06" + file.data[_TYPE + 1 : _HEADER_END]
         checksum = zlib.crc32(header).to_bytes(4, "big")
@@ -42,7 +42,7 @@ def _channels(file: ImageFile) -> list[Image]:
         high, low, high_alpha, low_alpha = _load(same).split()
         return [_joined(high, low), _joined(high_alpha, low_alpha)]
     high, low = _load(file), _load(file, "16L")
-    return [_joined(*bands) for bands in zip(high.split(), low.split(), strict=True)]
+    return [_joined(high.getchannel(band), low.getchannel(band)) for band in high.getbands()]
 
 
 def _load(file: ImageFile, layout: str = "") -> Image:
@@ -55,8 +55,11 @@ def _load(file: ImageFile, layout: str = "") -> Image:
 
 
 def _joined(high: Image, low: Image) -> Image:
-    samples = PillowImage.merge("LA", (low, high)).tobytes()  # little-endian
-    return PillowImage.frombytes("I;16", high.size, samples).convert("I")  # tables of 16 bits are for this mode
+    return PillowImage.frombytes("I;16", high.size, PillowImage.merge("LA", (low, high)).tobytes())  # little-endian
+
+
+def _mapped(channel: Image, table: list[int]) -> Image:
+    return channel.convert("I").point(table, "L")  # the only mode that tables of 65536 are for
 
 
 def _opaque(channels: list[Image], transparent: tuple[int, ...]) -> Image:
@@ -65,5 +68,5 @@ def _opaque(channels: list[Image], transparent: tuple[int, ...]) -> Image:
     for channel, value in zip(channels, transparent, strict=True):
         table = [255] * 65536
         table[value] = 0
-        alpha = ImageChops.lighter(alpha, channel.point(table, "L"))
+        alpha = ImageChops.lighter(alpha, _mapped(channel, table))
     return alpha

@@ -1,52 +1,38 @@
 """HTTP/1.1 on one connection: uvicorn's protocol, with limits, pipelining and errors in JSON.
 
-Offered upgrades are ignored. To see disconnects, reading stops only while the body of the request in progress waits
+To see disconnects, reading stops only while the body of the request in progress waits
 for the app.
 """
 
 import asyncio
 import logging
 from collections import deque
-from enum import Enum
 from typing import Any, cast
 
-import httptools
 from uvicorn import Config
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from engine.observability.logs import event
 from server.addresses import without_mapping
 from server.errors import ApiError, unavailable
-from server.processes.http_errors import Refused, error_response, head_too_large, malformed, timed_out, url_too_long
-from server.processes.http_exchange import Exchange, target
+from server.processes.http_errors import Refused, error_response, malformed, timed_out
+from server.processes.http_exchange import Exchange
 from server.processes.http_limits import (
-    BODY_READ_BYTES,
     HEAD_READ_BYTES,
-    MAX_HEAD_BYTES,
-    MAX_HEADERS,
     MAX_PIPELINED,
     MAX_PIPELINED_BYTES,
-    MAX_URL_BYTES,
     ConnectionTable,
     HttpLimits,
 )
 from server.processes.http_pace import Transfers
+from server.processes.http_requests import Part, RequestParser
 
 logger = logging.getLogger("glimmer.http")
 
 
-class _Part(Enum):
-    """What of a request the parser has begun."""
-
-    NONE = "none"
-    HEAD = "head"
-    BODY = "body"
-
-
-class HttpProtocol(HttpToolsProtocol):
+class HttpProtocol(RequestParser):
     """One connection. `http_protocol` returns the class for a server."""
 
     table: ConnectionTable
@@ -62,9 +48,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._limits = self.table.limits
         self._transfers = Transfers(self._limits, self.loop)
         self._unanswered: deque[Exchange] = deque()  # the first is in progress, the others are pipelined
-        self._part = _Part.NONE
-        self._head_bytes = 0
-        self._quiet_bytes = 0  # since the last byte of a body or end of a request
         self._ahead_bytes = 0  # since the request in progress was complete
         self._is_dropping = False  # parses no further; reads on, to see the disconnect
         self._last_error: ApiError | None = None  # the response after the last one
@@ -115,7 +98,7 @@ class HttpProtocol(HttpToolsProtocol):
             if exchange.is_receiving and exchange.more_body and self._transfers.is_body_late(now):
                 self._fail(timed_out("body"))
         elif now > self._deadline:
-            if self._part is _Part.HEAD and not self._is_dropping:
+            if self._part is Part.HEAD and not self._is_dropping:
                 self._finish(timed_out("head"))
             else:
                 self.transport.close()
@@ -130,62 +113,21 @@ class HttpProtocol(HttpToolsProtocol):
             if self._ahead_bytes > MAX_PIPELINED_BYTES:
                 self._fail(None)
                 return
-        self._quiet_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._ignore_upgrade(data[offer.args[0] :])
-        except httptools.HttpParserError as error:
-            cause = error.__context__
-            self._fail(cause.error if isinstance(cause, Refused) else malformed())
-        else:
-            self._read_up_to(HEAD_READ_BYTES if self._quiet_bytes else BODY_READ_BYTES)
-            if self._quiet_bytes > MAX_HEAD_BYTES:
-                self._fail(head_too_large())
-
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Parse the head again without the offer: the parser would take the body for another protocol."""
-        version = self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._quiet_bytes = 0
-        self.data_received(b"\r\n".join([*lines, b"", rest]))
+            self._parse(data)
+        except Refused as refusal:
+            self._fail(refusal.error)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._part, self._head_bytes = _Part.HEAD, 0
         self._deadline = self.loop.time() + self._limits.head_s
 
-    def on_url(self, url: bytes) -> None:
-        self.url += url
-        self._head_bytes += len(url)
-        if len(self.url) > MAX_URL_BYTES:
-            raise Refused(url_too_long())
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
-            raise Refused(head_too_large())
-        if self._part is not _Part.HEAD:
-            return  # a trailer must not look like a header
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
-
     def on_headers_complete(self) -> None:
-        if self.parser.get_method() == b"CONNECT":
-            raise Refused(malformed("This server is not a proxy."))
-        if self.parser.should_upgrade():
-            return  # `_ignore_upgrade` is next
+        super().on_headers_complete()
+        if self._part is not Part.BODY:
+            return
         if len(self._unanswered) > MAX_PIPELINED:
             raise Refused(None)
-        self._part = _Part.BODY
-        self.scope["method"] = self.parser.get_method().decode("ascii")
-        self.scope["http_version"] = self.parser.get_http_version()
-        self.scope.update(target(self.url, self.headers))  # type: ignore[typeddict-item]
         exchange = self.cycle = self._exchange()
         self._unanswered.append(exchange)
         if len(self._unanswered) == 1:
@@ -210,7 +152,7 @@ class HttpProtocol(HttpToolsProtocol):
         return exchange
 
     def on_body(self, body: bytes) -> None:
-        self._quiet_bytes = 0
+        super().on_body(body)
         exchange = self.cycle
         if exchange.response_complete:
             return
@@ -221,9 +163,9 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.message_event.set()
 
     def on_message_complete(self) -> None:
-        if self._part is not _Part.BODY:
+        if self._part is not Part.BODY:
             return  # an offer of an upgrade
-        self._part, self._quiet_bytes = _Part.NONE, 0
+        super().on_message_complete()
         exchange = self.cycle
         exchange.more_body = False
         if exchange.response_complete:
@@ -231,9 +173,6 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             exchange.message_event.set()
             self.flow.resume_reading()  # to see the disconnect
-
-    def _read_up_to(self, size: int) -> None:
-        self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's, of one call
 
     def _fail(self, error: ApiError | None) -> None:
         """Parse no further. The error, if any, answers the incomplete request."""
@@ -298,10 +237,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _wait(self) -> None:
         """Wait for the next request, or for the rest of one."""
-        if self._part is _Part.NONE:
+        if self._part is Part.NONE:
             wait_s = self.timeout_keep_alive
         else:
-            wait_s = self._limits.head_s if self._part is _Part.HEAD else self._limits.linger_s
+            wait_s = self._limits.head_s if self._part is Part.HEAD else self._limits.linger_s
         self._deadline = self.loop.time() + wait_s
 
     def _finish(self, error: ApiError | None) -> None:
@@ -310,7 +249,7 @@ class HttpProtocol(HttpToolsProtocol):
         Closing resets a client that is still sending, and most read only after sending: wait a moment, and read on if
         the request was valid.
         """
-        is_sending = self._is_dropping or self._part is not _Part.NONE
+        is_sending = self._is_dropping or self._part is not Part.NONE
         if self._is_dropping or error is not None:
             self.transport.pause_reading()
         self._is_dropping, self._is_held = True, False

@@ -9,7 +9,7 @@ from logging.handlers import QueueHandler
 from typing import Any
 
 import uvicorn
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
@@ -79,9 +79,15 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+class ReadingApp(App):
+    """Reads every body: a response before its end depends on how much of it has arrived."""
+
+    _live = App._echo
+
+
 async def statuses(pieces: Sequence[bytes]) -> list[int]:
     """Return the final statuses that a connection gets before and after its time-outs."""
-    config = uvicorn.Config(App(), lifespan="off", log_config=None, access_log=False)
+    config = uvicorn.Config(ReadingApp(), lifespan="off", log_config=None, access_log=False)
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     protocol = http_protocol(HttpLimits())(config, ServerState(), {})
@@ -112,6 +118,12 @@ def _parse(sent: bytes) -> list[int]:
     return found
 
 
+EARLY = (
+    b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n" + CHUNKED.replace(b"echo", b"!echo") + b"\x005;a=b\r\nhello\r\n0\r\n\r\n"
+)
+
+
+@example(EARLY, [31])
 @given(inputs(), st.lists(st.integers(0, 400), max_size=6))
 @settings(max_examples=300, deadline=None)
 def test_anything_in_any_pieces(data: bytes, cuts: list[int]) -> None:

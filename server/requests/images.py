@@ -135,8 +135,9 @@ def _decode(file: ImageFile) -> tuple[Image, bytes | None]:
     """Return the image and the profile that it has now."""
     profile = file.profile
     is_large = math.prod(file.size) > FULL_PIXELS
+    is_deep = bool(file.transparent or (file.depth == 16 and profile and not is_large))
     try:
-        if file.transparent or (file.depth == 16 and profile and not is_large):
+        if is_deep:
             image, profile = decode_sixteen_bits(file)
         else:
             image = _load(file, is_large)
@@ -144,7 +145,7 @@ def _decode(file: ImageFile) -> tuple[Image, bytes | None]:
         raise
     except Exception:  # damaged files make Pillow raise any exception
         raise _explain(file) from None
-    if file.file_format == "PNG" and _may_be_short(image):
+    if file.file_format == "PNG" and (is_deep or _may_be_short(image)):
         png_file.check_pixels(file.data)
     image = _eight_bits(image)
     if math.prod(image.size) > FULL_PIXELS:

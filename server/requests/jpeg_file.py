@@ -9,7 +9,7 @@ from server.requests.image_file import MAX_PARTS, ImageFile, UnsuitableFile, dam
 MAX_SCAN_SEGMENTS = 1024  # behind the first scan
 
 # Within the coefficients of a scan, FF is followed by 00 or a restart marker.
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _START, _END, _SCAN, _FIRST_WITH_LENGTH = 0xD8, 0xD9, 0xDA, 0xC0
 _TABLES = (0xC4, 0xCC, 0xDB, 0xDD)
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}

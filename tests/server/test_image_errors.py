@@ -89,6 +89,13 @@ def jpeg(marker: int = 0xC0, bits: int = 8, components: int = 3, height: int = 6
     return bytes(file)
 
 
+def short_png(depth: int, colour_type: int, bytes_per_pixel: int, extra: bytes = b"") -> bytes:
+    """Return a PNG of 96x64 with 63 rows of pixels."""
+    header = struct.pack(">IIBBBBB", 96, 64, depth, colour_type, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + b"\1" * 96 * bytes_per_pixel) * 63)
+    return IMAGE[:8] + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
 PIXELS = zlib.compress(b"".join(b"\0" + patterned().tobytes()[y * 288 : (y + 1) * 288] for y in range(64)))
 
 
@@ -102,6 +109,9 @@ PIXELS = zlib.compress(b"".join(b"\0" + patterned().tobytes()[y * 288 : (y + 1) 
         (idat(flipped(PIXELS, len(PIXELS) - 1)), "cannot be inflated"),
         (idat(PIXELS[:-200]), "truncated, it ends before its last row"),
         (idat(zlib.compress(zlib.decompress(PIXELS)[:-1])), "truncated, it ends before its last row"),
+        (short_png(16, 0, 2, chunk(b"tRNS", b"\0\1")), "truncated, it ends before its last row"),
+        (short_png(8, 6, 4), "truncated, it ends before its last row"),
+        (short_png(8, 3, 1, chunk(b"PLTE", bytes(9))), "truncated, it ends before its last row"),
         (IMAGE[:33] + chunk(b"IEND", b""), "no IDAT"),
         (IMAGE[:8] + IMAGE[33:], "no header"),
         (png(96, 64, 8, 3, b"\0" * 96), "no palette"),
@@ -115,7 +125,7 @@ PIXELS = zlib.compress(b"".join(b"\0" + patterned().tobytes()[y * 288 : (y + 1) 
         (file_of(patterned(), "JPEG", progressive=True)[:-300], "truncated"),
         (file_of(patterned(), "WEBP")[:-100], "truncated, it ends inside its VP8 chunk"),
     ],
-    ids=range(19),
+    ids=range(22),
 )  # fmt: skip
 def test_what_is_wrong_is_named(file: bytes, reason: str) -> None:
     assert reason in refusal(file)

@@ -31,6 +31,9 @@ JOB_WAIT, OUTCOMES, SUBMISSION, DECODERS = (
     "server/requests/decoders.py",
 )
 
+IMAGES = "server/requests/images.py"
+COLOURS, IMAGE_ERRORS = "tests/server/test_image_colours.py", "tests/server/test_image_errors.py"
+
 CLAIMS, WORKS, ENDS, FAULTS = (f"tests/engine/test_worker{name}.py" for name in ("_claims", "", "_ends", "_faults"))
 PREPARING = "tests/engine/test_preparation.py"
 PATIENCE = "tests/jobs/test_waiting.py::test_patience_with_redis_begins_anew_after_each_answer"
@@ -503,6 +506,28 @@ BUGS = [
         '        self.held.resize(edit.source_images.size + len(self.body.mask or b""))\n',
         "",
         f"{ORDER}::test_decoded_images_count_as_memory_until_they_are_submitted",
+    ),
+    # image files
+    Bug(
+        "a colour profile is dropped unread",
+        IMAGES,
+        "    if profile is not None:\n        image = to_srgb(image, profile)\n",
+        "",
+        f"{COLOURS}::test_a_profile_is_converted_from_in_source_and_overlay",
+    ),
+    Bug(
+        "missing rows of a PNG are black",
+        IMAGES,
+        'if file.file_format == "PNG" and (is_deep or _may_be_short(image)):',
+        "if False:",
+        f"{IMAGE_ERRORS}::test_what_is_wrong_is_named",
+    ),
+    Bug(
+        "a wrong checksum of metadata fails an image",
+        "server/requests/png_file.py",
+        "            if kind in _PIXELS:\n                raise damaged",
+        "            if kind:\n                raise damaged",
+        f"{IMAGE_ERRORS}::test_metadata_never_fails_an_image",
     ),
     # blame, and keys
     Bug(

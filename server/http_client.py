@@ -27,7 +27,9 @@ def environment_errors(failure: str, purpose: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StartError(f"{failure}: SSL_CERT_FILE or SSL_CERT_DIR cannot be used for {purpose}: {reason}") from None
+        raise StartError(
+            f"{failure}: SSL_CERT_FILE, SSL_CERT_DIR or SSLKEYLOGFILE cannot be used for {purpose}: {reason}"
+        ) from None
     except (ValueError, httpx.InvalidURL) as error:
         reason = " ".join(str(error).split())
         raise StartError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import LogFormat, LogLevel
@@ -131,6 +131,14 @@ class ServerSettings(BaseSettings):
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_encoding(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse bytes of another encoding, except in a path: they fail later, in the middle of a request."""
+        if isinstance(value, str) and info.field_name != "api_keys_file" and not _is_utf8(value):
+            raise ValueError("the value is not valid UTF-8")
+        return value
+
     @field_validator("port", mode="before")
     @classmethod
     def _ignore_kubernetes(cls, value: object) -> object:
@@ -232,6 +240,10 @@ class ServerSettings(BaseSettings):
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
 
+def _is_utf8(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _is_printable_url(value: str) -> bool:
     """Return whether the URL is ASCII without control characters, and its host and port can be read."""
     try:
@@ -259,7 +271,7 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    engines: int = Field(default=1, ge=1, description="Engine processes; with several GPUs one for each.")
+    engines: int = Field(default=1, ge=1, le=256, description="Engine processes; with several GPUs one for each.")
     data_dir: Path = Field(
         default_factory=default_data_dir,
         description="Folder of the queue; ~/.local/share/glimmer, or below XDG_DATA_HOME, when unset.",

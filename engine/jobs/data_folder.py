@@ -1,5 +1,6 @@
 """The folder of the embedded Redis: private, without what a power cut appends."""
 
+import errno
 import mmap
 import os
 import re
@@ -26,6 +27,8 @@ def make_private(folder: Path) -> None:
     if len(ours) == len(entries):
         _restrict(folder, 0o700)
     for path in (*ours, *folder.glob("appendonlydir/*")):
+        if path.is_fifo():  # opening it would wait for its other end
+            raise OSError(errno.EINVAL, f"{path.name} in it is a pipe, not a file")
         _restrict(path, 0o700 if path.is_dir() else 0o600)
 
 

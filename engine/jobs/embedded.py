@@ -1,5 +1,6 @@
 """A `redis-server` as a child process on a unix socket."""
 
+import errno
 import fcntl
 import importlib.util
 import logging
@@ -33,7 +34,7 @@ _PING_TIMEOUT_S = 1.0
 _FULL_DISK_BYTES = 16 * 2**10
 _MAX_LOG_BYTES = 64 * 2**10
 _CRASH = "crashed by signal"  # also of what a file says: a negative length
-_NO_REASONS = ("WARNING", "Server initialized", "User req", "Configuration loaded")
+_NO_REASONS = ("WARNING", "Server initialized", "User req", "Configuration loaded", "Redis version")
 _CHECK_PROGRAM = "redis-check-aof"  # the server under another name
 
 logger = logging.getLogger("glimmer.serve")
@@ -75,6 +76,8 @@ class EmbeddedRedis:
         try:
             self._data_dir = Path(data_dir).resolve()
             make_private(self._data_dir)
+            if shutil.disk_usage(self._data_dir).free < _FULL_DISK_BYTES:  # Redis would end at its first write
+                raise OSError(errno.ENOSPC, "no space left on its disk; free some")
             self._lock = _lock(self._data_dir / "redis.lock")
         except (OSError, RuntimeError) as error:  # of a loop of links
             raise QueueUnavailable(

@@ -23,6 +23,8 @@ _SETTING_ERRORS = {
     "SELECT is not allowed": "is a cluster, which is not supported",
     "cluster support": "is a cluster, which is not supported",
     "unknown command": "is older than 6.2, or is not Redis",
+    "AF_UNIX path too long": "cannot be reached: the path of a socket has at most 107 bytes",
+    "'idna' codec": "cannot be reached: its host name is not valid",
 }
 _PASSWORD_CODES = ("WRONGPASS", "NOAUTH", "HELLO must be called with the client already authenticated")
 _TLS_ERRORS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")

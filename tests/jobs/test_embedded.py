@@ -272,6 +272,12 @@ class TestDamagedFile:
             assert connection.get("a") == b"\0" * 9
 
 
+def test_a_disk_that_is_full_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(QueueUnavailable, match="no space left"):
+        EmbeddedRedis(tmp_path)
+
+
 def test_a_full_disk_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with EmbeddedRedis(tmp_path) as server:
         monkeypatch.setattr(embedded.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))

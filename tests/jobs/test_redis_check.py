@@ -87,6 +87,12 @@ async def test_one_that_is_away_or_silent(monkeypatch: pytest.MonkeyPatch) -> No
         await check_redis(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
 
 
+@pytest.mark.parametrize("url", [f"unix:///{'a' * 120}", f"redis://{'a' * 80}/0"])
+async def test_an_address_that_no_server_can_have(url: str) -> None:
+    with pytest.raises(StartError, match="cannot be reached"):
+        await check_redis(url)
+
+
 async def test_the_embedded_one(redis_server: EmbeddedRedis) -> None:
     await check_redis(redis_server.url)
     with pytest.raises(StartError, match="no database of that number"):

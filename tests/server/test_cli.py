@@ -76,7 +76,7 @@ def test_a_wrong_value_gets_one_line() -> None:
 
 def test_limits_are_in_the_help() -> None:
     text = re.sub(r"\s+", " ", glimmer("serve", "--help").output)
-    for limits in ("picks a free one (0..65535).", "one for each (1 or more)."):
+    for limits in ("picks a free one (0..65535).", "one for each (1..256).", "the answer is 429 (0 or more)."):
         assert limits in text
 
 

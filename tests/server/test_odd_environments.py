@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "name that is too long": (f"serve --port PORT --data-dir {'x' * 300}", {}, "--data-dir"),
     "few open files": ("ulimit -n 24 && serve --port PORT --data-dir data", {}, "ulimit -n"),
     "full stdout": ("key alice >/dev/full 2>&1 | cat; key alice 2>&1 >/dev/full | tail -1 >&2; exit 2", {}, "space"),
+    "pipe in place of a file": ("mkfifo gone/redis.log && serve --port PORT --data-dir gone", {}, "redis.log"),
+    "engines beyond number": ("serve --port PORT --data-dir data --engines 99999999999", {}, "GLIMMER_ENGINES"),
     "proxy that needs a library": ("generate x --url http://example.invalid", SOCKS, "httpx[socks]"),
     "proxy of no known kind": ("generate x --url http://example.invalid", {"ALL_PROXY": "foo://x"}, "ALL_PROXY"),
     "certificates that are none": ("generate x --url https://x.invalid", {"SSL_CERT_FILE": os.devnull}, "SSL_CERT"),
@@ -99,6 +101,14 @@ def test_wrong_options_are_one_line_that_names_the_help(arguments: list[str]) ->
     ended = glimmer(*arguments)
     assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1), ended.output
     assert "--help" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["redis_url", "api_key", "cors_origins", "allowed_hosts", "prompt_rewriter_model"])
+def test_a_setting_that_is_not_utf_8_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("GLIMMER_REDIS_URL", "unix:///x")
+    monkeypatch.setenv(f"GLIMMER_{name.upper()}", "redis://h\udcff")
+    ended = glimmer("api")
+    assert (ended.exit_code, ended.stderr) == (2, f"glimmer: GLIMMER_{name.upper()}: the value is not valid UTF-8\n")
 
 
 def test_a_reader_that_has_gone_is_no_error_of_its_own(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ def serve(checkpoint: CheckpointSettings, processes: ServeSettings, settings: Se
     for_engines |= settings.model_dump(include={"grace_s", "log_level", "log_format"})
     environment = {variable(name): str(value) for name, value in for_engines.items()}
     check_checkpoint(checkpoint.model)
+    if checkpoint.model:  # other servers are asked for a model by the name they were started with
+        names = f"{settings.served_model_name},{checkpoint.model}"
+        settings = settings.model_copy(update={"served_model_name": names})
     from server.processes.launch import EngineProcesses, run_all
 
     engines = EngineProcesses(processes.engines, processes.data_dir, checkpoint.device, environment)

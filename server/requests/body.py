@@ -17,12 +17,12 @@ from starlette.datastructures import Headers
 
 from server.admission.memory_budget import RETRY_S, SMALL_BYTES, Hold
 from server.errors import ApiError, invalid, unavailable
+from server.requests.encodings import charset_of, check_uncompressed, to_utf8
 from server.requests.schemas import MAX_NAME_CHARS, GenerationRequest, parse
 
 COUNTED_BYTES = 2**20  # at once, after the first `SMALL_BYTES`
 MAX_VALUES = 100_000  # a plan has 4352 tokens; prompt and negative prompt together 64,000 characters
 
-_CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]{1,40})""", re.IGNORECASE)
 _EXAMPLE = 'for example {"prompt": "a red fox"}'
 
 
@@ -52,7 +52,7 @@ async def read_json_object(body: "IncomingBody") -> dict[str, Any]:
     raw = bytearray()
     async for chunk in body.chunks():
         raw += chunk
-    return _parse_json_object(raw, body.charset)
+    return _parse_json_object(to_utf8(raw, charset_of(body.content_type)))
 
 
 def load_json(text: bytes | bytearray, param: str | None = None) -> Any:
@@ -68,9 +68,9 @@ def load_json(text: bytes | bytearray, param: str | None = None) -> Any:
     return orjson.loads(text)
 
 
-def _parse_json_object(raw: bytearray, charset: str) -> dict[str, Any]:
+def _parse_json_object(raw: bytes | bytearray) -> dict[str, Any]:
     raw = raw.removeprefix(codecs.BOM_UTF8)
-    _check_encoding(raw, charset)
+    _check_encoding(raw)
     try:
         parsed = load_json(raw)
     except orjson.JSONDecodeError as error:
@@ -83,23 +83,21 @@ def _parse_json_object(raw: bytearray, charset: str) -> dict[str, Any]:
     return parsed
 
 
-def _check_encoding(raw: bytearray, charset: str) -> None:
+def _check_encoding(raw: bytes | bytearray) -> None:
     if not raw or raw.isspace():
         raise invalid(None, f"The body is empty; it must be a JSON object, {_EXAMPLE}.")
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in raw[:4]:  # UTF-32 begins as UTF-16 does
-        raise invalid(None, "The body must be JSON in UTF-8, not in UTF-16 or UTF-32.")
-    if charset not in ("utf-8", "utf8", "us-ascii") and not raw.isascii():
-        raise invalid(None, f"The body must be JSON in UTF-8, not in {charset}, which its Content-Type names.")
+        raise invalid(None, "The body must be JSON in UTF-8, not in UTF-16 or UTF-32, or its Content-Type says so.")
 
 
-def _check_utf8(raw: bytearray) -> None:
+def _check_utf8(raw: bytes | bytearray) -> None:
     try:
         raw.decode()
     except UnicodeDecodeError as error:
         raise invalid(None, f"The body must be JSON in UTF-8; its byte {error.start} is not.") from None
 
 
-def _field_with_lone_surrogate(raw: bytearray) -> str | None:
+def _field_with_lone_surrogate(raw: bytes | bytearray) -> str | None:
     """Return the first field with half of a surrogate pair, which `json` accepts."""
     try:
         for name, value in json.loads(raw).items():
@@ -124,12 +122,6 @@ class IncomingBody:
         self._request, self._max_bytes, self._held = request, max_bytes, held
         self.content_type = request.headers.get("content-type", "application/json")
         self.media_type = self.content_type.partition(";")[0].strip().lower()
-
-    @property
-    def charset(self) -> str:
-        """Return the Content-Type's encoding, UTF-8 by default."""
-        match = _CHARSET.search(self.content_type)
-        return match[1].lower() if match else "utf-8"
 
     async def read(self, parse_body: Callable[[Self], Awaitable[ParsedBody]]) -> ParsedBody:
         """Return the parsed body."""
@@ -160,9 +152,8 @@ class IncomingBody:
             ClientDisconnect: it is incomplete.
         """
         headers = self._request.headers
-        encoding = headers.get("content-encoding", "identity").strip().lower()
-        if encoding != "identity":
-            raise invalid("Content-Encoding", "Content-Encoding is not supported: send the body uncompressed.")
+        check_uncompressed(headers.getlist("content-encoding"))
+        check_uncompressed(headers.getlist("transfer-encoding"), "Transfer-Encoding", plain="chunked")
         declared = _declared_length(headers)
         self._check(declared)
         counted = min(declared, SMALL_BYTES)

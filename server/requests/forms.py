@@ -12,6 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 
 from server.errors import ApiError, invalid
+from server.requests.encodings import charset_of, check_uncompressed, to_utf8
 from server.requests.schemas import MAX_NAME_CHARS
 
 MAX_PARTS = 10_000  # the official SDK sends a plan as one part per token, up to 4352
@@ -29,8 +30,8 @@ _PLAIN_ENCODINGS = (b"", b"7bit", b"8bit", b"binary")
 class Part:
     """A field or a file of a form."""
 
-    def __init__(self, name: str, *, is_file: bool, max_bytes: int | None) -> None:
-        self.name, self.is_file = name, is_file
+    def __init__(self, name: str, *, is_file: bool, charset: str, max_bytes: int | None) -> None:
+        self.name, self.is_file, self._charset = name, is_file, charset
         self._max_bytes, self._data = max_bytes, io.BytesIO()
 
     def write(self, data: memoryview) -> None:
@@ -43,18 +44,18 @@ class Part:
         """Return the content, without a copy."""
         return self._data.getvalue()
 
-    @property
-    def text(self) -> str:
-        """Return the content of a field."""
+    def text(self, form_charset: str) -> str:
+        """Return the content of a field, in its part's encoding or that of the form."""
         if self.is_file:
             raise invalid(self.name, f"{self.name} must be sent as text, without a file name.")
+        data = to_utf8(self.data, self._charset or form_charset, self.name)
         try:
-            return self.data.decode()
+            return data.decode()
         except UnicodeDecodeError:
             raise invalid(self.name, f"Invalid value for {self.name}: it is not valid UTF-8.") from None
 
 
-async def read_parts(content_type: str, chunks: AsyncIterator[bytes], large: frozenset[str]) -> list[Part]:
+async def read_parts(content_type: str, chunks: AsyncIterator[bytes], large: re.Pattern[str]) -> list[Part]:
     """Return the parts of a form.
 
     Args:
@@ -72,7 +73,7 @@ async def read_parts(content_type: str, chunks: AsyncIterator[bytes], large: fro
 class _FormReader:
     """Collects the parts of a form. The methods are the parser's callbacks."""
 
-    def __init__(self, content_type: str, large: frozenset[str]) -> None:
+    def __init__(self, content_type: str, large: re.Pattern[str]) -> None:
         boundary = parse_options_header(content_type[:MAX_CONTENT_TYPE_CHARS])[1].get(b"boundary")
         if not boundary:
             raise _invalid_form("its Content-Type does not name a boundary")
@@ -88,17 +89,18 @@ class _FormReader:
         self._part: Part | None = None
         self._header, self._value, self._header_bytes = bytearray(), bytearray(), 0
         self._headers: dict[bytes, bytes] = {}
-        self._is_complete = False
+        self._is_begun = self._is_complete = False
 
     async def read(self, chunks: AsyncIterator[bytes]) -> list[Part]:
         try:
             async for chunk in chunks:
+                self._is_begun = self._is_begun or bool(chunk)
                 self._check(chunk)
                 self._parser.write(chunk)
         finally:
             self._callbacks.clear()  # a cycle would keep the files
         if not self._is_complete:
-            raise _invalid_form("it ends before its last boundary")
+            raise _invalid_form("it ends before its last boundary" if self._is_begun else "it is empty")
         return self._parts
 
     def _check(self, chunk: bytes) -> None:
@@ -143,8 +145,14 @@ class _FormReader:
         name = options[b"name"].decode(errors="replace")[:MAX_NAME_CHARS]
         if self._headers.get(b"content-transfer-encoding", b"").strip().lower() not in _PLAIN_ENCODINGS:
             raise invalid(name, f"{name}: Content-Transfer-Encoding is not supported; send the bytes as they are.")
-        max_bytes = None if name in self._large else MAX_TEXT_BYTES
-        self._part = Part(name, is_file=b"filename" in options, max_bytes=max_bytes)
+        check_uncompressed([self._headers.get(b"content-encoding", b"").decode(errors="replace")])
+        content_type = self._headers.get(b"content-type", b"").decode(errors="replace")
+        self._part = Part(
+            name,
+            is_file=b"filename" in options,
+            charset=charset_of(content_type, default=""),
+            max_bytes=None if self._large.fullmatch(name) else MAX_TEXT_BYTES,
+        )
         self._parts.append(self._part)
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:

@@ -129,7 +129,7 @@ class GenerationRequest(_Body):
     stream: bool = Field(False, description="true for server-sent events, or false")
     partial_images: int = Field(0, ge=0, le=3, description="0..3 partial images of each image, in a stream or a job")
 
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="0..2**53-1; image i uses seed + i")
+    seed: int | None = Field(None, ge=-1, le=MAX_SEED, description="0..2**53-1; image i uses seed + i; -1 for any")
     num_inference_steps: int | None = Field(
         None, ge=1, le=MAX_STEPS, description=f"1..{MAX_STEPS} denoising steps; overrides quality"
     )

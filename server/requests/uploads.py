@@ -4,32 +4,44 @@ import asyncio
 import binascii
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from operator import itemgetter
 from typing import Any, get_args
+from urllib.parse import unquote_to_bytes
 
 import orjson
 
 from engine.geometry import MAX_SOURCES
 from server.errors import ApiError, invalid, invalid_image
 from server.requests.body import IncomingBody, ParsedBody, load_json, read_json_object
+from server.requests.encodings import charset_of
 from server.requests.forms import Part, read_parts
-from server.requests.schemas import UNSUPPORTED, EditRequest, ImageReference, PlanBody, parse, unsupported
+from server.requests.schemas import (
+    MAX_NAME_CHARS,
+    UNSUPPORTED,
+    EditRequest,
+    ImageReference,
+    PlanBody,
+    parse,
+    unsupported,
+)
 
-_PIECE_CHARS = 2**20
+_PIECE_CHARS, _ESCAPED_PIECE_CHARS = 2**20, 2**16
 
-_IMAGE_NAMES, _MASK_NAMES = frozenset({"image", "image[]"}), frozenset({"mask", "mask[]"})
+_FILES = re.compile(r"(?P<field>image|mask)(\[(?P<index>[0-9]{0,4})\])?")  # PHP and others write image[0]
+_CHARSET_FIELD = "_charset_"  # RFC 7578 4.6: the encoding of text
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?")
-_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]{0,200}?(?P<base64>; *base64)?,", re.IGNORECASE)
 _WEB_URL = re.compile(r"https?:", re.IGNORECASE)
-_PLAN_PART = re.compile(r"plan(?P<preview>\[preview\])?\[(?:(?P<side>rows|cols)|tokens\]\[)\]")
+_PLAN_PART = re.compile(r"plan(?P<preview>\[preview\])?\[(?:(?P<side>rows|cols)|tokens\]\[(?P<index>[0-9]{0,4}))\]")
 
 
 async def read_edit(body: IncomingBody) -> ParsedBody:
     """Read the body of an edit. Raises as `read_generation`."""
     if body.media_type == "multipart/form-data":
-        edit = await _from_parts(await read_parts(body.content_type, body.chunks(), _IMAGE_NAMES | _MASK_NAMES))
+        edit = await _from_parts(await read_parts(body.content_type, body.chunks(), _FILES), body.content_type)
     elif body.media_type == "application/json":
         edit = await _from_json(parse(EditRequest, await read_json_object(body)))
     else:
@@ -64,29 +76,47 @@ async def _decode_reference(param: str, reference: str | ImageReference) -> byte
     match = _DATA_URL.match(url)
     if match is None:
         raise invalid(param, f"{param}: an image in JSON must be a data: URL, like data:image/png;base64,iVBORw0...")
+    pieces = _pieces(url, match.end())
     try:
-        return await _decode_base64(url, match.end())
+        return await (_decode_base64(pieces) if match["base64"] else _joined(pieces))
     except ValueError:
         raise invalid_image(param, f"{param}: the data: URL does not contain valid base64.") from None
 
 
-async def _decode_base64(text: str, start: int) -> bytes:
-    """Decode what follows `start`, with or without white space and padding.
+async def _pieces(text: str, start: int) -> AsyncIterator[bytes]:
+    """Yield what follows `start`, percent-decoded (RFC 2397). Other requests are served between pieces: 32 MB at once
+    would take 40 ms, and seconds with an escape for each byte."""
+    rest, size = "", _PIECE_CHARS if text.find("%", start) < 0 else _ESCAPED_PIECE_CHARS
+    for position in range(start, len(text), size):
+        piece = rest + text[position : position + size]
+        cut = piece.rfind("%", -2)  # the escape may go on in the next piece
+        rest = "" if cut < 0 else piece[cut:]
+        yield unquote_to_bytes(piece if cut < 0 else piece[:cut])
+        await asyncio.sleep(0)
+    yield rest.encode()
 
-    Other requests are served between pieces: 32 MB at once would take 40 ms.
+
+async def _joined(pieces: AsyncIterator[bytes]) -> bytes:
+    data = io.BytesIO()
+    async for piece in pieces:
+        data.write(piece)
+    return data.getvalue()
+
+
+async def _decode_base64(pieces: AsyncIterator[bytes]) -> bytes:
+    """Decode base64 with or without white space and padding.
 
     Raises:
         ValueError: it is not base64.
     """
     decoded, rest, is_padded = io.BytesIO(), b"", False
-    for position in range(start, len(text), _PIECE_CHARS):
-        piece = rest + text[position : position + _PIECE_CHARS].encode("ascii").translate(None, b" \t\r\n\f")
+    async for more in pieces:
+        piece = rest + more.translate(None, b" \t\r\n\f")
         if piece and is_padded:
             raise ValueError("more follows after the padding")
         end = len(piece) // 4 * 4
         decoded.write(binascii.a2b_base64(piece[:end], strict_mode=True))
         rest, is_padded = piece[end:], is_padded or piece[:end].endswith(b"=")
-        await asyncio.sleep(0)
     if rest and is_padded:
         raise ValueError("more follows after the padding")
     decoded.write(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4), strict_mode=True))
@@ -96,12 +126,21 @@ async def _decode_base64(text: str, start: int) -> bytes:
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
-async def _from_parts(parts: list[Part]) -> ParsedBody:
-    images = [part for part in parts if part.name in _IMAGE_NAMES]
-    masks = [part for part in parts if part.name in _MASK_NAMES]
+async def _from_parts(parts: list[Part], content_type: str) -> ParsedBody:
+    charset = charset_of(content_type)
+    files: dict[str, list[tuple[int, Part]]] = {"image": [], "mask": []}
+    fields = []
+    for part in parts:
+        if match := _FILES.fullmatch(part.name):
+            files[match["field"]].append((int(match["index"] or 0), part))
+        elif part.name == _CHARSET_FIELD:
+            charset = part.text("utf-8").strip().lower()[:MAX_NAME_CHARS]
+        else:
+            fields.append(part)
+    images, masks = ([part for _, part in sorted(found, key=itemgetter(0))] for found in files.values())
     if len(masks) > 1:
         raise invalid("mask", f"Invalid value for mask: it takes one image, not {len(masks)}.")
-    request = parse(EditRequest, _fields(part for part in parts if part.name not in _IMAGE_NAMES | _MASK_NAMES))
+    request = parse(EditRequest, _fields(fields, charset))
     return ParsedBody(request, [await _file(part) for part in images], await _file(masks[0]) if masks else None)
 
 
@@ -109,10 +148,10 @@ async def _file(part: Part) -> bytes:
     """Return a part's file, which may be a `data:` URL."""
     if part.data[:5].lower() not in (b"data:", b"http:", b"https"):
         return part.data
-    return await _decode_reference(part.name.removesuffix("[]"), part.data.decode(errors="replace").strip())
+    return await _decode_reference(part.name.partition("[")[0], part.data.decode(errors="replace").strip())
 
 
-def _fields(parts: Iterable[Part]) -> dict[str, Any]:
+def _fields(parts: Iterable[Part], charset: str) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     for part in parts:
@@ -123,7 +162,7 @@ def _fields(parts: Iterable[Part]) -> dict[str, Any]:
         if field in UNSUPPORTED:
             raise unsupported(field)
         if match := _PLAN_PART.fullmatch(part.name):
-            _add_to_plan(plan, match, part)
+            _add_to_plan(plan, match, part.name, part.text(charset))
             continue
         if part.name in fields:
             raise _sent_twice(part.name)
@@ -131,22 +170,26 @@ def _fields(parts: Iterable[Part]) -> dict[str, Any]:
             fields[part.name] = ""  # `parse` refuses it, whatever its value
             continue
         convert = _CONVERTERS.get(part.name)
-        fields[part.name] = part.text if convert is None else convert(part.text)
+        text = part.text(charset)
+        fields[part.name] = text if convert is None else convert(text)
     if plan and "plan" in fields:
         raise _sent_twice("plan")
     return {**fields, "plan": plan} if plan else fields
 
 
-def _add_to_plan(plan: dict[str, Any], match: re.Match[str], part: Part) -> None:
-    """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][]`."""
+def _add_to_plan(plan: dict[str, Any], match: re.Match[str], name: str, text: str) -> None:
+    """Add `plan[rows]`, `plan[tokens][]` or `plan[preview][tokens][7]`."""
     grid = plan.setdefault("preview", {}) if match["preview"] else plan
     side = match["side"]
     if side is None:
-        grid.setdefault("tokens", []).append(_integer(part.text))
+        tokens = grid.setdefault("tokens", [])
+        if match["index"] and int(match["index"]) != len(tokens):
+            raise invalid("plan", f"{name} is out of order: token {len(tokens)} is next.")
+        tokens.append(_integer(text))
     elif side in grid:
-        raise _sent_twice(part.name)
+        raise _sent_twice(name)
     else:
-        grid[side] = _integer(part.text)
+        grid[side] = _integer(text)
 
 
 def _sent_twice(name: str) -> ApiError:
@@ -154,7 +197,8 @@ def _sent_twice(name: str) -> ApiError:
 
 
 def _integer(text: str) -> Any:
-    return int(text) if _INTEGER.fullmatch(text) else text
+    """Convert an integer, or 1.0, which `parse` takes for one."""
+    return int(text) if _INTEGER.fullmatch(text) else _number(text)
 
 
 def _number(text: str) -> Any:
@@ -162,7 +206,7 @@ def _number(text: str) -> Any:
 
 
 def _boolean(text: str) -> Any:
-    return {"true": True, "false": False}.get(text, text)
+    return {"true": True, "false": False}.get(text.lower(), text)  # Python's requests sends True
 
 
 def _json(text: str) -> Any:

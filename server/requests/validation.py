@@ -86,7 +86,7 @@ def to_job_spec(
         prompt=request.prompt,
         width=width,
         height=height,
-        seed=request.seed if request.seed is not None else secrets.randbelow(2**32),
+        seed=secrets.randbelow(2**32) if request.seed in (None, -1) else request.seed,
         n=request.n,
         num_inference_steps=request.num_inference_steps or _steps(validated, engine),
         guidance_scale=engine.default_guidance if request.guidance_scale is None else request.guidance_scale,

@@ -57,7 +57,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"stream": "false"}, "stream", "invalid_value"),
         ({"partial_images": True}, "partial_images", "invalid_value"),
         ({"partial_images": 4}, "partial_images", "invalid_value"),
-        ({"seed": -1}, "seed", "invalid_value"),
+        ({"seed": -2}, "seed", "invalid_value"),
         ({"seed": 2**53}, "seed", "invalid_value"),
         ({"seed": 10**30}, "seed", "invalid_value"),
         ({"seed": 2**53 - 1, "n": 2}, "seed", "invalid_value"),

@@ -105,6 +105,8 @@ def document(app: FastAPI, *, open_to_all: bool) -> dict[str, Any]:
                 del operation["responses"]["422"]
             if open_to_all:
                 operation.pop("security", None)
+    if open_to_all:
+        openapi_schema["components"].pop("securitySchemes", None)
     return openapi_schema
 
 
@@ -114,8 +116,11 @@ def _schemas(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _not_null(field: dict[str, Any]) -> dict[str, Any]:
-    annotations = {key: value for key, value in field.items() if key != "anyOf" and (key, value) != ("default", None)}
-    return {**field["anyOf"][0], **annotations} if "anyOf" in field else annotations
+    """Return the field without null, which a form cannot send."""
+    while "anyOf" in field:
+        annotations = {key: value for key, value in field.items() if key != "anyOf"}
+        field = {**field["anyOf"][0], **annotations}
+    return {key: value for key, value in field.items() if (key, value) != ("default", None)}
 
 
 def _form(edit: dict[str, Any]) -> dict[str, Any]:

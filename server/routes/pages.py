@@ -1,19 +1,25 @@
-"""GET /: the playground, a client of the API. GET /docs: the API reference, from /openapi.json.
+"""GET /: the playground, a client of the API. GET /docs: the API reference, Swagger UI with /openapi.json.
 
 The pages need no key, load nothing from other servers, and are made once.
 """
 
 import hashlib
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from importlib import resources
 from pathlib import Path
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from server.errors import ApiError
+from server.responses.pieces import PiecesResponse
 
 FOLDER = Path(__file__).parents[1] / "playground"
+SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the package fastapi-swagger: Swagger UI as it is released
+
+_PIECE_BYTES = 64 * 1024  # a client that does not read costs about one
 
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -29,8 +35,11 @@ _POLICY = {
     "require-trusted-types-for": "'script'",
 }
 
+# Swagger UI shows nothing with trusted types: it sets HTML that it has sanitised. Its style sheet has icons as data.
+_REFERENCE_POLICY = {**_POLICY, "img-src": "'self' blob: data:"}
+del _REFERENCE_POLICY["require-trusted-types-for"]
+
 _HEADERS = {
-    "content-security-policy": "; ".join(f"{name} {value}" for name, value in _POLICY.items()),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # revalidated every time, so that all files are of one version
@@ -55,6 +64,9 @@ def _files() -> dict[str, _File]:
     for path in FOLDER.iterdir():
         if path.suffix in _MEDIA_TYPES:
             files[path.name] = _File(path.read_bytes(), _MEDIA_TYPES[path.suffix])
+    for name in SWAGGER_UI:
+        content = (resources.files("fastapi_swagger.resources") / name).read_bytes()
+        files[name] = _File(content, _MEDIA_TYPES[Path(name).suffix])
     return files
 
 
@@ -72,7 +84,7 @@ async def playground(request: Request) -> Response:
 @router.get("/docs")
 async def reference(request: Request) -> Response:
     """Return the API reference."""
-    return _file_response(request, _file("reference.html"))
+    return _file_response(request, _file("docs.html"), _REFERENCE_POLICY)
 
 
 @router.get("/openapi.json")
@@ -93,8 +105,14 @@ def _file(name: str) -> _File:
     return file
 
 
-def _file_response(request: Request, file: _File) -> Response:
-    headers = {**_HEADERS, "etag": file.etag}
+def _file_response(request: Request, file: _File, policy: Mapping[str, str] = _POLICY) -> Response:
+    directives = "; ".join(f"{name} {value}" for name, value in policy.items())
+    headers = {**_HEADERS, "content-security-policy": directives, "etag": file.etag}
     if request.headers.get("if-none-match") == file.etag:
         return Response(status_code=304, headers=headers)
-    return Response(file.content, headers=headers, media_type=file.media_type)
+    return PiecesResponse(_pieces(file.content), len(file.content), headers=headers, media_type=file.media_type)
+
+
+async def _pieces(content: bytes) -> AsyncGenerator[bytes]:
+    for start in range(0, len(content), _PIECE_BYTES):
+        yield content[start : start + _PIECE_BYTES]

@@ -248,7 +248,9 @@ async def test_openapi_describes_the_request(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("key", [None, "k"])
 async def test_openapi_has_security_only_with_keys(make_client: MakeClient, key: str | None) -> None:
     async with make_client(api_key=key) as client:
-        paths = (await client.get("/openapi.json")).json()["paths"]
+        document = (await client.get("/openapi.json")).json()
+    paths = document["paths"]
+    assert ("securitySchemes" in document["components"]) == (key is not None)
     asking = {
         path for path, operations in paths.items() for operation in operations.values() if "security" in operation
     }

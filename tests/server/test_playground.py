@@ -1,21 +1,23 @@
 """The files of the playground and of the API reference as they are served. `tests.browser` tests them in a browser."""
 
+import importlib.metadata
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import httpx
 import pytest
 
 from server.app import create_app
 from server.requests.schemas import EditRequest
-from server.routes.pages import FOLDER
+from server.routes.pages import FOLDER, SWAGGER_UI
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
 
-PAGES = {"/": "index.html", "/docs": "reference.html"}
+PAGES = {"/": "index.html", "/docs": "docs.html"}
 PARTS = sorted(path.name for path in FOLDER.iterdir() if path.name not in PAGES.values())
-ADDRESSES = [*PAGES, *(f"/playground/{name}" for name in PARTS)]
+ADDRESSES = [*PAGES, *(f"/playground/{name}" for name in (*PARTS, *SWAGGER_UI))]
 KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 SVG_NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # a name that is never loaded
 
@@ -32,6 +34,13 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def content(name: str) -> bytes:
+    if name not in SWAGGER_UI:
+        return (FOLDER / name).read_bytes()
+    package = importlib.metadata.distribution("fastapi-swagger")
+    return Path(str(package.locate_file(f"fastapi_swagger/resources/{name}"))).read_bytes()
+
+
 def elements(name: str) -> list[tuple[str, dict[str, str | None]]]:
     return Elements((FOLDER / name).read_text()).found
 
@@ -40,7 +49,8 @@ def elements(name: str) -> list[tuple[str, dict[str, str | None]]]:
 async def test_files(client: httpx.AsyncClient, address: str) -> None:
     response = await client.get(address)
     name = PAGES.get(address) or address.rpartition("/")[2]
-    assert (response.status_code, response.content) == (200, (FOLDER / name).read_bytes())
+    assert (response.status_code, response.content) == (200, content(name))
+    assert response.headers["content-length"] == str(len(response.content))
     assert response.headers["content-type"].startswith(KINDS[name.rpartition(".")[2]])
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["referrer-policy"] == "no-referrer"
@@ -48,7 +58,10 @@ async def test_files(client: httpx.AsyncClient, address: str) -> None:
     policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
     assert policy["frame-ancestors"] == "'none'"
-    assert set(" ".join(policy.values()).split()) <= {"'none'", "'self'", "blob:", "'script'"}
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["img-src"] == ("'self' blob: data:" if address == "/docs" else "'self' blob:")
+    assert policy.get("require-trusted-types-for") == (None if address == "/docs" else "'script'")
+    assert set(" ".join(policy.values()).split()) <= {"'none'", "'self'", "blob:", "data:", "'script'"}
     unchanged = await client.get(address, headers={"if-none-match": response.headers["etag"]})
     assert (unchanged.status_code, unchanged.content) == (304, b"")
     assert unchanged.headers["content-security-policy"] == response.headers["content-security-policy"]
@@ -101,7 +114,8 @@ async def test_references_of_a_page_exist(client: httpx.AsyncClient, name: str) 
 def test_every_file_is_used() -> None:
     in_pages = "".join((FOLDER / name).read_text() for name in PAGES.values())
     imported = {name for part in PARTS for name in re.findall(r'from "\./(.*?)"', (FOLDER / part).read_text())}
-    assert {part for part in PARTS if f'"playground/{part}"' in in_pages} | imported == set(PARTS)
+    every = {*PARTS, *SWAGGER_UI}
+    assert {part for part in every if f'"playground/{part}"' in in_pages} | imported == every
 
 
 @pytest.mark.parametrize("name", PAGES.values())

@@ -28,7 +28,7 @@ endef
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help install demo serve check browser test chaos soak lock bench score-nano train-nano format clean
+.PHONY: help install demo serve check browser clients test chaos soak lock bench score-nano train-nano format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,8 +56,18 @@ browser: ## Install Debian's Chromium for the playground tests, if there is none
 		echo "No Chromium found: the playground tests are not run. To run them, install Debian's or Ubuntu's package" \
 			"chromium, or Google Chrome." >&2
 
+clients: ## Install Debian's JDK and curl for the tests of clients, if one is missing and apt-get may
+	@command -v javac >/dev/null && command -v curl >/dev/null && exit; \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "Installing a JDK and curl for the tests of clients"; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+				apt-get install -qq --yes --no-install-recommends default-jdk-headless curl >/dev/null && exit; \
+		fi; \
+		echo "No JDK or no curl found: the tests of these clients are not run. To run them, install Debian's or Ubuntu's" \
+			"packages default-jdk-headless and curl." >&2
+
 # Two processes with one thread each: with two each, threads that share a core would wait for each other.
-test: check browser $(NODE_STAMP) ## Run all checks and tests, as continuous integration does
+test: check browser clients $(NODE_STAMP) ## Run all checks and tests, as continuous integration does
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 chaos: $(STAMP) ## Kill, freeze and flood real processes and count lost jobs; about half an hour, see docs/reliability.md

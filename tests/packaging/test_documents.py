@@ -42,3 +42,10 @@ def test_named_files_exist(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.name} names {name}"
     for name in re.findall(r"-m ((?:benchmarks|tests|models|server)[\w.]+)", page.read_text()):
         assert any((ROOT / name.replace(".", "/")).with_suffix(end).exists() for end in (".py", "")), name
+
+
+def test_the_list_of_clients_is_that_of_the_tests() -> None:
+    clients = (ROOT / "docs/api.md").read_text().partition("## Clients")[2]
+    assert set(re.findall(r"\(\.\./(tests/clients/\w+\.py)\)", clients)) == {
+        str(path.relative_to(ROOT)) for path in ROOT.glob("tests/clients/test_*.py")
+    }

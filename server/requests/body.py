@@ -87,7 +87,7 @@ def _check_encoding(raw: bytes | bytearray) -> None:
     if not raw or raw.isspace():
         raise invalid(None, f"The body is empty; it must be a JSON object, {_EXAMPLE}.")
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in raw[:4]:  # UTF-32 begins as UTF-16 does
-        raise invalid(None, "The body must be JSON in UTF-8, not in UTF-16 or UTF-32, or its Content-Type says so.")
+        raise invalid(None, "The body must be JSON in UTF-8, not in UTF-16 or UTF-32.")
 
 
 def _check_utf8(raw: bytes | bytearray) -> None:

@@ -10,10 +10,10 @@ from server.errors import invalid
 
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s"';]{1,40})""", re.IGNORECASE)
 _UTF_8 = ("utf-8", "utf8", "us-ascii", "ascii")
-# Python reads these in one pass. Others are left out: UTF-7 and EBCDIC, in which ASCII bytes mean something else, and
-# codecs that take quadratic time (IDNA).
+# Python reads these in one pass. Left out are those in which ASCII bytes mean something else (UTF-16, UTF-7, EBCDIC),
+# and codecs that take quadratic time (IDNA).
 _READABLE = re.compile(
-    r"utf-?(16|32)(-?[lb]e)?|iso-?8859-?([1-9]|1[0-35])|latin-?1|(windows-|cp)125[0-8]|koi8-[ru]"
+    r"iso-?8859-?([1-9]|1[0-35])|latin-?1|(windows-|cp)125[0-8]|koi8-[ru]"
     r"|gb(18030|k|2312)|big5|shift[-_]jis|euc-(jp|kr)"
 )
 

@@ -39,7 +39,6 @@ async def post(client: httpx.AsyncClient, content: bytes, content_type: str = JS
         (TEXT.encode(), f'{JSON};charset="UTF-8"'),
         (b'{"prompt": "x"}', f"{JSON}; charset=us-ascii"),
         *((TEXT.encode(name), f"{JSON}; charset={name}") for name in ("iso-8859-1", "windows-1252", "gb18030")),
-        *((TEXT.encode(name), f"{JSON}; charset={name}") for name in ("utf-16", "UTF-16LE", "utf-32-be")),
     ],
 )
 async def test_json_that_is_read(
@@ -57,7 +56,10 @@ async def test_json_that_is_read(
         (TEXT.encode("utf-16-be"), JSON, "UTF-8, not in UTF-16"),
         (TEXT.encode("utf-32"), JSON, "UTF-8, not in UTF-16 or UTF-32"),
         (b'{"prompt": "\x81"}', f"{JSON}; charset=windows-1252", "is not valid windows-1252, which its"),
-        *((b'{"prompt": "x"}', f"{JSON}; charset={name}", f"is in {name}") for name in ("utf-7", "cp037", "idna", "x")),
+        *(
+            (b'{"prompt": "x"}', f"{JSON}; charset={name}", f"is in {name}")
+            for name in ("utf-7", "utf-16", "cp037", "idna")
+        ),
         (b"", JSON, "is empty"),
         (b" \r\n\t", JSON, "is empty"),
         (codecs.BOM_UTF8, JSON, "is empty"),
@@ -185,7 +187,7 @@ async def test_the_json_of_a_plan_has_the_limits_of_json(
     assert (error_of(refused)["param"], f"more than {limit}" in error_of(refused)["message"]) == ("plan", True)
 
 
-@pytest.mark.parametrize("name", ["utf-8", "iso-8859-1", "windows-1252", "utf-16"])
+@pytest.mark.parametrize("name", ["utf-8", "iso-8859-1", "windows-1252", "gb18030"])
 @pytest.mark.parametrize("where", ["part", "form", "field"])
 async def test_the_encoding_of_text_in_a_form(
     client: httpx.AsyncClient, stub: StubEngine, name: str, where: str
@@ -203,7 +205,7 @@ async def test_the_encoding_of_text_in_a_form(
     ("header", "param", "message"),
     [
         ("Content-Type: text/plain; charset=utf-7", "prompt", "prompt is in utf-7"),
-        ("Content-Type: text/plain; charset=utf-16", "prompt", "prompt is not valid utf-16"),
+        ("Content-Type: text/plain; charset=utf-16", "prompt", "prompt is in utf-16"),
         ("Content-Encoding: gzip", "Content-Encoding", "uncompressed"),
     ],
 )

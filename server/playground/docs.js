@@ -23,7 +23,6 @@ SwaggerUIBundle({
   deepLinking: true,
   tryItOutEnabled: true,
   displayRequestDuration: true,
-  syntaxHighlight: false, // of images as base64 it takes seconds
   plugins: [() => withoutEmptyFields],
   validatorUrl: "none", // of another server
 });

@@ -19,7 +19,7 @@ from server.responses.pieces import PiecesResponse
 FOLDER = Path(__file__).parents[1] / "playground"
 SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")  # of the package fastapi-swagger: Swagger UI as it is released
 
-_PIECE_BYTES = 64 * 1024  # a client that does not read costs about one
+PIECE_BYTES = 64 * 1024  # a client that does not read costs about one
 
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -114,5 +114,5 @@ def _file_response(request: Request, file: _File, policy: Mapping[str, str] = _P
 
 
 async def _pieces(content: bytes) -> AsyncGenerator[bytes]:
-    for start in range(0, len(content), _PIECE_BYTES):
-        yield content[start : start + _PIECE_BYTES]
+    for start in range(0, len(content), PIECE_BYTES):
+        yield content[start : start + PIECE_BYTES]

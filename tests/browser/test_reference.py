@@ -96,6 +96,18 @@ async def test_an_edit_with_files(browser: Browser, queue: JobQueue, live_server
         assert asked == [("make the background green", 1, 1, 1), ("make the background green", 1, 2, 2)]
 
 
+async def test_an_image_by_its_url(browser: Browser, queue: JobQueue, live_server: LiveServer) -> None:
+    async with StubEngine(queue), open_page(browser, live_server.url, "/docs") as page:
+        async with httpx.AsyncClient(base_url=live_server.url) as client:
+            asked = {"prompt": "a fox", "size": "160x96", "response_format": "url"}
+            response = await client.post("/v1/images/generations", json=asked)
+        block = await opened(page, "GET /v1/files/{name}")
+        await block.get_by_placeholder("name").fill(response.json()["data"][0]["url"].rpartition("/")[2])
+        image = (await execute(block, 200)).locator("img")
+        await expect(image).to_be_visible()
+        assert await image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 160
+
+
 async def test_a_server_with_keys_requires_one(browser: Browser, queue: JobQueue) -> None:
     server = LiveServer(queue, ServerSettings(api_key="right"))  # type: ignore[call-arg]
     async with open_page(browser, server.url, "/docs") as page:

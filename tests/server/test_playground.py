@@ -1,5 +1,6 @@
 """The files of the playground and of the API reference as they are served. `tests.browser` tests them in a browser."""
 
+import asyncio
 import importlib.metadata
 import re
 from html.parser import HTMLParser
@@ -10,10 +11,11 @@ import pytest
 
 from server.app import create_app
 from server.requests.schemas import EditRequest
-from server.routes.pages import FOLDER, SWAGGER_UI
+from server.routes.pages import FOLDER, PIECE_BYTES, SWAGGER_UI
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
-from tests.server.conftest import MakeClient
+from tests.server.conftest import LiveServer, MakeClient
+from tests.waiting import until
 
 PAGES = {"/": "index.html", "/docs": "docs.html"}
 PARTS = sorted(path.name for path in FOLDER.iterdir() if path.name not in PAGES.values())
@@ -71,6 +73,21 @@ async def test_files(client: httpx.AsyncClient, address: str) -> None:
 async def test_other_files_are_not_served(client: httpx.AsyncClient, name: str) -> None:
     response = await client.get(f"/playground/{name}")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_a_large_file_that_is_not_read_costs_little(live_server: LiveServer) -> None:
+    name = max(SWAGGER_UI, key=lambda name: len(content(name)))
+    reader, writer = await asyncio.open_connection(*live_server.address)
+    writer.write(f"GET /playground/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+
+    def unsent() -> int:
+        return sum(connection.unsent_bytes for connection in live_server.server.server_state.connections)  # type: ignore[union-attr]
+
+    await until(lambda: unsent() > 0)
+    assert unsent() < 3 * PIECE_BYTES < len(content(name))
+    writer.write(b"GET /live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert content(name) in await reader.read()
+    writer.close()
 
 
 async def test_the_pages_need_no_key(make_client: MakeClient) -> None:

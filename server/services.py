@@ -16,8 +16,8 @@ from server.admission.keys import ANONYMOUS, KeyRing
 from server.admission.memory_budget import Hold, MemoryBudget
 from server.admission.queue_state import QueueState
 from server.admission.rate_limits import RateLimits
+from server.image_files.decoders import Decoders
 from server.metrics import Metrics
-from server.requests.decoders import Decoders
 from server.requests.prompt_rewriter import Rewriter, open_rewriter
 from server.responses.outcomes import JobOutcomes
 from server.settings import ServerSettings

@@ -1,1 +1,1 @@
-"""Reading and validating requests: bodies, fields, uploaded images, prompts."""
+"""Reading and validating requests: bodies, fields, prompts."""

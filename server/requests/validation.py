@@ -9,7 +9,7 @@ from engine.geometry import MAX_ASPECT, MAX_SIDE, MIN_SIDE, Geometry, Grid, limi
 from engine.jobs.job import EngineInfo, JobSpec
 from engine.quotes import check_quoted_strings
 from server.errors import ApiError, invalid
-from server.requests.edit_input import EditInput
+from server.image_files.edit_input import EditInput
 from server.requests.schemas import MAX_SEED, GenerationRequest, PlanBody, TokenGridBody
 from server.settings import ServerSettings
 

@@ -14,8 +14,8 @@ from server.admission.engine_directory import require_ready
 from server.admission.keys import Caller
 from server.admission.memory_budget import Hold
 from server.admission.rate_limits import Charge
+from server.image_files.edit_input import EditFiles, EditInput
 from server.requests.body import ParsedBody
-from server.requests.edit_input import EditFiles, EditInput
 from server.requests.schemas import EditRequest
 from server.requests.validation import ValidatedRequest, smallest_job_spec, to_job_spec
 from server.responses.disconnect import cancel_on_disconnect

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from engine.jobs.job import JobSpec, SourceImages
-from server.requests.images import prepare
+from server.image_files.images import prepare
 from tests.chaos.stub import files
 
 MODEL = "glm-image"  # as the API calls it

@@ -17,10 +17,10 @@ from redis.retry import Retry
 
 from engine.config import HAND_BACK_S
 from engine.jobs.embedded import find_redis_server
+from server.image_files.decode_worker import MAX_MEMORY
+from server.image_files.decoders import PLACES
 from server.processes.http_limits import MAX_UNSENT_BYTES
 from server.processes.serving import CANCEL_S, CLOSE_S, LAST_BYTES_S
-from server.requests.decode_worker import MAX_MEMORY
-from server.requests.decoders import PLACES
 from server.settings import ServerSettings
 from tests.packaging.files import COMPOSE_FILES, ROOT, compose, dockerfile, image_environment, last, variables_of
 

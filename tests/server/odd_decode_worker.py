@@ -5,9 +5,9 @@ import signal
 import time
 from collections.abc import Callable
 
-from server.requests import decode_worker
-from server.requests.edit_input import EditInput
-from server.requests.images import prepare
+from server.image_files import decode_worker
+from server.image_files.edit_input import EditInput
+from server.image_files.images import prepare
 
 
 def misbehave(

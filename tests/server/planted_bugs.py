@@ -28,10 +28,10 @@ JOB_WAIT, OUTCOMES, SUBMISSION, DECODERS = (
     "server/responses/job_wait.py",
     "server/responses/outcomes.py",
     "server/routes/submission.py",
-    "server/requests/decoders.py",
+    "server/image_files/decoders.py",
 )
 
-IMAGES = "server/requests/images.py"
+IMAGES = "server/image_files/images.py"
 COLOURS, IMAGE_ERRORS = "tests/server/test_image_colours.py", "tests/server/test_image_errors.py"
 
 CLAIMS, WORKS, ENDS, FAULTS = (f"tests/engine/test_worker{name}.py" for name in ("_claims", "", "_ends", "_faults"))
@@ -524,7 +524,7 @@ BUGS = [
     ),
     Bug(
         "a wrong checksum of metadata fails an image",
-        "server/requests/png_file.py",
+        "server/image_files/png_file.py",
         "            if kind in _PIXELS:\n                raise damaged",
         "            if kind:\n                raise damaged",
         f"{IMAGE_ERRORS}::test_metadata_never_fails_an_image",

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from server.admission.turns import Turns
 from server.errors import ApiError
-from server.requests import decoders as module
-from server.requests.decoders import Decoders
-from server.requests.edit_input import EditFiles
+from server.image_files import decoders as module
+from server.image_files.decoders import Decoders
+from server.image_files.edit_input import EditFiles
 from tests.server.image_files import file_of, many_chunks, opened, patterned
 from tests.waiting import until
 
@@ -67,7 +67,7 @@ async def test_a_process_decodes_one_edit_after_the_other(decoders: Decoders) ->
 
 
 def test_decode_processes_do_not_load_the_api() -> None:
-    script = "import sys, server.requests.decode_worker; print(*sys.modules)"
+    script = "import sys, server.image_files.decode_worker; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"fastapi", "starlette", "pydantic", "redis", "numpy", "torch"} & set(ran.stdout.split())
 
@@ -154,8 +154,8 @@ async def test_small_files_of_many_parts_cost_others_nothing(decoders: Decoders)
 
 PARENT = """
 import asyncio, os
-from server.requests.decoders import Decoders
-from server.requests.edit_input import EditFiles
+from server.image_files.decoders import Decoders
+from server.image_files.edit_input import EditFiles
 import tests.server.test_decoders as t
 
 async def main():

@@ -343,7 +343,7 @@ async def test_an_upload_has_its_own_limit(make_client: MakeClient, stub: StubEn
 async def test_nothing_is_decoded_for_a_full_queue(
     make_client: MakeClient, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.requests.decoders.Decoders.decode", None)
+    monkeypatch.setattr("server.image_files.decoders.Decoders.decode", None)
     async with make_client(max_queue=0) as client:
         await queue.heartbeat(StubEngine(queue).info, "", 10)
         response = await post(client)
@@ -367,7 +367,7 @@ async def test_the_memory_for_queued_source_images_is_limited(
         async with make_client(max_source_bytes=held + 1) as with_a_byte_left:
             refused_with_it = await with_a_byte_left.post(URL, **edit)
         with monkeypatch.context() as patch:
-            patch.setattr("server.requests.decoders.Decoders.decode", None)  # nothing is decoded without room
+            patch.setattr("server.image_files.decoders.Decoders.decode", None)  # nothing is decoded without room
             refused = await client.post(URL, **edit)
         for response in (refused_with_it, refused):
             assert (response.status_code, error_of(response)["code"]) == (429, "rate_limit_exceeded")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from server.requests.edit_input import EditInput, InvalidImage
-from server.requests.images import prepare
+from server.image_files.edit_input import EditInput, InvalidImage
+from server.image_files.images import prepare
 from tests.server.icc import ADOBE_RGB, DISPLAY_P3, cmyk_profile, grey_profile, in_srgb, rgb_profile
 from tests.server.image_files import chunk, file_of, opened, patterned, png
 

@@ -7,9 +7,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from server.requests import images as request_images
-from server.requests.edit_input import InvalidImage
-from server.requests.images import prepare
+from server.image_files import images as request_images
+from server.image_files.edit_input import InvalidImage
+from server.image_files.images import prepare
 from tests.server.image_files import chunk, file_of, opened, patterned, plain, png
 
 MAX_PIXELS = 2048 * 2048

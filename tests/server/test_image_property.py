@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.Image import Transpose
 
-from server.requests.edit_input import InvalidImage
-from server.requests.images import prepare
+from server.image_files.edit_input import InvalidImage
+from server.image_files.images import prepare
 from tests.server.icc import ADOBE_RGB, DISPLAY_P3, grey_profile, in_srgb, rgb_profile
 from tests.server.image_files import chunk, file_of, opened
 

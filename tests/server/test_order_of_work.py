@@ -18,10 +18,10 @@ from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import Submitted
 from server.app import create_app
+from server.image_files.decoders import Decoders
+from server.image_files.edit_input import EditInput
+from server.image_files.images import prepare
 from server.requests import prompt_rewriter
-from server.requests.decoders import Decoders
-from server.requests.edit_input import EditInput
-from server.requests.images import prepare
 from server.services import Services
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue

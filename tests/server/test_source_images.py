@@ -15,12 +15,12 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from engine.geometry import edit_size, source_tokens
-from server.requests import images as request_images
-from server.requests.edit_input import EditInput, InvalidImage
-from server.requests.file_types import read_file
-from server.requests.image_file import UnsuitableFile
-from server.requests.images import prepare
-from server.requests.jpeg_file import read_jpeg
+from server.image_files import images as request_images
+from server.image_files.edit_input import EditInput, InvalidImage
+from server.image_files.file_types import read_file
+from server.image_files.image_file import UnsuitableFile
+from server.image_files.images import prepare
+from server.image_files.jpeg_file import read_jpeg
 from tests.server.image_files import (
     animation,
     chunk,
@@ -279,8 +279,8 @@ def test_a_webp_declares_its_canvas_before_it_is_allocated() -> None:
 BOMBS = """
 import resource, sys, time
 from pathlib import Path
-from server.requests.images import prepare
-from server.requests.edit_input import InvalidImage
+from server.image_files.images import prepare
+from server.image_files.edit_input import InvalidImage
 file = Path(sys.argv[1]).read_bytes()
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:

@@ -13,8 +13,8 @@ from engine.child import die_with_parent
 from engine.observability.logs import event
 from server.admission.turns import Turns
 from server.errors import ApiError, invalid_image, unavailable
-from server.requests.decode_protocol import Frame, decode_reply, encode_request, receive_frame
-from server.requests.edit_input import EditFiles, EditInput, InvalidImage
+from server.image_files.decode_protocol import Frame, decode_reply, encode_request, receive_frame
+from server.image_files.edit_input import EditFiles, EditInput, InvalidImage
 
 PLACES = 3
 PLACES_PER_CALLER = 2 if (os.cpu_count() or 1) > 2 else 1  # leaves a place and a processor to others
@@ -23,7 +23,7 @@ TURN_TIMEOUT_S = 60.0  # for a place
 EXIT_TIMEOUT_S = 2.0
 BUSY_RETRY_S = 5
 
-COMMAND = (sys.executable, "-W", "ignore", "-m", "server.requests.decode_worker")
+COMMAND = (sys.executable, "-W", "ignore", "-m", "server.image_files.decode_worker")
 # No secrets for a process that reads hostile files.
 _ENVIRONMENT = ("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LANG")
 _CHUNK_BYTES = 2**18  # asyncio copies what it cannot write at once

@@ -8,8 +8,8 @@ from PIL import Image as PillowImage
 from PIL import ImageChops
 from PIL.Image import Image
 
-from server.requests.icc_curves import sixteen_bit_tables
-from server.requests.image_file import ImageFile
+from server.image_files.icc_curves import sixteen_bit_tables
+from server.image_files.image_file import ImageFile
 
 _DEPTH, _TYPE, _HEADER_END = 24, 25, 29  # offsets in a PNG
 _HIGH_BYTES = [value >> 8 for value in range(65536)]

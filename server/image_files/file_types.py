@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable
 
-from server.requests.image_file import ImageFile, NotAnImage
-from server.requests.jpeg_file import read_jpeg
-from server.requests.png_file import read_png
-from server.requests.webp_file import read_webp
+from server.image_files.image_file import ImageFile, NotAnImage
+from server.image_files.jpeg_file import read_jpeg
+from server.image_files.png_file import read_png
+from server.image_files.webp_file import read_webp
 
 _READERS: tuple[tuple[str, bytes, Callable[[bytes], ImageFile]], ...] = (
     ("PNG", rb"\x89PNG\r\n\x1a\n", read_png),

@@ -3,8 +3,8 @@
 import re
 import struct
 
-from server.requests import icc_profiles
-from server.requests.image_file import MAX_PARTS, ImageFile, UnsuitableFile, damaged, too_many_parts, truncated
+from server.image_files import icc_profiles
+from server.image_files.image_file import MAX_PARTS, ImageFile, UnsuitableFile, damaged, too_many_parts, truncated
 
 MAX_SCAN_SEGMENTS = 1024  # behind the first scan
 

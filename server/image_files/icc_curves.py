@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Callable, Iterator
 
-from server.requests.icc_profiles import SRGB_CURVE, matrix_profile
+from server.image_files.icc_profiles import SRGB_CURVE, matrix_profile
 
 Curve = Callable[[float], float]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from engine.jobs.job import SourceImages
-from server.requests.edit_input import EditFiles, EditInput, InvalidImage
+from server.image_files.edit_input import EditFiles, EditInput, InvalidImage
 
 Frame = tuple[dict[str, Any], list[bytes]]
 

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Sequence
 
-from server.requests.image_file import UnsuitableFile
+from server.image_files.image_file import UnsuitableFile
 
 _Vector = tuple[float, float, float]
 

@@ -17,12 +17,12 @@ from PIL.Image import Exif, Image, Resampling, Transpose
 
 from engine.geometry import CELL, MAX_ASPECT, MAX_SIDE, MIN_SIDE, edit_size, source_tokens
 from engine.jobs.job import SourceImages
-from server.requests import jpeg_file, png_file
-from server.requests.colours import to_srgb
-from server.requests.edit_input import EditInput, InvalidImage
-from server.requests.file_types import read_file
-from server.requests.image_file import ImageFile, NotAnImage, UnsuitableFile, damaged
-from server.requests.sixteen_bits import decode_sixteen_bits
+from server.image_files import jpeg_file, png_file
+from server.image_files.colours import to_srgb
+from server.image_files.edit_input import EditInput, InvalidImage
+from server.image_files.file_types import read_file
+from server.image_files.image_file import ImageFile, NotAnImage, UnsuitableFile, damaged
+from server.image_files.sixteen_bits import decode_sixteen_bits
 
 FULL_PIXELS = 4096 * 4096  # larger images are halved while they are decoded
 MAX_PIXELS = {"PNG": 8192 * 8192, "JPEG": 8192 * 8192, "WEBP": 8192 * 4096}  # each takes up to 0.85 GB at its limit

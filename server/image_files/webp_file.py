@@ -2,8 +2,8 @@
 
 import struct
 
-from server.requests import icc_profiles
-from server.requests.image_file import MAX_PARTS, ImageFile, animated, damaged, too_many_parts, truncated
+from server.image_files import icc_profiles
+from server.image_files.image_file import MAX_PARTS, ImageFile, animated, damaged, too_many_parts, truncated
 
 _KEPT = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
 _READ = (*_KEPT, b"ICCP", b"EXIF", b"XMP ")

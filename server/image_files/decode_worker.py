@@ -1,4 +1,4 @@
-"""The process that decodes uploaded files: `python -m server.requests.decode_worker`.
+"""The process that decodes uploaded files: `python -m server.image_files.decode_worker`.
 
 Contains what a file may do to its decoder: take long, take memory, crash it. Started and killed by `Decoders`.
 """
@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from server.requests.decode_protocol import decode_request, encode_input, encode_refusal, encode_report, read_frame
-from server.requests.edit_input import EditFiles, InvalidImage
-from server.requests.images import prepare
+from server.image_files.decode_protocol import decode_request, encode_input, encode_refusal, encode_report, read_frame
+from server.image_files.edit_input import EditFiles, InvalidImage
+from server.image_files.images import prepare
 
 MAX_MEMORY = 2**30  # address space; a PNG of 8192x8192 with alpha takes 0.8 GB
 MAX_CPU_S = 10  # per edit; such a PNG takes 2.4 s, a JPEG of 48 megapixels 0.6 s

@@ -3,8 +3,8 @@
 import struct
 import zlib
 
-from server.requests import icc_profiles
-from server.requests.image_file import (
+from server.image_files import icc_profiles
+from server.image_files.image_file import (
     MAX_PARTS,
     ImageFile,
     UnsuitableFile,

@@ -1,12 +1,13 @@
 """Multipart forms byte for byte as libraries without a Python or Node version write them."""
 
+import base64
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.header import Header
 from urllib.parse import quote
 
 GUID = "3f0d3f6c-5a35-4f0c-8b43-0c0a8ff5d7a1"
 _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+_PLAIN = "".join(_TOKEN - set("*'%"))
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ def form(library: Library, fields: dict[str, str], *files: tuple[str, str, bytes
 
 
 def _dotnet_value(value: str) -> str:
-    """Quote what is no token; encode what is not ASCII as in e-mail."""
+    """Encode what is not ASCII as in e-mail; quote what is no token, backslashes as they are."""
     if not value.isascii():
-        return f'"{Header(value, "utf-8", maxlinelen=1000).encode()}"'
-    return value if value and set(value) <= _TOKEN else f'"{value}"'
+        return f'"=?utf-8?B?{base64.b64encode(value.encode()).decode()}?="'
+    return value if set(value) <= _TOKEN else f'"{value}"'
 
 
 def _dotnet_text(name: str) -> str:
@@ -40,7 +41,7 @@ def _dotnet_text(name: str) -> str:
 
 
 def _dotnet_file(name: str, filename: str) -> str:
-    names = f"filename={_dotnet_value(filename)}; filename*=utf-8''{quote(filename, safe='')}"
+    names = f"filename={_dotnet_value(filename)}; filename*=utf-8''{quote(filename, safe=_PLAIN)}"
     return f"Content-Disposition: form-data; name={_dotnet_value(name)}; {names}"
 
 

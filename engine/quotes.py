@@ -12,8 +12,17 @@ QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"\u300
 QuoteRule = Literal["reference", "strict"]
 # An apostrophe beside a letter is none of a quotation. Scripts without spaces put quotations beside letters.
 _LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
-_STRICT_SINGLE = rf"(?<!{_LETTER})'((?:[^']|(?<={_LETTER})'(?={_LETTER}))*+)'(?!{_LETTER})"
-_STRICT = re.compile("|".join((_STRICT_SINGLE, *QUOTES[1:])))
+_SINGLE = (
+    rf"(?<!{_LETTER})'((?:[^']|(?<={_LETTER})'(?={_LETTER}))*+)'(?!{_LETTER})",
+    rf"(?<!{_LETTER})\u2018((?:[^\u2018\u2019]|(?<={_LETTER})\u2019(?={_LETTER}))*+)\u2019(?!{_LETTER})",
+)
+_OTHERS = (  # German, French, Japanese, full width
+    r"\u201e([^\u201c\u201d\u201e]*)[\u201c\u201d]",
+    r"\u00ab([^\u00ab\u00bb]*)\u00bb",
+    r"\u300e([^\u300e\u300f]*)\u300f",
+    r"\uff02([^\uff02]*)\uff02",
+)
+_STRICT = re.compile("|".join((_SINGLE[0], *QUOTES[1:], _SINGLE[1], *_OTHERS)))
 
 MAX_STRINGS = 1024
 MAX_STRING_TOKENS = 2048  # with an end; the rest is cut, as in the reference
@@ -24,12 +33,12 @@ def quoted_strings(prompt: str, rule: QuoteRule = "reference") -> list[str]:
     """Return the quoted strings of a prompt.
 
     "reference" takes what the model was trained with: text between any two apostrophes, and quotations within others.
-    "strict" takes neither.
+    "strict" takes neither, but quotation marks of more languages.
     """
     if rule == "reference":
         return [text for pattern in QUOTES for text in re.findall(pattern, prompt)]
     found = [match for match in _STRICT.finditer(prompt) if match.lastindex]
-    return [match[kind] for kind in range(1, len(QUOTES) + 1) for match in found if match.lastindex == kind]
+    return [match[kind] for kind in range(1, _STRICT.groups + 1) for match in found if match.lastindex == kind]
 
 
 def glyph_tokens(strings: Sequence[str]) -> int:

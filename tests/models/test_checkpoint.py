@@ -220,6 +220,12 @@ def test_quoted_strings_in_the_reference_s_order() -> None:
         ("a book \"The 'best' of\" and 'an \"odd\" one'", ['an "odd" one', "The 'best' of"]),
         ("海报'促销'上", ["促销"]),
         ("'' \"\"", ["", ""]),
+        (
+            '\u2018DON\u2019T\u2019 \u201eAUF\u201c \u00abOUI\u00bb \u300e\u958b\u300f \uff02NOW\uff02 "x"',
+            ["x", "DON\u2019T", "AUF", "OUI", "\u958b", "NOW"],
+        ),
+        ("the shop\u2019s door and mum\u2019s car", []),
+        ("the \u201880s, rock \u2019n\u2019 roll", []),
         ("'open and \"", []),
     ],
 )
@@ -227,7 +233,7 @@ def test_strict_quotations(prompt: str, strings: list[str]) -> None:
     assert quoted_strings(prompt, "strict") == strings
 
 
-@given(text=st.text("a'\"\u201c\u201d \u300c\u300d", max_size=12))
+@given(text=st.text("a'\"\u201c\u201d \u300c\u300d\u2018\u2019\u201e\u00ab\u00bb", max_size=12))
 def test_strict_quotations_do_not_overlap(text: str) -> None:
     """And without apostrophes and nesting, both rules find the same."""
     strings = quoted_strings(text, "strict")
@@ -237,7 +243,7 @@ def test_strict_quotations_do_not_overlap(text: str) -> None:
 
 
 def test_strict_quotations_take_linear_time() -> None:
-    for part in ("'", "'a", " 'a", "a'a", "\u201c", " 'a'a", "' "):
+    for part in ("'", "'a", " 'a", "a'a", "\u201c", " 'a'a", "' ", "\u2018", "\u2018a\u2019b", "\u201e", "\u00ab"):
         seconds = []
         for size in (20_000, 160_000):
             text, start = part * size, time.process_time()

@@ -112,6 +112,20 @@ async def test_a_stuck_engine_neither_claims_nor_renews(
     assert await worker._next_claim() is not None
 
 
+async def test_an_engine_that_gets_stuck_while_it_renews_does_not_claim(
+    recorded: Recorded, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def renew(*_: Any) -> list[Claim]:
+        monkeypatch.setattr(Watchdog, "is_stuck", True)
+        return []
+
+    await submit_small(recorded)
+    worker._redis_was_away = True
+    monkeypatch.setattr(recorded, "renew", renew)
+    assert await worker._next_claim() is None
+    assert "claim" not in recorded.calls
+
+
 @pytest.mark.parametrize("cause", ["an outage", "a pause"])
 async def test_leases_are_renewed_before_a_claim(recorded: Recorded, worker: Worker, cause: str) -> None:
     """A claim takes lapsed leases first: without a renewal an engine would take its own jobs from itself."""

@@ -58,10 +58,17 @@ ADMITTING, DECODING, DYING, GATING, JOBS_API, KEYING, LIMITING, LIVE, ORDER, STO
 BUGS = [
     # claims and leases
     Bug(
-        "a stuck engine goes on claiming",
+        "an engine that gets stuck goes on claiming",
         WORKER,
         " or self._draining.is_set() or self._watchdog.is_stuck:",
         " or self._draining.is_set():",
+        f"{CLAIMS}::test_an_engine_that_gets_stuck_while_it_renews_does_not_claim",
+    ),
+    Bug(
+        "a stuck engine renews before claiming",
+        WORKER,
+        "        if self._watchdog.is_stuck:\n            return None",
+        "        if False:\n            return None",
         f"{CLAIMS}::test_a_stuck_engine_neither_claims_nor_renews",
     ),
     Bug(

@@ -6,17 +6,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from engine.geometry import MAX_SOURCES
-from server.requests.schemas import (
-    EDIT_FIELDS,
-    CompletedEvent,
-    EditRequest,
-    ErrorBody,
-    GenerationRequest,
-    ImagesBody,
-    JobBody,
-    PartialImageEvent,
-    ProgressBody,
-)
+from server.requests.schemas import EDIT_FIELDS, EditRequest, GenerationRequest
+from server.responses.schemas import CompletedEvent, ErrorBody, ImagesBody, JobBody, PartialImageEvent, ProgressBody
 
 _ERRORS = {
     400: "A field is missing, unknown or out of range, or an image cannot be used; `param` names it.",

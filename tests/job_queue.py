@@ -6,8 +6,9 @@ from contextlib import aclosing
 from engine.jobs.connection import retry_while_away
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.follower import JobFollower
-from engine.jobs.job import ImageResult, JobRecord, JobResult, PartialImage, StoredPartial
+from engine.jobs.job import JobRecord
 from engine.jobs.producer import JobProducer
+from engine.jobs.results import ImageResult, JobResult, PartialImage, StoredPartial
 
 
 class JobQueue(JobProducer, JobConsumer):

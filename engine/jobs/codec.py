@@ -17,16 +17,14 @@ from engine.jobs.job import (
     EngineInfo,
     JobError,
     JobRecord,
-    JobResult,
     JobSpec,
     JobState,
     Origin,
     Plan,
     Priority,
     SourceImages,
-    StoredImage,
-    StoredResult,
 )
+from engine.jobs.results import JobResult, StoredImage, StoredResult
 from engine.observability.logs import event, where
 
 R = TypeVar("R")

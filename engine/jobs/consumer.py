@@ -21,11 +21,10 @@ from engine.jobs.job import (
     EngineInfo,
     FreeCapacity,
     JobError,
-    JobResult,
-    PartialImage,
     Plan,
     SourceImages,
 )
+from engine.jobs.results import JobResult, PartialImage
 from engine.jobs.scripts import Argument
 
 _DEAD_LETTER_ERROR = JobError("The job brought its engine down each time it ran and was given up.")

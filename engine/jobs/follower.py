@@ -10,8 +10,9 @@ import orjson
 from engine.errors import QueueUnavailable
 from engine.jobs.codec import reading
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S, redis_errors
-from engine.jobs.job import JobRecord, JobState, StoredPartial
+from engine.jobs.job import JobRecord, JobState
 from engine.jobs.producer import JobProducer
+from engine.jobs.results import StoredPartial
 
 POLL_INTERVAL_S = 1.0  # an event may be lost
 

@@ -207,63 +207,6 @@ UNREADABLE_JOB = JobError("The stored job cannot be read.", code="job_unreadable
 
 
 @dataclass(frozen=True)
-class ImageResult:
-    data: bytes
-    seed: int
-    plan: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class PartialImage:
-    """Partial image `index` of image `image`, encoded; `grid`: preview or plan."""
-
-    image: int
-    index: int
-    data: bytes
-    grid: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class StoredPartial:
-    """A `PartialImage` whose data, of `size` bytes, is still in Redis."""
-
-    image: int
-    index: int
-    size: int
-    grid: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """`prompt_tokens` include `source_tokens`."""
-
-    images: list[ImageResult]
-    prompt_tokens: int
-    plan_tokens: int
-    source_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image of a result in Redis; `data` if read, too."""
-
-    size: int
-    seed: int
-    plan: dict[str, Any] | None = None
-    data: bytes | None = None
-
-
-@dataclass(frozen=True)
-class StoredResult:
-    """A `JobResult` whose images are still in Redis."""
-
-    images: list[StoredImage]
-    prompt_tokens: int
-    plan_tokens: int
-    source_tokens: int = 0
-
-
-@dataclass(frozen=True)
 class JobRecord:
     """A job as Redis has it. `position` counts the queued jobs before it."""
 

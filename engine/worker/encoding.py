@@ -9,7 +9,8 @@ from PIL import Image as PillowImage
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from engine.jobs.job import ImageResult, JobSpec, OutputFormat, PartialImage
+from engine.jobs.job import JobSpec, OutputFormat
+from engine.jobs.results import ImageResult, PartialImage
 from engine.request import Image, Partial, Request
 
 PNG_COMPRESS_LEVEL = 4  # of 9; twice as fast as the default 6, files 2% larger

@@ -12,7 +12,8 @@ from torch import Tensor
 from engine.engine import Engine
 from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, WriteRefused
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import Claim, ImageResult, JobResult, JobState
+from engine.jobs.job import Claim, JobState
+from engine.jobs.results import ImageResult, JobResult
 from engine.observability.logs import bind, event, where
 from engine.observability.tracing import Span
 from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request

@@ -18,8 +18,9 @@ from starlette.types import Receive, Scope, Send
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import REDIS_OUTAGE_TIMEOUT_S
 from engine.jobs.follower import JobFollower
-from engine.jobs.job import JobRecord, JobState, StoredPartial
+from engine.jobs.job import JobRecord, JobState
 from engine.jobs.producer import JobProducer
+from engine.jobs.results import StoredPartial
 from engine.observability.logs import event, where
 from engine.tasks import stop
 from server.admission.memory_budget import Hold

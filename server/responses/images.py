@@ -5,8 +5,9 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from engine.jobs.job import JobRecord, StoredImage, StoredResult
+from engine.jobs.job import JobRecord
 from engine.jobs.producer import JobProducer
+from engine.jobs.results import StoredImage, StoredResult
 from server.admission.memory_budget import Hold
 from server.responses.held_image import HeldImage, call_redis
 from server.responses.pieces import Mark, Part, base64

@@ -16,7 +16,7 @@ from server.addresses import is_loopback
 from server.admission.auth import has_key
 from server.admission.engine_directory import not_ready_reason, ready_engines
 from server.metrics import exposition
-from server.requests.schemas import HealthBody
+from server.responses.schemas import HealthBody
 from server.services import Services, ServicesDep
 
 router = APIRouter(tags=["operations"])

@@ -9,10 +9,10 @@ from server import openapi
 from server.admission.auth import require_key
 from server.errors import ApiError
 from server.redis_timeout import with_redis_timeout
-from server.requests.schemas import JobBody
 from server.responses.events import EventStream, job_events
 from server.responses.jobs import render_job
 from server.responses.pieces import respond
+from server.responses.schemas import JobBody
 from server.services import Services, ServicesDep
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(require_key)])

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter, Depends
 
 from server.admission.auth import require_key
-from server.requests.schemas import ErrorBody
 from server.requests.validation import model_not_found
+from server.responses.schemas import ErrorBody
 from server.services import ServicesDep
 
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_key)])

@@ -19,7 +19,8 @@ from typing import Any
 import orjson
 
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import Claim, FreeCapacity, JobError, JobResult, PartialImage, Plan
+from engine.jobs.job import Claim, FreeCapacity, JobError, Plan
+from engine.jobs.results import JobResult, PartialImage
 
 
 class Journal:

@@ -24,7 +24,8 @@ from redis.exceptions import ResponseError
 
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import TERMINAL_STATES, Claim, FreeCapacity, JobError, PartialImage, Plan, QueueStats, SourceImages
+from engine.jobs.job import TERMINAL_STATES, Claim, FreeCapacity, JobError, Plan, QueueStats, SourceImages
+from engine.jobs.results import PartialImage
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, pass_deadline, spec, submit
 from tests.jobs.queue_model import CAP, OWNED_CAP, SOURCES_CAP, Job, Model

@@ -8,7 +8,8 @@ import pytest
 import redis.asyncio
 
 from engine.errors import KeyReused, QueueUnavailable, TooManyJobs
-from engine.jobs.job import JobRecord, JobState, PartialImage, SourceImages
+from engine.jobs.job import JobRecord, JobState, SourceImages
+from engine.jobs.results import PartialImage
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, submit
 

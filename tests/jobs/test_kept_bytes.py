@@ -9,8 +9,9 @@ import redis.asyncio
 from PIL import Image
 
 from engine.errors import ResultsFull, TooMuchKept
-from engine.jobs.job import ImageResult, JobResult, JobState, OutputFormat, PartialImage, Plan, SourceImages
+from engine.jobs.job import JobState, OutputFormat, Plan, SourceImages
 from engine.jobs.result_size import max_result_size
+from engine.jobs.results import ImageResult, JobResult, PartialImage
 from server.admission.redis_memory import RedisMemory
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, claim, pass_deadline, spec, submit

@@ -11,19 +11,8 @@ from PIL import Image
 
 from engine.errors import QueueUnavailable
 from engine.geometry import Grid
-from engine.jobs.job import (
-    Claim,
-    EngineInfo,
-    FreeCapacity,
-    ImageResult,
-    JobError,
-    JobResult,
-    JobSpec,
-    PartialImage,
-    Plan,
-    SourceImages,
-    TokenGrid,
-)
+from engine.jobs.job import Claim, EngineInfo, FreeCapacity, JobError, JobSpec, Plan, SourceImages, TokenGrid
+from engine.jobs.results import ImageResult, JobResult, PartialImage
 from tests.job_queue import JobQueue
 
 CODEBOOK_SIZE = 128

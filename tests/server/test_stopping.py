@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import ImageResult, JobResult
+from engine.jobs.results import ImageResult, JobResult
 from engine.stop_signals import StopSignals
 from server.processes import serving
 from server.settings import ServerSettings

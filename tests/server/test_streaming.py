@@ -15,7 +15,8 @@ from starlette.types import Message
 
 from engine.errors import QueueUnavailable
 from engine.jobs.follower import JobFollower
-from engine.jobs.job import JobError, JobRecord, PartialImage
+from engine.jobs.job import JobError, JobRecord
+from engine.jobs.results import PartialImage
 from server.responses.events import Event, EventStream
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import submit

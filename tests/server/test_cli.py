@@ -21,9 +21,12 @@ from typer.testing import CliRunner, Result
 from engine.config import EngineSettings
 from engine.jobs.job import JobError
 from engine.stop_signals import StopSignals
+from models.nano import CHECKPOINT
 from server.cli import commands as cli
 from server.cli.client import GenerateError, format_of
 from server.cli.terminal import Display, half_blocks
+from server.processes import launch
+from server.settings import ServerSettings
 from tests import source_images
 from tests.job_queue import JobQueue
 from tests.packaging.files import ROOT
@@ -88,6 +91,19 @@ def test_settings_are_checked_before_anything_starts() -> None:
     assert "GLIMMER_REDIS_URL" in without.output
     assert "GLIMMER_MAX_PIXELS" in wrong.output
     assert "GLIMMER_REDIS_URL" in empty.output
+
+
+@pytest.mark.parametrize(
+    ("options", "names"), [([], ["glm-image"]), (["--model", str(CHECKPOINT)], ["a", str(CHECKPOINT)])]
+)
+def test_serve_answers_to_the_name_it_was_started_with(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], names: list[str]
+) -> None:
+    seen: list[ServerSettings] = []
+    monkeypatch.setattr(launch, "run_all", lambda settings, *_: seen.append(settings) or 0)
+    named = ["--served-model-name", "a"] if options else []
+    assert glimmer("serve", *named, *options).exit_code == 0
+    assert [settings.model_names for settings in seen] == [names]
 
 
 async def test_several_images(live_server: LiveServer, stub: StubEngine, tmp_path: Path) -> None:

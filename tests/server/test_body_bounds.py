@@ -6,24 +6,22 @@ import gc
 import re
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from starlette.requests import Request
 
 from server.admission import memory_budget
-from server.admission.keys import ANONYMOUS
-from server.admission.memory_budget import MemoryBudget
 from server.errors import ApiError
-from server.requests.body import IncomingBody, read_generation
+from server.requests.body import read_generation
 from server.requests.schemas import EditRequest
 from server.requests.uploads import read_edit
 from tests.job_queue import JobQueue
 from tests.server.conftest import MakeClient
+from tests.server.incoming import ReadBody, read_body
 from tests.server.stub_engine import StubEngine
 from tests.server.test_edits import IMAGE
 from tests.server.test_errors import error_of
@@ -53,19 +51,11 @@ def read(body: bytes, content_type: str) -> list[ApiError | None]:
     return [asyncio.run(_read(reader, body, content_type)) for reader in readers]
 
 
-async def _read(reader: Callable[..., Awaitable[object]], body: bytes, content_type: str) -> ApiError | None:
-    pieces = [body[start : start + CHUNK] for start in range(0, len(body), CHUNK)]
-    messages = iter([{"type": "http.request", "body": piece, "more_body": True} for piece in pieces])
-
-    async def receive() -> dict[str, object]:
-        return next(messages, {"type": "http.request", "body": b"", "more_body": False})
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content_type.encode())]}
-    with MemoryBudget(1).hold(ANONYMOUS) as held:
-        try:
-            await IncomingBody(Request(scope, receive), 2 * SIZE, held).read(reader)  # type: ignore[arg-type]
-        except ApiError as error:
-            return error
+async def _read(reader: ReadBody, body: bytes, content_type: str) -> ApiError | None:
+    try:
+        await read_body(reader, body, content_type, CHUNK, 2 * SIZE)
+    except ApiError as error:
+        return error
     return None
 
 

@@ -9,12 +9,9 @@ from urllib.parse import quote
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.requests import Request
 
-from server.admission.keys import ANONYMOUS
-from server.admission.memory_budget import MemoryBudget
-from server.requests.body import IncomingBody, ParsedBody
 from server.requests.uploads import read_edit
+from tests.server.incoming import read_body
 
 CHARSETS = ["utf-8", "iso-8859-1", "windows-1252", "gb18030"]
 PLAN = {"rows": 2, "cols": 2, "tokens": [3, 0, 2, 1]}
@@ -30,18 +27,6 @@ FIELDS = st.fixed_dictionaries(
     },
 )
 FILES = st.lists(st.binary(max_size=30).filter(lambda data: not data.startswith((b"data:", b"http"))), min_size=1)
-
-
-async def _read(content: bytes, content_type: str, chunk: int) -> ParsedBody:
-    pieces = [content[start : start + chunk] for start in range(0, len(content), chunk)]
-    messages = iter([{"type": "http.request", "body": piece, "more_body": True} for piece in pieces])
-
-    async def receive() -> dict[str, Any]:
-        return next(messages, {"type": "http.request", "body": b"", "more_body": False})
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content_type.encode())]}
-    with MemoryBudget(1).hold(ANONYMOUS) as held:
-        return await IncomingBody(Request(scope, receive), 2**20, held).read(read_edit)
 
 
 def _encodable(text: str, charset: str) -> str:
@@ -127,7 +112,7 @@ def test_all_spellings_mean_the_same(
 ) -> None:
     for spelling in (as_json, as_form):
         content, content_type = data.draw(spelling(fields, files))
-        parsed = asyncio.run(_read(content, content_type, chunk))
+        parsed = asyncio.run(read_body(read_edit, content, content_type, chunk, 2**20))
         assert parsed.images == files
         assert parsed.request.model_dump(include=set(fields)) == {
             name: {**value, "preview": None} if name == "plan" else value for name, value in fields.items()

@@ -15,21 +15,12 @@ from server.image_files.edit_input import InvalidImage
 from server.image_files.images import prepare
 from tests.server.icc import ADOBE_RGB, DISPLAY_P3, grey_profile, in_srgb, rgb_profile
 from tests.server.image_files import chunk, file_of, opened
+from tests.server.test_source_images import STORED_AS
 
 WIDTH, HEIGHT = 72, 66
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 FORMS = [(d, t) for t in SAMPLES for d in (1, 2, 4, 8, 16) if (t, d) != (3, 16) and (d >= 8 or t in (0, 3))]
-STORED_AS = {
-    1: None,
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_90,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_270,
-}
 RGB_PROFILES = {"adobe": rgb_profile(ADOBE_RGB, 2.2), "p3": rgb_profile(DISPLAY_P3, 1.8, padding=2**21)}
 METADATA = st.lists(
     st.sampled_from(

@@ -56,7 +56,8 @@ class Subscription:
                             pause = _FIRST_PAUSE_S
                             self._dispatch(message["type"], message["data"])
             except (RedisError, OSError) as error:
-                log.warning("subscription lost channel=%s retry_s=%.2f error=%s", self._channel, pause, error)
+                if pause == _FIRST_PAUSE_S:  # once per outage
+                    log.warning("subscription lost channel=%s error=%s", self._channel, error)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 

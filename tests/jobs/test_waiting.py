@@ -14,6 +14,7 @@ from engine.jobs.follower import JobFollower
 from engine.jobs.job import JobError, JobState, QueueStats
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, TIMEOUT_S, claim, pass_deadline, submit
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -115,11 +116,13 @@ async def test_waiting_for_an_unknown_job_does_not_hang(queue: JobQueue):
 
 @pytest.mark.usefixtures("events_only")
 async def test_a_broken_subscription_is_restored(queue: JobQueue, redis_client: redis.asyncio.Redis):
+    async def broken() -> bool:
+        return await redis_client.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
+
     job_id = await submit(queue)
     waiter = asyncio.create_task(queue.wait(job_id))
     for _ in range(2):
-        await asyncio.sleep(0.1)
-        assert await redis_client.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
+        await until(broken, TIMEOUT_S)
     await asyncio.sleep(0.3)
     await queue.cancel(job_id)
     await asyncio.wait_for(waiter, TIMEOUT_S)

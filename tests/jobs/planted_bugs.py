@@ -250,12 +250,13 @@ BUGS = [
     ),
     Bug("requeue_all blames always", REQUEUE_ALL, "if death and args.blame then", "if death then"),
     Bug("requeue_all never blames", REQUEUE_ALL, "if death and args.blame then", "if false then"),
-    Bug("a late verdict is ignored", REQUEUE_ALL, "if not args.blame then forgive_lapses() end", ""),
+    Bug("a late verdict is ignored", REQUEUE_ALL, "if not args.blame then forgive_lapses() end", "", BLAME),
     Bug(
         "blame forgives earlier deaths",
         REQUEUE_ALL,
         "if not args.blame then forgive_lapses",
         "if true then forgive_lapses",
+        BLAME,
     ),
     Bug("a death without blame is a run", REQUEUE_ALL, "elseif death then", "elseif false then"),
     Bug(

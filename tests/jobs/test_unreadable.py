@@ -188,6 +188,16 @@ async def _damage(server: EmbeddedRedis, name: str, value: str | bytes, when: st
     await client.aclose()
 
 
+@pytest.mark.parametrize("damage", ["without priority", "priority is a word", "deadline is a word", "runs is a word"])
+async def test_a_damaged_job_cannot_be_committed(queue: JobQueue, redis_client: redis.asyncio.Redis, damage: str):
+    await submit(queue, job_id="bad")
+    held = await claim(queue)
+    await DAMAGES[damage](redis_client)
+    assert not await queue.commit(held, RESULT)
+    assert await redis_client.hget(JOB, "state") == b"failed"  # type: ignore[misc]
+    assert await redis_client.exists("glimmer:result:bad") == 0
+
+
 @pytest.mark.parametrize("call", ["cancel", "discard", "expire"])
 @pytest.mark.parametrize("damage", ["without priority", "deadline is a word", "record is a string", "spec is a list"])
 async def test_a_damaged_job_can_be_ended(queue: JobQueue, redis_client: redis.asyncio.Redis, damage: str, call: str):

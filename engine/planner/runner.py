@@ -14,7 +14,8 @@ from engine.request import Request
 from models.batch_invariant import choose_tile_height, padded
 from models.errors import NonFiniteError
 from models.glm_image.config import SamplingDefaults
-from models.glm_image.paged_attention import BlockTable, DecodeAttention, PagedKV, PrefillAttention
+from models.glm_image.decode_attention import DecodeAttention
+from models.glm_image.paged_attention import BlockTable, PagedKV, PrefillAttention
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable, plan_positions
 
 DECODE_TILE_HEIGHT = 16  # on CPU
@@ -90,12 +91,11 @@ class PlannerRunner:
         lengths = [s.cached for s in sequences]
         slots = [self._slot(s, length - 1) for s, length in zip(sequences, lengths, strict=True)]
         tables = [self._tables[s.buffer_index] for s in sequences]
-        attention = DecodeAttention(self.kv, lengths, tables, self._to_device(slots))
-        rotary = self.rotary.at(self._positions[buffers, steps], self.dtype)
-        batch = PlannerBatch(rotary, attention, self._tile_height(batch_size))
         with threads(self._decode_threads):
-            hidden = self.model(self._tokens[buffers, steps], batch)
-            self._sample(sequences, hidden)
+            attention = DecodeAttention(self.kv, lengths, [1] * len(lengths), tables, self._to_device(slots))
+            rotary = self.rotary.at(self._positions[buffers, steps], self.dtype)
+            batch = PlannerBatch(rotary, attention, self._tile_height(batch_size))
+            self._sample(sequences, self.model(self._tokens[buffers, steps], batch))
 
     def read(self, sequence: Sequence) -> list[int]:
         """Return a plan's tokens, undefined from `written` on. Waits for the device.
@@ -128,6 +128,7 @@ class PlannerRunner:
         self._temperature[index] = self.sampling.temperature if spec.temperature is None else spec.temperature
         self._top_p[index] = self.sampling.top_p if spec.top_p is None else spec.top_p
         self._tables[index] = self.kv.table(sequence.blocks)
+        self.kv.clear(sequence.blocks[sequence.prompt_length // self.kv.block_size :])
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
         """Copy the prompt's partly filled block, in which every plan continues."""

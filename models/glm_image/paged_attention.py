@@ -1,4 +1,4 @@
-"""Attention over a paged key/value cache, separately for each sequence: it cannot depend on the batch.
+"""A paged key/value cache, and attention over prompts, separately for each sequence: it cannot depend on the batch.
 
 Token t of a sequence is in slot `blocks[t // block_size] * block_size + t % block_size`. Sequences of one prompt share
 its full blocks.
@@ -25,6 +25,7 @@ class PagedKV:
     def __init__(self, config: PlannerConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
         self.block_size = block_size
         heads, head_dim = config.num_key_value_heads, config.head_dim
+        self.group = config.num_attention_heads // heads  # query heads that share keys
         shape = (config.num_hidden_layers, blocks, block_size, 2, heads, head_dim)
         self.pool = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -49,6 +50,10 @@ class PagedKV:
         pages = self.pool[layer].index_select(0, table).flatten(0, 1)[:length]
         k, v = pages.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
         return k, v
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks: what a mask hides must be finite."""
+        self.pool.index_fill_(1, torch.tensor(blocks, device=self.pool.device), 0)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in all layers."""
@@ -76,37 +81,3 @@ class PrefillAttention:
             out[prompt] = attended[0].transpose(0, 1)
             start += length
         return out
-
-
-class DecodeAttention:
-    """Attention of one new token per sequence; tokens after them are padding.
-
-    Args:
-        lengths: tokens each sequence can see, with the new one.
-    """
-
-    def __init__(self, kv: PagedKV, lengths: list[int], tables: list[BlockTable], slot_mapping: Tensor):
-        self.kv, self.lengths, self.tables, self.slot_mapping = kv, lengths, tables, slot_mapping
-        self._views = [
-            kv.view(table, length) if isinstance(table, slice) else None
-            for table, length in zip(tables, lengths, strict=True)
-        ]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch_size = len(self.lengths)
-        self.kv.write(layer, self.slot_mapping, k[:batch_size], v[:batch_size])
-        # SDPA gets groups as heads and heads as queries: a group's heads share keys.
-        queries = q.unflatten(1, (k.shape[1], -1)).unsqueeze(1).unbind(0)[:batch_size]
-        attended = [
-            F.scaled_dot_product_attention(query, *self._keys_and_values(index, layer))
-            for index, query in enumerate(queries)
-        ]
-        padding = [q.new_zeros(1, *attended[0].shape[1:]).expand(q.shape[0] - batch_size, -1, -1, -1)]
-        return torch.cat(attended + padding).flatten(1, 2)
-
-    def _keys_and_values(self, index: int, layer: int) -> tuple[Tensor, Tensor]:
-        views, table = self._views[index], self.tables[index]
-        if views is not None:
-            return views[layer]
-        assert isinstance(table, Tensor)
-        return self.kv.gather(layer, table, self.lengths[index])

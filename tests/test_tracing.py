@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from engine.config import EXIT_CONFIGURATION, EngineSettings
 from engine.engine import Engine
 from engine.jobs.job import FreeCapacity, JobState, Origin
-from engine.jobs.producer import SubmitLimits
 from engine.observability.tracing import Tracing, TracingError, open_tracing
 from engine.stop_signals import StopSignals
 from engine.worker import process
@@ -147,7 +146,7 @@ async def test_further_runs_are_in_the_same_trace(
     queue: JobQueue, model: GlmImage, collector: Collector, tracing: Tracing
 ) -> None:
     """Run a job of an engine that died, one that is cancelled, and one of an API without tracing."""
-    options = {"timeout_s": 60, "priority": "interactive", "limits": SubmitLimits(9)}
+    options = {"timeout_s": 60, "priority": "interactive", "max_queue": 9}
     await queue.submit(SPEC, job_id="again", origin=ORIGIN, **options)
     claim = await queue.claim("first", FreeCapacity(8, 100_000, 0, True))
     assert claim is not None

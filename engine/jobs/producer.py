@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -58,27 +58,6 @@ _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `s
 }
 
 
-@dataclass(frozen=True)
-class SubmitLimits:
-    """What a submit must leave room for. None: no limit.
-
-    Args:
-        max_queue: waiting jobs of both priorities.
-        max_owned: live jobs of the owner.
-        max_source_bytes: of all live jobs; one edit always fits.
-        max_result_bytes: of records and results, live jobs by their bounds; any job fits where little is kept.
-        max_kept_bytes: of both.
-        owner_parts: divides these three for one owner.
-    """
-
-    max_queue: int
-    max_owned: int | None = None
-    max_source_bytes: int | None = None
-    max_result_bytes: int | None = None
-    max_kept_bytes: int | None = None
-    owner_parts: int | None = None
-
-
 class JobProducer(QueueBase):
     def __init__(self, redis: redis.asyncio.Redis, **options: Any) -> None:
         super().__init__(redis, **options)
@@ -91,11 +70,16 @@ class JobProducer(QueueBase):
         job_id: str,
         timeout_s: float,
         priority: Priority,
-        limits: SubmitLimits,
+        max_queue: int,
         source_images: SourceImages | None = None,
         notes: dict[str, Any] | None = None,
         ended_notes: dict[str, Any] | None = None,
         owner: str = "",
+        max_owned: int | None = None,
+        max_source_bytes: int | None = None,
+        max_result_bytes: int | None = None,
+        max_kept_bytes: int | None = None,
+        owner_parts: int | None = None,
         url_copies: bool = False,
         idempotency_key: str = "",
         fingerprint: str = "",
@@ -107,6 +91,12 @@ class JobProducer(QueueBase):
 
         Args:
             ended_notes: replace `notes` when the job ends without a result.
+            max_queue: waiting jobs of both priorities.
+            max_owned: live jobs of the owner.
+            max_source_bytes: of all live jobs; one edit always fits.
+            max_result_bytes: of records and results, live jobs by their bounds; any job fits where little is kept.
+            max_kept_bytes: of both.
+            owner_parts: divides these three for one owner.
             url_copies: the images are stored again, to serve them by URL.
             idempotency_key: of one owner. Leads to its first job, unless that ended without a result.
             fingerprint: of the request, without spaces.
@@ -130,12 +120,17 @@ class JobProducer(QueueBase):
             "owner": owner,
             "idempotency_key": idempotency_key,
             "fingerprint": fingerprint,
+            "max_queue": max_queue,
+            "max_owned": max_owned,
             "source_bytes": source_images.size if source_images else 0,
+            "max_source_bytes": max_source_bytes,
             "dry_run": dry_run,
             "format": job_format if job_format > 1 else None,
             "api": api_id or None,
             "result_bytes": sum(map(len, documents)) + max_result_size(spec, copies=1 + url_copies),
-            **vars(limits),
+            "max_result_bytes": max_result_bytes,
+            "max_kept_bytes": max_kept_bytes,
+            "owner_parts": owner_parts,
             "url_copies": int(url_copies) or None,
         }
         reply = await self._scripts.run("submit", *documents, *encode_sources(source_images), **arguments)

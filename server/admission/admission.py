@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import KeyReused, QueueFull, QueueUnavailable, ResultsFull, SourcesFull, TooManyJobs, TooMuchKept
 from engine.geometry import MIN_SIDE
 from engine.jobs.job import JobRecord, JobSpec, Origin, Priority, SourceImages, Submitted
-from engine.jobs.producer import JobProducer, SubmitLimits
+from engine.jobs.producer import JobProducer
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.keys import Caller
 from server.admission.rate_limits import NO_CHARGE, Charge, RateLimits
@@ -82,9 +82,10 @@ class Admission:
                 job_id=job_id,
                 timeout_s=1.0,
                 priority="batch",
-                limits=await self._submit_limits(caller),
+                max_queue=self._max_queue,
                 source_images=_ONE_BYTE if has_sources else None,
                 dry_run=True,
+                **await self._memory_limits(),
             )
         except (QueueFull, TooManyJobs) as refusal:
             raise self._refused(refusal, caller) from None
@@ -95,7 +96,7 @@ class Admission:
         try:
             # A `max_queue` of 0 refuses all but known keys.
             submitted = await self._enqueue(
-                _NO_JOB, caller, idempotency, job_id=_new_id(), timeout_s=1.0, priority="batch", limits=SubmitLimits(0)
+                _NO_JOB, caller, idempotency, job_id=_new_id(), timeout_s=1.0, priority="batch", max_queue=0
             )
         except QueueFull:
             return None
@@ -148,8 +149,9 @@ class Admission:
                 job_id=job_id,
                 timeout_s=timeout_s,
                 priority=priority,
-                limits=await self._submit_limits(caller),
+                max_queue=self._max_queue,
                 source_images=source_images,
+                **await self._memory_limits(),
                 url_copies=bool(notes and notes.get("file_tokens")),
                 notes=notes,
                 ended_notes=notes | {"revised_prompt": None} if notes and notes.get("revised_prompt") else None,
@@ -186,6 +188,7 @@ class Admission:
                     spec,
                     source_images=source_images,
                     owner=caller.owner,
+                    max_owned=caller.max_concurrent,
                     idempotency_key=idempotency.scoped(caller) if idempotency else "",
                     fingerprint=idempotency.fingerprint if idempotency else "",
                     **options,
@@ -200,15 +203,13 @@ class Admission:
                 param="Idempotency-Key",
             ) from None
 
-    async def _submit_limits(self, caller: Caller) -> SubmitLimits:
-        return SubmitLimits(
-            max_queue=self._max_queue,
-            max_owned=caller.max_concurrent,
-            max_source_bytes=self._max_source_bytes,
-            max_result_bytes=self._max_result_bytes,
-            max_kept_bytes=await self.memory.max_kept_bytes(),
-            owner_parts=_OWNER_PARTS,
-        )
+    async def _memory_limits(self) -> dict[str, int | None]:
+        return {
+            "max_source_bytes": self._max_source_bytes,
+            "max_result_bytes": self._max_result_bytes,
+            "max_kept_bytes": await self.memory.max_kept_bytes(),
+            "owner_parts": _OWNER_PARTS,
+        }
 
     def _refused(self, refusal: QueueFull | TooManyJobs, caller: Caller) -> ApiError:
         if isinstance(refusal, SourcesFull):

@@ -17,7 +17,6 @@ from engine.config import EXIT_STUCK, EngineSettings
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, FreeCapacity, JobRecord, JobSpec, JobState, Plan
-from engine.jobs.producer import SubmitLimits
 from engine.jobs.results import PartialImage
 from engine.observability.tracing import Tracing
 from engine.request import Planned, Request
@@ -53,7 +52,7 @@ async def working(
 
 
 async def submit(queue: JobQueue, spec: JobSpec, job_id: str, timeout_s: float = 60) -> None:
-    await queue.submit(spec, job_id=job_id, timeout_s=timeout_s, priority="interactive", limits=SubmitLimits(100))
+    await queue.submit(spec, job_id=job_id, timeout_s=timeout_s, priority="interactive", max_queue=100)
 
 
 async def until_running(queue: JobQueue, job_id: str) -> JobRecord:
@@ -353,9 +352,7 @@ async def test_a_job_taken_over_by_another_engine_is_dropped(queue: JobQueue, re
 async def test_a_damaged_job_fails_alone(queue: JobQueue, redis_client: Any, model: GlmImage, damage: str) -> None:
     sources = source_images(source_image(1, 64, 64))
     edit = replace(SPEC, num_sources=1, source_tokens=64)
-    await queue.submit(
-        edit, job_id="bad", timeout_s=60, priority="interactive", limits=SubmitLimits(9), source_images=sources
-    )
+    await queue.submit(edit, job_id="bad", timeout_s=60, priority="interactive", max_queue=9, source_images=sources)
     if damage == "spec":
         await redis_client.hset("glimmer:job:bad", "spec", '{"prompt":5}')
     else:

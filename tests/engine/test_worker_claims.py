@@ -13,7 +13,6 @@ from engine.config import EngineSettings
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.job import Claim, EngineInfo, FreeCapacity, JobSpec, JobState, Plan
-from engine.jobs.producer import SubmitLimits
 from engine.jobs.results import JobResult, PartialImage
 from engine.worker import worker as worker_module
 from engine.worker.plan_cache import PlanCache
@@ -181,7 +180,7 @@ async def test_a_plan_of_an_earlier_run_wins_over_a_cached_one(queue: JobQueue, 
     planner = queue.planner = model.planning_fingerprint()
     spec = replace(SPEC, return_plan=True)
     cached, checkpointed = (Plan(2, 2, [token] * 4) for token in (1, 2))
-    await queue.submit(spec, job_id="a", timeout_s=60, priority="interactive", limits=SubmitLimits(9))
+    await queue.submit(spec, job_id="a", timeout_s=60, priority="interactive", max_queue=9)
     granted = await queue.claim("earlier", IDLE)
     assert granted is not None
     assert await queue.checkpoint_plan(granted, 0, checkpointed)

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from engine.jobs.job import JobSpec, JobState, QueueStats, SourceImages
-from engine.jobs.producer import SubmitLimits
 from engine.worker.encoding import apply_overlay, encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
@@ -31,9 +30,7 @@ def mask(width: int, height: int) -> Image.Image:
 
 
 async def submit(queue: JobQueue, spec: JobSpec, job_id: str, given: SourceImages | None) -> None:
-    await queue.submit(
-        spec, job_id=job_id, timeout_s=60, priority="interactive", limits=SubmitLimits(100), source_images=given
-    )
+    await queue.submit(spec, job_id=job_id, timeout_s=60, priority="interactive", max_queue=100, source_images=given)
 
 
 async def test_results_hold_the_engine_s_images(queue: JobQueue, model: GlmImage) -> None:

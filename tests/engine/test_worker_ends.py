@@ -12,7 +12,6 @@ from engine.config import EXIT_STUCK, EngineSettings
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, JobRecord, JobSpec, JobState
-from engine.jobs.producer import SubmitLimits
 from engine.worker import watchdog
 from engine.worker import worker as worker_module
 from engine.worker.watchdog import exit_within
@@ -66,7 +65,7 @@ async def hanging(
     settings = EngineSettings(redis_url="", engine_id=f"engine-{time.monotonic_ns()}", grace_s=300)
     info = EngineInfo(settings.engine_id, 1, "all", "ready", "m", "64x64", 512, 2048)
     worker = Worker(engine, queue, info, settings)
-    await queue.submit(SPEC, job_id="j", timeout_s=60, priority="interactive", limits=SubmitLimits(9))
+    await queue.submit(SPEC, job_id="j", timeout_s=60, priority="interactive", max_queue=9)
     task = asyncio.ensure_future(worker.run())
     await until(hang.began.is_set, seconds=20)
     monkeypatch.setattr(watchdog, "STEP_TIMEOUT_S", timeout_s)

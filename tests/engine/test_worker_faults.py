@@ -15,7 +15,6 @@ from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import Claim, JobSpec, JobState, OutputFormat, SourceImages
-from engine.jobs.producer import SubmitLimits
 from engine.jobs.results import JobResult
 from engine.worker import encoding, job_runner
 from engine.worker.encoding import encode, metadata
@@ -93,7 +92,7 @@ async def test_a_failure_outside_the_engine_ends_only_its_job(
             job_id="victim",
             timeout_s=60,
             priority="interactive",
-            limits=SubmitLimits(9),
+            max_queue=9,
             source_images=source_images(source_image(1, 64, 64), overlay=source_image(2, 64, 64).convert("RGBA")),
         )
         await submit(queue, GOOD, "after")
@@ -198,9 +197,7 @@ async def test_a_job_whose_deadline_passes_during_preprocessing_is_not_started(
     monkeypatch.setattr(model, "encode_source", seen.append)
     async with working(queue, engine, lease_s=300.0) as worker:
         given = source_images(source_image(1, 64, 64))
-        await queue.submit(
-            EDIT, job_id="late", timeout_s=600, priority="interactive", limits=SubmitLimits(9), source_images=given
-        )
+        await queue.submit(EDIT, job_id="late", timeout_s=600, priority="interactive", max_queue=9, source_images=given)
         async with asyncio.timeout(20):
             while (record := await queue.get("late")) is None or not record.state.is_terminal:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)

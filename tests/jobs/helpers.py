@@ -8,7 +8,6 @@ from typing import Any
 
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import Claim, FreeCapacity, JobSpec, Priority, SourceImages
-from engine.jobs.producer import SubmitLimits
 from engine.jobs.results import ImageResult, JobResult
 from tests.job_queue import JobQueue
 
@@ -56,11 +55,16 @@ async def submit(
         job_id=job_id or f"job-{next(_numbers)}",
         timeout_s=timeout_s,
         priority=priority,
-        limits=SubmitLimits(max_queue, max_owned, max_source_bytes, max_result_bytes, max_kept_bytes, owner_parts),
+        max_queue=max_queue,
         source_images=source_images,
+        max_source_bytes=max_source_bytes,
         notes=notes,
         ended_notes=ended_notes,
         owner=owner,
+        max_owned=max_owned,
+        max_result_bytes=max_result_bytes,
+        max_kept_bytes=max_kept_bytes,
+        owner_parts=owner_parts,
         url_copies=url_copies,
         idempotency_key=idempotency_key,
         fingerprint=fingerprint,

@@ -10,14 +10,13 @@ import pytest
 import redis.asyncio
 
 from engine.jobs.job import Claim, EngineInfo, JobError, JobRecord, JobState, Plan, QueueStats, Submitted, TokenGrid
-from engine.jobs.producer import SubmitLimits
 from engine.jobs.results import ImageResult, JobResult
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, claim, pass_deadline, spec, submit
 
 
 async def test_a_job_is_submitted_claimed_and_committed(queue: JobQueue):
-    await queue.submit(spec(n=2), job_id="a", timeout_s=60, priority="batch", limits=SubmitLimits(1))
+    await queue.submit(spec(n=2), job_id="a", timeout_s=60, priority="batch", max_queue=1)
     queued = await queue.get("a")
     assert queued is not None
     assert queued == JobRecord(
@@ -260,15 +259,14 @@ async def test_every_field_of_the_spec_is_returned(queue: JobQueue):
     rich = spec(
         prompt='Ein Schild: "Öffnungszeiten" 🕰\n', seed=2**63 - 1, temperature=0.0, top_p=0.5, plan={"tokens": [1]}
     )
-    await queue.submit(rich, job_id="ü:1", timeout_s=9, priority="interactive", limits=SubmitLimits(1))
+    await queue.submit(rich, job_id="ü:1", timeout_s=9, priority="interactive", max_queue=1)
     assert (await claim(queue)).spec == rich
 
 
 async def test_a_submit_returns_the_record(queue: JobQueue):
     await submit(queue)
     rich = spec(prompt='"Öffnungszeiten" 🕰', plan={"tokens": [1]}, temperature=0.5)
-    options: dict[str, Any] = {"timeout_s": 9.5, "priority": "batch", "owner": "o", "notes": {"a": [1]}}
-    options["limits"] = SubmitLimits(9)
+    options: dict[str, Any] = {"timeout_s": 9.5, "priority": "batch", "max_queue": 9, "owner": "o", "notes": {"a": [1]}}
     key: dict[str, Any] = {"idempotency_key": "k", "fingerprint": "f"}
     submitted = await queue.submit(rich, job_id="first", **options, **key)
     assert submitted.record is not None

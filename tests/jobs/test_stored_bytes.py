@@ -6,7 +6,6 @@ import orjson
 import redis.asyncio
 
 from engine.jobs.job import EngineInfo, JobError, Origin, Plan, SourceImages, TokenGrid
-from engine.jobs.producer import SubmitLimits
 from engine.jobs.results import PartialImage
 from server.admission.keys import Caller
 from server.admission.rate_limits import RateLimits
@@ -31,12 +30,14 @@ async def _submit(queue: JobQueue) -> None:
         job_id="ü:1",
         timeout_s=YEAR_S,
         priority="batch",
-        limits=SubmitLimits(10**6, max_owned=4, max_source_bytes=2**53),
+        max_queue=10**6,
         source_images=SOURCES,
+        max_source_bytes=2**53,
         notes={"empty": [], "none": None, "share": 0.1},
         ended_notes={"empty": []},
         url_copies=True,
         owner="anna",
+        max_owned=4,
         idempotency_key="k",
         fingerprint="f",
         origin=Origin("req_1", "00-1"),
@@ -125,7 +126,7 @@ async def test_ended_jobs(queue: JobQueue, redis_client: Any) -> None:
     }
     counters = {b"submitted": b"1", b"granted": b"1", b"source_bytes": b"0"}
     assert await redis_client.hgetall("glimmer:counters") == counters
-    await queue.submit(spec(), job_id="b", timeout_s=60, priority="interactive", limits=SubmitLimits(1))
+    await queue.submit(spec(), job_id="b", timeout_s=60, priority="interactive", max_queue=1)
     await queue.fail(await claim(queue), JobError("zu lang: ü", "invalid_request_error", None, "prompt"))
     error = '{"message":"zu lang: ü","type":"invalid_request_error","code":null,"param":"prompt"}'
     assert await redis_client.hget("glimmer:job:b", "error") == error.encode()

@@ -17,7 +17,6 @@ from engine.jobs import connection
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from engine.jobs.job import EngineInfo, JobSpec, JobState, SourceImages
-from engine.jobs.producer import SubmitLimits
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, TIMEOUT_S, claim, pass_deadline, submit
 from tests.waiting import until
@@ -280,7 +279,7 @@ async def test_jobs_of_a_newer_format_wait_for_a_newer_engine(queue: JobQueue, r
     newer.known_format = 3
     spec = NewerSpec("p", 64, 64, seed=1, style="bold")
     for name in ("n1", "n2", "n3", "n4"):
-        await queue.submit(spec, job_id=name, timeout_s=60, priority="interactive", limits=SubmitLimits(9))
+        await queue.submit(spec, job_id=name, timeout_s=60, priority="interactive", max_queue=9)
     o1 = await submit(queue)
     assert (await claim(old)).job_id == o1
     assert await old.claim("engine-1", IDLE) is None

@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.jobs.job import JobSpec
-from engine.jobs.producer import SubmitLimits
 from engine.observability import logs
 from server.admission import queue_state
 from server.metrics import exposition
@@ -56,7 +55,7 @@ async def test_health_with_a_full_queue(
     await queue.heartbeat(StubEngine(queue).info, "", 10)  # ready, but claims nothing
     async with make_client(max_queue=1) as client:
         assert (await client.get("/health")).status_code == 200
-        await queue.submit(JobSpec("x", 64, 64, 1), job_id="a", timeout_s=9, priority="batch", limits=SubmitLimits(1))
+        await queue.submit(JobSpec("x", 64, 64, 1), job_id="a", timeout_s=9, priority="batch", max_queue=1)
         full = await client.get("/health")
         assert (full.status_code, full.json()["reason"]) == (503, "The queue is full.")
         assert full.json()["queue"] == {"waiting": 1, "running": 0}

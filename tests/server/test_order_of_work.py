@@ -45,7 +45,7 @@ class Clumsy(JobQueue):
     failure: Exception | None = None
 
     async def submit(self, *args: Any, dry_run: bool = False, **options: Any) -> Submitted:
-        if self.failure is not None and not dry_run and options["limits"].max_queue > 0:
+        if self.failure is not None and not dry_run and options["max_queue"] > 0:
             raise self.failure
         return await super().submit(*args, dry_run=dry_run, **options)
 

@@ -15,7 +15,6 @@ from redis.exceptions import ResponseError
 
 from engine.errors import QueueUnavailable
 from engine.jobs.job import JobSpec, JobState
-from engine.jobs.producer import SubmitLimits
 from engine.worker.status import StatusFile
 from server.processes import engine_watch
 from server.processes import supervisor as supervisor_module
@@ -91,9 +90,7 @@ async def test_a_dead_engine_s_jobs_are_free_at_once(
     supervisor = make(queue, starts, "stubborn")
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(
-        JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", limits=SubmitLimits(9)
-    )
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
     engine_id, pid = starts.lines()[0][:2]
     assert await queue.claim(engine_id, IDLE) is not None
     os.kill(int(pid), 9)
@@ -110,9 +107,7 @@ async def test_a_job_is_blamed_for_a_crash(queue: JobQueue, starts: Starts) -> N
     supervisor = make(queue, starts, "stubborn")
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(
-        JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", limits=SubmitLimits(9)
-    )
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
     engine_id, pid = starts.lines()[0][:2]
     assert await queue.claim(engine_id, IDLE) is not None
     os.kill(int(pid), signal.SIGSEGV)
@@ -176,9 +171,7 @@ async def test_a_verdict_holds_though_redis_is_away_when_the_engine_dies(
     supervisor = make(queue, starts, "stubborn")
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(
-        JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", limits=SubmitLimits(9)
-    )
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
     engine_id, pid = starts.lines()[0][:2]
     assert await queue.claim(engine_id, IDLE) is not None
     os.kill(int(pid), signal.SIGKILL)
@@ -205,9 +198,7 @@ async def test_an_engine_that_hangs_is_killed_and_its_jobs_are_blamed(
     supervisor = make(queue, starts, "hung")
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(
-        JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", limits=SubmitLimits(9)
-    )
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
     assert await queue.claim(starts.lines()[0][0], IDLE) is not None
     await until(lambda: len(starts.lines()) == 2, seconds=20)
     claim = await queue.claim("another", IDLE)
@@ -285,9 +276,7 @@ async def test_stop_kills_engines_that_outlive_the_grace_period_and_frees_their_
     supervisor = make(queue, starts, "stubborn", count=2)
     running = asyncio.create_task(supervisor.run())
     await until(lambda: len(starts.lines()) == 2)
-    await queue.submit(
-        JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", limits=SubmitLimits(9)
-    )
+    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
     assert await queue.claim(starts.lines()[0][0], IDLE) is not None
     started = time.monotonic()
     await supervisor.stop(0.3)

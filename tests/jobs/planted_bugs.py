@@ -428,7 +428,7 @@ BUGS = [
         "tests/jobs/test_blame.py",
     ),
     Bug("the API of a job is not stored", SUBMIT, "if args.api then redis.call('HSET', job, 'api', args.api) end", ""),
-    Bug("heartbeats of APIs do not count", API_HEARTBEAT, "redis.call('ZADD', APIS, now, args.id)", ""),
+    Bug("heartbeats of APIs do not count", API_HEARTBEAT, "redis.call('ZADD', APIS, now, args.id)", "", BLAME),
     Bug(
         "orphans just after an outage",
         RECORDS,

@@ -285,14 +285,14 @@ async def test_plans_of_another_planner_are_not_resumed(queue: JobQueue):
 
 
 async def test_the_jobs_of_a_killed_api_are_cancelled(redis_client: redis.asyncio.Redis):
-    queue = JobQueue(redis_client, orphan_ms=200)
+    queue = JobQueue(redis_client, orphan_ms=1000)
     running = await submit(queue, api_id="killed")
     granted = await claim(queue)
     waiting, detached = await submit(queue, api_id="killed"), await submit(queue)
     attached = await submit(queue, api_id="lives")
-    for _ in range(10):
+    for _ in range(11):
         await queue.api_heartbeat("lives")
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0.1)
     assert await queue.renew("engine-1", [granted]) == [granted]
     assert [(await claim(queue)).job_id for _ in range(2)] == [detached, attached]
     assert {(await state_of(queue, job_id))[0] for job_id in (running, waiting)} == {JobState.CANCELLED}

@@ -276,8 +276,11 @@ BUGS = [
     Bug("suspects run with others", CLAIM, "if #record.deaths == 0 and record.images", "if record.images"),
     Bug("suspects are not marked", CLAIM, "quarantined and 1 or 0", "0"),
     Bug("no job is given up", CLAIM, "if record.runs >= MAX_RUNS or is_poison(record.deaths) then", "if false then"),
-    Bug("one death alone is enough", CLAIM, "if one.alone and deaths[j].alone and alike", "if one.alone and alike"),
-    Bug("deaths in company are enough", CLAIM, "if one.alone and deaths[j].alone and alike", "if alike"),
+    Bug("one death alone is enough", CLAIM, "if one.alone and other.alone and alike", "if one.alone and alike"),
+    Bug("deaths in company are enough", CLAIM, "if one.alone and other.alone and alike", "if alike"),
+    Bug("two lapsed leases are enough", CLAIM, "like >= 3", "like >= 2", BLAME),
+    Bug("lapsed leases are never enough", CLAIM, " or like >= 3", "", BLAME),
+    Bug("reports count no more than lapsed leases", CLAIM, "certain >= 2 or ", "", BLAME),
     Bug(
         "the step does not count",
         CLAIM,

@@ -80,8 +80,10 @@ class Job:
     @property
     def is_given_up(self) -> bool:
         alone = [death for death in self.known_deaths if death.alone]
-        pairs = [(one, other) for index, one in enumerate(alone) for other in alone[:index]]
-        return self.runs >= MAX_RUNS or any(one.is_like(other) for one, other in pairs)
+        groups = [[other for other in alone if one.is_like(other)] for one in alone]
+        return self.runs >= MAX_RUNS or any(
+            len(group) >= 3 or sum(death.engine is None for death in group) >= 2 for group in groups
+        )
 
     def confirm(self) -> None:
         """Renew the claim."""

@@ -89,6 +89,17 @@ async def test_two_deaths_alone_count_if_they_are_alike(queue: JobQueue, first: 
     assert (await state_of(queue, job_id))[0] is (JobState.FAILED if alike else JobState.RUNNING)
 
 
+async def test_deaths_that_only_lapsed_leases_tell_of_need_a_third(queue: JobQueue):
+    """Whoever kills engines at random ends a job twice while it runs alone, now and then."""
+    job_id = await submit(queue)
+    await die(queue)
+    for engine in ("engine-1", "engine-2", "engine-3"):
+        assert (await claim(queue, engine, IDLE)).quarantined
+        await lapse(queue)
+    assert await queue.claim("engine-4", IDLE) is None
+    assert await state_of(queue, job_id) == (JobState.FAILED, 4)
+
+
 async def test_all_runs_have_a_cap(queue: JobQueue):
     job_id = await submit(queue)
     for run in range(MAX_RUNS):

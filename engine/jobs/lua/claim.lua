@@ -89,12 +89,17 @@ local function alike(one, other)
   return (one.phase == '' or other.phase == '') and math.max(one.step, other.step) <= slack
 end
 
--- Returns whether a job ends engines: it was alone in two that died alike. Jobs that run together share the suspicion.
+-- Returns whether a job ends engines: it was alone in two that died alike, or in three if only lapsed leases tell of them.
+-- Jobs that run together share the suspicion.
 local function is_poison(deaths)
-  for i, one in ipairs(deaths) do
-    for j = 1, i - 1 do
-      if one.alone and deaths[j].alone and alike(one, deaths[j]) then return true end
+  for _, one in ipairs(deaths) do
+    local like, certain = 0, 0
+    for _, other in ipairs(deaths) do
+      if one.alone and other.alone and alike(one, other) then
+        like, certain = like + 1, certain + (other.certain and 1 or 0)
+      end
     end
+    if certain >= 2 or like >= 3 then return true end
   end
   return false
 end

@@ -99,8 +99,8 @@ local function deaths_in(id, record)
     if string.sub(name, 1, 6) == 'death:' then
       local readable, death = pcall(cjson.decode, redis.call('HGET', job_key(id), name))
       death = readable and type(death) == 'table' and death or {}
-      table.insert(deaths, {alone = death.alone == true, phase = tostring(death.phase), step = finite(death.step),
-        steps = finite(death.steps)})
+      table.insert(deaths, {alone = death.alone == true, certain = death.dead ~= nil, phase = tostring(death.phase),
+        step = finite(death.step), steps = finite(death.steps)})
     end
   end
   return deaths

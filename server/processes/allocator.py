@@ -3,7 +3,7 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 MMAP_THRESHOLD_BYTES = 4 << 20
-TRIM_BYTES = 64 << 20
+TRIM_BYTES = 24 << 20
 
 _PAGE_BYTES = 4096
 _libc = ctypes.CDLL(None)

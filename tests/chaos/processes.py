@@ -121,7 +121,8 @@ class Engine:
         return death_is_evidence(self.exit_code or 0, may_be_oom=self._oom_kills.may_have_risen())
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have died of a job just now
+            os.kill(self.pid, signal.SIGKILL)
         self.managed = False
 
     def freeze(self) -> None:

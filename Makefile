@@ -70,7 +70,7 @@ clients: ## Install Debian's JDK and curl for the tests of clients, if one is mi
 test: check browser clients $(NODE_STAMP) ## Run all checks and tests, as continuous integration does
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
-chaos: $(STAMP) ## Kill, freeze and flood real processes and count lost jobs; about half an hour, see docs/reliability.md
+chaos: $(STAMP) ## Kill, freeze and flood real processes and count lost jobs; about 40 minutes, see docs/reliability.md
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
 soak: $(STAMP) ## Run the same load for half an hour and check that nothing grows

@@ -17,7 +17,7 @@ from tests.chaos.stub import POISON
 from tests.proxy import Proxy
 from tests.waiting import until
 
-REDELIVERY_S = 2.0  # beyond the lease
+REDELIVERY_S = 3.0  # beyond the lease
 CONSUMING_AGAIN_S = 10.0
 REFUSED_S = 1.0  # while Redis is down
 LOST_S, BLACKHOLE_S = (0.1, 1.0), (0.1, 1.5)  # of a link that flaps

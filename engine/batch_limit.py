@@ -11,9 +11,13 @@ class BatchLimit:
         self.maximum = self.current = maximum
         self._batches = 0  # since the last change
 
+    @property
+    def is_lowered(self) -> bool:
+        return self.current < self.maximum
+
     def take(self) -> int:
         """Return the limit for the next batch."""
-        if self.current < self.maximum:
+        if self.is_lowered:
             self._batches += 1
             if self._batches > RECOVERY_BATCHES:
                 self.current, self._batches = min(self.maximum, 2 * self.current), 0

@@ -33,6 +33,8 @@ class EngineMetrics:
         self.decoding = duration("glimmer_decoding_seconds", "Time to decode the latents of an image to pixels")
         self.planner_step = step_duration("glimmer_planner_step_seconds", "Time of a planner step")
         self.planner_batch = batch_size("glimmer_planner_batch_size", "Sequences in a planner step")
+        self.lookahead_rows = counter("glimmer_planner_lookahead_rows", "Guessed tokens that planner steps read")
+        self.pass_tokens = batch_size("glimmer_planner_accepted_tokens", "Tokens that a planner step added to a plan")
         self.planner_tokens = counter("glimmer_planner_tokens", "Plan tokens generated")
         self.prompt_tokens = counter("glimmer_planner_prompt_tokens", "Prompt tokens prefilled")
         self.renderer_step = step_duration("glimmer_renderer_step_seconds", "Time of a renderer step")

@@ -9,6 +9,11 @@ from engine.errors import RequestError
 from engine.planner.block_allocator import BlockAllocator
 from engine.request import Image, Request
 
+MAX_ROWS = 16  # of a sequence in a pass
+FIRST_AGREEMENT = 0.8
+AGREEMENT_WEIGHT = 0.05  # of a guess
+AGREEMENT_RECOVERY = 0.002  # of a pass without guesses
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -17,13 +22,23 @@ class Sequence:
     Args:
         buffer_index: line in the runner's buffers.
         blocks: the prompt's, then the plan's.
+        written: tokens that are known.
+        guessed: tokens after them that passes chose after a wrong guess.
+        rows: tokens that the next pass reads.
+        accepted: tokens that the last pass added.
+        agreement: share of guesses that were right, lately.
     """
 
     image: Image
     prompt_length: int
     buffer_index: int
     blocks: list[int]
-    written: int = 0  # tokens
+    written: int = 0
+    guessed: int = 0
+    rows: int = 1
+    accepted: int = 1
+    agreement: float = FIRST_AGREEMENT
+    can_look_ahead: bool = True
 
     @property
     def request(self) -> Request:
@@ -38,6 +53,20 @@ class Sequence:
     def cached(self) -> int:
         """Return the cached tokens after the next decode step."""
         return self.prompt_length + self.written
+
+    @property
+    def max_rows(self) -> int:
+        """Bound the rows of a pass by the plan's end."""
+        return min(MAX_ROWS, self.total - self.written) if self.can_look_ahead else 1
+
+    def advance(self) -> None:
+        """Take over what the last pass chose."""
+        for agrees in [1.0] * (self.accepted - 1) + [0.0] * (0 < self.accepted < self.rows):
+            self.agreement += AGREEMENT_WEIGHT * (agrees - self.agreement)
+        if self.rows == 1:
+            self.agreement += AGREEMENT_RECOVERY * (FIRST_AGREEMENT - self.agreement)
+        self.guessed = max(self.guessed, self.rows) - self.accepted
+        self.written += self.accepted
 
     @property
     def has_preview(self) -> bool:

@@ -9,6 +9,7 @@ from engine.jobs.job import Plan, TokenGrid
 from engine.limits import EngineLimits
 from engine.moving_average import MovingAverage
 from engine.observability.metrics import EngineMetrics
+from engine.planner.lookahead import LookAhead
 from engine.planner.runner import PlannerRunner
 from engine.planner.scheduler import PlannerScheduler, Sequence
 from engine.request import Event, Image, Planned, Progress, Request
@@ -47,9 +48,10 @@ class PlannerStage:
             max_plan_tokens=limits.max_plan_tokens,
             max_positions=limits.max_positions,
         )
+        self.look_ahead = LookAhead(self.runner.measure_passes())
         self._prompts, self._metrics, self._boundary = model.prompts, metrics, boundary
         self._emit, self._on_preview, self._on_plan = emit, on_preview, on_plan
-        self._step_seconds = MovingAverage(0.0)
+        self._token_seconds = MovingAverage(0.0)  # of a plan
         metrics.kv_blocks.set(limits.blocks)
         metrics.kv_blocks_used.set_function(lambda: self.scheduler.allocator.used)
 
@@ -60,7 +62,7 @@ class PlannerStage:
     @property
     def seconds_left(self) -> float:
         """Estimate the time for all admitted plans."""
-        return self.scheduler.steps_left * (self._step_seconds.value or 0.0)
+        return self.scheduler.steps_left * (self._token_seconds.value or 0.0)
 
     def check(self, request: Request) -> None:
         """Tokenize the prompt.
@@ -93,25 +95,30 @@ class PlannerStage:
             self.scheduler.admit(request)
 
     def step(self) -> None:
-        """Prefill prompts; decode one token of the other plans."""
+        """Prefill prompts; decode the other plans."""
         started = time.monotonic()
         scheduler, boundary, step = self.scheduler, self._boundary, self.scheduler.schedule()
-        prompt_tokens, batch_size = step.prompt_tokens, len(step.decode)
+        prompt_tokens, batch_size, first, decoded = step.prompt_tokens, len(step.decode), 0, 0
+        self.look_ahead.share(step.decode, memory_is_short=scheduler.decode_limit.is_lowered)
         for group in boundary.run(
             step.prefill, self.runner.prefill, lambda: scheduler.prefill_limit.ran_out(prompt_tokens)
         ):
             scheduler.mark_prefilled(group)
+            first += len(group.sequences)
             self._metrics.prompt_tokens.inc(len(group.request.prompt_ids))
         for sequence in boundary.run(
             step.decode, self.runner.decode, lambda: scheduler.decode_limit.ran_out(batch_size)
         ):
-            sequence.written += 1
+            self._metrics.lookahead_rows.inc(sequence.rows - 1)
+            self._metrics.pass_tokens.observe(sequence.accepted)
+            decoded += sequence.accepted
+            sequence.advance()
         boundary.run_each(scheduler.sequences_with_new_preview(), self._finish_preview)
         boundary.run_each(scheduler.completed_sequences(), self._finish_plan)
         self._metrics.planner_batch.observe(batch_size)
-        self._metrics.planner_tokens.inc(batch_size + sum(len(group.sequences) for group in step.prefill))
+        self._metrics.planner_tokens.inc(first + decoded)
         seconds = time.monotonic() - started
-        self._step_seconds.add(seconds)
+        self._token_seconds.add(seconds / max(1.0, decoded / (batch_size or 1)))
         self._metrics.planner_step.observe(seconds)
 
     def abort(self, request: Request) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.glm_image.paged_attention import BlockTable, KeysAndValues, PagedKV
+from models.glm_image.paged_attention import KeysAndValues, PagedKV, SequenceKV
 
 MAX_COUNT = 16  # new tokens of a sequence in one product
 MIN_QUERIES = 4  # MKL has other kernels for fewer
@@ -25,13 +25,12 @@ class _Span:
 
     rows: slice
     length: int
-    table: BlockTable
+    sequence: SequenceKV
     views: KeysAndValues | None
     mask: Tensor | None
 
-    @property
-    def is_single(self) -> bool:
-        return self.rows.stop == self.rows.start + 1
+    def gather(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.sequence.gather(layer, self.length)
 
 
 class DecodeAttention:
@@ -43,19 +42,17 @@ class DecodeAttention:
     """
 
     def __init__(
-        self, kv: PagedKV, lengths: list[int], counts: list[int], tables: list[BlockTable], slot_mapping: Tensor
+        self, kv: PagedKV, sequences: list[SequenceKV], lengths: list[int], counts: list[int], slot_mapping: Tensor
     ):
         self.kv, self.slot_mapping = kv, slot_mapping
         self._total, self._on_cpu = sum(counts), kv.pool.device.type == "cpu"
-        if not self._on_cpu:
-            self._spans = [self._span(table, i, i + 1, lengths[i], None) for i, table in enumerate(tables)]
-            return
         visible = [length + i for length, count in zip(lengths, counts, strict=True) for i in range(count)]
-        padded = [-(-length // kv.block_size) * kv.block_size for length in visible]
-        mask = mask_beyond(visible, max(padded), kv.pool.dtype)
+        block_size = kv.block_size if self._on_cpu else 1
+        padded = [-(-length // block_size) * block_size for length in visible]
+        mask = mask_beyond(visible, max(padded), kv.pool.dtype) if self._on_cpu else None
         self._spans = [
-            self._span(tables[sequence], start, end, length, mask)
-            for sequence, start, end, length in _spans(padded, counts, together=max(counts) > 1 and is_exact(kv))
+            self._span(sequences[index], slice(start, end), length, mask)
+            for index, start, end, length in _spans(padded, counts, together=max(counts) > 1 and is_exact(kv))
         ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -63,28 +60,29 @@ class DecodeAttention:
         self.kv.write(layer, self.slot_mapping, k[: self._total], v[: self._total])
         queries = q.unflatten(1, (k.shape[1], -1))
         rows = single_rows(queries) if self._on_cpu else queries.unsqueeze(1).unbind(0)
-        attended: list[Tensor] = []
-        for span in self._spans:
-            keys, values = self._keys_and_values(span, layer)
-            if span.is_single:
-                row = F.scaled_dot_product_attention(rows[span.rows.start], keys, values, attn_mask=span.mask)
-                attended.append(row[:, :, : self.kv.group])
-            else:
-                attended.append(attend_together(queries[span.rows], keys, values, span.mask))
-        padding = [queries.new_zeros(1, *queries.shape[1:]).expand(len(q) - self._total, -1, -1, -1)]
-        return torch.cat(attended + padding).flatten(1, 2)
+        if len(self._spans) == self._total:
+            attended = [
+                F.scaled_dot_product_attention(
+                    row, *(span.views[layer] if span.views else span.gather(layer)), attn_mask=span.mask
+                )
+                for row, span in zip(rows, self._spans, strict=False)
+            ]
+        else:
+            attended = [self._attend_any(span, layer, queries, rows) for span in self._spans]
+        padding = [attended[0].new_zeros(1, *attended[0].shape[1:]).expand(len(q) - self._total, -1, -1, -1)]
+        return torch.cat(attended + padding)[:, :, : self.kv.group].flatten(1, 2)
 
-    def _span(self, table: BlockTable, start: int, end: int, length: int, mask: Tensor | None) -> _Span:
+    def _span(self, sequence: SequenceKV, rows: slice, length: int, mask: Tensor | None) -> _Span:
         if mask is not None:
-            mask = query_mask(mask[start:end, :length], self.kv.group)
-        views = self.kv.view(table, length) if isinstance(table, slice) else None
-        return _Span(slice(start, end), length, table, views, mask)
+            mask = query_mask(mask[rows, :length], self.kv.group)
+        return _Span(rows, length, sequence, sequence.view(length), mask)
 
-    def _keys_and_values(self, span: _Span, layer: int) -> tuple[Tensor, Tensor]:
-        if span.views is not None:
-            return span.views[layer]
-        assert isinstance(span.table, Tensor)
-        return self.kv.gather(layer, span.table, span.length)
+    def _attend_any(self, span: _Span, layer: int, queries: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        keys, values = span.views[layer] if span.views else span.gather(layer)
+        if span.rows.stop > span.rows.start + 1:
+            return attend_together(queries[span.rows], keys, values, span.mask)
+        attended = F.scaled_dot_product_attention(rows[span.rows.start], keys, values, attn_mask=span.mask)
+        return attended[:, :, : self.kv.group]
 
 
 def mask_beyond(visible: list[int], length: int, dtype: torch.dtype) -> Tensor:

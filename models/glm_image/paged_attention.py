@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models.glm_image.config import PlannerConfig
 
-BlockTable = slice | Tensor  # contiguous blocks are read in place
 KeysAndValues = list[tuple[Tensor, Tensor]]  # by layer
 
 
@@ -33,31 +32,42 @@ class PagedKV:
         """Store k and v [T, G, D]."""
         self.pool[layer].flatten(0, 1).index_copy_(0, slot_mapping, torch.stack([k, v], dim=1))
 
-    def table(self, blocks: list[int]) -> BlockTable:
-        """Return a sequence's block table."""
-        if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
-            return slice(blocks[0], blocks[0] + len(blocks))
-        return torch.tensor(blocks, device=self.pool.device)
-
-    def view(self, table: slice, length: int) -> KeysAndValues:
-        """Return views [1, G, L, D] of all layers, later writes included."""
-        pages = self.pool[:, table].flatten(1, 2)[:, :length]
-        k, v = pages.permute(2, 0, 3, 1, 4).unsqueeze(2).unbind(0)
-        return list(zip(k.unbind(0), v.unbind(0), strict=True))
-
-    def gather(self, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Return copies [1, G, L, D] for a layer."""
-        pages = self.pool[layer].index_select(0, table).flatten(0, 1)[:length]
-        k, v = pages.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
-        return k, v
-
-    def clear(self, blocks: list[int]) -> None:
-        """Zero blocks: what a mask hides must be finite."""
-        self.pool.index_fill_(1, torch.tensor(blocks, device=self.pool.device), 0)
+    def clear(self, slots: Tensor) -> None:
+        """Zero slots: what a mask hides must be finite."""
+        self.pool.flatten(1, 2).index_fill_(1, slots, 0)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in all layers."""
         self.pool[:, target].copy_(self.pool[:, source])
+
+
+class SequenceKV:
+    """Keys and values of the sequence with these blocks; contiguous ones are read in place."""
+
+    def __init__(self, kv: PagedKV, blocks: list[int]):
+        self._kv = kv
+        first, end = blocks[0], blocks[0] + len(blocks)
+        is_contiguous = blocks == list(range(first, end))
+        self._table = slice(first, end) if is_contiguous else torch.tensor(blocks, device=kv.pool.device)
+        self._views: dict[int, KeysAndValues] = {}  # of the last lengths
+
+    def view(self, length: int) -> KeysAndValues | None:
+        """Return views [1, G, L, D] of all layers, later writes included; None: not contiguous."""
+        if not isinstance(self._table, slice):
+            return None
+        if length not in self._views:
+            pages = self._kv.pool[:, self._table].flatten(1, 2)[:, :length]
+            k, v = pages.permute(2, 0, 3, 1, 4).unsqueeze(2).unbind(0)
+            recent = {n: views for n, views in self._views.items() if n >= length - self._kv.block_size}
+            self._views = recent | {length: list(zip(k.unbind(0), v.unbind(0), strict=True))}
+        return self._views[length]
+
+    def gather(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return copies [1, G, L, D] for a layer."""
+        assert isinstance(self._table, Tensor)
+        pages = self._kv.pool[layer].index_select(0, self._table).flatten(0, 1)[:length]
+        k, v = pages.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        return k, v
 
 
 @dataclass(frozen=True)

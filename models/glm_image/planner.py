@@ -50,8 +50,9 @@ class PlannerAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: PlannerBatch) -> Tensor:
         """Project, attend, project out: [T, C] -> [T, C]."""
-        q = rotate(self.q_proj(x, batch.tile_height).unflatten(-1, (-1, self.head_dim)), batch.rotary)
-        k = rotate(self.k_proj(x, batch.tile_height).unflatten(-1, (-1, self.head_dim)), batch.rotary)
+        q, k = self.q_proj(x, batch.tile_height), self.k_proj(x, batch.tile_height)
+        rotated = rotate(torch.cat([q, k], dim=-1).unflatten(-1, (-1, self.head_dim)), batch.rotary)
+        q, k = rotated.split([q.shape[-1] // self.head_dim, k.shape[-1] // self.head_dim], dim=1)
         v = self.v_proj(x, batch.tile_height).unflatten(-1, (-1, self.head_dim))
         return self.o_proj(batch.attend(self.layer_index, q, k, v).flatten(1), batch.tile_height)
 

@@ -114,6 +114,9 @@ class SleepingPlanner:
     def __init__(self, model: nn.Module, *_: object, **__: object):
         self._step_s = cast(StubPlannerNetwork, model).step_s
 
+    def measure_passes(self) -> dict[int, float]:
+        return {}
+
     def prefill(self, groups: list[PromptGroup]) -> None:
         time.sleep(self._step_s)
 

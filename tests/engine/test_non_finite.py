@@ -56,12 +56,12 @@ def spoil_scores(engine: Engine, value: float, monkeypatch: pytest.MonkeyPatch) 
     runner = engine.planner.runner
     real = runner._sample
 
-    def sample(sequences: list[Any], hidden: torch.Tensor) -> None:
-        for row, sequence in enumerate(sequences):
-            if sequence.request.id == str(VICTIM) and sequence.written == 2:
+    def sample(sequences: list[Any], steps: list[int], hidden: torch.Tensor) -> Any:
+        for row, (sequence, step) in enumerate(zip(sequences, steps, strict=True)):
+            if sequence.request.id == str(VICTIM) and step == 2:
                 hidden = hidden.clone()
                 hidden[row, 0] = value
-        real(sequences, hidden)
+        return real(sequences, steps, hidden)
 
     monkeypatch.setattr(runner, "_sample", sample)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.glm_image import decode_attention
 from models.glm_image.config import PlannerConfig
 from models.glm_image.decode_attention import DecodeAttention, is_exact
-from models.glm_image.paged_attention import PagedKV
+from models.glm_image.paged_attention import PagedKV, SequenceKV
 
 BLOCK, BLOCKS, LENGTHS = 32, 64, (1, 31, 32, 33, 100, 250, 511, 513, 700)
 SHAPES = [(4, 2, 64), (4, 2, 16), (4, 1, 32), (4, 4, 16), (32, 2, 128)]  # query heads, key/value heads, head dimension
@@ -41,8 +41,8 @@ def attend(kv: PagedKV, batch: list[tuple[list[int], int, Tensor, Tensor, Tensor
         for (blocks, length, *_), count in zip(batch, counts, strict=True)
         for token in range(length, length + count)
     ]
-    tables = [kv.table(blocks) for blocks, *_ in batch]
-    attention = DecodeAttention(kv, lengths, counts, tables, torch.tensor(slots))
+    sequences = [SequenceKV(kv, blocks) for blocks, *_ in batch]
+    attention = DecodeAttention(kv, sequences, lengths, counts, torch.tensor(slots))
     q, k, v = (torch.cat([part[i] for part in batch]) for i in (2, 3, 4))  # type: ignore[misc]
     q, k, v = (torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in (q, k, v))
     out = attention(0, q, k, v)
@@ -86,7 +86,7 @@ def test_what_a_mask_hides_must_be_finite_and_is_after_clear() -> None:
     kv = cache(4, 2, 16, torch.float32)
     q, k, v = torch.randn(1, 4, 16), torch.randn(1, 2, 16), torch.randn(1, 2, 16)
     kv.pool[:, [3, 5]] = float("nan")
-    kv.clear([3, 5])
+    kv.clear(torch.cat([torch.arange(block * BLOCK, (block + 1) * BLOCK) for block in (3, 5)]))
     [result] = attend(kv, [([3, 5], 0, q, k, v)])
     torch.testing.assert_close(result[0], v[0].repeat_interleave(2, 0))
 

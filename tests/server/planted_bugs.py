@@ -462,7 +462,7 @@ BUGS = [
         SERVING,
         "not (self._gate.inside or self._has_unsent_bytes())",
         "not self._gate.inside",
-        f"{STOPPING}::TestDrain::test_an_answer_to_a_slow_reader_is_sent_to_its_end",
+        f"{STOPPING}::TestDrain::test_bytes_that_no_request_waits_for_are_sent",
     ),
     Bug(
         "a drain waits for ever",

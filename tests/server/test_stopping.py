@@ -180,6 +180,20 @@ class TestDrain:
         assert len(received) > SIZE * 4 / 3  # base64
         await asyncio.wait_for(server.task, 5)
 
+    async def test_bytes_that_no_request_waits_for_are_sent(
+        self, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        unsent = [1]
+        monkeypatch.setattr(serving.DrainingServer, "_has_unsent_bytes", lambda _: bool(unsent))
+        server = LiveServer(queue, ServerSettings(grace_s=60, drain_delay_s=0))
+        async with httpx.AsyncClient(base_url=server.url) as client:
+            assert (await client.get("/live")).status_code == 200
+        server.server.drain()
+        await asyncio.sleep(1)
+        assert not server.task.done()
+        unsent.clear()
+        await asyncio.wait_for(server.task, 30)
+
     async def test_a_reader_that_never_reads_ends_with_the_grace_period(
         self, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
     ) -> None:

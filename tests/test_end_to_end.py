@@ -121,7 +121,9 @@ def test_the_default_size_is_the_checkpoint_s(server: Server) -> None:
 
 def test_an_engine_killed_with_eight_jobs_running_fails_no_request(server: Server) -> None:
     """Check that all succeed with the bytes of an undisturbed run, and that no job is left."""
-    bodies = [{"prompt": f"job {i} 'w'", "size": "256x192", "seed": i, "num_inference_steps": 60 + i} for i in range(8)]
+    bodies = [
+        {"prompt": f"job {i} 'w'", "size": "256x192", "seed": i, "num_inference_steps": 140 + i} for i in range(8)
+    ]
     undisturbed = [server.post(**body)["data"][0]["b64_json"] for body in bodies]
     [engine] = server.health()["engines"]
     with ThreadPoolExecutor(8) as clients:

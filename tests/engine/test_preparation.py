@@ -159,10 +159,11 @@ def test_cached_glyphs_are_bounded_by_their_tokens(model: GlmImage, monkeypatch:
 def test_finished_images_are_decoded_over_several_steps(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "DECODED_PIXELS", 2 * 64 * 64)
     engine = small_engine(model, render_token_budget=20_000)
-    engine.submit(Request("many", replace(NEIGHBOUR, n=5)))
+    planned = replace(NEIGHBOUR, n=5, plan={"rows": 2, "cols": 2, "tokens": [0] * 4})  # else they end one after another
+    engine.submit(Request("many", planned))
     decoded = [sum(isinstance(event, Rendered) for event in events) for events in steps(engine)]
     assert [count for count in decoded if count] == [2, 2, 1]
-    engine.submit(Request("gone", replace(NEIGHBOUR, n=5)))
+    engine.submit(Request("gone", planned))
     while not any(isinstance(event, Rendered) for event in engine.step()):
         pass
     engine.cancel("gone")

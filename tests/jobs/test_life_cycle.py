@@ -313,7 +313,7 @@ async def test_ended_jobs_leave_no_keys_behind(redis_client: redis.asyncio.Redis
         else:
             if end == "expire":
                 await pass_deadline(queue, job_id)
-            for _ in range(3):
+            for _ in range(4):
                 await asyncio.sleep(0.005)  # the lease has lapsed
                 await queue.claim("engine-1", IDLE)
         record = await queue.get(job_id)

@@ -85,7 +85,7 @@ async def _claim_late(queue: JobQueue, job_id: str) -> object:
 
 
 async def _dead_letter(queue: JobQueue, job_id: str) -> None:
-    for _ in range(4):
+    for _ in range(5):
         await asyncio.sleep(3 * LEASE_MS / 1000)
         await queue.claim("engine-2", IDLE)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from server.errors import BUSY_RETRY_S, DRAINING_RETRY_S, too_many, unavailable
 from server.metrics import Metrics
@@ -60,8 +60,7 @@ class Gate:
         with _counted(self._requests, _EVERYONE):
             yield
 
-    @contextmanager
-    def request_of(self, owner: str) -> Iterator[None]:
+    def request_of(self, owner: str) -> AbstractContextManager[None]:
         """Count a request of /v1, already counted by `request`, with this owner's key.
 
         Raises:
@@ -69,38 +68,29 @@ class Gate:
         """
         is_crowded = self._requests[_EVERYONE] > self.max_requests * 3 // 4
         maximum = min(self.max_requests // 2, FEW_REQUESTS) if is_crowded else self.max_requests // 2
-        if self._of_owners[owner] >= maximum:
-            self._metrics.refused.labels("requests_of_key").inc()
-            raise too_many(
-                f"This key may have {maximum} requests in progress at once now; try again shortly.", BUSY_RETRY_S
-            )
-        with _counted(self._of_owners, owner):
-            yield
+        message = f"This key may have {maximum} requests in progress at once now; try again shortly."
+        return self._limited(self._of_owners, owner, maximum, "requests_of_key", message)
 
-    @contextmanager
-    def waiting_for(self, job_id: str) -> Iterator[None]:
+    def waiting_for(self, job_id: str) -> AbstractContextManager[None]:
         """Count a request that waits for the job of its idempotency key; raise a 429 above `MAX_WAITING_PER_JOB`."""
-        if self._of_jobs[job_id] >= MAX_WAITING_PER_JOB:
-            self._metrics.refused.labels("idempotency_key").inc()
-            raise too_many(
-                f"{MAX_WAITING_PER_JOB} requests with this Idempotency-Key are waiting already; try again shortly.",
-                BUSY_RETRY_S,
-                param="Idempotency-Key",
-            )
-        with _counted(self._of_jobs, job_id):
-            yield
+        maximum = MAX_WAITING_PER_JOB
+        message = f"{maximum} requests with this Idempotency-Key are waiting already; try again shortly."
+        return self._limited(self._of_jobs, job_id, maximum, "idempotency_key", message, "Idempotency-Key")
+
+    def reader_of(self, job_id: str) -> AbstractContextManager[None]:
+        """Count a request for a job or its events; raise a 429 above `MAX_READERS_PER_JOB`."""
+        maximum = MAX_READERS_PER_JOB
+        message = f"{maximum} requests for this job are in progress already; try again shortly."
+        return self._limited(self._readers, job_id, maximum, "requests_of_job", message, "job_id")
 
     @contextmanager
-    def reader_of(self, job_id: str) -> Iterator[None]:
-        """Count a request for a job or its events; raise a 429 above `MAX_READERS_PER_JOB`."""
-        if self._readers[job_id] >= MAX_READERS_PER_JOB:
-            self._metrics.refused.labels("requests_of_job").inc()
-            raise too_many(
-                f"{MAX_READERS_PER_JOB} requests for this job are in progress already; try again shortly.",
-                BUSY_RETRY_S,
-                param="job_id",
-            )
-        with _counted(self._readers, job_id):
+    def _limited(
+        self, counts: Counter[str], name: str, maximum: int, reason: str, message: str, param: str | None = None
+    ) -> Iterator[None]:
+        if counts[name] >= maximum:
+            self._metrics.refused.labels(reason).inc()
+            raise too_many(message, BUSY_RETRY_S, param=param)
+        with _counted(counts, name):
             yield
 
 

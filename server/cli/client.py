@@ -15,6 +15,7 @@ from server.cli.terminal import Display
 from server.http_client import environment_errors, uses_environment
 
 CONNECT_TIMEOUT_S = 5.0
+_BAD_KEY = "the API key has characters other than printable ASCII"
 READ_TIMEOUT_S = 60.0  # a live server sends at least a comment every few seconds
 
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -132,11 +133,11 @@ def _open_stream(url: str, api_key: str | None, route: str, content: dict[str, A
         if has_begun:
             raise GenerateError(f"the connection to {url} broke ({error})") from None
         if api_key and isinstance(error, httpx.LocalProtocolError):
-            raise GenerateError("the API key has characters other than printable ASCII") from None
+            raise GenerateError(_BAD_KEY) from None
         raise GenerateError(f"cannot reach {url} ({error}); is `glimmer serve` running?") from None
     except UnicodeEncodeError as error:
         if api_key and error.object in (api_key, headers["authorization"]):
-            raise GenerateError("the API key has characters other than printable ASCII") from None
+            raise GenerateError(_BAD_KEY) from None
         raise GenerateError("the prompt, or another value given, is not valid text") from None
 
 

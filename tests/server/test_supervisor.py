@@ -14,7 +14,7 @@ import pytest
 from redis.exceptions import ResponseError
 
 from engine.errors import QueueUnavailable
-from engine.jobs.job import JobSpec, JobState
+from engine.jobs.job import JobState
 from engine.worker.status import StatusFile
 from server.processes import engine_watch
 from server.processes import supervisor as supervisor_module
@@ -22,7 +22,7 @@ from server.processes.backoff import Backoff
 from server.processes.engine_watch import EngineWatch
 from server.processes.supervisor import EngineMisconfigured, Supervisor, engine_environments
 from tests.job_queue import JobQueue
-from tests.jobs.helpers import IDLE
+from tests.jobs.helpers import IDLE, submit
 from tests.jobs.test_blame import lapse
 from tests.waiting import until
 
@@ -65,6 +65,17 @@ def make(queue: JobQueue, starts: Starts, mode: str, *, count: int = 1) -> Super
     )
 
 
+async def run_with_a_job(
+    supervisor: Supervisor, queue: JobQueue, starts: Starts, engines: int = 1
+) -> "asyncio.Task[None]":
+    """Run the supervisor until its engines have started and the first has a job."""
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: len(starts.lines()) == engines)
+    await submit(queue, job_id="j")
+    assert await queue.claim(starts.lines()[0][0], IDLE) is not None
+    return running
+
+
 def test_backoff_doubles_up_to_a_maximum_and_is_reset() -> None:
     backoff = Backoff(initial=1, maximum=5, reset_after=60)
     delays = [0.0]
@@ -88,12 +99,8 @@ async def test_a_dead_engine_s_jobs_are_free_at_once(
     queue: JobQueue, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor = make(queue, starts, "stubborn")
-    running = asyncio.create_task(supervisor.run())
-    await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
-    engine_id, pid = starts.lines()[0][:2]
-    assert await queue.claim(engine_id, IDLE) is not None
-    os.kill(int(pid), 9)
+    running = await run_with_a_job(supervisor, queue, starts)
+    os.kill(starts.pids()[0], 9)
     await until(lambda: len(starts.lines()) == 2, seconds=3)  # well before the lease of 10 s ends
     claim = await queue.claim("another", IDLE)
     assert claim is not None
@@ -105,12 +112,8 @@ async def test_a_dead_engine_s_jobs_are_free_at_once(
 
 async def test_a_job_is_blamed_for_a_crash(queue: JobQueue, starts: Starts) -> None:
     supervisor = make(queue, starts, "stubborn")
-    running = asyncio.create_task(supervisor.run())
-    await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
-    engine_id, pid = starts.lines()[0][:2]
-    assert await queue.claim(engine_id, IDLE) is not None
-    os.kill(int(pid), signal.SIGSEGV)
+    running = await run_with_a_job(supervisor, queue, starts)
+    os.kill(starts.pids()[0], signal.SIGSEGV)
     await until(lambda: len(starts.lines()) == 2, seconds=3)
     claim = await queue.claim("another", IDLE)
     assert claim is not None
@@ -169,12 +172,8 @@ async def test_a_verdict_holds_though_redis_is_away_when_the_engine_dies(
     monkeypatch.setattr(queue, "requeue_all", requeue_all)
     monkeypatch.setattr(supervisor_module, "REQUEUE_INTERVAL_S", 0.05)
     supervisor = make(queue, starts, "stubborn")
-    running = asyncio.create_task(supervisor.run())
-    await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
-    engine_id, pid = starts.lines()[0][:2]
-    assert await queue.claim(engine_id, IDLE) is not None
-    os.kill(int(pid), signal.SIGKILL)
+    running = await run_with_a_job(supervisor, queue, starts)
+    os.kill(starts.pids()[0], signal.SIGKILL)
     await until(lambda: len(starts.lines()) == 2)  # does not wait for Redis
     await lapse(queue)
     claim = await queue.claim("another", IDLE)
@@ -196,10 +195,7 @@ async def test_an_engine_that_hangs_is_killed_and_its_jobs_are_blamed(
     monkeypatch.setattr(engine_watch, "POLL_INTERVAL_S", 0.05)
     monkeypatch.setattr(engine_watch, "HUNG_S", 1.0)
     supervisor = make(queue, starts, "hung")
-    running = asyncio.create_task(supervisor.run())
-    await until(lambda: len(starts.lines()) == 1)
-    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
-    assert await queue.claim(starts.lines()[0][0], IDLE) is not None
+    running = await run_with_a_job(supervisor, queue, starts)
     await until(lambda: len(starts.lines()) == 2, seconds=20)
     claim = await queue.claim("another", IDLE)
     assert claim is not None
@@ -274,10 +270,7 @@ async def test_stop_kills_engines_that_outlive_the_grace_period_and_frees_their_
 ) -> None:
     monkeypatch.setattr(supervisor_module, "HAND_BACK_S", 0.5)
     supervisor = make(queue, starts, "stubborn", count=2)
-    running = asyncio.create_task(supervisor.run())
-    await until(lambda: len(starts.lines()) == 2)
-    await queue.submit(JobSpec("x", 64, 64, 1), job_id="j", timeout_s=60, priority="interactive", max_queue=9)
-    assert await queue.claim(starts.lines()[0][0], IDLE) is not None
+    running = await run_with_a_job(supervisor, queue, starts, engines=2)
     started = time.monotonic()
     await supervisor.stop(0.3)
     # Engines get more than the grace period: they hand back unfinished jobs only at its end.

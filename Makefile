@@ -28,7 +28,7 @@ endef
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help install demo serve check browser clients test chaos soak lock bench score-nano train-nano format clean
+.PHONY: help install demo serve check browser clients test cuda-check chaos soak lock bench score-nano train-nano format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,9 @@ clients: ## Install Debian's JDK and curl for the tests of clients, if one is mi
 # Two processes with one thread each: with two each, threads that share a core would wait for each other.
 test: check browser clients $(NODE_STAMP) ## Run all checks and tests, as continuous integration does
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+cuda-check: $(STAMP) ## Compile the kernels for four cards and print their registers and shared memory; needs no GPU
+	@$(BIN)/python -m tests.kernels.offline $(ARGS)
 
 chaos: $(STAMP) ## Kill, freeze and flood real processes and count lost jobs; about 40 minutes, see docs/reliability.md
 	@$(BIN)/python -m tests.chaos $(ARGS)

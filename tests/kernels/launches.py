@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from models.glm_image.kernels import layer
 from models.glm_image.kernels.paged_decode import PagedDecode
 
 ROWS = 64
+EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -17,25 +20,38 @@ class Sizes:
     heads: int = 32
     kv_heads: int = 2
     head_dim: int = 128
+    rotary_dim: int = 64
+    hidden: int = 4096
+    intermediate: int = 13696
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 32
     max_length: int = 6400
 
 
 PUBLISHED = Sizes()
-NANO = Sizes(heads=4, head_dim=64)
-SMALL = Sizes(heads=4, head_dim=32)
+NANO = Sizes(heads=4, head_dim=64, rotary_dim=32, hidden=192, intermediate=512)
+SMALL = Sizes(heads=4, head_dim=32, rotary_dim=16, hidden=128, intermediate=256)
 
 
 def launches(sizes: Sizes) -> dict[str, Callable[[], object]]:
-    """Return calls of every entry, by its kernels' name; compiled, not run."""
-    return {"paged_decode": lambda: _paged_decode(sizes)}
+    """Return calls of every kernel's entry by name: for compilation, they would not run on these tensors."""
 
+    def zeros(*shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
 
-def _paged_decode(sizes: Sizes) -> object:
-    group = sizes.heads // sizes.kv_heads
-    pool = torch.zeros(2, 4, sizes.block_size, 2, sizes.kv_heads, sizes.head_dim, dtype=sizes.dtype)
-    attend = PagedDecode(pool, group, sizes.max_length, ROWS)
-    q = torch.zeros(ROWS, sizes.heads, sizes.head_dim, dtype=sizes.dtype)
-    rows = torch.ones(ROWS, dtype=torch.int32)
-    return attend(1, q, torch.zeros(ROWS, sizes.max_length // sizes.block_size, dtype=torch.int32), rows, rows)
+    kv_width = 2 * sizes.kv_heads * sizes.head_dim
+    pool = zeros(2, 4, sizes.block_size, 2, sizes.kv_heads, sizes.head_dim)
+    queries = zeros(ROWS, sizes.heads, sizes.head_dim)
+    indices = zeros(ROWS, dtype=torch.int32)
+    tables = zeros(ROWS, sizes.max_length // sizes.block_size, dtype=torch.int32)
+    rows, weight, angles = zeros(ROWS, sizes.hidden), zeros(sizes.hidden), zeros(ROWS, sizes.rotary_dim)
+    attend = PagedDecode(pool, sizes.heads // sizes.kv_heads, sizes.max_length, ROWS)
+    return {
+        "paged_decode": lambda: attend(1, queries, tables, indices, indices + 1),
+        "rotate_and_write": lambda: layer.rotate_and_write(
+            zeros(ROWS, queries[0].numel() + kv_width), angles, angles, pool[1], indices.long()
+        ),
+        "rms_norm": lambda: layer.rms_norm(rows, weight, EPS),
+        "add_rms_norm": lambda: layer.add_rms_norm(rows, rows, weight, weight, EPS),
+        "swiglu": lambda: layer.swiglu(zeros(ROWS, 2 * sizes.intermediate)),
+    }

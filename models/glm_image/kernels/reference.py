@@ -21,3 +21,33 @@ class PagedDecode:
             q.unflatten(1, (-1, self.group)), k, v, attn_mask=is_seen[:, None, None]
         )
         return attended.flatten(1, 2)
+
+
+def rotate_and_write(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+    """Rotate and store as `layer.rotate_and_write`."""
+    groups, head_dim = cache.shape[-2:]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    first, second = heads[:, :-groups, : cos.shape[1]].chunk(2, dim=-1)
+    (first_cos, second_cos), (first_sin, second_sin) = cos.unsqueeze(1).chunk(2, -1), sin.unsqueeze(1).chunk(2, -1)
+    rotated = [first * first_cos - second * first_sin, second * second_cos + first * second_sin]
+    q_k = torch.cat([*(x.to(qkv.dtype) for x in rotated), heads[:, :-groups, cos.shape[1] :]], dim=-1)
+    k_v = torch.stack([q_k[:, -groups:], heads[:, -groups:]], dim=1)
+    cache.flatten(0, 1).index_copy_(0, slots, k_v)
+    return q_k[:, :-groups].contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise as `layer.rms_norm`."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, delta_weight: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add and normalise as `layer.add_rms_norm`."""
+    total = x + rms_norm(delta, delta_weight, eps)
+    return total, rms_norm(total, weight, eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(first half) * second half of rows [N, 2I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -22,7 +22,12 @@ def health(
         bool, typer.Option("--engine", help="Check the engines of this host instead; asks no Redis.")
     ] = False,
     ready: Annotated[
-        bool, typer.Option("--ready", help="Ask whether a request sent now would be served (GET /health).")
+        bool,
+        typer.Option(
+            "--ready",
+            help="Ask whether a request sent now would be served (GET /health); with --engine, whether its checkpoint "
+            "is loaded and it takes jobs.",
+        ),
     ] = False,
     host: Annotated[
         str, typer.Option(envvar=variable("host"), help="Address that the API listens on.")
@@ -34,7 +39,7 @@ def health(
 ) -> None:
     """Check whether an API answers (GET /live): exit with 0, or with 1 and one line that says why not."""
     if engine:
-        problem = _engine_problem(engine_id)
+        problem = _engine_problem(engine_id, must_be_ready=ready)
     else:
         problem = _api_problem(_LISTENS_EVERYWHERE.get(host, host), port, "/health" if ready else "/live")
     if problem is not None:
@@ -65,7 +70,7 @@ def _reason(body: bytes) -> str:
         return ""
 
 
-def _engine_problem(engine_id: str | None) -> str | None:
+def _engine_problem(engine_id: str | None, *, must_be_ready: bool) -> str | None:
     """Look at this machine's status files: a Redis outage must not get engines restarted."""
     from engine.worker.status import MAX_AGE_S, read_statuses, status_folder
 
@@ -80,4 +85,6 @@ def _engine_problem(engine_id: str | None) -> str | None:
             return f"engine {status.id} has not moved for {status.age_s:.0f} s"
         if status.state == "stuck":
             return f"engine {status.id} is stuck: its device does not return from a step"
+        if must_be_ready and status.state != "ready":
+            return f"engine {status.id} is {status.state}"
     return None

@@ -56,6 +56,12 @@ class TestEngine:
         assert await health("--engine", GLIMMER_REDIS_URL="unix:///nowhere/redis.sock") == (0, "")
         assert await health("--engine", "--redis-url", "redis://nowhere") == (0, "")  # of older health checks
 
+    @pytest.mark.parametrize("state", ["starting", "ready", "draining"])
+    async def test_an_engine_is_ready_only_while_it_takes_jobs(self, state: EngineState) -> None:
+        write("engine-1", state)
+        expected = (0, "") if state == "ready" else (1, f"glimmer: engine engine-1 is {state}\n")
+        assert await health("--engine", "--ready") == expected
+
     async def test_an_engine_that_hangs_is_not(self) -> None:
         write("engine-1", "stuck")
         assert await health("--engine") == (

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import redis.asyncio
 
 from engine.jobs.connection import redis_errors
-from engine.jobs.events import JobEvents, WakeUps
+from engine.jobs.events import JobEvents
 from engine.jobs.job import JobState
 from engine.jobs.scripts import LuaScripts
 
@@ -31,7 +31,6 @@ class QueueBase:
         self._lease_ms, self._result_ttl_ms, self._orphan_ms = lease_ms, 1000 * result_ttl_s, orphan_ms
         self._scripts = LuaScripts(redis, "engine.jobs", prefix=prefix, result_ttl_ms=self._result_ttl_ms)
         self.events = JobEvents(redis, f"{prefix}:events")
-        self._wake_ups = WakeUps(redis, f"{prefix}:wake")
 
     @property
     def client(self) -> redis.asyncio.Redis:
@@ -58,7 +57,6 @@ class QueueBase:
     async def close(self) -> None:
         """End the subscriptions; the client stays open."""
         await self.events.close()
-        await self._wake_ups.close()
 
     def ended(self) -> AsyncIterator[str]:
         """Yield the ids of jobs that end; misses some while disconnected."""

@@ -15,14 +15,17 @@ from engine.geometry import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE
 from engine.jobs.job import (
     Claim,
     EngineInfo,
+    HandedOver,
     JobError,
     JobRecord,
     JobSpec,
     JobState,
     Origin,
     Plan,
+    PreviewOffer,
     Priority,
     SourceImages,
+    TokenGrid,
 )
 from engine.jobs.results import JobResult, StoredImage, StoredResult
 from engine.observability.logs import event, where
@@ -30,6 +33,8 @@ from engine.observability.logs import event, where
 R = TypeVar("R")
 
 logger = logging.getLogger("glimmer.queue")
+
+HANDED_OVER = b"handed_over"  # field of `plans:{id}`
 
 RECORD_FIELDS = ("state", "spec", "priority", "submitted_at", "deadline", "runs", "progress", "error", "owner", "notes")
 
@@ -71,8 +76,10 @@ def decode_record(job_id: str, values: Sequence[Any], position: int | None = Non
 
 
 def decode_claim(reply: Sequence[Any], planner: str) -> Claim:
-    """Decode a reply of `claim.lua`, without plans of another planner."""
-    job_id, epoch, runs, quarantined, spec, submitted_at, deadline, claimed_at, plans, origin = reply
+    """Decode a reply of `claim.lua`, without plans of another planner unless it handed them over."""
+    job_id, epoch, runs, quarantined, spec, submitted_at, deadline, claimed_at, stored, origin = reply
+    plans = dict(zip(stored[::2], stored[1::2], strict=True))
+    handed_over = _decode_handed_over(plans.pop(HANDED_OVER)) if HANDED_OVER in plans else None
     return Claim(
         job_id=job_id.decode(),
         epoch=epoch,
@@ -81,10 +88,32 @@ def decode_claim(reply: Sequence[Any], planner: str) -> Claim:
         deadline_ms=int(deadline),
         claimed_at=claimed_at,
         runs=runs,
-        plans=_decode_plans(plans, planner),
+        plans=_decode_plans(plans, "" if handed_over else planner),
         quarantined=bool(quarantined),
         origin=_checked(Origin.from_dict(_decode_object(origin or b"{}"))),  # an older API writes none
+        handed_over=handed_over,
     )
+
+
+def decode_preview(reply: Sequence[Any]) -> PreviewOffer:
+    """Decode a reply of `take_preview.lua`."""
+    job_id, epoch, image, grid, spec, deadline, now = reply
+    return PreviewOffer(
+        job_id.decode(),
+        epoch,
+        image,
+        _decode_grid(grid),
+        _decode_spec(spec),
+        (int(deadline) - now) / 1000,
+    )
+
+
+def encode_hand_over(plans: Mapping[int, Plan], handed_over: HandedOver, planner: str) -> list[str | bytes]:
+    """Return the fields of `plans:{id}` and their values in turn."""
+    fields: list[str | bytes] = [HANDED_OVER, orjson.dumps(handed_over.to_dict())]
+    for index, plan in plans.items():
+        fields += [str(index), encode_plan(plan, planner)]
+    return fields
 
 
 def encode_plan(plan: Plan, planner: str) -> bytes:
@@ -92,9 +121,9 @@ def encode_plan(plan: Plan, planner: str) -> bytes:
     return orjson.dumps(plan.to_dict() | ({"planner": planner} if planner else {}))
 
 
-def _decode_plans(stored: Sequence[bytes], planner: str) -> dict[int, Plan]:
+def _decode_plans(stored: Mapping[bytes, bytes], planner: str) -> dict[int, Plan]:
     plans: dict[int, Plan] = {}
-    for index, document in zip(stored[::2], stored[1::2], strict=True):
+    for index, document in stored.items():
         data = _decode_object(document)
         if data.get("planner", planner) == planner or not planner:  # an older engine writes none
             plans[int(index)] = _decode_plan(data)
@@ -119,10 +148,28 @@ def decode_engine(document: bytes) -> EngineInfo | None:
 
 def _decode_plan(data: dict[str, Any]) -> Plan:
     plan = _checked(Plan.from_dict(data))
-    for grid in (plan, plan.preview) if plan.preview else (plan,):
-        if len(grid.tokens) != grid.rows * grid.cols:
-            raise ValueError("the number of tokens is not rows * cols")
+    if plan.preview:
+        _check_size(plan.preview)
+    _check_size(plan)
     return plan
+
+
+def _decode_grid(document: bytes) -> TokenGrid:
+    grid = _checked(TokenGrid.from_dict(_decode_object(document)))
+    _check_size(grid)
+    return grid
+
+
+def _decode_handed_over(document: bytes) -> HandedOver:
+    handed_over = _checked(HandedOver.from_dict(_decode_object(document)))
+    for grid in handed_over.sources:
+        _check_size(grid)
+    return handed_over
+
+
+def _check_size(grid: TokenGrid | Plan) -> None:
+    if len(grid.tokens) != grid.rows * grid.cols:
+        raise ValueError("the number of tokens is not rows * cols")
 
 
 def _decode_spec(document: bytes) -> JobSpec:

@@ -1,7 +1,7 @@
 """The engines' side of the job queue."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,8 +10,18 @@ import redis.asyncio
 
 from engine.errors import UnreadableJob
 from engine.jobs.base import QueueBase
-from engine.jobs.codec import decode_cached_plan, decode_claim, decode_sources, encode_plan, encode_result, reading
+from engine.jobs.codec import (
+    decode_cached_plan,
+    decode_claim,
+    decode_preview,
+    decode_sources,
+    encode_hand_over,
+    encode_plan,
+    encode_result,
+    reading,
+)
 from engine.jobs.connection import redis_errors
+from engine.jobs.events import WakeUps
 from engine.jobs.job import (
     JOB_FORMAT,
     MAX_PLAN_BYTES,
@@ -20,9 +30,13 @@ from engine.jobs.job import (
     Claim,
     EngineInfo,
     FreeCapacity,
+    HandedOver,
     JobError,
     Plan,
+    PreviewOffer,
     SourceImages,
+    Stage,
+    TokenGrid,
 )
 from engine.jobs.results import JobResult, PartialImage
 from engine.jobs.scripts import Argument
@@ -31,14 +45,28 @@ _DEAD_LETTER_ERROR = JobError("The job brought its engine down each time it ran 
 
 
 class JobConsumer(QueueBase):
-    """Claims jobs and writes for them. A write for a lost claim returns False."""
+    """Claims jobs and writes for them. A write for a lost claim returns False.
+
+    Args:
+        stage: of the jobs to claim: those to plan, those that were handed over, or both.
+    """
 
     known_format = JOB_FORMAT
     planner = ""  # fingerprint; plans of another are not resumed
 
-    def __init__(self, redis: redis.asyncio.Redis, **options: Any):
+    def __init__(self, redis: redis.asyncio.Redis, *, stage: Stage = "all", **options: Any):
         super().__init__(redis, **options)
+        self.stage: Stage = stage
         self._unanswered: dict[str, str] = {}  # claim attempts without a reply, by consumer
+        channels = {"plan": ["wake"], "render": ["wake:render"], "all": ["wake", "wake:render"]}[stage]
+        self._wake_ups = WakeUps(redis, *map(self.key, channels))
+        self._preview_wake_ups = WakeUps(redis, self.key("previews"))
+
+    async def close(self) -> None:
+        """End the subscriptions; the client stays open."""
+        await super().close()
+        await self._wake_ups.close()
+        await self._preview_wake_ups.close()
 
     async def claim(self, consumer: str, free: FreeCapacity) -> Claim | None:
         """Claim the next job if it fits, else none: large and quarantined jobs must not starve.
@@ -65,6 +93,7 @@ class JobConsumer(QueueBase):
                 orjson.dumps(_DEAD_LETTER_ERROR.to_dict()),
                 consumer=consumer,
                 attempt=attempt,
+                stage=self.stage,
                 images=free.images,
                 kv_tokens=free.kv_tokens,
                 source_tokens=free.source_tokens,
@@ -102,6 +131,30 @@ class JobConsumer(QueueBase):
         """Store a plan for a later run."""
         return await self._write("checkpoint_plan", claim, encode_plan(plan, self.planner), index=index)
 
+    async def hand_over(
+        self, consumer: str, claim: Claim, plans: Mapping[int, Plan], prompt_tokens: int, sources: list[TokenGrid]
+    ) -> bool:
+        """Queue a planned job for the renderers; this run does not count.
+
+        Args:
+            plans: those that are not checkpointed, by image.
+            sources: codes of its source images.
+        """
+        fields = encode_hand_over(plans, HandedOver(prompt_tokens, sources), self.planner)
+        return await self._write("hand_over", claim, *fields, consumer=consumer)
+
+    async def offer_preview(self, claim: Claim, image: int, grid: TokenGrid) -> bool:
+        """Let a renderer render a preview while the job is planned here; it may get lost."""
+        return await self._write("offer_preview", claim, orjson.dumps(grid.to_dict()), image=image)
+
+    async def take_preview(self) -> PreviewOffer | None:
+        """Return a preview to render, which no other engine gets."""
+        while (reply := await self._scripts.run("take_preview")) is not None:
+            job_id = reply[0].decode()
+            with suppress(UnreadableJob), reading(job_id):
+                return decode_preview(reply)
+        return None
+
     async def source_images(self, claim: Claim) -> SourceImages | None:
         """Return a live edit's images; raise `UnreadableJob` if damaged."""
         with redis_errors(), reading(claim.job_id):
@@ -109,8 +162,11 @@ class JobConsumer(QueueBase):
 
     async def partial_image(self, claim: Claim, partial: PartialImage) -> bool:
         """Store a partial image."""
-        grid = orjson.dumps(partial.grid)
-        return await self._write("partial_image", claim, partial.data, grid, image=partial.image, index=partial.index)
+        return await self._write_partial(claim.job_id, claim.epoch, partial)
+
+    async def preview_image(self, offer: PreviewOffer, partial: PartialImage) -> bool:
+        """Store an offered preview, if its job is still planned."""
+        return await self._write_partial(offer.job_id, offer.epoch, partial)
 
     async def cached_plans(self, keys: Sequence[str]) -> list[Plan | None]:
         """Return cached plans."""
@@ -157,6 +213,14 @@ class JobConsumer(QueueBase):
     async def wait_for_work(self, timeout_s: float) -> None:
         """Return when work was queued, or after `timeout_s`."""
         await self._wake_ups.wait(timeout_s)
+
+    async def wait_for_preview(self) -> None:
+        """Return when a preview was offered, or may have been."""
+        await self._preview_wake_ups.wait(None)
+
+    async def _write_partial(self, job_id: str, epoch: int, partial: PartialImage) -> bool:
+        place: dict[str, Argument] = {"id": job_id, "epoch": epoch, "image": partial.image, "index": partial.index}
+        return bool(await self._scripts.run("partial_image", partial.data, orjson.dumps(partial.grid), **place))
 
     async def _write(self, script: str, claim: Claim, *blobs: str | bytes, **arguments: Argument) -> bool:
         return bool(await self._scripts.run(script, *blobs, id=claim.job_id, epoch=claim.epoch, **arguments))

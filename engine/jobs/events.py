@@ -19,17 +19,16 @@ _READ_TIMEOUT_S = 30.0
 
 
 class Subscription:
-    """A channel, read across broken connections; `on_open` is called after each."""
+    """Channels, read across broken connections; `on_open` is called after each."""
 
     def __init__(
         self,
         redis: redis.asyncio.Redis,
-        channel: str,
-        *,
+        *channels: str,
         on_message: Callable[[bytes], None],
         on_open: Callable[[], None],
     ):
-        self._redis, self._channel = redis, channel
+        self._redis, self._channels = redis, channels
         self._on_message, self._on_open = on_message, on_open
         self._task: asyncio.Task[None] | None = None
 
@@ -49,7 +48,7 @@ class Subscription:
         while True:
             try:
                 async with self._redis.pubsub() as pubsub:
-                    await pubsub.subscribe(self._channel)
+                    await pubsub.subscribe(*self._channels)
                     while True:
                         message = await pubsub.get_message(timeout=_READ_TIMEOUT_S)
                         if message is not None:
@@ -57,7 +56,7 @@ class Subscription:
                             self._dispatch(message["type"], message["data"])
             except (RedisError, OSError) as error:
                 if pause == _FIRST_PAUSE_S:  # once per outage
-                    log.warning("subscription lost channel=%s error=%s", self._channel, error)
+                    log.warning("subscription lost channel=%s error=%s", self._channels[0], error)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -131,11 +130,13 @@ class JobEvents:
 class WakeUps:
     """Events of new work; one before `wait` ends it."""
 
-    def __init__(self, redis: redis.asyncio.Redis, channel: str):
+    def __init__(self, redis: redis.asyncio.Redis, *channels: str):
         self._work = asyncio.Event()
-        self._subscription = Subscription(redis, channel, on_message=lambda _: self._work.set(), on_open=self._work.set)
+        self._subscription = Subscription(
+            redis, *channels, on_message=lambda _: self._work.set(), on_open=self._work.set
+        )
 
-    async def wait(self, timeout_s: float) -> None:
+    async def wait(self, timeout_s: float | None) -> None:
         self._subscription.start()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pydantic import ConfigDict  # decode processes need this module, but not pydantic
 
 Priority = Literal["interactive", "batch"]
+Stage = Literal["all", "plan", "render"]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -233,6 +234,30 @@ class Submitted:
 
 
 @dataclass(frozen=True)
+class HandedOver(_Record):
+    """What a renderer needs beside the plans of another engine. `sources`: codes of the source images."""
+
+    prompt_tokens: int
+    sources: list[TokenGrid]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "HandedOver":
+        return cls(data["prompt_tokens"], [TokenGrid.from_dict(grid) for grid in data["sources"]])
+
+
+@dataclass(frozen=True)
+class PreviewOffer:
+    """The preview of image `image` of a job that another engine plans, under the claim of `epoch`."""
+
+    job_id: str
+    epoch: int
+    image: int
+    grid: TokenGrid
+    spec: JobSpec
+    seconds_left: float  # until the job's deadline
+
+
+@dataclass(frozen=True)
 class Claim:
     """The right to run a job for the `runs`-th time. `plans`: checkpoints by image. A `quarantined` job runs alone."""
 
@@ -246,6 +271,7 @@ class Claim:
     plans: dict[int, Plan]
     quarantined: bool = False
     origin: Origin = Origin()
+    handed_over: HandedOver | None = None
 
 
 @dataclass(frozen=True)
@@ -267,7 +293,7 @@ class EngineInfo(_Record):
 
     id: str
     pid: int
-    stage: str  # "all": plans and renders
+    stage: str  # of `Stage`
     state: str  # of `ENGINE_STATES`
     model: str
     default_size: str  # "WxH" in pixels, for size=auto
@@ -301,3 +327,5 @@ class QueueStats:
     source_bytes: int = 0
     dead_lettered: int = 0
     result_bytes: int = field(default=0, compare=False)  # with records and bounds of live jobs
+    to_plan: int = field(default=0, compare=False)  # live jobs that no planner has handed over
+    to_render: int = field(default=0, compare=False)  # live jobs that were handed over

@@ -7,10 +7,10 @@ from typing import Any
 import redis.asyncio
 
 PREFIX = "glimmer"
-STAYS = frozenset(f"{PREFIX}:{name}" for name in ("counters", "engines", "queue:interactive", "queue:batch"))
+QUEUES = ("queue:interactive", "queue:batch", "queue:render:interactive", "queue:render:batch")
+STAYS = frozenset(f"{PREFIX}:{name}" for name in ("counters", "engines", *QUEUES))
 LONGEST_TTL_S = 3600 + 600  # of an idempotency key: its job's timeout plus the time results are kept
 HANDED_BACK = "handed-back"  # a consumer of the groups that is no engine
-QUEUES = ("queue:interactive", "queue:batch")
 
 
 @dataclass
@@ -19,7 +19,7 @@ class RedisContents:
 
     Args:
         waiting, running: what admission counts.
-        entries, pending: of both streams.
+        entries, pending: of all streams.
         consumers: engines that the groups know, alive or not.
         without_end: keys that never expire.
         kinds: number of keys by kind, the word after the prefix.

@@ -17,6 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from engine.jobs.embedded import EmbeddedRedis
 from tests import planting
+from tests.jobs.planted_stage_bugs import STAGE_BUGS
 from tests.jobs.test_any_order import SIZES, QueueMachine
 from tests.planting import NOT_FOUND, copied, run_python, try_all
 
@@ -52,7 +53,7 @@ class Bug(planting.Bug):
     found_by: str = STATEFUL
 
 
-BUGS = [
+BUGS: list[planting.Bug] = [
     # epochs and consumers
     Bug("no epoch check", PRELUDE, "state == 'running' and tonumber(current) == epoch", "state == 'running'"),
     Bug(
@@ -91,15 +92,15 @@ BUGS = [
     Bug(
         "renew renews nothing",
         RENEW,
-        "'XCLAIM', queue_key(record.priority), GROUP, consumer, 0, record.entry, 'JUSTID'}",
+        "'XCLAIM', queue_of(record), GROUP, consumer, 0, record.entry, 'JUSTID'}",
         "'PING'}",
     ),
     Bug("a requeued job waits for its lease", PRELUDE, "'TIME', 0, 'JUSTID'", "'JUSTID'"),
     Bug(
         "requeue_all of one priority",
         REQUEUE_ALL,
-        "{'interactive', 'batch'}) do\n  local queue",
-        "{'interactive'}) do\n  local queue",
+        "ipairs(all_queues()) do",
+        "ipairs({queue_key('interactive'), queue_key('interactive', 'render')}) do",
     ),
     Bug("requeue_all takes the jobs of all engines", REQUEUE_ALL, "10000, consumer)", "10000)"),
     # the streams
@@ -158,7 +159,7 @@ BUGS = [
     # the order of claims
     Bug("batch has no turn", CLAIM, "then job = batch end", "then job = interactive end"),
     Bug("batch has every turn", CLAIM, "if both and overtaken >= BATCH_TURN * batch.work", "if both and true"),
-    Bug("batch gets every fourth claim", CLAIM, "overtaken + job.work, 'overtaken_jobs'", "overtaken + batch.work, ''"),
+    Bug("batch gets every fourth claim", CLAIM, "overtaken + job.work, OVERTAKEN_JOBS", "overtaken + batch.work, ''"),
     Bug(
         "a turn does not use up what has overtaken",
         CLAIM,
@@ -166,9 +167,7 @@ BUGS = [
         "math.min(overtaken, ",
         BATCH_SHARE,
     ),
-    Bug(
-        "a turn forgets what is left", CLAIM, "HSET', COUNTERS, 'overtaken', left,", "HSET', COUNTERS, 'overtaken', 0,"
-    ),
+    Bug("a turn forgets what is left", CLAIM, "HSET', COUNTERS, OVERTAKEN, left,", "HSET', COUNTERS, OVERTAKEN, 0,"),
     Bug(
         "a burst follows a job that waited for room",
         CLAIM,
@@ -176,7 +175,7 @@ BUGS = [
         "math.huge)",
         BATCH_SHARE,
     ),
-    Bug("turns are saved up without rivals", CLAIM, "redis.call('HDEL', COUNTERS, 'overtaken', 'overtaken_jobs')", ""),
+    Bug("turns are saved up without rivals", CLAIM, "redis.call('HDEL', COUNTERS, OVERTAKEN, OVERTAKEN_JOBS)", ""),
     Bug(
         "a batch job that does not fit stops others",
         CLAIM,
@@ -222,7 +221,7 @@ BUGS = [
     Bug(
         "a repeated attempt does not restart the lease",
         CLAIM,
-        "  take(queue_key(record.priority), record.entry, true)\n",
+        "  take(queue_of(record), record.entry, true)\n",
         "",
         "tests/jobs/test_blame.py",
     ),
@@ -268,8 +267,8 @@ BUGS = [
     Bug(
         "a death forgets its phase",
         RECORDS,
-        "type(progress.phase) == 'string' and progress.phase or ''",
-        "''",
+        "type(progress.phase) == 'string' and progress.phase or record.stage",
+        "record.stage",
         "tests/jobs/test_blame.py",
     ),
     Bug("a death forgets its step", RECORDS, "step = finite(progress.step)", "step = 0"),
@@ -404,8 +403,8 @@ BUGS = [
     Bug(
         "a damaged spec ends the claim",
         CONSUMER,
-        "with suppress(UnreadableJob), reading(job_id):",
-        "with suppress(UnreadableJob):",
+        "with suppress(UnreadableJob), reading(job_id):\n                    return decode_claim",
+        "with suppress(UnreadableJob):\n                    return decode_claim",
         "tests/jobs/test_unreadable.py",
     ),
     Bug(
@@ -664,7 +663,7 @@ BUGS = [
 def main() -> int:
     clean = run_stateful()
     print(f"no bug: {clean}", flush=True)
-    missed = try_all(BUGS, sys.argv[1:], try_bug)
+    missed = try_all(BUGS + STAGE_BUGS, sys.argv[1:], try_bug)
     return 0 if clean == NOT_FOUND and not missed else 1
 
 

@@ -7,6 +7,8 @@ from engine.jobs.job import FreeCapacity, Plan, Priority
 from tests.jobs.helpers import spec
 
 CAP, OWNED_CAP, SOURCES_CAP, MAX_RUNS, MAX_ABSOLVED = 2, 2, 8, 10, 3
+STAGES = ("all", "plan", "render")
+QUEUES = ("interactive", "batch", "render:interactive", "render:batch")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Job:
     lapses: dict[int, str | None] = field(default_factory=dict)  # engine of a lapsed claim, by epoch
     absolved: int = 0
     engine: str | None = None
+    stage: str = "plan"  # "render" from the hand-over on
     delivered: bool = False
     lapsed: bool = False  # requeued, or its lease has lapsed
     has_result: bool = False
@@ -70,7 +73,13 @@ class Job:
         """Return what the end of its engine is now."""
         if self.state != "running" or not self.confirmed:
             return None
-        return Death(self.engine, self.alone, **self.progress)  # type: ignore[arg-type]
+        progress = self.progress or ({"phase": "rendering"} if self.stage == "render" else {})
+        return Death(self.engine, self.alone, **progress)  # type: ignore[arg-type]
+
+    @property
+    def queue(self) -> str:
+        """Return the name of its queue."""
+        return f"render:{self.priority}" if self.stage == "render" else self.priority
 
     @property
     def known_deaths(self) -> list[Death]:
@@ -118,20 +127,23 @@ class Job:
         return (
             not self.known_deaths
             and self.images <= free.images
-            and cost.plan_tokens + cost.prompt_tokens_bound <= free.kv_tokens
+            and (self.stage == "render" or cost.plan_tokens + cost.prompt_tokens_bound <= free.kv_tokens)
             and self.sources <= free.source_tokens
         )
 
 
 @dataclass
 class Model:
-    """Live jobs by stream, oldest first."""
+    """Live jobs by stream, oldest first.
 
-    streams: dict[str, list[Job]] = field(default_factory=lambda: {"interactive": [], "batch": []})
+    Args:
+        overtaken: work and number of interactive jobs claimed while the first batch job waited, by stage of engines.
+    """
+
+    streams: dict[str, list[Job]] = field(default_factory=lambda: {queue: [] for queue in QUEUES})
     jobs: list[Job] = field(default_factory=list)
     keys: dict[str, tuple[str, Job]] = field(default_factory=dict)  # idempotency key: fingerprint, job
-    overtaken: int = 0  # work of interactive jobs claimed while the first batch job waited
-    overtaken_jobs: int = 0
+    overtaken: dict[str, tuple[int, int]] = field(default_factory=lambda: dict.fromkeys(STAGES, (0, 0)))
     rival: Job | None = None  # the first interactive job at the last claim, if a batch job waited, too
     heard: bool = False  # heartbeats have arrived without a gap
     dead_lettered: int = 0
@@ -162,16 +174,24 @@ class Model:
             return TooManyJobs
         if key:
             self.keys[key] = fingerprint, job
-        self.streams[job.priority].append(job)
+        self.streams[job.queue].append(job)
         self.jobs.append(job)
         return job
 
     def end(self, job: Job, state: str) -> None:
         job.state = state
-        self.streams[job.priority].remove(job)
+        self.streams[job.queue].remove(job)
 
     def requeue(self, job: Job) -> None:
         job.state, job.lapsed, job.engine, job.progress = "queued", True, None, {}
+
+    def hand_over(self, job: Job) -> None:
+        """Move a planned job to the end of the render queue."""
+        self.streams[job.queue].remove(job)
+        job.stage, job.state, job.engine, job.progress = "render", "queued", None, {}
+        job.runs -= job.confirmed
+        job.delivered = job.lapsed = False
+        self.streams[job.queue].append(job)
 
     @property
     def can_claim(self) -> bool:
@@ -180,19 +200,24 @@ class Model:
     def is_orphan(self, job: Job) -> bool:
         return job.orphaned and self.heard
 
-    def claim(self, free: FreeCapacity, known_format: int) -> Job | None:
+    def claim(self, free: FreeCapacity, known_format: int, stage: str) -> Job | None:
         """Return the job a claim must get, after clearing what comes before it."""
         self.cleared = []
-        interactive, batch = self._first("interactive", known_format), self._first("batch", known_format)
+        interactive, batch = (self._first(priority, known_format, stage) for priority in ("interactive", "batch"))
         self.rival = interactive if batch else None
-        job = interactive or batch
-        if batch is not None and self.overtaken >= 3 * batch.work:
-            holds = self.overtaken >= 16 * batch.work and self.overtaken_jobs >= 32
+        job, (work, jobs) = interactive or batch, self.overtaken[stage]
+        if batch is not None and work >= 3 * batch.work:
+            holds = work >= 16 * batch.work and jobs >= 32
             job = batch if holds or batch.fits(free) else job
         return job if job and job.fits(free) else None
 
-    def _first(self, priority: str, known_format: int) -> Job | None:
-        while (job := self._head(priority, known_format)) is not None:
+    def _first(self, priority: str, known_format: int, stage: str) -> Job | None:
+        """Return the first job of a priority: of all stages, one that is planned."""
+        queues = {"plan": [priority], "render": [f"render:{priority}"], "all": [f"render:{priority}", priority]}
+        return next((job for queue in queues[stage] if (job := self._first_of(queue, known_format))), None)
+
+    def _first_of(self, queue: str, known_format: int) -> Job | None:
+        while (job := self._head(queue, known_format)) is not None:
             if job.late or self.is_orphan(job) or job.is_given_up:
                 job.delivered = True
                 state = "expired" if job.late else "cancelled" if self.is_orphan(job) else "failed"
@@ -203,26 +228,25 @@ class Model:
                 return job
         return None
 
-    def grant(self, job: Job, engine: str) -> None:
+    def grant(self, job: Job, engine: str, stage: str) -> None:
+        work, jobs = self.overtaken[stage]
         if self.rival is None:
-            self.overtaken = self.overtaken_jobs = 0
+            self.overtaken[stage] = 0, 0
         elif job.priority == "batch":
-            self.overtaken = min(self.overtaken - 3 * job.work, 3 * job.work + self.rival.work)
-            self.overtaken_jobs = 0
+            self.overtaken[stage] = min(work - 3 * job.work, 3 * job.work + self.rival.work), 0
         else:
-            self.overtaken += job.work
-            self.overtaken_jobs += 1
+            self.overtaken[stage] = work + job.work, jobs + 1
         if job.lapsed and job.death:
             job.deaths[job.epoch], job.lapses[job.epoch] = job.death, job.engine
         job.epoch, job.confirmed, job.alone = job.epoch + 1, False, bool(job.deaths)
         job.state, job.engine, job.progress = "running", engine, {}
         job.delivered, job.lapsed = True, False
 
-    def _head(self, priority: str, known_format: int) -> Job | None:
+    def _head(self, queue: str, known_format: int) -> Job | None:
         def is_newer(job: Job) -> bool:
             return job.live and job.format > known_format and not job.late
 
-        jobs = self.streams[priority]
+        jobs = self.streams[queue]
         for job in jobs:
             if job.delivered and job.lapsed and not is_newer(job):
                 return job

@@ -24,7 +24,18 @@ from redis.exceptions import ResponseError
 
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import TERMINAL_STATES, Claim, FreeCapacity, JobError, Plan, QueueStats, SourceImages
+from engine.jobs.job import (
+    TERMINAL_STATES,
+    Claim,
+    FreeCapacity,
+    HandedOver,
+    JobError,
+    Plan,
+    QueueStats,
+    SourceImages,
+    Stage,
+    TokenGrid,
+)
 from engine.jobs.results import PartialImage
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, pass_deadline, spec, submit
@@ -47,6 +58,8 @@ CAPACITIES = st.sampled_from(
     ]
 )
 ENGINES = st.sampled_from(["engine-1", "engine-2"])
+STAGES = st.sampled_from(["all", "all", "plan", "render"])
+HANDED_OVER = HandedOver(3, [TokenGrid(1, 2, [5, 6])])
 CALLS = (
     "submit again",
     "expire",
@@ -208,25 +221,25 @@ class QueueMachine(RuleBasedStateMachine):
     # --- engines ------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.model.can_claim)
-    @rule(engine=ENGINES, free=CAPACITIES, known_format=st.sampled_from([1, 1, 2]))
-    def claim(self, engine: str, free: FreeCapacity, known_format: int):
+    @rule(engine=ENGINES, free=CAPACITIES, known_format=st.sampled_from([1, 1, 2]), stage=STAGES)
+    def claim(self, engine: str, free: FreeCapacity, known_format: int, stage: Stage):
         """Claim without a confirmation, as if the reply was lost."""
-        self._claim(engine, free, known_format)
+        self._claim(engine, free, known_format, stage=stage)
 
     @precondition(lambda self: self.model.can_claim)
-    @rule(engine=ENGINES, free=CAPACITIES)
-    def claim_and_confirm(self, engine: str, free: FreeCapacity):
-        if self._claim(engine, free):
+    @rule(engine=ENGINES, free=CAPACITIES, stage=STAGES)
+    def claim_and_confirm(self, engine: str, free: FreeCapacity, stage: Stage):
+        if self._claim(engine, free, stage=stage):
             _, job, claim = self.claims[-1]
             assert self.run(self.queue.renew(engine, [claim])) == []
             job.confirm()
 
     @precondition(lambda self: self.model.can_claim)
-    @rule(engine=ENGINES, steps=st.lists(st.sampled_from([None, 0, 1, 1, 2]), min_size=1, max_size=3))
-    def die_repeatedly(self, engine: str, steps: list[int | None]):
+    @rule(engine=ENGINES, steps=st.lists(st.sampled_from([None, 0, 1, 1, 2]), min_size=1, max_size=3), stage=STAGES)
+    def die_repeatedly(self, engine: str, steps: list[int | None], stage: Stage):
         """Let an idle engine die with what it gets, at a step or before the first report."""
         for step in steps:
-            if not self._claim(engine, IDLE):
+            if not self._claim(engine, IDLE, stage=stage):
                 return
             _, job, claim = self.claims[-1]
             assert self.run(self.queue.renew(engine, [claim])) == []
@@ -252,19 +265,22 @@ class QueueMachine(RuleBasedStateMachine):
         job.lapsed = False
         self.touched = [job]
 
-    def _claim(self, engine: str, free: FreeCapacity, known_format: int = 1, attempt: str = "") -> bool:
+    def _claim(
+        self, engine: str, free: FreeCapacity, known_format: int = 1, attempt: str = "", stage: Stage = "all"
+    ) -> bool:
         attempt = attempt or f"attempt-{len(self.claims)}-{self.submits}"
-        self.queue.known_format = known_format
+        self.queue.known_format, self.queue.stage = known_format, stage
         granted = self.run(self.queue.attempt_claim(engine, free, attempt))
-        job = self.model.claim(free, known_format)
+        job = self.model.claim(free, known_format, stage)
         self.touched = self.model.cleared
         if job is None:
             assert granted is None
             return False
-        self.model.grant(job, engine)
+        self.model.grant(job, engine, stage)
         assert granted is not None
         assert (granted.job_id, granted.epoch, granted.runs) == (job.id, job.epoch, job.runs + 1)
         assert (granted.quarantined, granted.plans) == (job.alone, job.plans)
+        assert granted.handed_over == (HANDED_OVER if job.stage == "render" else None)
         self.claims.append((engine, job, granted))
         self.attempts[engine] = attempt, job, granted
         self.touched = [job, *self.model.cleared]
@@ -290,7 +306,7 @@ class QueueMachine(RuleBasedStateMachine):
         job.lapsed = True
 
     async def _lapse(self, job: Job):
-        queue, entry = f"glimmer:queue:{job.priority}", await self._entry(job)
+        queue, entry = f"glimmer:queue:{job.queue}", await self._entry(job)
         await self.client.xclaim(queue, "engines", job.engine or "", 0, [entry], idle=LEASE_MS + 1, justid=True)
 
     async def _entry(self, job: Job) -> Any:
@@ -355,6 +371,19 @@ class QueueMachine(RuleBasedStateMachine):
             self.model.requeue(job)
             job.runs -= job.confirmed
 
+    @precondition(lambda self: self.model.count("running"))
+    @rule(back=RECENT, plans=st.sets(st.integers(0, 2)))
+    def hand_over(self, back: int, plans: set[int]):
+        engine, job, claim, holds = self._claim_back(back)
+        kept = {index: Plan(1, 1, [claim.epoch]) for index in plans}
+        call = self.queue.hand_over
+        assert not self.run(call("engine-3", claim, kept, 3, HANDED_OVER.sources)), "only its engine can"
+        holds = holds and job.stage == "plan"
+        assert self.run(call(engine, claim, kept, 3, HANDED_OVER.sources)) == holds
+        if holds:
+            job.plans |= kept
+            self.model.hand_over(job)
+
     def _claim_back(self, back: int) -> tuple[str, Job, Claim, bool]:
         """Return a recent claim, mostly one that holds, and whether it does."""
 
@@ -404,11 +433,15 @@ class QueueMachine(RuleBasedStateMachine):
     async def _check_counts(self):
         model = self.model
         counts = QueueStats(model.count("queued"), model.count("running"), model.sources, model.dead_lettered)
-        assert await self.queue.stats() == counts
+        stats = await self.queue.stats()
+        live = [job for job in model.jobs if job.live]
+        to_plan = sum(job.stage == "plan" for job in live)
+        assert stats == counts
+        assert (stats.to_plan, stats.to_render) == (to_plan, len(live) - to_plan)
         async with self.client.pipeline(transaction=False) as pipe:
-            for priority in model.streams:
-                pipe.xrange(f"glimmer:queue:{priority}")
-                pipe.xpending(f"glimmer:queue:{priority}", "engines")
+            for queue in model.streams:
+                pipe.xrange(f"glimmer:queue:{queue}")
+                pipe.xpending(f"glimmer:queue:{queue}", "engines")
             pipe.smembers("glimmer:owned:anna")
             pipe.smembers("glimmer:owned:bob")
             *streams, annas, bobs = await pipe.execute(raise_on_error=False)
@@ -455,7 +488,7 @@ class QueueMachine(RuleBasedStateMachine):
         deaths = [name async for name, _ in self.client.hscan_iter(f"glimmer:job:{job.id}", match="death:*")]
         assert not job.live or set(deaths) == {b"death:%d" % epoch for epoch in job.deaths}
         if job.live and job.delivered:
-            queue, entry = f"glimmer:queue:{job.priority}", await self._entry(job)
+            queue, entry = f"glimmer:queue:{job.queue}", await self._entry(job)
             lease: Any
             [lease] = await self.client.xpending_range(queue, "engines", entry, entry, 1)
             assert lease["consumer"].decode() == (job.engine or "handed-back")
@@ -467,7 +500,7 @@ class QueueMachine(RuleBasedStateMachine):
                 pipe.pttl(f"glimmer:{name}:{job.id}")
             found: list[int] = await pipe.execute()
         held, lives = dict(zip(names, found[::2], strict=True)), dict(zip(names, found[1::2], strict=True))
-        assert held["plans"] == (len(job.plans) if job.live else 0)
+        assert held["plans"] == (len(job.plans) + (job.stage == "render") if job.live else 0)
         assert held["sources"] == (1 if job.live and job.sources else 0)
         assert held["partials"] == 2 * len(job.partials)
         for name in names:

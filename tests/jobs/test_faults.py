@@ -10,7 +10,7 @@ import redis.asyncio
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
-from engine.jobs.job import EngineInfo, JobError, JobState, Plan, QueueStats
+from engine.jobs.job import EngineInfo, JobError, JobState, Plan, QueueStats, TokenGrid
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, TIMEOUT_S, claim, kill, restart, submit
 
@@ -171,6 +171,8 @@ async def test_a_redis_that_refuses_writes_is_unavailable_and_no_script_stops_ha
         lambda: submit(queue, job_id="refused"),
         lambda: queue.progress(granted, {"step": 1}),
         lambda: queue.checkpoint_plan(granted, 0, Plan(1, 1, [1])),
+        lambda: queue.hand_over("engine-1", granted, {0: Plan(1, 1, [1])}, 1, []),
+        lambda: queue.offer_preview(granted, 0, TokenGrid(1, 1, [1])),
         lambda: queue.commit(granted, RESULT),
         lambda: queue.heartbeat(info, "", 60),
     ]

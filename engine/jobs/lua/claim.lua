@@ -1,6 +1,9 @@
--- Claims the first job of a queue. Interactive jobs come first, but batch jobs get a quarter of the work (pixel-steps)
--- while both wait: the first batch job's turn comes when interactive jobs of BATCH_TURN times its work have overtaken
--- it. If it does not fit then, they go on, up to HOLD_TURN times its work and HOLD_JOBS jobs.
+-- Claims the first job of the engine's stage. Interactive jobs come first, but batch jobs get a quarter of the work
+-- (pixel-steps) while both wait: the first batch job's turn comes when interactive jobs of BATCH_TURN times its work have
+-- overtaken it. If it does not fit then, they go on, up to HOLD_TURN times its work and HOLD_JOBS jobs.
+--
+-- An engine of all stages takes of each priority what is planned first: it is nearest to its end. The others do not
+-- starve, because only engines that take them in order refill the render queue.
 --
 -- A job whose turn it is and that does not fit is not passed over: the call grants nothing. Smaller jobs, of its queue or
 -- the other, would keep the engine full and starve it.
@@ -8,7 +11,8 @@
 --
 -- An attempt that is repeated, because its reply was lost, gets the same grant again.
 --
--- args: consumer, attempt, images, kv_tokens, source_tokens, idle, lease_ms, max_format, orphan_ms
+-- args: consumer, attempt, stage (`plan`, `render` or `all`), images, kv_tokens, source_tokens, idle, lease_ms, max_format,
+--   orphan_ms
 -- blobs: the error of a dead-lettered job
 -- returns: nil (nothing to claim) | 1 (MAX_CLEARED stale entries were cleared: call again)
 --   | [id, epoch, run, quarantined, spec, submitted_at, deadline, claimed_at, plans, origin]
@@ -18,6 +22,9 @@ local MAX_RUNS, MAX_CLEARED, PAGE = 10, 64, 16
 local WORK_OF_IMAGE = 1024 * 1024 * 50 -- where an older API wrote no `work`
 local consumer, dead_letter_error, now = args.consumer, ARGV[2], now_ms()
 local attempt_key = PREFIX .. ':attempt:' .. consumer
+-- Each kind of engines counts by itself: they see different queues.
+local turns = args.stage == 'all' and '' or ':' .. args.stage
+local OVERTAKEN, OVERTAKEN_JOBS = 'overtaken' .. turns, 'overtaken_jobs' .. turns
 
 local cleared, delivered = 0, {} -- entries cleared or passed over; the last delivered id by queue
 
@@ -109,8 +116,8 @@ local function classify(id, queue, entry, pending)
   local record = id and read_record(id)
   if id and record == false then return 'unreadable' end
   if not record or not is_live(record.state) then return 'stale', record end
-  if record.entry ~= entry or queue_key(record.priority) ~= queue then
-    local own = redis.call('XRANGE', queue_key(record.priority), record.entry, record.entry)[1]
+  if record.entry ~= entry or queue_of(record) ~= queue then
+    local own = redis.call('XRANGE', queue_of(record), record.entry, record.entry)[1]
     return own and own[2][2] == id and 'stale' or 'unreadable', record
   end
   if now >= record.deadline then return 'expired', record end
@@ -120,7 +127,7 @@ local function classify(id, queue, entry, pending)
   if record.death then table.insert(record.deaths, record.death) end
   if record.runs >= MAX_RUNS or is_poison(record.deaths) then return 'dead letter', record end
   if args.idle then return 'fits', record end
-  if #record.deaths == 0 and record.images <= args.images and record.kv_tokens <= args.kv_tokens
+  if #record.deaths == 0 and record.images <= args.images and (record.stage or record.kv_tokens <= args.kv_tokens)
     and (record.source_tokens or 0) <= args.source_tokens then return 'fits', record end
   return 'waits', record
 end
@@ -129,7 +136,7 @@ end
 local function clear(class, id, queue, entry, record)
   if class == 'expired' then finish(id, 'expired') end
   if class == 'orphan' then finish(id, 'cancelled') end
-  if class == 'unreadable' then fail_unreadable(id, queue == queue_key('batch') and 'batch' or 'interactive', entry) end
+  if class == 'unreadable' then fail_unreadable(id, queue, entry) end
   if class == 'dead letter' then
     finish(id, 'failed', dead_letter_error)
     redis.call('HINCRBY', COUNTERS, 'given_up', 1)
@@ -180,8 +187,8 @@ local function granted_before()
   if attempt ~= args.attempt then return nil end
   local record = held_record(id, tonumber(epoch))
   if not record or record.engine ~= consumer then return nil end
-  last_delivered(queue_key(record.priority))
-  take(queue_key(record.priority), record.entry, true)
+  last_delivered(queue_of(record))
+  take(queue_of(record), record.entry, true)
   local runs = record.confirmed == record.epoch and record.runs - 1 or record.runs
   return granted_claim(id, record.epoch, runs, record.alone == record.epoch)
 end
@@ -205,13 +212,27 @@ end
 local before = granted_before()
 if before then return before end
 -- Both groups from the first call on: creating one later could be refused for lack of memory.
-local queues = {queue_key('interactive'), queue_key('batch')}
-for _, queue in ipairs(queues) do delivered[queue] = last_delivered(queue) end
-local interactive, batch = first(queues[1]), first(queues[2])
+local queues = {interactive = {}, batch = {}}
+for _, stage in ipairs(args.stage == 'all' and {'render', 'plan'} or {args.stage}) do
+  for _, priority in ipairs({'interactive', 'batch'}) do
+    local queue = queue_key(priority, stage)
+    if stage == 'plan' or redis.call('XLEN', queue) > 0 then
+      delivered[queue] = last_delivered(queue)
+      table.insert(queues[priority], queue)
+    end
+  end
+end
+local function first_of(priority)
+  for _, queue in ipairs(queues[priority]) do
+    local job = first(queue)
+    if job then return job end
+  end
+end
+local interactive, batch = first_of('interactive'), first_of('batch')
 if cleared >= MAX_CLEARED then return 1 end
 if not interactive and not batch then return false end
 
-local overtaken, overtaken_jobs = unpack(redis.call('HMGET', COUNTERS, 'overtaken', 'overtaken_jobs'))
+local overtaken, overtaken_jobs = unpack(redis.call('HMGET', COUNTERS, OVERTAKEN, OVERTAKEN_JOBS))
 overtaken, overtaken_jobs = tonumber(overtaken or 0), tonumber(overtaken_jobs or 0)
 local both, job = interactive and batch, interactive or batch
 if both and overtaken >= BATCH_TURN * batch.work
@@ -220,12 +241,12 @@ if not (job and job.fits) then return false end
 
 take(job.queue, job.entry, job.pending)
 if not both then
-  if overtaken > 0 then redis.call('HDEL', COUNTERS, 'overtaken', 'overtaken_jobs') end
+  if overtaken > 0 then redis.call('HDEL', COUNTERS, OVERTAKEN, OVERTAKEN_JOBS) end
 elseif job == batch then
   -- A job that waited for room has more left than its share: no burst of others may follow from it.
   local left = math.min(overtaken - BATCH_TURN * job.work, BATCH_TURN * job.work + interactive.work)
-  redis.call('HSET', COUNTERS, 'overtaken', left, 'overtaken_jobs', 0)
+  redis.call('HSET', COUNTERS, OVERTAKEN, left, OVERTAKEN_JOBS, 0)
 else
-  redis.call('HSET', COUNTERS, 'overtaken', overtaken + job.work, 'overtaken_jobs', overtaken_jobs + 1)
+  redis.call('HSET', COUNTERS, OVERTAKEN, overtaken + job.work, OVERTAKEN_JOBS, overtaken_jobs + 1)
 end
 return grant(job.id, job.record)

@@ -7,9 +7,8 @@
 local live = {}
 
 local function holds_jobs(id)
-  for _, priority in ipairs({'interactive', 'batch'}) do
+  for _, queue in ipairs(all_queues()) do
     -- pcall: a missing group or a lack of memory must not hide the engines.
-    local queue = queue_key(priority)
     if #redis.pcall('XPENDING', queue, GROUP, '-', '+', 1, id) > 0 then return true end
     redis.pcall('XGROUP', 'DELCONSUMER', queue, GROUP, id)
   end

@@ -2,7 +2,7 @@
 -- keys.
 --
 --   queued -> running                             claim
---   running -> queued                             requeue, requeue_all
+--   running -> queued                             requeue, requeue_all; hand_over, of a planned job to the renderers
 --   running -> succeeded | failed                 commit, fail
 --   queued, running -> failed                     claim, of a job that ends engines; any, of one that cannot be read
 --   queued, running -> cancelled                  end_job, discard; claim, renew, of one whose client is gone
@@ -13,8 +13,9 @@
 -- Keys, each behind the queue's prefix:
 --
 --   queue:{priority}  stream, one entry per job, read by the consumer group `engines`
+--   queue:render:{priority} such a stream of the jobs that were handed over, `stage` of whose records is `render`
 --   job:{id}          hash, the record; streams and events only lead to it
---   plans:{id}        hash, checkpointed plans by image index, while the job lives
+--   plans:{id}        hash, checkpointed plans by image index, and `handed_over`, while the job lives
 --   sources:{id}      hash, an edit's source images by index, and `overlay`, while the job lives
 --   partials:{id}     hash, partial images `{image}:{index}`, and their grids `{image}:{index}:grid`
 --   owned:{owner}     set of the owner's queued and running jobs
@@ -24,8 +25,10 @@
 --   file:{token}      hash, an image served by URL; plan:{key}: a cached plan
 --   waiting           sorted set of queued jobs by submit sequence; its size is what `max_queue` limits
 --   running           set of running jobs
+--   previews          list of `{epoch} {image} {id}\n{grid}`: previews that a renderer may render while their job is planned
 --   counters          hash: `submitted` (source of the sequence), `granted` (claims), `overtaken`, `overtaken_jobs`
---                     (work and number of interactive jobs claimed while the first batch job waited),
+--                     (work and number of interactive jobs claimed while the first batch job waited; with `:{stage}`,
+--                     of the engines of one stage),
 --                     `source_bytes` (size of all `sources:{id}`), `given_up` (dead-lettered jobs)
 --   counters:kept     hash: bytes of a job in Redis as `{bytes} {source bytes} {file bytes} {owner}`: what a live one may
 --                     come to, what an ended one has left, with its files. counters:kept_until: sorted set of these
@@ -35,14 +38,15 @@
 --   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
 --   lapsed:{engine}   set of `{epoch} {job id}`: deaths stored because its leases lapsed
 --   attempt:{engine}  the engine's last successful claim: id of the attempt, epoch, id of the job
---   looked:{priority}:{format} where the next claim of engines of an older format looks among newer jobs
+--   looked:{queue}:{format} where the next claim of engines of an older format looks among newer jobs
 --   apis              sorted set of API processes by their last heartbeat; heard: hash, see prelude_records.lua
---   events, wake      pub/sub channels; a lost message costs only time
+--   events, wake, wake:render, previews  pub/sub channels; a lost message costs only time
 --
 -- Invariants:
 --
 -- - A queued or running job has exactly one stream entry, named by its record and pending in the group from the first
 --   claim on. Ending the job deletes it: a client that submits and cancels leaves no entries for claims to skip.
+-- - Ids of entries differ between the stages: a process that does not know of stages deletes none but its own.
 -- - A lease is the idle time of the pending entry. Any engine may take an entry that is idle for longer.
 -- - An entry of a newer format than an engine knows is pending under `handed-back`, for a newer engine.
 -- - A claim raises `epoch`. A write of an engine takes effect only while the job runs under the epoch of its claim.
@@ -70,7 +74,16 @@ local function owned_key(owner) return PREFIX .. ':owned:' .. owner end
 local function result_key(id) return PREFIX .. ':result:' .. id end
 local function withdrawn_key(id) return PREFIX .. ':withdrawn:' .. id end
 local function idempotency_key(key) return PREFIX .. ':idempotency:' .. key end
-local function queue_key(priority) return PREFIX .. ':queue:' .. priority end
+local function queue_key(priority, stage)
+  return PREFIX .. ':queue:' .. (stage == 'render' and 'render:' or '') .. priority
+end
+local function queue_of(record) return queue_key(record.priority, record.stage) end
+local function place_of(queue)
+  for _, priority in ipairs({'interactive', 'batch'}) do
+    if queue == queue_key(priority) then return priority end
+    if queue == queue_key(priority, 'render') then return priority, 'render' end
+  end
+end
 local function lapsed_key(engine) return PREFIX .. ':lapsed:' .. engine end
 
 local function now_ms()
@@ -84,7 +97,9 @@ local function publish_state(id, state)
   redis.call('PUBLISH', PREFIX .. ':events', cjson.encode({job = id, state = state}))
 end
 
-local function wake_engines(id) redis.call('PUBLISH', PREFIX .. ':wake', id) end
+local function wake_engines(id, stage)
+  redis.call('PUBLISH', PREFIX .. (stage == 'render' and ':wake:render' or ':wake'), id)
+end
 
 -- Returns an integer that Redis counts with and a double holds exactly; nil for any other text.
 local function integer(text)
@@ -109,6 +124,16 @@ local function last_delivered(queue)
   end
   redis.call('XGROUP', 'CREATE', queue, GROUP, '0', 'MKSTREAM')
   return '0-0'
+end
+
+-- Returns the queues; those of the render stage exist from the first hand-over on.
+local function all_queues()
+  local queues = {queue_key('interactive'), queue_key('batch')}
+  for _, priority in ipairs({'interactive', 'batch'}) do
+    local queue = queue_key(priority, 'render')
+    if redis.call('EXISTS', queue) == 1 then table.insert(queues, queue) end
+  end
+  return queues
 end
 
 -- Sets what a job counts for, `files` of it for its files; without a time it counts for nothing.
@@ -169,11 +194,12 @@ local function finish(id, state, error)
   redis.call('SREM', RUNNING, id)
   redis.call('DEL', plans_key(id), sources_key(id))
   local has_partials = redis.call('PEXPIRE', partials_key(id), RESULT_TTL_MS) == 1
-  local priority, entry, owner, source_bytes, spec, notes, key, copies = unpack(redis.call('HMGET', job, 'priority',
-    'entry', 'owner', 'source_bytes', 'ended_spec', 'ended_notes', 'idempotency_key', 'url_copies'))
+  local priority, stage, entry, owner, source_bytes, spec, notes, key, copies = unpack(redis.call('HMGET', job,
+    'priority', 'stage', 'entry', 'owner', 'source_bytes', 'ended_spec', 'ended_notes', 'idempotency_key',
+    'url_copies'))
   if owner and owner ~= '' then redis.call('SREM', owned_key(owner), id) end
   if source_bytes then redis.call('HINCRBY', COUNTERS, 'source_bytes', -source_bytes) end
-  local queue = queue_key(priority)
+  local queue = queue_key(priority, stage)
   redis.call('XACK', queue, GROUP, entry)
   redis.call('XDEL', queue, entry)
   local changed = {'state', state}
@@ -199,13 +225,13 @@ end
 
 -- Makes a running job claimable at once, in its old place. The entry goes to a consumer that no engine has, so that
 -- the consumer of a departed engine holds nothing and can be removed.
-local function put_back(id, queue, entry)
+local function put_back(id, record)
   local job = job_key(id)
   redis.call('SREM', RUNNING, id)
-  redis.call('XCLAIM', queue, GROUP, REQUEUED, 0, entry, 'TIME', 0, 'JUSTID')
+  redis.call('XCLAIM', queue_of(record), GROUP, REQUEUED, 0, record.entry, 'TIME', 0, 'JUSTID')
   redis.call('HDEL', job, 'engine', 'progress')
   redis.call('HSET', job, 'state', 'queued')
   redis.call('ZADD', WAITING, redis.call('HGET', job, 'sequence'), id)
   publish_state(id, 'queued')
-  wake_engines(id)
+  wake_engines(id, record.stage)
 end

@@ -8,7 +8,7 @@
 local UNREADABLE = '{"message":"The stored job cannot be read.","type":"server_error","code":"job_unreadable",'
   .. '"param":null}'
 local STATES = {queued = 1, running = 1, succeeded = 0, failed = 0, cancelled = 0, expired = 0}
-local STRINGS = {'state', 'priority', 'entry', 'engine', 'api', 'progress'}
+local STRINGS = {'state', 'priority', 'stage', 'entry', 'engine', 'api', 'progress'}
 local NUMBERS = {'sequence', 'images', 'kv_tokens', 'submitted_at', 'deadline', 'epoch', 'runs'}
 local OPTIONAL_NUMBERS = {'source_tokens', 'source_bytes', 'url_copies', 'work', 'format', 'confirmed', 'alone', 'absolved'}
 local MAX_ABSOLVED = 3
@@ -48,20 +48,22 @@ local function read_record(id)
   if STATES[record.state] == 0 then return record end
   if not STATES[record.state] or not is_entry(record.entry) then return false end
   if record.priority ~= 'interactive' and record.priority ~= 'batch' then return false end
+  if record.stage and record.stage ~= 'render' then return false end
   return are_numbers(record, NUMBERS) and are_numbers(record, OPTIONAL_NUMBERS, true) and record
 end
 
 -- Ends a job whose record cannot be read, after repairing what `finish` reads. The first write cannot be refused.
-local function fail_unreadable(id, priority, entry)
+local function fail_unreadable(id, queue, entry)
   redis.call('ZREM', WAITING, id)
   local job = job_key(id)
   if redis.call('TYPE', job)['ok'] ~= 'hash' then redis.call('DEL', job) end
-  local stored_priority, stored_entry, source_bytes = unpack(
-    redis.call('HMGET', job, 'priority', 'entry', 'source_bytes'))
-  if stored_priority == 'interactive' or stored_priority == 'batch' then priority = priority or stored_priority end
+  local priority, stage, stored_entry, source_bytes = unpack(
+    redis.call('HMGET', job, 'priority', 'stage', 'entry', 'source_bytes'))
+  if queue then priority, stage = place_of(queue) end
   if is_entry(stored_entry) then entry = entry or stored_entry end
   if source_bytes and (integer(source_bytes) or -1) < 0 then redis.call('HDEL', job, 'source_bytes') end
-  redis.call('HSET', job, 'priority', priority or 'interactive', 'entry', entry or '0-0')
+  redis.call('HSET', job, 'priority', priority == 'batch' and 'batch' or 'interactive', 'entry', entry or '0-0')
+  if stage == 'render' then redis.call('HSET', job, 'stage', stage) else redis.call('HDEL', job, 'stage') end
   finish(id, 'failed', UNREADABLE)
 end
 
@@ -83,7 +85,7 @@ local function death_of(record)
   if record.state ~= 'running' or record.confirmed ~= record.epoch then return nil end
   local readable, progress = pcall(cjson.decode, record.progress or '{}')
   if not readable or type(progress) ~= 'table' then progress = {} end
-  local phase = type(progress.phase) == 'string' and progress.phase or ''
+  local phase = type(progress.phase) == 'string' and progress.phase or record.stage and 'rendering' or ''
   return {engine = record.engine, alone = record.alone == record.epoch, phase = phase,
     step = finite(progress.step), steps = finite(progress.steps)}
 end

@@ -18,9 +18,9 @@ for i, claim in ipairs(args.claims) do
   elseif is_orphan(record, now) then
     finish(id, 'cancelled')
   else
-    local restart = {'XCLAIM', queue_key(record.priority), GROUP, consumer, 0, record.entry, 'JUSTID'}
+    local restart = {'XCLAIM', queue_of(record), GROUP, consumer, 0, record.entry, 'JUSTID'}
     if redis.pcall(unpack(restart)).err then -- maybe the group is missing
-      last_delivered(queue_key(record.priority))
+      last_delivered(queue_of(record))
       redis.call(unpack(restart))
     end
     if record.confirmed ~= epoch then

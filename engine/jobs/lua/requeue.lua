@@ -6,7 +6,7 @@
 local id = args.id
 local record = held_record(id, args.epoch)
 if not record or record.engine ~= args.consumer then return 0 end
-last_delivered(queue_key(record.priority))
-put_back(id, queue_key(record.priority), record.entry)
+last_delivered(queue_of(record))
+put_back(id, record)
 if record.confirmed == record.epoch then redis.call('HINCRBY', job_key(id), 'runs', -1) end
 return 1

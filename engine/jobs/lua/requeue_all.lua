@@ -1,15 +1,15 @@
 -- Puts back every job of a dead engine and removes its consumer. A death that the jobs may have caused is stored in
 -- them, and a renewal that arrives late does not take it back; without blame their runs leave no trace, also those whose
--- leases have lapsed.
+-- leases have lapsed. An end by a process that does not know of stages leaves an entry, which is deleted.
 --
 -- args: consumer, blame
 -- returns: how many jobs it held
 
 local consumer, jobs = args.consumer, 0
 
-local function surrender(id, queue, record)
+local function surrender(id, record)
   local death = death_of(record)
-  put_back(id, queue, record.entry)
+  put_back(id, record)
   if death and args.blame then
     death.dead, death.engine = death.engine, nil
     store_death(id, record.epoch, death)
@@ -32,17 +32,16 @@ local function forgive_lapses()
 end
 
 if not args.blame then forgive_lapses() end
-for _, priority in ipairs({'interactive', 'batch'}) do
-  local queue = queue_key(priority)
+for _, queue in ipairs(all_queues()) do
   last_delivered(queue)
   for _, pending in ipairs(redis.call('XPENDING', queue, GROUP, '-', '+', 10000, consumer)) do
     local entry = redis.call('XRANGE', queue, pending[1], pending[1])[1]
     local id = entry and entry[2][2]
     local record = id and read_record(id)
-    if record and record.entry == pending[1] then
-      surrender(id, queue, record)
+    if record and is_live(record.state) and record.entry == pending[1] then
+      surrender(id, record)
     elseif id and record == false then
-      fail_unreadable(id, priority, pending[1])
+      fail_unreadable(id, queue, pending[1])
     else
       redis.call('XACK', queue, GROUP, pending[1])
       redis.call('XDEL', queue, pending[1])

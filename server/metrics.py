@@ -70,6 +70,12 @@ class Metrics:
         for reason in REFUSALS:
             self.refused.labels(reason)
         self._queue = Gauge("glimmer_queue_jobs", "Jobs in the queue.", ("state",), registry=self.registry)
+        self._backlog = Gauge(
+            "glimmer_stage_backlog",
+            "Jobs that wait for a stage or run there; an engine of all stages renders without leaving the first.",
+            ("stage",),
+            registry=self.registry,
+        )
         self._queue_cap = Gauge("glimmer_queue_cap", "Maximum number of waiting jobs.", registry=self.registry)
         self._dead_lettered = Gauge(
             "glimmer_queue_jobs_given_up",
@@ -113,12 +119,15 @@ class Metrics:
         self._models.set(len({engine.fingerprint for engine in engines if engine.state == "ready"} - {""}))
         self._queue.clear()
         self._engines.clear()
+        self._backlog.clear()
         self._source_bytes.set(math.nan if stats is None else stats.source_bytes)
         self._result_bytes.set(math.nan if stats is None else stats.result_bytes)
         self._dead_lettered.set(math.nan if stats is None else stats.dead_lettered)
         if stats is not None:
             self._queue.labels("waiting").set(stats.waiting)
             self._queue.labels("running").set(stats.running)
+            self._backlog.labels("plan").set(stats.to_plan)
+            self._backlog.labels("render").set(stats.to_render)
             for state in ENGINE_STATES:
                 self._engines.labels(state).set(sum(engine.state == state for engine in engines))
 

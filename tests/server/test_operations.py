@@ -20,6 +20,7 @@ from server.admission import queue_state
 from server.metrics import exposition
 from server.middleware import _request_id
 from tests.job_queue import JobQueue
+from tests.jobs.helpers import claim, submit
 from tests.server.conftest import MakeClient
 from tests.server.stub_engine import StubEngine
 
@@ -105,6 +106,18 @@ async def test_metrics_are_one_valid_exposition(make_client: MakeClient, queue: 
     assert value("glimmer_http_requests_in_flight") == 1  # this scrape
     assert value("glimmer_steps_total", kind="render", engine="stub-engine") == 7
     assert value("glimmer_step_seconds_count", engine="stub-engine") == 1
+
+
+async def test_the_backlog_of_each_stage(client: httpx.AsyncClient, queue: JobQueue) -> None:
+    """A job that runs counts, and one that was handed over counts for the other stage."""
+    planner = JobQueue(queue.client, stage="plan")
+    for _ in range(3):
+        await submit(queue)
+    await planner.hand_over("planner", await claim(planner, "planner"), {}, 3, [])
+    await claim(planner, "planner")
+    found = samples((await client.get("/metrics")).text)
+    backlog = {stage: found["glimmer_stage_backlog", frozenset({("stage", stage)})] for stage in ("plan", "render")}
+    assert backlog == {"plan": 2, "render": 1}
 
 
 def test_engines_share_families_and_an_unreadable_one_is_skipped() -> None:

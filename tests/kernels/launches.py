@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.glm_image.kernels import layer
+from models.glm_image.kernels.nucleus import nucleus
 from models.glm_image.kernels.paged_decode import PagedDecode
 
 ROWS = 64
@@ -23,14 +24,16 @@ class Sizes:
     rotary_dim: int = 64
     hidden: int = 4096
     intermediate: int = 13696
+    codes: int = 16384
+    outputs: int = 16512  # codes, then control tokens
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 32
     max_length: int = 6400
 
 
 PUBLISHED = Sizes()
-NANO = Sizes(heads=4, head_dim=64, rotary_dim=32, hidden=192, intermediate=512)
-SMALL = Sizes(heads=4, head_dim=32, rotary_dim=16, hidden=128, intermediate=256)
+NANO = Sizes(heads=4, head_dim=64, rotary_dim=32, hidden=192, intermediate=512, codes=6144, outputs=6160)
+SMALL = Sizes(heads=4, head_dim=32, rotary_dim=16, hidden=128, intermediate=256, codes=512, outputs=528)
 
 
 def launches(sizes: Sizes) -> dict[str, Callable[[], object]]:
@@ -45,6 +48,7 @@ def launches(sizes: Sizes) -> dict[str, Callable[[], object]]:
     indices = zeros(ROWS, dtype=torch.int32)
     tables = zeros(ROWS, sizes.max_length // sizes.block_size, dtype=torch.int32)
     rows, weight, angles = zeros(ROWS, sizes.hidden), zeros(sizes.hidden), zeros(ROWS, sizes.rotary_dim)
+    numbers = zeros(ROWS, dtype=torch.float32)
     attend = PagedDecode(pool, sizes.heads // sizes.kv_heads, sizes.max_length, ROWS)
     return {
         "paged_decode": lambda: attend(1, queries, tables, indices, indices + 1),
@@ -54,4 +58,5 @@ def launches(sizes: Sizes) -> dict[str, Callable[[], object]]:
         "rms_norm": lambda: layer.rms_norm(rows, weight, EPS),
         "add_rms_norm": lambda: layer.add_rms_norm(rows, rows, weight, weight, EPS),
         "swiglu": lambda: layer.swiglu(zeros(ROWS, 2 * sizes.intermediate)),
+        "nucleus": lambda: nucleus(zeros(ROWS, sizes.outputs)[:, : sizes.codes], numbers, numbers, numbers, indices),
     }

@@ -51,3 +51,21 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(first half) * second half of rows [N, 2I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def nucleus(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Sample as `nucleus.nucleus`, by a sort."""
+    is_greedy = temperature == 0
+    score, code = logits.float().sort(dim=-1, descending=True, stable=True)
+    is_outside = (
+        torch.arange(score.shape[1], device=score.device) >= torch.where(top_k > 0, top_k, score.shape[1])[:, None]
+    )
+    score = (score / torch.where(is_greedy, 1.0, temperature)[:, None]).masked_fill(is_outside, float("-inf"))
+    probability = torch.softmax(score, dim=-1)
+    before = probability.cumsum(-1) - probability
+    kept = (before < torch.where(is_greedy, 0.0, top_p)[:, None]) & ~is_outside
+    kept[:, 0] = True
+    mass = (probability * kept).cumsum(-1)
+    target = uniform[:, None] * mass[:, -1:]
+    index = (mass <= target).sum(-1, keepdim=True).minimum(kept.sum(-1, keepdim=True) - 1)
+    return code.gather(-1, index).squeeze(-1)

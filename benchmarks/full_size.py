@@ -18,7 +18,7 @@ from benchmarks.measure import drive
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
 from models.glm_image.config import PlannerConfig, RendererConfig
-from models.glm_image.paged_attention import PagedKV, PrefillAttention
+from models.glm_image.paged_attention import PagedKV, PrefillAttention, PromptChunk, SequenceKV
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
 from models.glm_image.random_weights import random_glm_image
 from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles
@@ -93,7 +93,8 @@ def _run_planner(planner: Planner, device: torch.device) -> Tensor:
     dtype, length = planner.lm_head.weight.dtype, 200
     kv = PagedKV(planner.config, 16, 32, dtype, device)
     slot_mapping = torch.arange(length, device=device)
-    attention = PrefillAttention(kv, [length], slot_mapping)
+    chunk = PromptChunk(SequenceKV(kv, list(range(16))), 0, length)
+    attention = PrefillAttention(kv, [chunk], slot_mapping)
     rotary = RotaryTable(planner.config, 1024, device).at(slot_mapping[:, None].expand(-1, 3), dtype)
     tokens = torch.randint(0, 16384, (length,), generator=torch.Generator().manual_seed(0)).to(device)
     return planner.logits(planner(tokens, PlannerBatch(rotary, attention)))

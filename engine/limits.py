@@ -52,6 +52,12 @@ class EngineLimits:
         return Geometry(MAX_SIDE, MAX_SIDE).plan_tokens
 
     @property
+    def max_sequence_blocks(self) -> int:
+        """Bound the blocks of a prompt, with codes of sources, and its plan."""
+        tokens = self.max_prompt_tokens + self.source_tokens + self.max_plan_tokens
+        return min(self.blocks, -(-tokens // self.block_size))
+
+    @property
     def max_positions(self) -> int:
         """Bound the positions: the prompt, then longer sides of sources, preview and plan."""
         longest_preview = Geometry(MAX_SIDE, MAX_SIDE // MAX_ASPECT).preview.cols

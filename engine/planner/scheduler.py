@@ -23,9 +23,7 @@ class Sequence:
         buffer_index: line in the runner's buffers.
         blocks: the prompt's, then the plan's.
         written: tokens that are known.
-        guessed: tokens after them that passes chose after a wrong guess.
         rows: tokens that the next pass reads.
-        accepted: tokens that the last pass added.
         agreement: share of guesses that were right, lately.
     """
 
@@ -34,9 +32,7 @@ class Sequence:
     buffer_index: int
     blocks: list[int]
     written: int = 0
-    guessed: int = 0
     rows: int = 1
-    accepted: int = 1
     agreement: float = FIRST_AGREEMENT
     can_look_ahead: bool = True
 
@@ -59,14 +55,15 @@ class Sequence:
         """Bound the rows of a pass by the plan's end."""
         return min(MAX_ROWS, self.total - self.written) if self.can_look_ahead else 1
 
-    def advance(self) -> None:
-        """Take over what the last pass chose."""
-        for agrees in [1.0] * (self.accepted - 1) + [0.0] * (0 < self.accepted < self.rows):
+    def advance(self, rows: int, written: int) -> int:
+        """Take over how far a pass of `rows` came; return the tokens it added."""
+        accepted = written - self.written
+        for agrees in [1.0] * (accepted - 1) + [0.0] * (0 < accepted < rows):
             self.agreement += AGREEMENT_WEIGHT * (agrees - self.agreement)
-        if self.rows == 1:
+        if rows == 1:
             self.agreement += AGREEMENT_RECOVERY * (FIRST_AGREEMENT - self.agreement)
-        self.guessed = max(self.guessed, self.rows) - self.accepted
-        self.written += self.accepted
+        self.written = written
+        return accepted
 
     @property
     def has_preview(self) -> bool:
@@ -80,10 +77,22 @@ class Sequence:
 
 @dataclass(eq=False)
 class PromptGroup:
-    """A request's sequences, whose prompt is prefilled once."""
+    """A request's sequences, whose prompt is prefilled once.
+
+    Args:
+        start: prompt tokens that are prefilled.
+        end: those after the next step.
+    """
 
     request: Request
     sequences: list[Sequence]
+    start: int = 0
+    end: int = 0
+
+    @property
+    def is_last_chunk(self) -> bool:
+        """Return whether the next step gives the first plan tokens."""
+        return self.end == len(self.request.prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -95,24 +104,31 @@ class PlannerStep:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(group.request.prompt_ids) for group in self.prefill)
+        return sum(group.end - group.start for group in self.prefill)
 
 
 class PlannerScheduler:
     """Admits requests and schedules every step.
 
     Args:
-        prefill_tokens: limit of a step; one prompt always goes.
+        prefill_tokens: limit of a step; one prompt's next chunk always goes.
+        chunk_tokens: of a prompt. Part of a plan's arithmetic: it does not depend on the load.
     """
 
     def __init__(
-        self, blocks: int, block_size: int, max_sequences: int, max_prompt_tokens: int, prefill_tokens: int = 2048
+        self,
+        blocks: int,
+        block_size: int,
+        max_sequences: int,
+        max_prompt_tokens: int,
+        prefill_tokens: int = 2048,
+        chunk_tokens: int = 2048,
     ):
         self.allocator = BlockAllocator(blocks)
         self.block_size = block_size
         self.max_sequences = max_sequences
         self.max_prompt_tokens = max_prompt_tokens
-        self.prefill_limit = BatchLimit(prefill_tokens)
+        self.prefill_limit, self.chunk_tokens = BatchLimit(prefill_tokens), chunk_tokens
         self.decode_limit = BatchLimit(max_sequences)
         self._free_buffers = list(range(max_sequences))[::-1]
         self._reserved: dict[Request, PromptGroup] = {}  # not yet admitted
@@ -196,21 +212,25 @@ class PlannerScheduler:
         self._prefill.append(self._reserved.pop(request))
 
     def schedule(self) -> PlannerStep:
-        """Return the next step: prompts within the limit, and all prefilled sequences.
+        """Return the next step: prompts, or chunks of long ones, within the limit, and all prefilled sequences.
 
         After memory ran out, only the oldest decode: each gets completed.
         """
         prefill: list[PromptGroup] = []
         tokens, limit = 0, self.prefill_limit.take() if self._prefill else 0
         for group in self._prefill:
-            tokens += len(group.request.prompt_ids)
+            group.end = min(len(group.request.prompt_ids), group.start + self.chunk_tokens)
+            tokens += group.end - group.start
             if prefill and tokens > limit:
                 break
             prefill.append(group)
         return PlannerStep(prefill, self._decode[: self.decode_limit.take()] if self._decode else [])
 
     def mark_prefilled(self, group: PromptGroup) -> None:
-        """Let a group decode; its first tokens are sampled."""
+        """Go on to a prompt's next chunk, or let the group decode: its first tokens are sampled."""
+        group.start = group.end
+        if not group.is_last_chunk:
+            return
         self._prefill.remove(group)
         for sequence in group.sequences:
             sequence.written = 1

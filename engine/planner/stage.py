@@ -42,11 +42,12 @@ class PlannerStage:
         )
         self.runner = PlannerRunner(
             model.planner,
-            PagedKV(model.planner.config, limits.blocks, limits.block_size, model.dtype, model.device),
+            PagedKV(model.planner.config, limits.blocks + 1, limits.block_size, model.dtype, model.device),
             model.sampling,
             max_sequences=limits.max_sequences,
             max_plan_tokens=limits.max_plan_tokens,
             max_positions=limits.max_positions,
+            max_blocks=limits.max_sequence_blocks,
         )
         self.look_ahead = LookAhead(self.runner.measure_passes())
         self._prompts, self._metrics, self._boundary = model.prompts, metrics, boundary
@@ -103,16 +104,15 @@ class PlannerStage:
         for group in boundary.run(
             step.prefill, self.runner.prefill, lambda: scheduler.prefill_limit.ran_out(prompt_tokens)
         ):
+            first += len(group.sequences) * group.is_last_chunk
+            self._metrics.prompt_tokens.inc(group.end - group.start)
             scheduler.mark_prefilled(group)
-            first += len(group.sequences)
-            self._metrics.prompt_tokens.inc(len(group.request.prompt_ids))
-        for sequence in boundary.run(
-            step.decode, self.runner.decode, lambda: scheduler.decode_limit.ran_out(batch_size)
-        ):
-            self._metrics.lookahead_rows.inc(sequence.rows - 1)
-            self._metrics.pass_tokens.observe(sequence.accepted)
-            decoded += sequence.accepted
-            sequence.advance()
+        boundary.run(step.decode, self.runner.decode, lambda: scheduler.decode_limit.ran_out(batch_size))
+        for done in self.runner.take_passes():
+            accepted = done.sequence.advance(done.rows, done.written)
+            self._metrics.lookahead_rows.inc(done.rows - 1)
+            self._metrics.pass_tokens.observe(accepted)
+            decoded += accepted
         boundary.run_each(scheduler.sequences_with_new_preview(), self._finish_preview)
         boundary.run_each(scheduler.completed_sequences(), self._finish_plan)
         self._metrics.planner_batch.observe(batch_size)

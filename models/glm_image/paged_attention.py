@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from models.glm_image.config import PlannerConfig
 
@@ -62,6 +63,11 @@ class SequenceKV:
             self._views = recent | {length: list(zip(k.unbind(0), v.unbind(0), strict=True))}
         return self._views[length]
 
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return views or copies [1, G, L, D] for a layer."""
+        views = self.view(length)
+        return views[layer] if views else self.gather(layer, length)
+
     def gather(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """Return copies [1, G, L, D] for a layer."""
         assert isinstance(self._table, Tensor)
@@ -71,23 +77,40 @@ class SequenceKV:
 
 
 @dataclass(frozen=True)
+class PromptChunk:
+    """Prompt tokens `start` to `end`, after others that are cached."""
+
+    sequence: SequenceKV
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class PrefillAttention:
-    """Causal attention over prompts; tokens after them are padding."""
+    """Causal attention over chunks of prompts; tokens after them are padding."""
 
     kv: PagedKV
-    lengths: list[int]  # of the prompts
-    slot_mapping: Tensor  # [sum(lengths)]
+    chunks: list[PromptChunk]
+    slot_mapping: Tensor  # of all their tokens
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        total = sum(self.lengths)
+        total = len(self.slot_mapping)
         self.kv.write(layer, self.slot_mapping, k[:total], v[:total])
         out = torch.zeros_like(q)
-        group = q.shape[1] // k.shape[1]
         start = 0
-        for length in self.lengths:
-            prompt = slice(start, start + length)
-            keys, values = (x[prompt].transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
-            attended = F.scaled_dot_product_attention(q[prompt].transpose(0, 1)[None], keys, values, is_causal=True)
-            out[prompt] = attended[0].transpose(0, 1)
-            start += length
+        for chunk in self.chunks:
+            rows = slice(start, start + chunk.end - chunk.start)
+            queries = q[rows].transpose(0, 1)[None]
+            if chunk.start:
+                attended = self._attend_cached(layer, chunk, queries)
+            else:
+                keys, values = (x[rows].transpose(0, 1).repeat_interleave(self.kv.group, 0)[None] for x in (k, v))
+                attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+            out[rows] = attended[0].transpose(0, 1)
+            start = rows.stop
         return out
+
+    def _attend_cached(self, layer: int, chunk: PromptChunk, queries: Tensor) -> Tensor:
+        keys, values = chunk.sequence.read(layer, chunk.end)
+        mask = causal_lower_right(queries.shape[2], chunk.end)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)

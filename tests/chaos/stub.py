@@ -35,6 +35,7 @@ from engine.engine import Engine
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import JobSpec, SourceImages, TokenGrid
 from engine.limits import EngineLimits
+from engine.planner.passes import Pass
 from engine.planner.scheduler import PromptGroup
 from engine.planner.scheduler import Sequence as PlanSequence
 from engine.renderer.rendering import Rendering
@@ -113,6 +114,7 @@ class SleepingPlanner:
 
     def __init__(self, model: nn.Module, *_: object, **__: object):
         self._step_s = cast(StubPlannerNetwork, model).step_s
+        self._passes: list[Pass] = []
 
     def measure_passes(self) -> dict[int, float]:
         return {}
@@ -122,6 +124,11 @@ class SleepingPlanner:
 
     def decode(self, sequences: list[PlanSequence]) -> None:
         time.sleep(self._step_s)
+        self._passes += [Pass(sequence, 1, sequence.written + 1) for sequence in sequences]
+
+    def take_passes(self) -> list[Pass]:
+        passes, self._passes = self._passes, []
+        return passes
 
     def read(self, sequence: PlanSequence) -> list[int]:
         """Return the tokens written so far, so that a plan that is read too early is too short."""

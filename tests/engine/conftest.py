@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.planner.runner import threads
+from engine.planner.threads import threads
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.planner.runner import threads
+from engine.planner.threads import threads
 from models.batch_invariant import GRAIN, Linear, elementwise, padded
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
@@ -59,8 +59,8 @@ def test_tile_heights_that_change_a_row_are_not_used(model: GlmImage, monkeypatc
         out = real(self, x, tile_height)
         return torch.nextafter(out, torch.zeros(())) if len(x) == 4 else out
 
-    assert small_engine(model).planner.runner._padded_batch_size(17) == 32
+    assert small_engine(model).planner.runner.decoder.padded_batch_size(17) == 32
     monkeypatch.setattr(Linear, "forward", differs_in_tiles_of_four)
-    runner = small_engine(model).planner.runner
-    assert 4 not in {runner._padded_batch_size(count) for count in range(1, 40)}
-    assert runner._padded_batch_size(1) in (8, 16)
+    decoder = small_engine(model).planner.runner.decoder
+    assert 4 not in {decoder.padded_batch_size(count) for count in range(1, 40)}
+    assert decoder.padded_batch_size(1) in (8, 16)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.engine import Engine
 from engine.geometry import Grid
@@ -137,14 +138,15 @@ def test_a_guess_that_overflows_changes_no_plan(model: GlmImage, monkeypatch: py
     written = {token for tokens in expected.values() for token in tokens}
     bad = next(code for code in range(model.planner.config.codebook_size) if code not in written)
     engine = engine_with(model, fixed(8))
-    runner = engine.planner.runner
+    step = engine.planner.runner.step
+    read, overflows = step._tokens, list[bool]()
 
-    def guess(sequences: list[Sequence]) -> None:
-        for s in sequences:
-            if s.written > 40:
-                runner._tokens[s.buffer_index, s.written : s.written + s.rows] = bad
+    def guess(lines: Tensor, steps: Tensor) -> Tensor:
+        is_guess = (steps >= step.buffers.written[lines]) & (steps > 40)
+        overflows.append(bool(is_guess.any()))
+        return read(lines, steps).masked_fill(is_guess, bad)
 
-    monkeypatch.setattr(runner, "_guess", guess)
+    monkeypatch.setattr(step, "_tokens", guess)
     embed = model.planner.embed_tokens.forward
     monkeypatch.setattr(
         model.planner.embed_tokens,
@@ -152,6 +154,7 @@ def test_a_guess_that_overflows_changes_no_plan(model: GlmImage, monkeypatch: py
         lambda tokens: embed(tokens).masked_fill((tokens == bad)[:, None], float("inf")),
     )
     assert plans_of(engine, work) == expected
+    assert any(overflows)
 
 
 # --- rows

@@ -53,17 +53,15 @@ def spoil_latents(engine: Engine, value: float, monkeypatch: pytest.MonkeyPatch)
 
 def spoil_scores(engine: Engine, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spoil one score of one token of the victim, in the middle of its plan."""
-    runner = engine.planner.runner
-    real = runner._sample
+    step, scheduler = engine.planner.runner.step, engine.planner.scheduler
+    real = step.choose
 
-    def sample(sequences: list[Any], steps: list[int], hidden: torch.Tensor) -> Any:
-        for row, (sequence, step) in enumerate(zip(sequences, steps, strict=True)):
-            if sequence.request.id == str(VICTIM) and step == 2:
-                hidden = hidden.clone()
-                hidden[row, 0] = value
-        return real(sequences, steps, hidden)
+    def choose(hidden: torch.Tensor, lines: torch.Tensor, steps: torch.Tensor, *rest: Any) -> Any:
+        victims = [s.buffer_index for s in scheduler.sequences if s.request.id == str(VICTIM)]
+        spoilt = torch.isin(lines, torch.tensor(victims)) & (steps == 2)
+        return real(hidden.masked_fill(spoilt[:, None], value), lines, steps, *rest)
 
-    monkeypatch.setattr(runner, "_sample", sample)
+    monkeypatch.setattr(step, "choose", choose)
 
 
 def spoil_vision(engine: Engine, value: float, monkeypatch: pytest.MonkeyPatch) -> None:

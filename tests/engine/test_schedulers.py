@@ -61,7 +61,9 @@ class Planning(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.planner = PlannerScheduler(blocks=120, block_size=BLOCK, max_sequences=12, max_prompt_tokens=200)
+        self.planner = PlannerScheduler(
+            blocks=120, block_size=BLOCK, max_sequences=12, max_prompt_tokens=200, chunk_tokens=32
+        )
         self.requests: list[Request] = []
 
     @rule(prompt=st.integers(1, 90), n=st.integers(1, 4))
@@ -144,6 +146,21 @@ def test_prefill_stays_within_its_limit_but_always_advances() -> None:
         for group in step:
             planner.mark_prefilled(group)
     assert sizes == [[400], [100, 40], [20]]
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_beside_others_and_decode() -> None:
+    planner = PlannerScheduler(1000, BLOCK, 10, max_prompt_tokens=500, prefill_tokens=150, chunk_tokens=100)
+    planner.admit(first := request(20))
+    planner.mark_prefilled(planner.schedule().prefill[0])
+    for prompt in (250, 30):
+        planner.admit(request(prompt))
+    chunks = []
+    while (step := planner.schedule()).prefill:
+        assert [sequence.request for sequence in step.decode][:1] == [first]
+        chunks.append([(group.start, group.end) for group in step.prefill])
+        for group in step.prefill:
+            planner.mark_prefilled(group)
+    assert chunks == [[(0, 100), (0, 30)], [(100, 200)], [(200, 250)]]
 
 
 # --- renderer

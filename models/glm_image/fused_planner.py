@@ -1,0 +1,112 @@
+"""The planner with few, large operations, for passes of a row per sequence or several on a GPU.
+
+Query, key and value projections are one product; norms, rotation, cache writes and activation are kernels of
+`models.glm_image.kernels` or the same arithmetic in torch.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.glm_image.paged_attention import PagedKV
+from models.glm_image.planner import Planner, PlannerAttention, PlannerLayer, Rotary
+
+
+class LayerKernels(Protocol):
+    """`models.glm_image.kernels.layer` or `.reference`."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(
+        self, x: Tensor, delta: Tensor, delta_weight: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def rotate_and_write(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> Tensor: ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor: ...
+
+
+class PagedAttention(Protocol):
+    """`PagedDecode` of `models.glm_image.kernels.paged_decode` or `.reference`."""
+
+    def __call__(self, layer: int, q: Tensor, tables: Tensor, row_sequence: Tensor, lengths: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: tuple[Tensor, Tensor | None]
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+    after_attention: Tensor
+    before_mlp: Tensor
+    after_mlp: Tensor
+    before_next: Tensor
+
+
+class FusedPlanner:
+    """Shares the weights of a `Planner`, whose projections become views of joined ones.
+
+    Args:
+        tables: blocks of sequences [sequences, blocks], int32.
+    """
+
+    def __init__(self, model: Planner, kv: PagedKV, tables: Tensor, kernels: LayerKernels):
+        self._kv, self._tables, self._kernels = kv, tables, kernels
+        self._embed, self._eps = model.embed_tokens.weight, model.config.rms_norm_eps
+        layers = [cast(PlannerLayer, layer) for layer in model.layers]
+        norms = [layer.input_layernorm.weight for layer in layers] + [model.norm.weight]
+        self._first_norm = norms[0]
+        self._layers = [
+            _Layer(
+                join_projections(layer.self_attn),
+                layer.self_attn.o_proj.weight,
+                layer.mlp.gate_up_proj.weight,
+                layer.mlp.down_proj.weight,
+                layer.post_self_attn_layernorm.weight,
+                layer.post_attention_layernorm.weight,
+                layer.post_mlp_layernorm.weight,
+                before_next,
+            )
+            for layer, before_next in zip(layers, norms[1:], strict=True)
+        ]
+
+    def __call__(
+        self, attend: PagedAttention, tokens: Tensor, rotary: Rotary, slots: Tensor, lines: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """Return the hidden states [N, C] of tokens [N].
+
+        Args:
+            slots: of their keys and values [N].
+            lines: each row's line of the tables [N], int32.
+            lengths: tokens that it sees [N], int32.
+        """
+        kernels, eps = self._kernels, self._eps
+        x = F.embedding(tokens, self._embed)
+        normed = kernels.rms_norm(x, self._first_norm, eps)
+        for index, layer in enumerate(self._layers):
+            q = kernels.rotate_and_write(F.linear(normed, *layer.qkv), *rotary, self._kv.pool[index], slots)
+            attended = attend(index, q, self._tables, lines, lengths).flatten(1)
+            x, normed = kernels.add_rms_norm(
+                x, F.linear(attended, layer.o), layer.after_attention, layer.before_mlp, eps
+            )
+            mlp = F.linear(kernels.swiglu(F.linear(normed, layer.gate_up)), layer.down)
+            x, normed = kernels.add_rms_norm(x, mlp, layer.after_mlp, layer.before_next, eps)
+        return normed
+
+
+@torch.no_grad()
+def join_projections(attention: PlannerAttention) -> tuple[Tensor, Tensor | None]:
+    """Join the projections to queries, keys and values, which become views of the result."""
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    sizes = [part.out_features for part in parts]
+    weight = torch.cat([part.weight for part in parts])
+    bias = torch.cat([part.bias for part in parts]) if attention.q_proj.bias is not None else None
+    for part, view in zip(parts, weight.split(sizes), strict=True):
+        part.weight.data = view
+    for part, view in zip(parts, bias.split(sizes) if bias is not None else (), strict=False):
+        part.bias.data = view
+    return weight, bias

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Stage = Literal["all"]
+from engine.jobs.job import Stage
+
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"], Field(description="Events below this level are not logged.")
 ]
@@ -68,7 +69,11 @@ class EngineSettings(CheckpointSettings):
     engine_id: str = Field(
         default_factory=new_engine_id, description="Id of this process, never used before; generated when unset."
     )
-    stage: Stage = Field(default="all", description="Stages that this process runs; all: it plans and renders.")
+    stage: Stage = Field(
+        default="all",
+        description="plan (it hands planned jobs over), render (it takes only those) or all; the other stage's weights "
+        "are not loaded.",
+    )
     lease_s: float = Field(default=10.0, ge=1, description="Seconds after which the jobs of a dead engine are free.")
     max_images: int | None = Field(default=None, ge=1, description="Maximum number of images in flight.")
     max_prompt_tokens: int = Field(default=2048, ge=1, description="Maximum prompt length in tokens.")

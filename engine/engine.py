@@ -9,6 +9,8 @@ One thread calls `Engine.step` in a loop; any thread may `submit` and `cancel`:
     _render    renderer stage: one denoising step of a batch, decode finished images
     _report    progress
 
+Without the weights of a stage, the engine leaves it to others: a request finishes with its plans, or comes with them.
+
 Neither Redis nor HTTP is needed:
 
     engine = Engine(GlmImage.load("zai-org/GLM-Image", torch.device("cuda"), torch.bfloat16))
@@ -31,6 +33,7 @@ from engine.planner.stage import PlannerStage
 from engine.preparation import Preparation
 from engine.renderer.stage import RendererStage
 from engine.request import Event, Failed, Finished, Rendered, Request
+from engine.stages import NoPlanner, NoRenderer, Stage
 from models.errors import SourceImageError
 from models.glm_image.model import GlmImage
 from models.glm_image.source_images import PreprocessedImage
@@ -40,7 +43,7 @@ PLANNING_MARGIN = 1.5  # each stage is slower while both work
 
 
 class Engine:
-    """Both stages over one model."""
+    """The stages over one model, as far as it has their weights."""
 
     def __init__(self, model: GlmImage, limits: EngineLimits | None = None, metrics: EngineMetrics | None = None):
         self.model = model
@@ -53,17 +56,38 @@ class Engine:
         self._events: list[Event] = []
         self._reported_at = 0.0
         self.boundary = FaultBoundary(model.device, self._live, self._fail, metrics.out_of_memory)
-        self.renderer = RendererStage(model, limits, metrics, self.boundary, self._emit)
-        self.planner = PlannerStage(
-            model,
-            limits,
-            metrics,
-            self.boundary,
-            self._emit,
-            on_preview=self.renderer.render_preview,
-            on_plan=self.renderer.render,
+        self._renderer = renderer = (
+            NoRenderer(limits, model.planner.config.codebook_size, self._emit)
+            if model.stage == "plan"
+            else RendererStage(model, limits, metrics, self.boundary, self._emit)
         )
-        self._preparation = Preparation(model, self.renderer.runner, self.boundary)
+        self._planner: Stage = (
+            NoPlanner()
+            if model.stage == "render"
+            else PlannerStage(
+                model,
+                limits,
+                metrics,
+                self.boundary,
+                self._emit,
+                on_preview=renderer.render_preview,
+                on_plan=renderer.render,
+            )
+        )
+        encoder = renderer if isinstance(renderer, NoRenderer) else renderer.runner
+        self._preparation = Preparation(model, encoder, self.boundary)
+
+    @property
+    def planner(self) -> PlannerStage:
+        """Return the planner of an engine that plans."""
+        assert isinstance(self._planner, PlannerStage)
+        return self._planner
+
+    @property
+    def renderer(self) -> RendererStage:
+        """Return the renderer of an engine that renders."""
+        assert isinstance(self._renderer, RendererStage)
+        return self._renderer
 
     def submit(self, request: Request) -> None:
         """Add a request at the next step."""
@@ -122,9 +146,9 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if memory leaked."""
-        self.planner.check_integrity()
-        self.renderer.check_integrity()
-        assert not self.is_idle or (self.planner.is_idle and self.renderer.is_idle)
+        self._planner.check_integrity()
+        self._renderer.check_integrity()
+        assert not self.is_idle or (self._planner.is_idle and self._renderer.is_idle)
         assert not self.is_idle or not (self._waiting or len(self._preparation))
 
     def _receive(self) -> None:
@@ -145,7 +169,7 @@ class Engine:
             self.boundary.run_each([self._waiting.popleft()], self._reserve)
 
     def _prepare(self) -> None:
-        others_work = not (self.planner.is_idle and self.renderer.is_idle)
+        others_work = not (self._planner.is_idle and self._renderer.is_idle)
         self.boundary.run_each(self._preparation.step(others_work=others_work), self._begin)
 
     def _plan(self) -> None:
@@ -153,43 +177,43 @@ class Engine:
 
         Batches stay large: a step costs almost as much for 1 sequence as for 16.
         """
-        until = time.monotonic() + self.renderer.tick_seconds
-        while not self.planner.is_idle:
-            self.planner.step()
-            in_no_hurry = self.renderer.seconds_left > PLANNING_MARGIN * self.planner.seconds_left
-            if in_no_hurry or self.renderer.is_idle or time.monotonic() >= until:
+        until = time.monotonic() + self._renderer.tick_seconds
+        while not self._planner.is_idle:
+            self._planner.step()
+            in_no_hurry = self._renderer.seconds_left > PLANNING_MARGIN * self._planner.seconds_left
+            if in_no_hurry or self._renderer.is_idle or time.monotonic() >= until:
                 break
 
     def _render(self) -> None:
-        self.renderer.step()
+        self._renderer.step()
 
     def _report(self) -> None:
         now = time.monotonic()
         if now - self._reported_at >= PROGRESS_SECONDS:
             self._reported_at = now
             for request in self._live:
-                stage = self.renderer if request.is_planned else self.planner
+                stage = self._renderer if request.is_planned else self._planner
                 self._emit(stage.progress(request))
 
     def _check(self, request: Request) -> None:
         request.set_known_plans()
-        self.renderer.check(request)
-        self.planner.check(request)
+        self._renderer.check(request)
+        self._planner.check(request)
         self._waiting.append(request)
 
     def _fits(self, request: Request) -> bool:
-        return self.planner.fits(request) and self.renderer.fits(request)
+        return self._planner.fits(request) and self._renderer.fits(request)
 
     def _reserve(self, request: Request) -> None:
         for image in request.images:
             image.admitted_at = time.monotonic()
-        self.renderer.reserve(request)
-        self.planner.reserve(request)
+        self._renderer.reserve(request)
+        self._planner.reserve(request)
         self._preparation.add(request)
 
     def _begin(self, request: Request) -> None:
-        self.renderer.admit(request)
-        self.planner.admit(request)
+        self._renderer.admit(request)
+        self._planner.admit(request)
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, Finished):
@@ -205,5 +229,5 @@ class Engine:
         if request in self._waiting:
             self._waiting.remove(request)
         self._preparation.abort(request)
-        self.planner.abort(request)
-        self.renderer.abort(request)
+        self._planner.abort(request)
+        self._renderer.abort(request)

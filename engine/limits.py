@@ -12,7 +12,9 @@ BLOCK_SIZE = 32  # tokens
 CPU_KV_BYTES, CPU_KV_SHARE = 1 << 30, 0.15  # of `host_memory`, divided by the engines there
 CPU_SOURCE_BYTES, CPU_SOURCE_SHARE = 2 << 30, 0.2
 CUDA_KV_SHARE = 0.4  # of memory free after loading
+CUDA_KV_SHARE_ALONE = 0.8  # without a renderer
 CUDA_SOURCE_SHARE = 0.25
+PLANNED_SOURCE_PATCHES = 2 * MAX_SOURCES * (MAX_SIDE // PATCH) ** 2  # without a renderer: pixels of two largest edits
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class EngineLimits:
         render_token_budget: int | None = None,
         source_patches: int | None = None,
     ) -> "EngineLimits":
-        """Return the limits; those not given suit the device."""
+        """Return the limits; those not given suit the device and the stages of the model."""
         on_cuda = model.device.type == "cuda"
         images = max_images or (32 if on_cuda else 16)
         needed = images * (Geometry(MAX_SIDE, MAX_SIDE).plan_tokens + max_prompt_tokens)
@@ -88,11 +90,16 @@ class EngineLimits:
 
 
 def _affordable_kv_tokens(model: GlmImage) -> int:
-    available = _available_bytes(model, CUDA_KV_SHARE, CPU_KV_SHARE, CPU_KV_BYTES)
+    if model.stage == "render":
+        return 0
+    cuda_share = CUDA_KV_SHARE_ALONE if model.stage == "plan" else CUDA_KV_SHARE
+    available = _available_bytes(model, cuda_share, CPU_KV_SHARE, CPU_KV_BYTES)
     return available // model.planner.config.kv_bytes_per_token(model.dtype.itemsize)
 
 
 def _affordable_source_patches(model: GlmImage) -> int:
+    if model.stage == "plan":
+        return PLANNED_SOURCE_PATCHES
     available = _available_bytes(model, CUDA_SOURCE_SHARE, CPU_SOURCE_SHARE, CPU_SOURCE_BYTES)
     return available // model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
 

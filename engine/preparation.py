@@ -1,15 +1,18 @@
 """Encode source images and glyphs piece by piece: no step may be long."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
+
+from engine.errors import UnreadableJob
 from engine.fault_boundary import FaultBoundary
-from engine.renderer.runner import RendererRunner
 from engine.request import Request
 from models.glm_image.model import GlmImage
-from models.glm_image.source_images import EncodedImage
+from models.glm_image.source_images import EncodedImage, PreprocessedImage
 
 GLYPH_TOKENS = 2048  # of a step, or one batch more
 SOURCE_SECONDS = 0.5  # of a step, or one layer more
@@ -33,6 +36,14 @@ class Preparing:
     is_complete: bool = False
 
 
+class Encoder(Protocol):
+    """Computes what the steps of a rendering share, piece by piece."""
+
+    def encode_glyphs(self, request: Request) -> Generator[int]: ...
+
+    def read_sources(self, request: Request) -> Generator[bool]: ...
+
+
 class HalfOfTheTime:
     def __init__(self) -> None:
         self._next_at = 0.0
@@ -50,7 +61,7 @@ class HalfOfTheTime:
 class Preparation:
     """Encodes for several requests: in every other step the smallest first, else the oldest."""
 
-    def __init__(self, model: GlmImage, runner: RendererRunner, boundary: FaultBoundary):
+    def __init__(self, model: GlmImage, runner: Encoder, boundary: FaultBoundary):
         self._model, self._runner, self._boundary = model, runner, boundary
         self._requests: dict[Request, Preparing] = {}  # in order of arrival
         self._steps = 0
@@ -107,8 +118,18 @@ class Preparation:
 
     def _encode_sources(self, request: Request) -> Iterator[bool]:
         encoded: list[EncodedImage] = []
-        for image in request.preprocessed:
-            encoded.append(self._model.encode_source(image))
+        for index, image in enumerate(request.preprocessed):
+            encoded.append(self._encode_source(request, index, image))
             yield True
         request.encoded, request.preprocessed = encoded, []
         yield from self._runner.read_sources(request)
+
+    def _encode_source(self, request: Request, index: int, image: PreprocessedImage) -> EncodedImage:
+        """Encode a source image; its codes may have come with the plan."""
+        if not request.source_codes:
+            return self._model.encode_source(image)
+        grid = request.source_codes[index]
+        if (grid.rows, grid.cols) != (image.rows, image.cols):
+            raise UnreadableJob("the codes of a source image are not of its size")
+        codes = torch.tensor(grid.tokens, device=self._model.device).view(grid.rows, grid.cols)
+        return EncodedImage(codes, self._model.autoencoder.encode(image.pixels))

@@ -23,6 +23,8 @@ class Request:
         deadline_at: monotonic seconds.
         plans: known ones, by image index.
         source_images, preprocessed: filled before `Engine.submit`.
+        source_codes: codes of the source images that the planner has made; given with its plans to other engines.
+        preview: all that is to be rendered, of the first image.
     """
 
     id: str
@@ -32,6 +34,8 @@ class Request:
     source_images: SourceImages | None = None
     preprocessed: list[PreprocessedImage] = field(default_factory=list)  # emptied at admission
     encoded: list[EncodedImage] = field(default_factory=list)  # filled at admission
+    source_codes: list[TokenGrid] = field(default_factory=list)
+    preview: TokenGrid | None = None
     prompt_ids: list[int] = field(default_factory=list)  # filled on arrival, source codes at admission
     prompt_positions: Tensor | None = None  # [tokens, 3], filled on arrival
 
@@ -59,7 +63,7 @@ class Request:
 
     @property
     def is_planned(self) -> bool:
-        return all(image.plan is not None for image in self.images)
+        return self.preview is not None or all(image.plan is not None for image in self.images)
 
 
 @dataclass(eq=False)
@@ -88,6 +92,15 @@ class Planned:
     request: Request
     index: int
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """A preview is written and wanted, and this engine has no renderer."""
+
+    request: Request
+    index: int
+    grid: TokenGrid
 
 
 @dataclass(frozen=True)
@@ -142,4 +155,4 @@ class Failed:
     error: Exception
 
 
-Event = Planned | Progress | Partial | Rendered | Finished | Failed
+Event = Planned | Previewed | Progress | Partial | Rendered | Finished | Failed

@@ -302,7 +302,9 @@ class EngineInfo(_Record):
     images_running: int = 0
     default_steps: int = JobSpec.num_inference_steps  # without steps and quality in the request
     default_guidance: float = JobSpec.guidance_scale
-    fingerprint: str = ""  # of the model; the same throughout a queue
+    fingerprint: str = ""  # of the model; the same throughout a queue; "" of an engine with one stage
+    planner: str = ""  # of the planner's weights, if loaded
+    renderer: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class EngineMetrics:
         self.jobs = counter("glimmer_jobs", "Jobs this engine ended, by final state", ["state"])
         for state in TERMINAL_STATES:  # start at 0, or Prometheus misses the first increase
             self.jobs.labels(state.value)
+        self.handed_over = counter("glimmer_jobs_handed_over", "Planned jobs that this engine handed over to renderers")
         self.images = counter("glimmer_images", "Finished images")
         self.partial_images = counter("glimmer_partial_images", "Partial images rendered")
         self.plan_cache_hits = counter("glimmer_plan_cache_hits", "Images whose plan came from the plan cache")

@@ -56,12 +56,7 @@ class RendererStage:
 
     def check(self, request: Request) -> None:
         """Raise RequestError if even an idle stage could not render it."""
-        spec = request.spec
-        check_quoted_strings("prompt", spec.prompt, spec.quotes)
-        check_quoted_strings("negative_prompt", spec.negative_prompt, spec.quotes)
-        _check_sources(request, self._max_source_patches)
-        for image in request.images:
-            _check_plan(image, self._codebook_size)
+        check_request(request, self._max_source_patches, self._codebook_size)
 
     def fits(self, request: Request) -> bool:
         """Return whether its source images fit in memory."""
@@ -73,7 +68,10 @@ class RendererStage:
         self._images_left[request] = request.spec.n
 
     def admit(self, request: Request) -> None:
-        """Render the planned images of a reserved and prepared request."""
+        """Render the planned images of a reserved and prepared request, or the preview that it is for."""
+        if request.preview:
+            request.images[0].preview = request.preview
+            self.render_preview(request.images[0])
         self._render([image for image in request.images if image.plan])
 
     def render(self, image: Image) -> None:
@@ -109,6 +107,8 @@ class RendererStage:
                 self.scheduler.remove(rendering)
                 if not rendering.is_preview:
                     self._undecoded.append(rendering)
+                elif rendering.request.preview:
+                    self._finish_one(rendering.request)
 
     def _decode_finished(self) -> None:
         """Decode finished images, at least one, until they have `DECODED_PIXELS`."""
@@ -172,11 +172,24 @@ class RendererStage:
         self._metrics.images.inc()
         self._metrics.pixels.inc(image.request.spec.width * image.request.spec.height)
         self._emit(Rendered(image, pixels))
-        self._images_left[image.request] -= 1
-        if not self._images_left[image.request]:
-            del self._images_left[image.request]
-            self.runner.release(image.request)
-            self._emit(Finished(image.request))
+        self._finish_one(image.request)
+
+    def _finish_one(self, request: Request) -> None:
+        self._images_left[request] -= 1
+        if not self._images_left[request]:
+            del self._images_left[request]
+            self.runner.release(request)
+            self._emit(Finished(request))
+
+
+def check_request(request: Request, max_source_patches: int, codebook_size: int) -> None:
+    """Raise RequestError for a request that no renderer takes."""
+    spec = request.spec
+    check_quoted_strings("prompt", spec.prompt, spec.quotes)
+    check_quoted_strings("negative_prompt", spec.negative_prompt, spec.quotes)
+    _check_sources(request, max_source_patches)
+    for image in request.images:
+        _check_plan(image, codebook_size)
 
 
 def _check_sources(request: Request, max_patches: int) -> None:

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from engine.engine import Engine
-from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, WriteRefused
+from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, UnreadableJob, WriteRefused
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import Claim, JobState
 from engine.jobs.results import ImageResult, JobResult
 from engine.observability.logs import bind, event, where
 from engine.observability.tracing import Span
-from engine.request import Event, Failed, Finished, Image, Partial, Planned, Progress, Rendered, Request
+from engine.request import Event, Failed, Finished, Image, Partial, Planned, Previewed, Progress, Rendered, Request
 from engine.worker.encoding import encode_partial, encode_result
 from engine.worker.job_errors import to_job_error
 from engine.worker.plan_cache import PlanCache
@@ -45,6 +45,7 @@ class RunningJob:
     results: dict[int, asyncio.Task[ImageResult]] = field(default_factory=dict)
     partials: list[asyncio.Task[None]] = field(default_factory=list)
     progress: dict[str, str | int] = field(default_factory=dict)  # last reported
+    checkpointed: set[int] = field(default_factory=set)  # images whose plan is stored
     error_code: str | None = None
 
     @property
@@ -69,17 +70,20 @@ class JobRunner:
         self,
         engine: Engine,
         queue: JobConsumer,
+        consumer: str,
         plan_cache: PlanCache,
         *,
         stopping: threading.Event,
         wake_engine: Callable[[], None],
         capacity_changed: Callable[[], None],
     ):
-        self._engine, self._queue, self._plan_cache, self._stopping = engine, queue, plan_cache, stopping
+        self._engine, self._queue, self._consumer = engine, queue, consumer
+        self._plan_cache, self._stopping = plan_cache, stopping
+        self._hands_over = engine.model.stage == "plan"
         self._wake_engine, self._capacity_changed = wake_engine, capacity_changed
 
     async def run(self, job: RunningJob) -> None:
-        """Run a job to its end or loss."""
+        """Run a job to its end, hand-over or loss."""
         claim, state = job.claim, None
         bind(**job.log_fields)
         event(logger, "job_claimed", run=claim.runs, images=claim.spec.n, plans_known=len(claim.plans))
@@ -92,36 +96,49 @@ class JobRunner:
             state = await self._fail(job, error)
         finally:
             self._engine.cancel(job.request.id)
-            ended = state.value if state else "lost"
+            ended = "handed_over" if state is JobState.QUEUED else state.value if state else "lost"
             job.span.end(error=job.error_code, attributes={"glimmer.state": ended})
-        if state is not None:
+        if state is JobState.QUEUED:
+            self._engine.metrics.handed_over.inc()
+        elif state is not None:
             self._engine.metrics.jobs.labels(state.value).inc()
         event(logger, "job_ended", state=ended, seconds=time.monotonic() - job.started)
 
     async def _load_inputs(self, job: RunningJob) -> None:
         claim, request = job.claim, job.request
+        if claim.handed_over is None and self._engine.model.stage == "render":
+            raise UnreadableJob("a job to render came without what a planner hands over")
         if claim.spec.num_sources:
             request.source_images = await self._write_with_retry(job, lambda: self._queue.source_images(claim))
         if request.source_images is not None:  # deleted when the job ends
             request.preprocessed = await asyncio.to_thread(self._engine.preprocess_images, request.source_images)
             self._capacity_changed()
+        if claim.handed_over:
+            request.source_codes = list(claim.handed_over.sources)
+            return
         with suppress(QueueUnavailable):
             cached = await self._plan_cache.lookup(claim.spec, request.source_images)
             self._engine.metrics.plan_cache_hits.inc(len(cached.keys() - claim.plans.keys()))
             request.plans = cached | request.plans
 
     async def _handle_events(self, job: RunningJob) -> JobState | None:
-        """Return the final state; None if the job was lost."""
+        """Return the final state, QUEUED if it was handed over, None if it was lost."""
         while True:
             match await job.events.get():
                 case Planned(index=index, plan=plan):
                     image = job.request.images[index]
                     job.span.child("plan", image.admitted_at, image.planned_at or None, index)
-                    await self._write_with_retry(
-                        job, lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p)
-                    )
+                    if not (self._hands_over and job.request.is_planned):
+                        await self._write_with_retry(
+                            job, lambda i=index, p=plan: self._queue.checkpoint_plan(job.claim, i, p)
+                        )
+                        job.checkpointed.add(index)
                     with suppress(QueueUnavailable):
                         await self._plan_cache.store(job.claim.spec, job.request.source_images, index, plan)
+                case Previewed(index=index, grid=grid):
+                    if not job.claim.quarantined:  # it must not run beside others
+                        with suppress(QueueUnavailable):
+                            await self._queue.offer_preview(job.claim, index, grid)
                 case Partial() as partial:
                     job.partials.append(asyncio.ensure_future(self._send_partial(job, partial)))
                 case Rendered(image=image, pixels=pixels):
@@ -133,11 +150,20 @@ class JobRunner:
                     with suppress(QueueUnavailable):
                         await self._queue.progress(job.claim, job.progress)
                 case Finished():
-                    return await self._commit(job)
+                    return await (self._hand_over(job) if self._hands_over else self._commit(job))
                 case Failed(error=error):
                     return await self._fail(job, error)
                 case Lost():
                     return None
+
+    async def _hand_over(self, job: RunningJob) -> JobState | None:
+        """Queue the job for the renderers, with the plans that are stored nowhere."""
+        request = job.request
+        stored = range(job.claim.spec.n) if job.claim.spec.plan else job.checkpointed | job.claim.plans.keys()
+        plans = {image.index: image.plan for image in request.images if image.plan and image.index not in stored}
+        rest = plans, len(request.prompt_ids), request.source_codes
+        written = await self._write_with_retry(job, lambda: self._queue.hand_over(self._consumer, job.claim, *rest))
+        return JobState.QUEUED if written else None
 
     async def _send_partial(self, job: RunningJob, partial: Partial) -> None:
         """Send without retries: a late one is useless."""
@@ -150,7 +176,9 @@ class JobRunner:
         images = await asyncio.gather(*(job.results[index] for index in range(job.claim.spec.n)))
         await asyncio.gather(*job.partials)  # none is delivered after the commit
         request = job.request
-        result = JobResult(images, len(request.prompt_ids), job.claim.spec.plan_tokens, request.source_tokens)
+        handed_over = job.claim.handed_over
+        prompt_tokens = handed_over.prompt_tokens if handed_over else len(request.prompt_ids)
+        result = JobResult(images, prompt_tokens, job.claim.spec.plan_tokens, request.source_tokens)
         began = time.monotonic()
         written = await self._write_with_retry(job, lambda: self._queue.commit(job.claim, result))
         job.span.child("commit", began)

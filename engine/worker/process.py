@@ -51,7 +51,7 @@ async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) 
     stop.attach()
     bind(engine=settings.engine_id)
     redis = connect(settings.redis_url)
-    queue = JobConsumer(redis, lease_ms=round(settings.lease_s * 1000))
+    queue = JobConsumer(redis, stage=settings.stage, lease_ms=round(settings.lease_s * 1000))
     starting = EngineInfo(
         settings.engine_id, os.getpid(), settings.stage, "starting", "", "", 0, settings.max_prompt_tokens
     )
@@ -67,6 +67,7 @@ async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) 
         event(
             logger,
             "engine_ready",
+            stage=info.stage,
             model=info.model,
             device=engine.model.device,
             dtype=engine.model.dtype,
@@ -122,7 +123,7 @@ def _load_or_explain(settings: EngineSettings, starting: EngineInfo) -> tuple[En
 def _load(settings: EngineSettings) -> Engine:
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    model = GlmImage.load(settings.model or str(CHECKPOINT), device, dtype)
+    model = GlmImage.load(settings.model or str(CHECKPOINT), device, dtype, settings.stage)
     with device_lock(device):
         limits = EngineLimits.choose(
             model,
@@ -132,14 +133,16 @@ def _load(settings: EngineSettings) -> Engine:
             render_token_budget=settings.render_token_budget,
         )
         engine = Engine(model, limits)
-        patch_bytes = model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
-        take_from_device(device, limits.source_patches * patch_bytes)
+        if settings.stage != "plan":
+            patch_bytes = model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
+            take_from_device(device, limits.source_patches * patch_bytes)
     return engine
 
 
 def _ready(starting: EngineInfo, model: GlmImage, configured: str | None) -> EngineInfo:
     """Return the heartbeats' content for a loaded model."""
     side = model.autoencoder.default_side
+    whole, planner, renderer = model.fingerprints()
     return replace(
         starting,
         state="ready",
@@ -148,7 +151,9 @@ def _ready(starting: EngineInfo, model: GlmImage, configured: str | None) -> Eng
         codebook_size=model.planner.config.codebook_size,
         default_steps=model.defaults.num_inference_steps,
         default_guidance=model.defaults.guidance_scale,
-        fingerprint=model.fingerprint(),
+        fingerprint=whole,
+        planner=planner,
+        renderer=renderer,
     )
 
 

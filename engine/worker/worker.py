@@ -9,7 +9,7 @@ from engine.config import HAND_BACK_S, EngineSettings
 from engine.engine import Engine
 from engine.errors import QueueUnavailable
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import Claim, EngineInfo
+from engine.jobs.job import Claim, EngineInfo, JobSpec
 from engine.observability.logs import event
 from engine.observability.tracing import Tracing
 from engine.request import Event, Request
@@ -18,6 +18,7 @@ from engine.worker import watchdog
 from engine.worker.capacity import free_capacity
 from engine.worker.job_runner import REDIS_RETRY_S, JobRunner, Lost, RunningJob
 from engine.worker.plan_cache import PlanCache
+from engine.worker.previews import PreviewRunner
 from engine.worker.status import EngineState
 from engine.worker.watchdog import Watchdog, exit_within
 
@@ -58,18 +59,26 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._renewed_at = time.monotonic()
         self._redis_was_away = False
-        self._watchdog = Watchdog(
-            lambda: [job.claim.spec for job in self._jobs.values()], on_cpu=engine.model.device.type == "cpu"
-        )
+        self._watchdog = Watchdog(self._running_specs, on_cpu=engine.model.device.type == "cpu")
         engine.on_progress(self._watchdog.beat)
         queue.planner = planner = planner or engine.model.planning_fingerprint()
         self._runner = JobRunner(
             engine,
             queue,
+            info.id,
             PlanCache(queue, planner, settings.plan_cache_s),
             stopping=self._stopping,
             wake_engine=self._wake_engine.set,
             capacity_changed=self._capacity_changed.set,
+        )
+        self._taking = asyncio.Lock()
+        self._previews = PreviewRunner(
+            engine,
+            queue,
+            may_take=self._may_take_preview,
+            taking=self._taking,
+            stopping=self._stopping,
+            wake_engine=self._wake_engine.set,
         )
 
     async def run(self) -> None:
@@ -82,6 +91,8 @@ class Worker:
         threading.Thread(target=self._watch, daemon=True).start()
         coroutines = (self._renew_loop, self._watch_ends, self._heartbeat_loop, self._watchdog_loop)
         loops = [asyncio.ensure_future(loop()) for loop in coroutines]
+        if self._engine.model.stage != "plan":
+            loops.append(asyncio.ensure_future(self._previews.run()))
         claiming = asyncio.ensure_future(self._claim_loop())
         try:
             await asyncio.wait({thread, claiming, *loops}, return_when=asyncio.FIRST_COMPLETED)
@@ -133,6 +144,8 @@ class Worker:
         for engine_event in events:
             if engine_event.request.id in self._jobs:
                 self._jobs[engine_event.request.id].events.put_nowait(engine_event)
+            else:
+                self._previews.dispatch(engine_event)
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
@@ -140,9 +153,10 @@ class Worker:
         """Claim only what the engine can admit at once: others may have room."""
         while not self._draining.is_set():
             self._capacity_changed.clear()
-            claim = await self._next_claim()
+            async with self._taking:
+                if claim := await self._next_claim():
+                    self._start_job(claim)
             if claim is not None:
-                self._start_job(claim)
                 continue
             waits: set[asyncio.Task] = {
                 asyncio.create_task(self._queue.wait_for_work(CLAIM_POLL_INTERVAL_S)),
@@ -163,11 +177,21 @@ class Worker:
                 return None
             if any(job.claim.quarantined for job in self._jobs.values()):
                 return None
-            return await self._queue.claim(self._info.id, capacity)
+            idle = capacity.idle and self._previews.request is None
+            return await self._queue.claim(self._info.id, replace(capacity, idle=idle))
         except QueueUnavailable:
             self._redis_was_away = True
             await asyncio.sleep(REDIS_RETRY_S)
             return None
+
+    def _may_take_preview(self) -> bool:
+        """Return whether a preview may run beside the jobs: a suspect runs alone."""
+        ends = self._draining.is_set() or self._watchdog.is_stuck
+        return not ends and not any(job.claim.quarantined for job in self._jobs.values())
+
+    def _running_specs(self) -> list[JobSpec]:
+        preview = self._previews.request
+        return [job.claim.spec for job in self._jobs.values()] + ([preview.spec] if preview else [])
 
     async def _wait_for_lease_renewals(self) -> None:
         """Let all engines renew after an outage, or a claim would return jobs that still run."""
@@ -221,8 +245,9 @@ class Worker:
     def _start_job(self, claim: Claim) -> None:
         deadline_at = time.monotonic() + (claim.deadline_ms - claim.claimed_at) / 1000
         request = Request(_request_id(claim), claim.spec, deadline_at, plans=dict(claim.plans))
-        self._engine.metrics.plans_resumed.inc(len(claim.plans))
-        self._engine.metrics.queued.observe((claim.claimed_at - claim.submitted_at) / 1000)
+        if not claim.handed_over:
+            self._engine.metrics.plans_resumed.inc(len(claim.plans))
+            self._engine.metrics.queued.observe((claim.claimed_at - claim.submitted_at) / 1000)
         job = self._jobs[request.id] = RunningJob(claim, request, self._tracing.run(claim, self._info.id))
         task = asyncio.ensure_future(self._run_job(job))
         self._job_tasks.add(task)

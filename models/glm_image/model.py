@@ -2,7 +2,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import PIL
 import torch
@@ -30,12 +30,13 @@ from models.glm_image.vision import VisionTokenizer, vision_key
 from models.json_files import read_json
 
 M = TypeVar("M", bound=nn.Module)
+Stage = Literal["all", "plan", "render"]
 VAE_FIELDS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 
 @dataclass
 class GlmImage:
-    """All networks have the same device and dtype."""
+    """All networks have the same device and dtype; those that a stage does not need are on the meta device."""
 
     prompts: PromptEncoder
     preprocessor: ImagePreprocessor
@@ -49,11 +50,15 @@ class GlmImage:
     defaults: RequestDefaults
     device: torch.device
     dtype: torch.dtype
+    stage: Stage = "all"
     _hooks: list[RemovableHandle] = field(default_factory=list)
 
     @classmethod
-    def load(cls, model: str, device: torch.device, dtype: torch.dtype) -> "GlmImage":
+    def load(cls, model: str, device: torch.device, dtype: torch.dtype, stage: Stage = "all") -> "GlmImage":
         """Load from a folder or a hub id.
+
+        Args:
+            stage: which weights to load: the planner's and the vision tokenizer's, all others, or all.
 
         Raises:
             CheckpointError: files or keys are missing or wrong.
@@ -72,7 +77,8 @@ class GlmImage:
 
         def read(part: str, build: Callable[[], M], rename: Callable[[str], str | None] = lambda key: key) -> M:
             module = build_on_meta(build)
-            load_weights(module, folder / part, dtype=dtype, device=device, rename=rename)
+            if stage in ("all", "plan" if part == "vision_language_encoder" else "render"):
+                load_weights(module, folder / part, dtype=dtype, device=device, rename=rename)
             return module
 
         t5 = T5Config.from_dict(read_json(folder / "text_encoder" / "config.json"))
@@ -93,10 +99,13 @@ class GlmImage:
             defaults=defaults,
             device=device,
             dtype=dtype,
+            stage=stage,
         )
 
     def planning_fingerprint(self) -> str:
-        """Return a digest of what decides a plan. Reads the weights."""
+        """Return a digest of what decides a plan, "" without a planner. Reads the weights."""
+        if self.stage == "render":
+            return ""
         parts = [
             self.prompts.settings, self.preprocessor.settings, self.vision.settings, fingerprint(self.vision),
             repr(self.planner.config), fingerprint(self.planner), repr(self.sampling), self.device.type,
@@ -104,10 +113,13 @@ class GlmImage:
         ]  # fmt: skip
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def fingerprint(self) -> str:
-        """Return a digest of the weights that decide an image."""
-        parts = (self.vision, self.planner, self.glyphs.encoder, self.renderer, self.autoencoder.vae)
-        return hashlib.sha256("\n".join(map(fingerprint, parts)).encode()).hexdigest()[:16]
+    def fingerprints(self) -> tuple[str, str, str]:
+        """Return digests of all weights, of the planner's and of the renderer's; "" where they are not loaded."""
+        planner, renderer = (self.vision, self.planner), (self.glyphs.encoder, self.renderer, self.autoencoder.vae)
+        planners = list(map(fingerprint, planner)) if self.stage != "render" else []
+        renderers = list(map(fingerprint, renderer)) if self.stage != "plan" else []
+        whole = planners + renderers if self.stage == "all" else []
+        return _digest(whole), _digest(planners), _digest(renderers)
 
     def on_progress(self, beat: Callable[[], object]) -> None:
         """Call only `beat` before every layer on a CPU, where one can take seconds; elsewhere a call only enqueues
@@ -124,8 +136,9 @@ class GlmImage:
             self._hooks += [layer.register_forward_pre_hook(lambda *_: beat()) for layer in layers]
 
     def encode_source(self, image: PreprocessedImage) -> EncodedImage:
-        """Encode a source image."""
-        return EncodedImage(self.vision(image), self.autoencoder.encode(image.pixels))
+        """Encode a source image, without latents if they are of no use to the stage."""
+        latents = torch.empty(0) if self.stage == "plan" else self.autoencoder.encode(image.pixels)
+        return EncodedImage(self.vision(image), latents)
 
 
 def planner_key(key: str) -> str | None:
@@ -133,6 +146,10 @@ def planner_key(key: str) -> str | None:
     if key.startswith(("model.visual.", "model.vqmodel.")):
         return None
     return key.removeprefix("model.language_model.")
+
+
+def _digest(fingerprints: list[str]) -> str:
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()[:16] if fingerprints else ""
 
 
 def build_on_meta(build: Callable[[], M]) -> M:

@@ -102,10 +102,12 @@ class Evidence:
         return any(claim.epoch > write.epoch and claim.at < write.began for claim in self.claims.get(job, ()))
 
     def planned_again(self) -> list[str]:
-        """Return jobs with an image that was planned although its plan was checkpointed."""
+        """Return jobs with an image that was planned although its plan was checkpointed or handed over."""
         jobs = []
         for job, writes in self.writes.items():
-            kept = [write.detail for write in writes if write.kind == "checkpoint" and write.accepted]
+            accepted = [write for write in writes if write.accepted]
+            kept = [write.detail for write in accepted if write.kind == "checkpoint"]
+            kept += [image for write in accepted if write.kind == "hand_over" for image in write.detail]
             if len(kept) > len(set(kept)):
                 jobs.append(job)
         return jobs

@@ -4,7 +4,8 @@ Each line is written by one system call, so a SIGKILL loses at most one. Times a
 processes of a machine share.
 
     [t, "claim", job, epoch, began, runs, quarantined, [indices of known plans], prompt]
-    [t, kind, job, epoch, began, accepted, detail]      kind: renew progress checkpoint partial commit fail release
+    [t, kind, job, epoch, began, accepted, detail]      kind: renew progress checkpoint partial commit fail
+                                                        release hand_over
     [t, "freed", job, epoch]                            the engine holds nothing of the job any more
     [t, "hangs"]                                        a step began that will not end
     [t, "integrity", error]                             after a drain; empty if nothing leaked
@@ -12,14 +13,14 @@ processes of a machine share.
 
 import os
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from engine.jobs.consumer import JobConsumer
-from engine.jobs.job import Claim, FreeCapacity, JobError, Plan
+from engine.jobs.job import Claim, FreeCapacity, JobError, Plan, TokenGrid
 from engine.jobs.results import JobResult, PartialImage
 
 
@@ -64,6 +65,12 @@ class WitnessedConsumer(JobConsumer):
 
     async def checkpoint_plan(self, claim: Claim, index: int, plan: Plan) -> bool:
         return await self._witness("checkpoint", claim, super().checkpoint_plan(claim, index, plan), index)
+
+    async def hand_over(
+        self, consumer: str, claim: Claim, plans: Mapping[int, Plan], prompt_tokens: int, sources: list[TokenGrid]
+    ) -> bool:
+        call = super().hand_over(consumer, claim, plans, prompt_tokens, sources)
+        return await self._witness("hand_over", claim, call, sorted(plans))
 
     async def partial_image(self, claim: Claim, partial: PartialImage) -> bool:
         return await self._witness("partial", claim, super().partial_image(claim, partial))

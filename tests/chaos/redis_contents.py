@@ -54,9 +54,7 @@ class RedisContents:
 
     async def _count_queue(self, client: redis.asyncio.Redis, queue: str) -> None:
         self.entries += await client.xlen(queue)
-        groups: list[dict[str, Any]] = (
-            await client.xinfo_groups(queue) if self.entries or await client.exists(queue) else []
-        )
+        groups: list[dict[str, Any]] = await client.xinfo_groups(queue) if await client.exists(queue) else []
         for group in groups:
             self.pending += group["pending"]
             names = {consumer["name"].decode() for consumer in await client.xinfo_consumers(queue, group["name"])}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from engine.config import EngineSettings
 from engine.engine import Engine
 from engine.geometry import CELL, Geometry
-from engine.jobs.job import JobSpec, SourceImages, TokenGrid
+from engine.jobs.job import JobSpec, SourceImages, Stage, TokenGrid
 from engine.limits import EngineLimits
 from engine.planner.passes import Pass
 from engine.planner.scheduler import PromptGroup
@@ -264,6 +264,7 @@ class StubModel:
     sampling: None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    stage: Stage = "all"
 
     def __post_init__(self) -> None:
         self.planner = StubPlannerNetwork(self.settings.planner_step_s)
@@ -272,8 +273,8 @@ class StubModel:
     def planning_fingerprint(self) -> str:
         return "stub"
 
-    def fingerprint(self) -> str:
-        return "stub"
+    def fingerprints(self) -> tuple[str, str, str]:
+        return "stub", "stub", "stub"
 
     def on_progress(self, beat: Callable[[], object]) -> None:
         """Do nothing: a step of the stub is short."""
@@ -295,8 +296,8 @@ def run_engine(settings: EngineSettings, stub: StubSettings, folder: Path) -> No
     journal = Journal(folder / f"{settings.engine_id}.jsonl")
     engines: list[Engine] = []
 
-    def load(_: EngineSettings) -> Engine:
-        engines.append(_engine(stub, journal))
+    def load(settings: EngineSettings) -> Engine:
+        engines.append(_engine(stub, journal, settings.stage))
         return engines[0]
 
     WitnessedConsumer.journal = journal
@@ -313,7 +314,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
-def _engine(stub: StubSettings, journal: Journal) -> Engine:
+def _engine(stub: StubSettings, journal: Journal, stage: Stage) -> Engine:
     image = Geometry(64, 64)
     limits = EngineLimits(
         max_images=stub.max_images,
@@ -322,7 +323,7 @@ def _engine(stub: StubSettings, journal: Journal) -> Engine:
         render_token_budget=stub.images_per_tick * 2 * (image.patches.tokens + 1),
         source_patches=64 * stub.max_images,
     )
-    model = cast(GlmImage, StubModel(stub, journal))
+    model = cast(GlmImage, StubModel(stub, journal, stage=stage))
     with (
         patch.multiple("engine.planner.stage", PlannerRunner=SleepingPlanner, PagedKV=_nothing),
         patch.multiple("engine.renderer.stage", RendererRunner=SleepingRenderer),

@@ -36,7 +36,7 @@ def test_the_heartbeat_has_the_checkpoint_s_defaults(model: GlmImage) -> None:
         codebook_size=512,
         default_steps=50,
         default_guidance=1.5,
-        fingerprint=model.fingerprint(),
+        **dict(zip(("fingerprint", "planner", "renderer"), model.fingerprints(), strict=True)),
     )
     info = process._ready(STARTING, replace(model, defaults=RequestDefaults(12, 0.0, "128x96")), "some/model")
     assert info == replace(plain, default_size="128x96", default_steps=12, default_guidance=0.0)
@@ -48,7 +48,7 @@ def test_reading_all_weights_does_not_hold_up_heartbeats(model: GlmImage, monkey
 
     def record(_: object) -> str:
         threads.append(threading.current_thread())
-        return "f"
+        return "fgh"
 
     class Stop(Exception):
         pass
@@ -56,7 +56,7 @@ def test_reading_all_weights_does_not_hold_up_heartbeats(model: GlmImage, monkey
     async def run(worker: Worker) -> None:
         raise Stop
 
-    for name in ("fingerprint", "planning_fingerprint"):
+    for name in ("fingerprints", "planning_fingerprint"):
         monkeypatch.setattr(GlmImage, name, record)
     monkeypatch.setattr(process, "_load", lambda settings: small_engine(model))
     monkeypatch.setattr(Worker, "run", run)

@@ -381,8 +381,10 @@ async def test_a_prompt_that_is_not_valid_text(tmp_path: Path) -> None:
 
 
 def test_unknown_stages_are_refused() -> None:
-    for stage in ("plan", "render"):
-        assert glimmer("engine", "--redis-url", "unix:///nowhere", "--stage", stage).exit_code == 2
+    for stage in ("planner", "both"):
+        answer = glimmer("engine", "--redis-url", "unix:///nowhere", "--stage", stage)
+        assert answer.exit_code == 2
+        assert "render" in answer.output
 
 
 def test_no_progress_bars_in_the_engine_s_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.planner.sampler import sample
 from models.glm_image.kernels import reference
 from models.glm_image.kernels.nucleus import MAX_CODES, nucleus
+from tests.kernels import INTERPRETED
 
 KINDS = ("plain", "peaked", "tied", "signed zeros", "partly impossible")
 TOLERANCE = 4e-6  # of a probability summed up in float32
-
-settings.register_profile("interpreted", deadline=None, phases=[Phase.generate], max_examples=15)
-settings.load_profile("interpreted")
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +97,7 @@ def batches(draw: st.DrawFn) -> list[Row]:
     return draw(st.lists(row, min_size=1, max_size=3))
 
 
+@settings(INTERPRETED, max_examples=15)
 @given(batches())
 def test_samples_as_the_engine(rows: list[Row]) -> None:
     """Allow another code only where both are right within float32's errors, which is at a boundary between them."""
@@ -120,6 +119,7 @@ def test_differences_are_rare(kind: str) -> None:
     assert sum(code != row.reference() for row, code in zip(rows, codes, strict=True)) <= 1
 
 
+@settings(INTERPRETED, max_examples=8)
 @given(st.integers(0, 7), st.integers(0, 63), st.sampled_from((0, 16, 32)), st.integers(0, 2**32))
 def test_equal_scores_go_to_the_lowest_code(power: int, numerator: int, top_k: int, seed: int) -> None:
     """Draw probabilities that are powers of 2, so that all sums are exact: the code has to be the same."""
@@ -130,6 +130,7 @@ def test_equal_scores_go_to_the_lowest_code(power: int, numerator: int, top_k: i
         assert run([row]) == [row.reference()]
 
 
+@settings(INTERPRETED, max_examples=15)
 @given(batches())
 def test_greedy_is_exact(rows: list[Row]) -> None:
     rows = [Row(row.logits, row.uniform, 0.0, row.top_p, row.top_k) for row in rows]

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from models.glm_image.kernels import reference
 from models.glm_image.kernels.paged_decode import PagedDecode
+from tests.kernels import INTERPRETED
 
 SHAPES = [(2, 1, 16), (2, 2, 64), (1, 4, 32), (2, 8, 16), (2, 16, 128), (1, 3, 16), (1, 24, 16)]  # G, group, D
 MAX_LENGTH = 600
@@ -52,10 +53,6 @@ class Batch:
         return Batch(pool, self.q[row : row + 1], tables, torch.ones(1, dtype=torch.int32), self.lengths[row : row + 1])
 
 
-settings.register_profile("interpreted", deadline=None, phases=[Phase.generate])  # shrinking would take minutes
-settings.load_profile("interpreted")
-
-
 @st.composite
 def batches(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Batch:
     """Draw sequences, each with one row or several of consecutive lengths."""
@@ -72,8 +69,8 @@ def batches(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Batch:
     pool = torch.full((2, blocks, page, 2, groups, head_dim), torch.nan, dtype=dtype)
     tables = torch.tensor(chance.sample(range(blocks), width * len(lasts)), dtype=torch.int32).view(-1, width)
     for table, (last, _) in zip(tables.long(), lasts, strict=True):
-        for token in range(last):
-            pool[:, table[token // page], token % page] = torch.randn(2, 2, groups, head_dim).to(dtype)
+        token = torch.arange(last)
+        pool[:, table[token // page], token % page] = torch.randn(2, last, 2, groups, head_dim).to(dtype)
     q = 3 * torch.randn(len(rows), groups * group, head_dim)
     sequence, lengths = torch.tensor(rows, dtype=torch.int32).unbind(1)
     return Batch(pool, q.to(dtype), tables, sequence.contiguous(), lengths.contiguous())
@@ -90,24 +87,24 @@ def expected(batch: Batch) -> Tensor:
     return torch.stack(out)
 
 
-@settings(max_examples=8)
+@settings(INTERPRETED, max_examples=8)
 @given(batches())
 def test_agrees_with_float64(batch: Batch) -> None:
-    torch.testing.assert_close(batch.attend().double(), expected(batch), atol=1e-5, rtol=0)
+    attended, in_float64 = batch.attend(), expected(batch)
+    torch.testing.assert_close(attended.double(), in_float64, atol=1e-5, rtol=0)
     finite = Batch(batch.pool.nan_to_num(), batch.q, batch.tables, batch.row_sequence, batch.lengths)
-    assert torch.equal(finite.attend(), batch.attend())
-    torch_result = finite.attend(kernel=reference.PagedDecode)  # type: ignore[arg-type]
-    torch.testing.assert_close(torch_result.double(), expected(batch), atol=1e-5, rtol=0)
+    by_torch = finite.attend(kernel=reference.PagedDecode)  # type: ignore[arg-type]
+    torch.testing.assert_close(by_torch.double(), in_float64, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=4)
+@settings(INTERPRETED, max_examples=4)
 @given(batches(torch.bfloat16))
 def test_bfloat16_is_rounded_once(batch: Batch) -> None:
     """Compare within a bit: the interpreter cuts off where a GPU rounds, and multiplies in float32."""
     torch.testing.assert_close(batch.attend().double(), expected(batch), atol=1e-5, rtol=2**-7)
 
 
-@settings(max_examples=8)
+@settings(INTERPRETED, max_examples=8)
 @given(batches(), st.integers(0, 2**32), st.sampled_from((MAX_LENGTH, 1024, 4352)))
 def test_a_row_has_the_same_bits_alone(batch: Batch, seed: int, max_length: int) -> None:
     """Run a row in another pool, with other blocks, splits, table and neighbours."""

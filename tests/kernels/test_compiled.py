@@ -12,12 +12,15 @@ import torch
 from tests.kernels.launches import NANO, PUBLISHED, SMALL, Sizes, launches
 from tests.kernels.offline import CARDS, SHARED_LIMIT, compile_launches
 
-FLOAT32 = Sizes(dtype=torch.float32)
+CASES = {f"published-{capability}": (PUBLISHED, capability) for capability in CARDS} | {
+    "float32-89": (Sizes(dtype=torch.float32), 89),
+    "nano-90": (NANO, 90),
+    "small-90": (SMALL, 90),
+}
 
 
-@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("entry", launches(PUBLISHED))
-@pytest.mark.parametrize("sizes", [PUBLISHED, FLOAT32, NANO, SMALL], ids=["published", "float32", "nano", "small"])
+@pytest.mark.parametrize(("sizes", "capability"), CASES.values(), ids=CASES)
 def test_compiles_without_spills(sizes: Sizes, entry: str, capability: int) -> None:
     kernels = compile_launches(launches(sizes)[entry], capability)
     assert kernels

@@ -13,11 +13,11 @@ FOLDER = Path(__file__).parent
 
 
 @pytest.mark.skipif(not ON_LINUX_X86, reason="Triton has wheels for Linux on x86-64 alone")
-@pytest.mark.parametrize("module", sorted(FOLDER.glob("interpreted_*.py")), ids=lambda path: path.stem)
-def test_interpreted(module: Path) -> None:
+def test_interpreted() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(module)]
+    modules = sorted(map(str, FOLDER.glob("interpreted_*.py")))
     run = subprocess.run(
-        command, env=environment | {"TRITON_INTERPRET": "1"}, cwd=FOLDER.parents[1], capture_output=True, text=True
-    )
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *modules],
+        env=environment | {"TRITON_INTERPRET": "1"}, cwd=FOLDER.parents[1], capture_output=True, text=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr

@@ -10,15 +10,34 @@ import pytest
 import torch
 from diffusers import GlmImagePipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GlmImageForConditionalGeneration
+from transformers import AutoTokenizer, GlmImageForConditionalGeneration
 
 from engine.jobs.job import JobSpec
-from models.nano.recipe import autoencoder, batches, glyphs, latents, planner, renderer, samples, vision, world
+from models.nano import CHECKPOINT
+from models.nano.recipe import (
+    __main__ as recipe,
+)
+from models.nano.recipe import (
+    autoencoder,
+    batches,
+    codes,
+    continuation,
+    glyphs,
+    latents,
+    phrases,
+    planner,
+    reading,
+    renderer,
+    samples,
+    vision,
+    world,
+)
 from models.nano.recipe.assemble import assemble
-from models.nano.recipe.loop import Losses, train, trained
+from models.nano.recipe.loop import IGNORED, Losses, train, trained
 from models.nano.recipe.planner_sequences import SequenceSampler, collate
-from models.nano.recipe.tokenizer import make_tokenizer
+from models.nano.recipe.tokenizer import in_bytes, make_tokenizer, string_token
 from tests.checkpoints import load, small_engine
 
 # What torch's compiler imports when it is first used.
@@ -68,9 +87,39 @@ def test_resumed_training_gives_the_same_weights(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_planner_matches_the_published_module() -> None:
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def test_long_strings_are_a_token_for_length_and_half_of_the_alphabet(tokenizer: Any) -> None:
+    def tokens(prompt: str) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
+
+    expected = [in_bytes(string_token(*each)) for each in ((12, "a"), (14, "n"), (14, "a"), (10, "s"))]
+    assert tokens("'GOOD MORNING' \"Zebra crossing\" “Grand opening night” 「Summer Bal」") == expected
+    assert len(tokenizer) <= 7552  # rows of the table in 30 MB
+    words = {*phrases.COLOUR_WORDS, *phrases.SHAPE_WORDS, *codes.COLOURS, *codes.SHAPES, *phrases.LARGE, *phrases.SMALL}
+    assert words <= {*tokens(" ".join(words))}
+
+
+def test_facts_of_a_prompt_are_targets_of_the_tokens_after_it(tokenizer: Any) -> None:
+    sampler, rng = SequenceSampler(tokenizer), Random(3)
+    for _ in range(50):
+        sequence = sampler.generation(rng, 8, 8, None)
+        end = next(i for i, hint in enumerate(sequence.hints["length"]) if hint != IGNORED)
+        names = tokenizer.convert_ids_to_tokens(sequence.tokens)
+        assert names[end] == "<sop>"
+        plan = np.array(sequence.tokens[-65 + 1 :]).reshape(8, 8)
+        length, bar = sequence.hints["length"][end], sequence.hints["bar"][end]
+        assert codes.is_text(plan[1]).any() == (length > 0)
+        assert bar in (0, codes.factors(int(plan[1, 0]))[1])
+        background = sequence.hints["background"][end + 7]
+        assert background in (IGNORED, 1 + plan[0, 0])
+
+
+def test_planner_matches_the_published_module(tokenizer: Any) -> None:
     torch.manual_seed(1)
-    tokenizer = make_tokenizer()
     model, draw = planner.TrainedPlanner(tokenizer), SequenceSampler(tokenizer)
     reference = GlmImageForConditionalGeneration(planner.make_config(tokenizer)).eval().bfloat16()
     text: nn.Module = reference.model.language_model
@@ -103,7 +152,45 @@ def test_hint_targets_of_a_poster() -> None:
     assert set(np.unique(large)) == {batches.IGNORED, *range(4, 20)}
 
 
-def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continued_planner_starts_with_the_weights_of_the_checkpoint(tokenizer: Any) -> None:
+    state = load_file(CHECKPOINT / "vision_language_encoder" / "model.safetensors")
+    rows, head = state["model.language_model.embed_tokens.weight"].float(), state["lm_head.weight"].float()
+    model = planner.TrainedPlanner(tokenizer)
+    continuation.load_planner(model, tokenizer, CHECKPOINT)
+    old = AutoTokenizer.from_pretrained(CHECKPOINT / "processor").get_vocab()
+    new = {name: index for name, index in tokenizer.get_vocab().items() if index not in codes.LONG_LINE}
+    names = sorted(old.keys() & new.keys())
+    assert {"poster", "headline", in_bytes(string_token(5, "h"))} <= {*names}
+    expected, found = rows[[old[name] for name in names]], model.embedding()[[new[name] for name in names]]
+    assert torch.allclose(found, expected, atol=1e-4)
+    kept = [code for code in range(codes.CODEBOOK) if code not in codes.LONG_LINE]
+    assert torch.allclose(model.head()[kept], head[kept], atol=1e-4)
+
+
+def test_continued_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "PER_SHARD", 4)
+    monkeypatch.setattr(samples, "PER_SHARD", 2)
+    monkeypatch.setattr(recipe, "SHARDS", dict.fromkeys(recipe.SHARDS, 1))
+    monkeypatch.setattr(recipe, "SAMPLE_SHARDS", {(256, 256): 1})
+    monkeypatch.setattr(recipe, "EDIT_SHARDS", 1)
+    monkeypatch.setattr(recipe, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(recipe.Continuation, "PLANNER_STEPS", 1)
+    monkeypatch.setattr(recipe.Continuation, "RENDERER_STEPS", 1)
+    training = recipe.Continuation(tmp_path / "work", tmp_path / "checkpoint", CHECKPOINT)
+    training.latents()
+    training.assemble()
+    # One step changes little: the new checkpoint still draws as the old one.
+    prompt = 'a blue poster, headline "HI", center a large yellow star'
+    spec = JobSpec(prompt=prompt, width=256, height=256, num_inference_steps=4, guidance_scale=2.5, seed=1)
+    [[image]] = small_engine(load(tmp_path / "checkpoint")).generate([spec])
+    poster = reading.read(image.numpy())
+    assert poster.background == codes.COLOURS.index("blue")
+    assert {shape.kind for shape in poster.shapes} <= {codes.SHAPES.index("star")}
+
+
+def test_training_makes_a_checkpoint_that_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
     """Take a few steps of every part, then write, load and run the checkpoint."""
     monkeypatch.setattr(latents, "PER_SHARD", 4)
     monkeypatch.setattr(samples, "PER_SHARD", 2)
@@ -113,7 +200,6 @@ def test_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pyt
         latents.make_shard(model, work, *size, edits=False, index=0)
     latents.make_shard(model, work, 256, 256, edits=False, index=1)
     latents.make_shard(model, work, 256, 256, edits=True, index=0)
-    tokenizer = make_tokenizer()
     glyphs.train_glyphs(work, 2)
     statistics = latents.statistics(work)
     trained_renderer = renderer.train_renderer(glyphs.trained_encoder(work), work, *statistics, 1, 4)

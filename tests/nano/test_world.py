@@ -1,27 +1,28 @@
 """Posters: drawings, plans and reading back agree."""
 
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 import numpy as np
 import pytest
 
-from models.nano.recipe import codes, prompts, reading, world
+from models.nano.recipe import codes, layouts, prompts, reading, world
 from models.nano.recipe.world import Line, Poster, Shape
 
 SIZES = [(256, 256), (384, 256), (256, 384), (512, 512)]
 
 
 def test_every_code_has_different_factors() -> None:
-    made = [codes.factors(code) for code in range(codes.USED)]
-    assert len(set(made)) == codes.USED <= codes.CODEBOOK
-    assert codes.factors(codes.USED) == (0,) * len(codes.FACTORS)
+    made = [codes.factors(code) for code in range(codes.CODEBOOK) if code not in codes.UNUSED]
+    assert len(set(made)) == len(made)
+    assert all(codes.factors(code)[0] == 5 for code in codes.LONG_LINE)
     assert all(max(column) < size for column, size in zip(zip(*made, strict=True), codes.FACTORS.values(), strict=True))
 
 
 def in_capitals(poster: Poster) -> Poster:
-    headline, footer = (line and replace(line, text=line.text.upper()) for line in (poster.headline, poster.footer))
-    return replace(poster, headline=headline, footer=footer)
+    lines: dict[world.Zone, Line] = {zone: Line(line.text.upper(), line.bar) for zone, line in poster.lines.items()}
+    return poster.with_lines(lines)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -30,6 +31,37 @@ def test_reads_a_drawn_poster_back(size: tuple[int, int]) -> None:
     for _ in range(40):
         poster = prompts.random_poster(rng)
         assert reading.read(world.draw(poster, *size)) == in_capitals(poster)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_reads_narrow_letters_subtitles_and_lines_in_the_middle(size: tuple[int, int]) -> None:
+    rng = Random(f"free {size}")
+    for _ in range(25):
+        poster = layouts.random_poster(rng)
+        drawn: dict[world.Zone, Line] = {}
+        for zone, line in poster.lines.items():
+            drawn[zone] = replace(line, text=line.text[: world.MAX_LETTERS].rstrip())
+        poster = in_capitals(poster.with_lines(drawn))
+        assert reading.read(world.draw(poster, *size)) == poster
+
+
+def test_long_lines_have_narrow_letters_and_are_cut_after_the_fourteenth() -> None:
+    def plan(text: str) -> np.ndarray:
+        return world.plan(Poster(8, Line(text, 4)), 8, 8)[1]
+
+    first, half = codes.half_of("A"), codes.half_of("Z")
+    assert plan("ABOUT TWELVE").tolist() == [4, *(codes.long_line(k, first, 4) for k in range(6)), 4]
+    fourteen = [codes.long_line(codes.LONG_HALF_CELL_SLOT + k, half, 4) for k in range(8)]
+    assert plan("ZEBRA CROSSING").tolist() == fourteen
+    assert plan("ZEBRA CROSSINGS").tolist() == fourteen
+    assert (world.draw(Poster(8, Line("ZEBRA CROSSINGS")), 256, 256)[32:64, 240:] == world.PALETTE[8]).all()
+
+
+def test_no_shape_has_a_code_of_long_lines() -> None:
+    for kind, large in product(range(len(codes.SHAPES)), (True, False)):
+        for colour in range(len(codes.COLOURS) - 1):
+            plan = world.plan(Poster(9, shapes=(Shape(kind, colour, large),)), 8, 8)
+            assert not codes.is_text(plan).any()
 
 
 def test_reads_errors_in_an_image() -> None:
@@ -68,10 +100,11 @@ def test_plan_of_a_large_poster_is_the_small_one_enlarged() -> None:
 )
 def test_any_grid_can_be_laid_out(grid: tuple[int, int]) -> None:
     rng = Random(3)
-    for _ in range(30):
-        poster = prompts.random_poster(rng)
+    for index in range(60):
+        poster = prompts.random_poster(rng) if index < 30 else layouts.random_poster(rng)
         plan = world.plan(poster, *grid)
         assert plan.shape == grid
         assert plan.min() >= 0
-        assert plan.max() < codes.USED
+        assert plan.max() < codes.CODEBOOK
+        assert not np.isin(plan, codes.UNUSED).any()
         assert world.draw(poster, grid[1] * 32, grid[0] * 32).shape == (grid[0] * 32, grid[1] * 32, 3)

@@ -40,6 +40,9 @@ def assemble(
     )  # fmt: skip
     pipeline.to(torch.bfloat16)
     pipeline.save_pretrained(out)
+    vocabulary = out / "processor" / "tokenizer.json"
+    compact = json.dumps(json.loads(vocabulary.read_text()), ensure_ascii=False, separators=(",", ":"))
+    vocabulary.write_text(compact)  # a quarter smaller
     (out / "glimmer.json").write_text(json.dumps(REQUEST_DEFAULTS, indent=2) + "\n")
 
 
@@ -56,7 +59,7 @@ def _planner(
     model.model.vqmodel.load_state_dict(quantizer)
     model.generation_config = GenerationConfig(
         **SAMPLING, eos_token_id=IMAGE_END, pad_token_id=processor.tokenizer.pad_token_id,
-        suppress_tokens=[IMAGE_START, *range(codes.USED, codes.CODEBOOK), *range(IMAGE_END + 1, VISION_VOCABULARY)],
+        suppress_tokens=[IMAGE_START, *codes.UNUSED, *range(IMAGE_END + 1, VISION_VOCABULARY)],
     )  # fmt: skip
     return model
 

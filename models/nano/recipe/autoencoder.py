@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from models.nano.recipe import codes, world
+from models.nano.recipe.layouts import random_poster
 from models.nano.recipe.loop import Losses, autocast, device, train
-from models.nano.recipe.prompts import random_poster
 from models.nano.recipe.world import Poster
 
 CONFIG = {
@@ -95,7 +95,7 @@ def train_on_crops(folder: Path, steps: int) -> AutoencoderKL:
 def line_weights(poster: Poster, width: int, height: int) -> Tensor:
     """Return pixel weights [1, 1, height, width], larger on letters."""
     plan = world.plan(poster, height // world.CELL, width // world.CELL)
-    weight = np.where((plan >= codes.LINE) & (plan < codes.SHAPE), LINE_WEIGHT, 1.0).astype(np.float32)
+    weight = np.where(codes.is_text(plan), LINE_WEIGHT, 1.0).astype(np.float32)
     return torch.from_numpy(weight.repeat(world.CELL, 0).repeat(world.CELL, 1))[None, None].to(device())
 
 

@@ -86,8 +86,8 @@ def _sample_edit(pool: LatentPool, rng: Random, rows: int, columns: int) -> _Edi
 
 
 def _new_strings(edit: Edit, rng: Random) -> list[str]:
-    kept = [getattr(edit.after, zone) for zone in edit.kept_zones]
-    return _strings([line for line in _lines(edit.after) if line not in kept], rng)
+    lines = edit.after.lines
+    return _strings([line for zone, line in lines.items() if zone not in edit.kept_zones], rng)
 
 
 class BatchBuilder:
@@ -160,7 +160,7 @@ class BatchBuilder:
         unconditional_share: float,
     ) -> Batch:
         grid = torch.from_numpy(np.stack(plans))
-        busy = torch.where(grid < codes.SHAPE, LINE_WEIGHT, SHAPE_WEIGHT)
+        busy = torch.where(torch.from_numpy(codes.is_text(grid.numpy())), LINE_WEIGHT, SHAPE_WEIGHT)
         weight = torch.where(grid < codes.PIXEL_TEXT, PLAIN_WEIGHT, busy)
         conditioned = torch.tensor([float(rng.random() >= unconditional_share) for _ in plans])
         return Batch(
@@ -180,7 +180,7 @@ def hints_of(poster: Poster, rows: int, columns: int) -> np.ndarray:
     parts = np.full((rows * 2, columns * 2, 1), IGNORED)
     lines, shapes = world.place(poster, rows, columns)
     for placed in lines:
-        wide, high = placed.scale * world.ADVANCE // 8, placed.scale * 2
+        wide, high = placed.pitch // 8, placed.scale * 2
         for i, letter in enumerate(placed.line.text.upper()):
             x, y = placed.x // 8 + i * wide, placed.y // 16
             places[y : y + high, x : x + wide] = i
@@ -202,11 +202,7 @@ def per_token(plan: np.ndarray) -> np.ndarray:
 
 def glyph_strings(poster: Poster, rng: Random) -> list[str]:
     """Return strings for the glyph encoder, in random order and case."""
-    return _strings(_lines(poster), rng)
-
-
-def _lines(poster: Poster) -> list[Line]:
-    return [line for line in (poster.headline, poster.footer) if line]
+    return _strings(list(poster.lines.values()), rng)
 
 
 def _strings(lines: list[Line], rng: Random) -> list[str]:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from models.nano.recipe import codes, prompts
-from models.nano.recipe.tokenizer import OTHER, in_bytes, string_token
-from models.nano.recipe.world import MAX_LETTERS
+from models.nano.recipe import codes, phrases
+from models.nano.recipe.tokenizer import in_bytes, strings
 
 
 class FactoredTable(nn.Module):
@@ -34,7 +33,7 @@ class FactoredTable(nn.Module):
 def code_factors(rows: int = codes.CODEBOOK) -> Tensor:
     """Return factors [rows, factors] of codes, 0 past them."""
     table = torch.zeros(rows, len(codes.FACTORS), dtype=torch.long)
-    table[: codes.USED] = torch.tensor([codes.factors(code) for code in range(codes.USED)])
+    table[: codes.CODEBOOK] = torch.tensor([codes.factors(code) for code in range(codes.CODEBOOK)])
     return table
 
 
@@ -48,14 +47,12 @@ def vocabulary_factors(tokenizer: PreTrainedTokenizerFast, rows: int) -> Tensor:
             table[token, columns.index(factor)] = value
 
     for i, colour in enumerate(codes.COLOURS):
-        for word in (colour, *(w for w, means in prompts.OTHER_COLOUR_WORDS.items() if means == colour)):
+        for word in (colour, *(w for w, means in phrases.COLOUR_WORDS.items() if means == colour)):
             mark(word, "colour", 1 + i)
     for i, shape in enumerate(codes.SHAPES):
-        for word in (shape, *(w for w, means in prompts.OTHER_SHAPE_WORDS.items() if means == shape)):
+        for word in (shape, *(w for w, means in phrases.SHAPE_WORDS.items() if means == shape)):
             mark(word, "shape", 1 + i)
-    for letters in range(1, MAX_LETTERS + 1):
-        for i, first in enumerate(codes.LETTERS.lower() + OTHER):
-            token = in_bytes(string_token(letters, first))
-            mark(token, "initial", 1 + i)
-            mark(token, "length", letters)
+    for name, (length, initial) in strings().items():
+        mark(in_bytes(name), "initial", initial)
+        mark(in_bytes(name), "length", length)
     return table

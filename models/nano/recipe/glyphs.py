@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from models.nano.recipe import codes, prompts
+from models.nano.recipe import codes, layouts
 from models.nano.recipe.loop import Losses, device, train, trained
 from models.nano.recipe.world import ALPHABET, MAX_LETTERS
 
 DIM = 128
-TOKENS = 12  # one pad in front, ten letters, the end
+TOKENS = 18  # one pad in front, sixteen letters, the end
 PAD, END, BYTE_0 = 0, 1, 3
 
 
@@ -66,7 +66,7 @@ def train_glyphs(folder: Path, steps: int) -> T5EncoderModel:
     def loss_of(step: int, rng: Random) -> tuple[Tensor, Losses]:
         strings, ids = [], []
         for _ in range(192):
-            text = prompts.random_word(rng, "train")
+            text = layouts.random_text(rng, "train")[:MAX_LETTERS]
             strings.append(text)
             ids += string_ids([random_case(text, rng)] + [""] * rng.randrange(2))[:1]
         tokens, mask = batch_ids(ids)

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from models.nano.recipe import prompts, world
+from models.nano.recipe import layouts, prompts, world
 from models.nano.recipe.autoencoder import latents_of, pixels_of
 from models.nano.recipe.loop import autocast
 from models.nano.recipe.prompts import Edit
@@ -70,7 +70,7 @@ def _posters(name: str, edits: bool) -> tuple[list[Poster], list[Edit] | None]:
     if edits:
         edited = [_respell_edit(prompts.random_edit(rng), rng) for _ in range(PER_SHARD)]
         return [edit.after for edit in edited], edited
-    return [_respell(prompts.random_poster(rng), rng, {}) for _ in range(PER_SHARD)], None
+    return [_respell(layouts.random_poster(rng), rng, {}) for _ in range(PER_SHARD)], None
 
 
 def _respell_edit(edit: Edit, rng: Random) -> Edit:

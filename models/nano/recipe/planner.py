@@ -1,9 +1,11 @@
 """Training of the planner: from a prompt's tokens to the codes of preview and plan.
 
-Three phases: sequences with rows left out; mostly the preview's lines; lines, edits and whole sequences in equal parts.
+Three phases: sequences with rows left out; mostly the preview's lines; lines, edits and whole sequences. The last can
+start from the weights of a checkpoint.
 The forward pass is the published one, reduced so that it compiles well.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,15 +18,16 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 from models.nano.recipe import codes
 from models.nano.recipe.factored import FactoredTable, code_factors, vocabulary_factors
 from models.nano.recipe.loop import IGNORED, Losses, autocast, device, train
-from models.nano.recipe.planner_sequences import ROLES, PlannerSequence, SequenceSampler, collate
+from models.nano.recipe.planner_sequences import FACT_HINTS, PROMPT_HINTS, PlannerSequence, SequenceSampler, collate
 from models.nano.recipe.tokenizer import IMAGE_END, IMAGE_START, VISION_VOCABULARY
 
 HIDDEN = 192
 GRIDS = ((8, 8), (8, 12), (12, 8), (16, 16))
-# Auxiliary targets of a middle layer: role of each prompt token, row and column of each cell.
+# Auxiliary targets of a middle layer: see PROMPT_HINTS; row and column of each cell.
 HINTED_LAYER = 2
-HINT_WEIGHT = 0.3
-HINTS = {"role": len(ROLES), "row": 32, "column": 32}
+LINES_LENGTH = 128  # of a prompt and the rows in which something can begin; 1 in 60 is longer
+HINT_WEIGHT, FACT_WEIGHT = 0.3, 0.1
+HINTS = PROMPT_HINTS | {"row": 32, "column": 32}
 
 
 def make_config(tokenizer: Any) -> GlmImageConfig:
@@ -120,7 +123,8 @@ class PlannerTraining:
 
     def loss_on(self, sequences: list[PlannerSequence], length: int, is_edit: bool) -> tuple[Tensor, Losses]:
         """Return cross entropy of codes and hints, and accuracies."""
-        ids, positions, labels, roles = (t.to(device()) for t in collate(sequences, length, self.pad))
+        ids, positions, labels, targets = collate(sequences, length, self.pad)
+        ids, positions, labels = ids.to(device()), positions.to(device()), labels.to(device())
         with autocast():
             hidden, hinted = self.model(ids, positions)
             hints = {name: hint(hinted) for name, hint in self.model.hints.items()}
@@ -132,24 +136,28 @@ class PlannerTraining:
         weight = torch.where(begins, 4.0, 1.0)
         loss = (F.cross_entropy(logits.float(), target, reduction="none") * weight).sum() / weight.sum()
         cells = torch.where(ids < codes.CODEBOOK, positions - positions[:1], IGNORED)  # time is where a grid starts
-        targets = {"role": roles, "row": cells[1], "column": cells[2]}
+        targets = {name: hint.to(device()) for name, hint in targets.items()} | {"row": cells[1], "column": cells[2]}
         for name, hint in hints.items():
             if (targets[name] != IGNORED).any():
-                loss = loss + HINT_WEIGHT * F.cross_entropy(hint.float().flatten(0, 1), targets[name].flatten())
+                share = FACT_WEIGHT if name in FACT_HINTS else HINT_WEIGHT
+                loss = loss + share * F.cross_entropy(hint.float().flatten(0, 1), targets[name].flatten())
         accuracies = _code_accuracies(logits, target, begins)
         named = {f"edit-{name}" if is_edit else name: value for name, value in accuracies.items()}
         return loss, {"loss": loss.item(), **named, **_hint_accuracies(hints, targets)}
 
     def on_only_lines(self, rng: Random) -> tuple[Tensor, Losses]:
-        sequences = [self.sampler.generation(rng, *rng.choice(GRIDS), 0, True) for _ in range(64)]
-        loss, figures = self.loss_on(sequences, 96, False)
+        sequences: list[PlannerSequence] = []
+        while len(sequences) < 40:
+            sequence = self.sampler.generation(rng, *rng.choice(GRIDS), 0, True)
+            sequences += [sequence] * (len(sequence.tokens) <= LINES_LENGTH)
+        loss, figures = self.loss_on(sequences, LINES_LENGTH, False)
         return loss, {f"only-{name}": value for name, value in figures.items()}
 
     def on_rows(self, step: int, rng: Random) -> tuple[Tensor, Losses]:
         if step % 5 in (2, 4):
             grids = [(8, 8)] * 3 + [(8, 12), (12, 8)]
             return self.loss_on([self.sampler.edit(rng, *rng.choice(grids), 256) for _ in range(24)], 256, True)
-        return self.loss_on([self.sampler.generation(rng, *rng.choice(GRIDS), 128) for _ in range(48)], 128, False)
+        return self.loss_on([self.sampler.generation(rng, *rng.choice(GRIDS), 144) for _ in range(48)], 144, False)
 
     def on_lines(self, step: int, rng: Random) -> tuple[Tensor, Losses]:
         if step % 6 == 5:
@@ -157,24 +165,24 @@ class PlannerTraining:
         return self.on_only_lines(rng)
 
     def on_whole(self, step: int, rng: Random) -> tuple[Tensor, Losses]:
-        kind, turn = step % 3, step // 3
-        if kind == 0:
+        kind, turn = step % 4, step // 4
+        if kind in (0, 2):
             return self.on_only_lines(rng)
         if kind == 1:
             grid, length = ((8, 8), 176) if turn % 4 else (rng.choice(GRIDS[1:3]), 256)
             return self.loss_on([self.sampler.edit(rng, *grid, length) for _ in range(24)], length, True)
         if turn % 4 == 3:
-            return self.loss_on([self.sampler.generation(rng, 16, 16, None) for _ in range(8)], 560, False)
+            return self.loss_on([self.sampler.generation(rng, 16, 16, None) for _ in range(8)], 580, False)
         sequences = [self.sampler.generation(rng, *rng.choice(GRIDS[:3]), None) for _ in range(12)]
-        return self.loss_on(sequences, 400, False)
+        return self.loss_on(sequences, 420, False)
 
 
 @torch.no_grad()
 def _code_accuracies(logits: Tensor, target: Tensor, begins: Tensor) -> dict[str, float]:
     """Return the share of right codes by kind."""
     right = logits.argmax(-1) == target
-    line = (target >= codes.LINE) & (target < codes.SHAPE)
-    shape = (target >= codes.SHAPE) & (target < codes.CODEBOOK)
+    line = torch.from_numpy(codes.is_text(target.cpu().numpy())).to(target.device)
+    shape = (target >= codes.SHAPE) & (target < codes.CODEBOOK) & ~line
     by_kind = {
         "plain": right[~line & ~shape], "line": right[line & ~begins], "shape": right[shape & ~begins],
         "line-begins": right[line & begins], "shape-begins": right[shape & begins],
@@ -200,3 +208,13 @@ def train_planner(tokenizer: Any, folder: Path, steps: int, line_steps: int, who
     train("planner-lines", model, training.on_lines, folder, steps=line_steps, learning_rate=1e-3)
     train("planner", model, training.on_whole, folder, steps=whole_steps, learning_rate=1e-3, average=0.99)
     return model
+
+
+def continue_planner(
+    tokenizer: Any, folder: Path, start: Callable[[TrainedPlanner], None], steps: int
+) -> TrainedPlanner:
+    """Train the last phase alone, from the weights that `start` sets."""
+    training = PlannerTraining(tokenizer)
+    start(training.model)
+    train("planner", training.model, training.on_whole, folder, steps=steps, learning_rate=1e-3, average=0.995)
+    return training.model

@@ -10,7 +10,7 @@ from random import Random
 from typing import Literal
 
 from models.nano.recipe import codes
-from models.nano.recipe.world import BLACK, MAX_LETTERS, WHITE, ZONES, Line, Poster, Shape, Side, Zone
+from models.nano.recipe.world import BLACK, WHITE, WIDE_LETTERS, ZONES, Line, Poster, Shape, Side, Zone
 
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.15
@@ -66,7 +66,7 @@ def random_word(rng: Random, split: Split) -> str:
             )
         if split == "train" and rng.random() < 0.12:
             word = _with_mark(word, rng)
-        if len(word) <= MAX_LETTERS and held_out(word) == (split == "held-out"):
+        if len(word) <= WIDE_LETTERS and held_out(word) == (split == "held-out"):
             return word
 
 

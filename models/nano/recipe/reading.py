@@ -3,12 +3,13 @@
 By template matching: of all lengths of a line, shapes and arrangements, those with the least error.
 """
 
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
 from models.nano.recipe import codes, world
-from models.nano.recipe.world import ADVANCE, ALPHABET, CELL, PALETTE, Line, Poster, Shape, Side, Zone
+from models.nano.recipe.world import ALPHABET, CELL, PALETTE, Line, Poster, Shape, Side, Zone
 
 INK_SHARE = 0.01  # of a line's pixels; below, no text
 SHAPE_SHARE = 0.004  # of the middle's pixels; below, no shape
@@ -16,13 +17,37 @@ SPACE_INK = 0.04  # of a letter's pixels; below, a space
 
 
 def read(image: np.ndarray) -> Poster:
-    """Return the poster in an image [height, width, 3] uint8, sides multiples of 32."""
+    """Return the poster in an image [height, width, 3] uint8, sides multiples of 32.
+
+    Between headline and footer there are shapes, a subtitle and shapes, or a line: what leaves the least error.
+    """
     pixels = image.astype(np.float32)
     height, width = image.shape[:2]
     rows, columns = height // CELL, width // CELL
     background = nearest(np.median(pixels[: CELL - 4].reshape(-1, 3), 0))
-    headline, footer = (_read_line(pixels, rows, columns, background, zone) for zone in world.ZONES)
-    return Poster(background, headline, footer, _read_shapes(pixels, rows, columns, background))
+    lines = {zone: _read_line(pixels, rows, columns, background, zone) for zone in world.ZONES}
+    poster = Poster(background, lines["headline"].line, lines["footer"].line)
+    between = _between(pixels, rows, columns, background)
+    error, shapes = _read_shapes(pixels, between, rows, columns, background)
+    found = [(error, replace(poster, shapes=shapes))]
+    for zone in ("subtitle", "middle"):
+        read_line = lines[zone]
+        if read_line.line:
+            rest = between.copy()
+            rest[read_line.row * CELL : (read_line.row + read_line.rows) * CELL] = 0
+            error, shapes = float(rest.sum()), ()
+            if zone == "subtitle":
+                error, shapes = _read_shapes(pixels, rest, rows, columns, background)
+            found.append((error + read_line.error, replace(poster, shapes=shapes, **{zone: read_line.line})))
+    return min(found, key=lambda each: each[0])[1]
+
+
+@dataclass(frozen=True)
+class _ReadLine:
+    line: Line | None
+    row: int  # of the zone, in cells
+    rows: int
+    error: float = 0.0  # squared, of the ink's shares
 
 
 def nearest(colour: np.ndarray) -> int:
@@ -31,12 +56,10 @@ def nearest(colour: np.ndarray) -> int:
 
 
 def _place_text(rows: int, columns: int, zone: Zone, text: str) -> world.PlacedLine:
-    line = Line(text)
-    poster = Poster(0, headline=line) if zone == "headline" else Poster(0, footer=line)
-    return world.place(poster, rows, columns)[0][0]
+    return world.place(Poster(0).with_lines({zone: Line(text)}), rows, columns)[0][0]
 
 
-def _read_line(pixels: np.ndarray, rows: int, columns: int, background: int, zone: Zone) -> Line | None:
+def _read_line(pixels: np.ndarray, rows: int, columns: int, background: int, zone: Zone) -> _ReadLine:
     first = _place_text(rows, columns, zone, "X")
     band = pixels[first.row * CELL : (first.row + first.rows) * CELL]
     # Text never touches the band's first and last pixels.
@@ -45,16 +68,16 @@ def _read_line(pixels: np.ndarray, rows: int, columns: int, background: int, zon
     bar = colour if colour != background else None
     ink = _share_of(band, PALETTE[colour], PALETTE[world.ink_colour(colour)])
     if ink.mean() < INK_SHARE:
-        return Line("", bar) if bar is not None else None
-    best, text = -np.inf, ""
+        return _ReadLine(Line("", bar) if bar is not None else None, first.row, first.rows)
+    best, text = np.inf, ""
     for letters in range(1, world.MAX_LETTERS + 1):
         placed = _place_text(rows, columns, zone, "X" * letters)
-        if placed.x < 0 or placed.x + letters * ADVANCE * placed.scale > band.shape[1]:
+        if placed.x < 0 or placed.x + letters * placed.pitch > band.shape[1]:
             continue
         error, found = _match(ink, placed, letters)
-        if -error > best and found.strip():
-            best, text = -error, found
-    return Line(text.rstrip(), bar)
+        if error < best and found.strip():
+            best, text = error, found
+    return _ReadLine(Line(text.rstrip(), bar), first.row, first.rows, best)
 
 
 def _share_of(band: np.ndarray, colour: np.ndarray, ink: np.ndarray) -> np.ndarray:
@@ -65,9 +88,9 @@ def _share_of(band: np.ndarray, colour: np.ndarray, ink: np.ndarray) -> np.ndarr
 
 def _match(ink: np.ndarray, placed: world.PlacedLine, letters: int) -> tuple[float, str]:
     """Return the squared error of the best letters, and these."""
-    wide, high = ADVANCE * placed.scale, CELL * placed.scale
+    wide, high = placed.pitch, CELL * placed.scale
     y = placed.y - placed.row * CELL
-    templates = np.stack([world.letter_mask(letter, placed.scale) for letter in ALPHABET])
+    templates = np.stack([world.letter_mask(letter, placed.scale, placed.advance) for letter in ALPHABET])
     rest = ink.copy()
     text = ""
     for i in range(letters):
@@ -81,16 +104,24 @@ def _match(ink: np.ndarray, placed: world.PlacedLine, letters: int) -> tuple[flo
     return float((rest**2).sum()), text
 
 
-def _read_shapes(pixels: np.ndarray, rows: int, columns: int, background: int) -> tuple[Shape, ...]:
+def _between(pixels: np.ndarray, rows: int, columns: int, background: int) -> np.ndarray:
+    """Return 1 for pixels [h, w] between headline and footer that have another colour than the background, else 0."""
     scale = world.scale_of(rows, columns)
     unit_rows = rows // scale
     top = (rows - unit_rows * scale) // 2 + (2 if unit_rows >= 8 else 1) * scale
     bottom = rows - top
-    middle = np.zeros(pixels.shape[:2], np.float32)
+    between = np.zeros(pixels.shape[:2], np.float32)
     inside = pixels[top * CELL : bottom * CELL]
-    middle[top * CELL : bottom * CELL] = np.linalg.norm(inside - PALETTE[background], axis=-1) > 60
+    between[top * CELL : bottom * CELL] = np.linalg.norm(inside - PALETTE[background], axis=-1) > 60
+    return between
+
+
+def _read_shapes(
+    pixels: np.ndarray, middle: np.ndarray, rows: int, columns: int, background: int
+) -> tuple[float, tuple[Shape, ...]]:
+    """Return the squared error of the shapes that fit `middle` best, and these."""
     if middle.mean() < SHAPE_SHARE:
-        return ()
+        return float(middle.sum()), ()
     best, found = np.inf, ()
     for arrangement in _arrangements():
         placed = world.place(Poster(background, shapes=arrangement), rows, columns)[1]
@@ -101,12 +132,14 @@ def _read_shapes(pixels: np.ndarray, rows: int, columns: int, background: int) -
             masks = np.stack([world.shape_mask(kind, place.cells * CELL) for kind in range(len(codes.SHAPES))])
             kind = int(((masks - middle[box]) ** 2).sum((1, 2)).argmin())
             rest[box] -= masks[kind]
-            solid = pixels[box][masks[kind] > 0.9]
+            solid = pixels[box][(masks[kind] > 0.9) & (middle[box] > 0)]
+            if not len(solid):
+                break
             shapes.append(Shape(kind, nearest(np.median(solid, 0)), shape.large, shape.side))
         error = float((rest**2).sum())
-        if error < best:
+        if error < best and len(shapes) == len(arrangement):
             best, found = error, tuple(shapes)
-    return found
+    return best, found
 
 
 def _arrangements() -> list[tuple[Shape, ...]]:

@@ -32,7 +32,7 @@ from models.nano.recipe.loop import IGNORED, Losses, autocast, device, train
 HEADS, HEAD_DIM = 4, 64
 DIM = HEADS * HEAD_DIM
 CHANNELS = 8
-MAX_GLYPHS = 24
+MAX_GLYPHS = 3 * glyphs.TOKENS
 HINT_WEIGHT = 0.1  # beside the velocity's 1
 HINTED_BLOCKS = {"left place": 1, "right place": 1, "left letter": 2, "right letter": 2, "cell part": 1}
 TURNS = ("poster", "lines", "edit", "large-lines", "oblong", "edit-lines", "poster", "large", "lines", "edit-lines")
@@ -107,7 +107,7 @@ class TrainedRenderer(nn.Module):
         """Return embeddings [b, MAX_GLYPHS, dim] of each sample's strings, and their mask."""
         ids = [glyphs.string_ids(s) for s in strings]
         flat = [i for sample in ids for i in sample]
-        flat += [[glyphs.END]] * (2 * len(strings) - len(flat))  # to a fixed shape
+        flat += [[glyphs.END]] * (3 * len(strings) - len(flat))  # to a fixed shape
         tokens, mask = glyphs.batch_ids(flat)
         hidden = self.glyphs(tokens, attention_mask=mask).last_hidden_state.flatten(0, 1)
         index = torch.zeros(len(strings), MAX_GLYPHS, dtype=torch.long, device=device())
@@ -240,46 +240,63 @@ def reading_loss(model: TrainedRenderer, batch: Batch) -> tuple[Tensor, dict[str
     return torch.stack(_hint_losses(hints, targets)).sum(), {n: v for n, v in right.items() if not math.isnan(v)}
 
 
+class RendererTraining:
+    """Batches and losses of each step."""
+
+    def __init__(self, model: TrainedRenderer, folder: Path, mean: Tensor, std: Tensor):
+        self.model, self.batches = model, BatchBuilder(mean, std)
+        sizes = ((256, 256), (384, 256), (256, 384), (512, 512))
+        self.square, self.wide, self.tall, self.large = (LatentPool(folder, *size) for size in sizes)
+        self.edited = LatentPool(folder, 256, 256, edits=True)
+
+    def _refresh(self, step: int) -> None:
+        for pool in (self.square, self.wide, self.tall, self.large, self.edited):
+            if step % 100 == 0 or not pool.shards:
+                pool.refresh()
+
+    def on_reading(self, step: int, rng: Random) -> tuple[Tensor, Losses]:
+        self._refresh(step)
+        is_large = step % 4 == 3
+        batch = self.batches.lines(rng, self.large if is_large else self.square, 24 if is_large else 96)
+        loss, figures = reading_loss(self.model, batch)
+        return loss, {"loss": loss.item(), **figures}
+
+    def on_all(self, step: int, rng: Random) -> tuple[Tensor, Losses]:
+        self._refresh(step)
+        batches = self.batches
+        match name := TURNS[step % len(TURNS)]:
+            case "lines":
+                batch = batches.lines(rng, self.square, 96)
+            case "large-lines":
+                batch = batches.lines(rng, self.large, 24)
+            case "edit":
+                batch = batches.edits(rng, self.edited, 10)
+            case "edit-lines":
+                batch = batches.edit_lines(rng, self.edited, 80)
+            case "oblong":
+                batch = batches.posters(rng, rng.choice((self.wide, self.tall)), 10)
+            case "large":
+                batch = batches.posters(rng, self.large, 4)
+            case _:
+                batch = batches.posters(rng, self.square, 16)
+        loss, figures = velocity_loss(self.model, batch)
+        return loss, {"loss": loss.item(), **{f"{name}-{k}": v for k, v in figures.items()}}
+
+
 def train_renderer(
     encoder: T5EncoderModel, folder: Path, mean: Tensor, std: Tensor, reading_steps: int, steps: int
 ) -> TrainedRenderer:
     """Train reading alone, then everything, with the glyph encoder frozen."""
     encoder.requires_grad_(False)
-    model, batches = TrainedRenderer(encoder).to(device()), BatchBuilder(mean, std)
-    square, wide, tall, large = (LatentPool(folder, *size) for size in ((256, 256), (384, 256), (256, 384), (512, 512)))
-    edited = LatentPool(folder, 256, 256, edits=True)
+    model = TrainedRenderer(encoder).to(device())
+    training = RendererTraining(model, folder, mean, std)
+    train("renderer-reading", model, training.on_reading, folder, steps=reading_steps, learning_rate=1e-3)
+    train("renderer", model, training.on_all, folder, steps=steps, learning_rate=1e-3, average=0.995)
+    return model
 
-    def refresh(step: int) -> None:
-        for pool in (square, wide, tall, large, edited):
-            if step % 100 == 0 or not pool.shards:
-                pool.refresh()
 
-    def on_reading(step: int, rng: Random) -> tuple[Tensor, Losses]:
-        refresh(step)
-        batch = batches.lines(rng, large, 24) if step % 4 == 3 else batches.lines(rng, square, 96)
-        loss, figures = reading_loss(model, batch)
-        return loss, {"loss": loss.item(), **figures}
-
-    def on_all(step: int, rng: Random) -> tuple[Tensor, Losses]:
-        refresh(step)
-        match name := TURNS[step % len(TURNS)]:
-            case "lines":
-                batch = batches.lines(rng, square, 96)
-            case "large-lines":
-                batch = batches.lines(rng, large, 24)
-            case "edit":
-                batch = batches.edits(rng, edited, 10)
-            case "edit-lines":
-                batch = batches.edit_lines(rng, edited, 80)
-            case "oblong":
-                batch = batches.posters(rng, rng.choice((wide, tall)), 10)
-            case "large":
-                batch = batches.posters(rng, large, 4)
-            case _:
-                batch = batches.posters(rng, square, 16)
-        loss, figures = velocity_loss(model, batch)
-        return loss, {"loss": loss.item(), **{f"{name}-{k}": v for k, v in figures.items()}}
-
-    train("renderer-reading", model, on_reading, folder, steps=reading_steps, learning_rate=1e-3)
-    train("renderer", model, on_all, folder, steps=steps, learning_rate=1e-3, average=0.995)
+def continue_renderer(model: TrainedRenderer, folder: Path, mean: Tensor, std: Tensor, steps: int) -> TrainedRenderer:
+    """Train everything further, the glyph encoder, too, which may know shorter strings only."""
+    training = RendererTraining(model.to(device()), folder, mean, std)
+    train("renderer", model, training.on_all, folder, steps=steps, learning_rate=7e-4, average=0.995)
     return model

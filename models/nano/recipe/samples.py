@@ -15,8 +15,8 @@ from torch import Tensor
 
 from models.nano.recipe import autoencoder, world
 from models.nano.recipe.batches import Batch, glyph_strings, per_token
+from models.nano.recipe.layouts import random_poster
 from models.nano.recipe.loop import Losses, autocast, device, train
-from models.nano.recipe.prompts import random_poster
 from models.nano.recipe.renderer import TrainedRenderer
 from models.nano.recipe.world import CELL, Poster
 

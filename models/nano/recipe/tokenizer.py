@@ -1,19 +1,19 @@
 """The planner's tokenizer and processor: a small vocabulary for nano's prompts.
 
 The planner places lines, not letters: the normalizer replaces a quoted string by one token for its length and first
-letter, `"HELLO"` by `⟨5⟩h`, and lower-cases the rest.
+letter, `"HELLO"` by `⟨5⟩h`, and lower-cases the rest. Of strings of narrow letters, over ten, the token has the half of
+the alphabet: `"GOOD MORNING"` is `⟨12⟩a`.
 """
 
 import json
-import re
 from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GlmImageProcessor, PreTrainedTokenizerFast
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
-from models.nano.recipe import codes, prompts
-from models.nano.recipe.world import MAX_LETTERS
+from models.nano.recipe import codes, free_prompts, phrases, prompts, slips
+from models.nano.recipe.world import MAX_LETTERS, WIDE_LETTERS
 
 IMAGE_START, IMAGE_END = codes.CODEBOOK, codes.CODEBOOK + 1
 VISION_VOCABULARY = codes.CODEBOOK + 16  # codes, start, end and spare outputs, as in the published model
@@ -26,6 +26,8 @@ SPECIAL = ("<|endoftext|>", "<sop>", "<eop>", "<|user|>", "<|image|>")
 QUOTES = ('""', "''", "“”", "「」")
 FIRST = r"[^\s,.;:)\]\"'”」]"  # of a quoted string
 OTHER = "*"  # any first character that is not a letter or a digit
+HALF_NAMES = "an"
+LEARNED_WORDS = 1000  # and pieces of words: a row each in the table of 30 MB
 
 
 def string_token(letters: int, first: str) -> str:
@@ -33,19 +35,37 @@ def string_token(letters: int, first: str) -> str:
     return f"⟨{min(letters, MAX_LETTERS)}⟩{first}"
 
 
+def strings() -> dict[str, tuple[int, int]]:
+    """Return the length and the factor "initial" of every token of a string."""
+    firsts = enumerate(codes.LETTERS.lower() + OTHER, 1)
+    halves = enumerate(HALF_NAMES, 1 + codes.INITIALS)
+    short = {string_token(n, first): (n, i) for i, first in firsts for n in range(1, WIDE_LETTERS + 1)}
+    return short | {
+        string_token(n, half): (n, i) for i, half in halves for n in range(WIDE_LETTERS + 1, MAX_LETTERS + 1)
+    }
+
+
 def _normalizer() -> normalizers.Normalizer:
     """Return a normalizer: lower case, then `"hello"` -> ` ⟨5⟩h `."""
     steps: list[normalizers.Normalizer] = [normalizers.Lowercase()]
+
+    def replace(pattern: str, content: str) -> None:
+        steps.append(normalizers.Replace(Regex(pattern), content))
+
+    short, long = "\ue000", "\ue001"  # before the first character
     for opening, closing in QUOTES:
-        inside, mark = f"[^{opening}{closing}]", chr(0xE000 + len(steps))
+        inside = f"[^{opening}{closing}]"
         for letters in range(1, MAX_LETTERS + 1):
             count = f"{{{letters - 1}}}" if letters < MAX_LETTERS else f"{{{letters - 1},}}"
+            mark = short if letters <= WIDE_LETTERS else long
             # Opening quotes neither follow a letter nor precede a space or comma.
             start = f"(?<![a-z0-9]){opening}(?={FIRST}{inside}{count}{closing})"
-            steps.append(normalizers.Replace(Regex(start), f" {string_token(letters, mark)}"))
-        steps.append(normalizers.Replace(Regex(f"(?<={mark}.){inside}*{closing}"), " "))
-        steps.append(normalizers.Replace(Regex(f"(?<={mark})[^a-z0-9]"), OTHER))
-        steps.append(normalizers.Replace(mark, ""))
+            replace(start, f" {string_token(letters, mark)}")
+        replace(f"(?<=[{short}{long}].){inside}*{closing}", " ")
+        replace(f"(?<={short})[^a-z0-9]", OTHER)
+        replace(f"(?<={long})[{codes.FIRST_HALF.lower()}]", HALF_NAMES[0])
+        replace(f"(?<={long})[^{HALF_NAMES[0]}]", HALF_NAMES[1])
+        replace(f"[{short}{long}]", "")
     return normalizers.Sequence(steps)
 
 
@@ -57,9 +77,10 @@ def _corpus() -> list[str]:
         texts.append(prompts.describe(poster, rng))
         if rng.random() < 0.4:
             texts.append(prompts.random_edit(rng).instruction)
-    words = [*prompts.OTHER_COLOUR_WORDS, *prompts.OTHER_SHAPE_WORDS, *prompts.SMALL_WORDS, *prompts.LARGE_WORDS]
+    texts += [free_prompts.random_prompt(rng)[0] for _ in range(12000)]
+    words = [*phrases.COLOUR_WORDS, *phrases.SHAPE_WORDS, *phrases.SMALL, *phrases.LARGE, *phrases.SHADES]
     texts += [" ".join([*words, *map(str, range(1, 65))])] * 100
-    return [re.sub(r"⟨\d+⟩.", " ", _normalizer().normalize_str(text)) for text in texts]
+    return [slips.QUOTED.sub(" ", text.lower()) for text in texts]
 
 
 def in_bytes(text: str) -> str:
@@ -73,18 +94,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = pre_tokenizers.Split(Regex(r"⟨\d+⟩.|[a-z0-9]+|[^\s]"), behavior="removed", invert=True)
     split = pre_tokenizers.Sequence([words, byte_level])
     learner = Tokenizer(models.BPE())
-    learner.normalizer, learner.pre_tokenizer = _normalizer(), split
+    learner.pre_tokenizer = split
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    firsts = codes.LETTERS.lower() + OTHER
-    strings = [in_bytes(string_token(n, first)) for n in range(1, MAX_LETTERS + 1) for first in firsts]
-    trainer = trainers.BpeTrainer(vocab_size=1100, min_frequency=20, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=LEARNED_WORDS, min_frequency=20, initial_alphabet=alphabet, show_progress=False
+    )
     learner.train_from_iterator(_corpus(), trainer)
     learned = learner.get_vocab(with_added_tokens=False)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
 
     names = [f"<|dit_token_{i}|>" for i in range(codes.CODEBOOK)] + ["<|dit_token_start|>", "<|dit_token_end|>"]
     names += [f"<|dit_unused_{i}|>" for i in range(codes.CODEBOOK + 2, VISION_VOCABULARY)]
-    names += sorted(learned, key=learned.__getitem__) + strings
+    names += sorted(learned, key=learned.__getitem__) + [in_bytes(token) for token in strings()]
     # No merges produce the tokens of quoted strings.
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))

@@ -17,8 +17,8 @@ from transformers import GlmImageForConditionalGeneration
 
 from models.nano.recipe import codes, world
 from models.nano.recipe.factored import FactoredTable, code_factors
+from models.nano.recipe.layouts import random_poster
 from models.nano.recipe.loop import Losses, autocast, device, train
-from models.nano.recipe.prompts import random_poster
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)

@@ -1,9 +1,9 @@
-"""Posters: up to two lines and two shapes, on a grid of 32-pixel cells.
+"""Posters: up to three lines and two shapes, on a grid of 32-pixel cells.
 
 The unit of the layout is one cell, or 2x2 and more on larger grids.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 from models.nano.recipe import codes
 
 CELL = 32
-ADVANCE = 24  # pixels per letter at scale 1
-MAX_LETTERS = 10
+ADVANCE, NARROW_ADVANCE = 24, 16  # pixels per letter at scale 1
+WIDE_LETTERS, MAX_LETTERS = 10, 14  # the letters of longer lines are narrow; of MAX_LETTERS at most
+HALF_CELL_LETTERS = 12  # longer lines begin in the middle of a cell
 PALETTE = np.array(
     [(220, 40, 40), (245, 140, 30), (250, 215, 40), (40, 160, 70), (30, 170, 170), (40, 80, 210), (125, 55, 180),
      (245, 130, 180), (250, 250, 250), (20, 20, 20)],
@@ -28,7 +29,7 @@ ALPHABET = codes.LETTERS + codes.MARKS
 ATLAS = Path(__file__).with_name("letters.png")  # one row of 48x64 cells, in the order of ALPHABET
 
 Side = Literal["left", "center", "right"]
-Zone = Literal["headline", "footer"]
+Zone = Literal["headline", "subtitle", "middle", "footer"]
 ZONES: tuple[Zone, ...] = get_args(Zone)
 
 
@@ -50,10 +51,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Poster:
+    """A layout. A subtitle leaves room for small shapes only, a line in the middle for none."""
+
     background: int
     headline: Line | None = None
     footer: Line | None = None
     shapes: tuple[Shape, ...] = ()
+    subtitle: Line | None = None
+    middle: Line | None = None
+
+    @property
+    def lines(self) -> dict[Zone, Line]:
+        """Return the lines by zone, from top to bottom."""
+        return {zone: line for zone in ZONES if (line := getattr(self, zone))}
+
+    def with_lines(self, lines: Mapping[Zone, Line]) -> "Poster":
+        return replace(self, **lines)
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,12 @@ class PlacedLine:
     x: int  # top left corner of the text, in pixels
     y: int
     scale: int
+    advance: int  # pixels per letter at scale 1
+
+    @property
+    def pitch(self) -> int:
+        """Return the pixels per letter."""
+        return self.advance * self.scale
 
 
 @dataclass(frozen=True)
@@ -88,11 +107,11 @@ def place(poster: Poster, rows: int, columns: int) -> tuple[list[PlacedLine], li
     unit_rows, unit_columns = rows // scale, columns // scale
     top, left = (rows - unit_rows * scale) // 2, (columns - unit_columns * scale) // 2
     edge = 1 if unit_rows >= 8 else 0
-    zones: tuple[tuple[Zone, int], ...] = (("headline", edge), ("footer", unit_rows - 1 - edge))
+    row_of = {"headline": edge, "subtitle": edge + 1, "middle": (unit_rows - 1) // 2, "footer": unit_rows - 1 - edge}
     lines = [
-        _place_line(line, zone, top + row * scale, scale, columns)
-        for zone, row in zones
-        if (line := getattr(poster, zone)) and line.text
+        _place_line(line, zone, top + row_of[zone] * scale, scale, columns)
+        for zone, line in poster.lines.items()
+        if line.text
     ]
     shapes = []
     for shape in poster.shapes:
@@ -109,17 +128,21 @@ def place(poster: Poster, rows: int, columns: int) -> tuple[list[PlacedLine], li
 
 def _place_line(line: Line, zone: Zone, row: int, rows: int, columns: int) -> PlacedLine:
     scale = rows
-    while scale > 1 and len(line.text) * ADVANCE > columns // scale * CELL:
+    advance = ADVANCE if len(line.text) <= WIDE_LETTERS else NARROW_ADVANCE
+    letters = min(len(line.text), MAX_LETTERS)
+    while scale > 1 and letters * advance > columns // scale * CELL:
         scale -= 1
     left = columns % scale // 2
     width = columns // scale * CELL
-    line = replace(line, text=line.text[: width // ADVANCE])  # the image may be too narrow
-    middle = (width - len(line.text) * ADVANCE) // 2
+    line = replace(line, text=line.text[: min(MAX_LETTERS, width // advance)])  # the image may be too narrow
+    middle = (width - len(line.text) * advance) // 2
     # Lines start with a cell: few codes are enough; see codes.SLOTS.
     nearest = min((middle + CELL // 2) // CELL, middle * 2 // CELL) * CELL
+    if advance == NARROW_ADVANCE and len(line.text) > HALF_CELL_LETTERS and middle >= CELL // 2:
+        nearest = (middle - CELL // 2) // CELL * CELL + CELL // 2
     x = middle if len(line.text) == 4 else nearest
     y = (row + (rows - scale) // 2) * CELL
-    return PlacedLine(line, zone, row, rows, left * CELL + x * scale, y, scale)
+    return PlacedLine(line, zone, row, rows, left * CELL + x * scale, y, scale, advance)
 
 
 def plan(poster: Poster, rows: int, columns: int, from_pixels: Collection[Zone] = ()) -> np.ndarray:
@@ -138,20 +161,24 @@ def plan(poster: Poster, rows: int, columns: int, from_pixels: Collection[Zone] 
         is_from_pixels = placed.zone in from_pixels
         left = columns % scale // 2
         start = placed.x - left * CELL
-        slot0 = codes.HALF_CELL_SLOT if start % (CELL * scale) else 0
+        has_half_cell = start % (CELL * scale) > 0
         unit = start // (CELL * scale)
-        pixels = start % (CELL * scale) // scale + len(line.text) * ADVANCE
+        pixels = start % (CELL * scale) // scale + len(line.text) * placed.advance
         y = placed.y // CELL
         for k in range(-(-pixels // CELL)):
-            if is_from_pixels:
-                code = codes.pixel_text(colour)
-            else:
-                code = codes.line(slot0 + k, codes.initial_of(line.text), colour)
+            code = codes.pixel_text(colour) if is_from_pixels else _line_code(placed, has_half_cell, k, colour)
             x = left + (unit + k) * scale
             grid[y : y + scale, x : x + scale] = code
     for placed in shapes:
         _write_shape(grid, placed)
     return grid
+
+
+def _line_code(placed: PlacedLine, has_half_cell: bool, cell: int, colour: int) -> int:
+    text = placed.line.text
+    if placed.advance == ADVANCE:
+        return codes.line(cell + has_half_cell * codes.HALF_CELL_SLOT, codes.initial_of(text), colour)
+    return codes.long_line(cell + has_half_cell * codes.LONG_HALF_CELL_SLOT, codes.half_of(text), colour)
 
 
 def _write_shape(grid: np.ndarray, placed: PlacedShape) -> None:
@@ -179,10 +206,11 @@ def draw(poster: Poster, width: int, height: int) -> np.ndarray:
         if line.bar is not None:
             pixels[placed.row * CELL : (placed.row + placed.rows) * CELL] = PALETTE[line.bar]
         ink = PALETTE[ink_colour(poster.background if line.bar is None else line.bar)]
-        wide, high = ADVANCE * placed.scale, CELL * placed.scale
+        wide, high = placed.pitch, CELL * placed.scale
         for i, letter in enumerate(line.text.upper()):
             x = placed.x + i * wide
-            _blend(pixels[placed.y : placed.y + high, x : x + wide], letter_mask(letter, placed.scale), ink)
+            mask = letter_mask(letter, placed.scale, placed.advance)
+            _blend(pixels[placed.y : placed.y + high, x : x + wide], mask, ink)
     for placed in shapes:
         side, y, x = placed.cells * CELL, placed.row * CELL, placed.column * CELL
         _blend(pixels[y : y + side, x : x + side], shape_mask(placed.shape.kind, side), PALETTE[placed.shape.colour])
@@ -198,15 +226,15 @@ def ink_colour(background: int) -> int:
 
 
 @cache
-def letter_mask(letter: str, scale: int = 1) -> np.ndarray:
-    """Return the coverage [32 * scale, 24 * scale] in 0..1, blank outside ALPHABET."""
+def letter_mask(letter: str, scale: int = 1, advance: int = ADVANCE) -> np.ndarray:
+    """Return the coverage [32 * scale, advance * scale] in 0..1, blank outside ALPHABET."""
     index = ALPHABET.find(letter)
     if index < 0:
-        return np.zeros((CELL * scale, ADVANCE * scale), np.float32)
+        return np.zeros((CELL * scale, advance * scale), np.float32)
     with Image.open(ATLAS) as atlas:
         cell = atlas.convert("L").crop((index * 48, 0, index * 48 + 48, 64))
     resampling = Image.Resampling.BOX if scale < 2 else Image.Resampling.BICUBIC
-    return np.asarray(cell.resize((ADVANCE * scale, CELL * scale), resampling), np.float32) / 255
+    return np.asarray(cell.resize((advance * scale, CELL * scale), resampling), np.float32) / 255
 
 
 @cache

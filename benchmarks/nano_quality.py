@@ -1,15 +1,21 @@
 """Measure how often the default checkpoint draws held-out prompts correctly.
 
     python -m benchmarks.nano_quality                        images from a server that it starts
+    python -m benchmarks.nano_quality --sets free hand       only these of the sets "small", "free" and "hand"
     python -m benchmarks.nano_quality --url http://...       from a running server
     python -m benchmarks.nano_quality --pipeline             from diffusers' GlmImagePipeline on the same checkpoint
     python -m benchmarks.nano_quality --blank-glyphs         from the server, without letters for the renderer
     python -m benchmarks.nano_quality --edits 50             edits of held-out posters, from either
+    python -m benchmarks.nano_quality --seeds 4              prompts that leave something open, with 4 seeds each
 
-No word and no combination of these prompts was in the training data (models/nano/recipe/prompts.py splits by hash).
-The images are read back by template matching (models/nano/recipe/reading.py) without knowledge of the prompt. The
-table has, for each property of a poster, how often it is right. A missing line counts as a wrong word, and so does one
-that was not in the prompt.
+small   prompts of the small grammar (models/nano/recipe/prompts.py), words and combinations split off by hash
+free    prompts of a second grammar (models/nano/heldout/grammar.py), which training never sees
+hand    sentences written by hand (models/nano/heldout/by_hand.py)
+
+The images are read back by template matching (models/nano/recipe/reading.py) without knowledge of the prompt, and the
+words by tesseract, too, if it is installed. The table has, for each property of a poster, how often it is right; what
+a prompt leaves open is right in any way. A missing line counts as a wrong word, and so does one that was not in the
+prompt.
 """
 
 import argparse
@@ -21,9 +27,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import httpx
@@ -33,129 +39,23 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks import second_reader
+from benchmarks.nano_scores import (
+    SETS,
+    Case,
+    Score,
+    compare,
+    compare_edit,
+    compare_seeds,
+    free_cases,
+    held_out_cases,
+    held_out_edits,
+)
 from models.nano import CHECKPOINT
-from models.nano.recipe import prompts, reading
-from models.nano.recipe.world import Line, Poster, draw
 from server.cli.demo import running_server
 
-SIZES = ((256, 256),) * 12 + ((384, 256),) * 3 + ((256, 384),) * 3 + ((512, 512),) * 2
 CONCURRENCY = 8
 STEPS, GUIDANCE = 12, 2.5  # the checkpoint's defaults, which the pipeline does not know
-
-
-@dataclass(frozen=True)
-class Case:
-    """A prompt, the poster it describes and the image's size; for an edit also the poster before."""
-
-    prompt: str
-    poster: Poster
-    width: int
-    height: int
-    seed: int
-    before: Poster | None = None
-
-    @property
-    def source(self) -> Image.Image | None:
-        """Return the source image of an edit."""
-        return Image.fromarray(draw(self.before, self.width, self.height)) if self.before else None
-
-
-@dataclass
-class Score:
-    """Counts by property, as [right, total], and descriptions of what was wrong."""
-
-    counts: dict[str, list[float]] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-
-    def add(self, name: str, right: float, total: float = 1) -> None:
-        count = self.counts.setdefault(name, [0, 0])
-        count[0] += right
-        count[1] += total
-
-
-def held_out_cases(count: int, seed: int) -> list[Case]:
-    rng = Random(f"held-out/{seed}")
-    cases = []
-    for i in range(count):
-        poster = prompts.random_poster(rng, "held-out")
-        cases.append(Case(prompts.describe(poster, rng), poster, *rng.choice(SIZES), seed=i))
-    return cases
-
-
-def held_out_edits(count: int, seed: int) -> list[Case]:
-    rng = Random(f"held-out edits/{seed}")
-    edits = [prompts.random_edit(rng, "held-out") for _ in range(count)]
-    return [Case(edit.instruction, edit.after, 256, 256, i, edit.before) for i, edit in enumerate(edits)]
-
-
-def compare(score: Score, case: Case, image: np.ndarray) -> None:
-    """Add one image to the score."""
-    found = reading.read(image)
-    errors = []
-    for zone in ("headline", "footer"):
-        expected, drawn = getattr(case.poster, zone), getattr(found, zone)
-        _compare_line(score, expected, drawn)
-        if _text(expected) != _text(drawn):
-            errors.append(f"{zone} {_text(expected)!r} reads {_text(drawn)!r}")
-        if expected:
-            score.add("bars", (drawn.bar if drawn else None) == expected.bar)
-    score.add("background", found.background == case.poster.background)
-    score.add("shape, colour and zone", found.shapes == case.poster.shapes)
-    if found.shapes != case.poster.shapes:
-        errors.append(f"{case.poster.shapes} reads {found.shapes}")
-    if found.background != case.poster.background:
-        errors.append("background")
-    score.add("whole poster", not errors)
-    if errors:
-        score.wrong.append(f"{case.width}x{case.height} {case.prompt}\n    " + "; ".join(errors))
-
-
-def compare_edit(score: Score, case: Case, image: np.ndarray) -> None:
-    """Add one edited image: whether the requested change is there, and whether everything else is as before."""
-    assert case.before is not None
-    found, before, after = (_parts(poster) for poster in (reading.read(image), case.before, case.poster))
-    wrong = {name: f"{found[name]}, not {after[name]}" for name in after if found[name] != after[name]}
-    changed = {name for name in after if after[name] != before[name]}
-    score.add("requested change", not wrong.keys() & changed)
-    score.add("rest kept", not wrong.keys() - changed)
-    if wrong:
-        score.wrong.append(f"{case.prompt}\n    " + "; ".join(f"{name} is {error}" for name, error in wrong.items()))
-
-
-def _parts(poster: Poster) -> dict[str, Any]:
-    """Return everything that an edit can change, by name."""
-    parts: dict[str, Any] = {"background": poster.background}
-    for name in ("headline", "footer"):
-        line = getattr(poster, name)
-        parts[name] = _text(line)
-        parts[f"{name} bar"] = line.bar if line else None
-    for side in ("left", "center", "right"):
-        parts[side] = [shape for shape in poster.shapes if shape.side == side]
-    return parts
-
-
-def _compare_line(score: Score, expected: Line | None, drawn: Line | None) -> None:
-    expected_text, text = _text(expected), _text(drawn)
-    if not expected_text and not text:
-        return
-    score.add("words", expected_text == text)
-    if expected_text:
-        right = max(0, len(expected_text) - distance(expected_text, text))
-        score.add("characters", right, len(expected_text))
-
-
-def _text(line: Line | None) -> str:
-    return line.text.upper() if line else ""
-
-
-def distance(a: str, b: str) -> int:
-    """Return the Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 # --- Sources of images -----------------------------------------------------------------------------------------------
@@ -190,7 +90,7 @@ def from_server(url: str, cases: Sequence[Case], blank_glyphs: bool) -> Iterator
         if not blank_glyphs:
             return decode(request_image(url, case))
         plan = request_image(url, case, return_plan=True, num_inference_steps=1)["plan"]
-        bare = Case(without_strings(case.prompt), case.poster, case.width, case.height, case.seed)
+        bare = replace(case, prompt=without_strings(case.prompt))
         return decode(request_image(url, bare, plan=plan))
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
@@ -226,7 +126,7 @@ def seconds_alone(url: str, count: int) -> list[float]:
     seconds = []
     for case in held_out_cases(count + 1, seed=1):
         start = time.perf_counter()
-        request_image(url, Case(case.prompt, case.poster, 256, 256, case.seed))
+        request_image(url, replace(case, width=256, height=256))
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 
@@ -251,43 +151,85 @@ def print_score(title: str, score: Score, show_wrong: bool) -> None:
             console.print(text, markup=False)
 
 
+class Runner:
+    """Draws and scores the cases that the arguments name."""
+
+    def __init__(self, arguments: argparse.Namespace, stack: ExitStack):
+        self.arguments, self.square = arguments, list[np.ndarray]()
+        self.pipeline = load_pipeline() if arguments.pipeline else None
+        self.url = ""
+        if not arguments.pipeline:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="glimmer-")))
+            self.url = arguments.url or stack.enter_context(running_server(folder))
+        self.reader = second_reader.read_words if second_reader.is_installed() else None
+
+    @property
+    def source(self) -> str:
+        return "diffusers" if self.pipeline else "server, no glyphs" if self.arguments.blank_glyphs else "server"
+
+    def images(self, cases: Sequence[Case]) -> Iterator[np.ndarray]:
+        if self.pipeline:
+            images = from_pipeline(self.pipeline, cases)
+        else:
+            images = from_server(self.url, cases, self.arguments.blank_glyphs)
+        return iter(tqdm(images, total=len(cases), desc="images"))
+
+    def score_sets(self) -> None:
+        if not self.reader:
+            print("tesseract is not installed (Debian: tesseract-ocr): words are read once, by template matching")
+        for name in self.arguments.sets:
+            cases_of, usual = SETS[name]
+            count = self.arguments.prompts or usual
+            self.score(f"{name} prompts", cases_of(count, self.arguments.seed), partial(compare, reader=self.reader))
+
+    def score(self, title: str, cases: Sequence[Case], add: Any) -> None:
+        score = Score()
+        for case, image in zip(cases, self.images(cases), strict=True):
+            add(score, case, image)
+            if (case.width, case.height) == (256, 256):
+                self.square.append(image)
+        print_score(f"{len(cases)} {title}, {self.source}", score, self.arguments.wrong)
+
+    def score_seeds(self) -> None:
+        """Score the first prompts of the second grammar that leave something open."""
+        seeds, score = self.arguments.seeds, Score()
+        cases = [case for case in free_cases(300, 0) if case.open][: self.arguments.prompts or 25]
+        images = self.images([replace(case, seed=seed) for case in cases for seed in range(seeds)])
+        for case in cases:
+            drawn = [next(images) for _ in range(seeds)]
+            compare_seeds(score, case, drawn)
+            self.square += drawn
+        print_score(f"{len(cases)} prompts with {seeds} seeds each, {self.source}", score, self.arguments.wrong)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server; default: start one")
-    parser.add_argument("--prompts", type=int, default=200, help="number of prompts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="sets of prompts; default: all")
+    parser.add_argument("--prompts", type=int, help="number of prompts; default: all of a set")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts, or of the images of a fixed set")
     parser.add_argument("--pipeline", action="store_true", help="use diffusers instead of a server")
     parser.add_argument("--blank-glyphs", action="store_true", help="give the renderer no letters")
     parser.add_argument("--edits", type=int, metavar="N", help="score N edits instead")
+    parser.add_argument("--seeds", type=int, metavar="N", help="score N seeds of each prompt instead")
     parser.add_argument("--sheet", type=Path, help="save a contact sheet of the first 24 images of 256x256")
     parser.add_argument("--wrong", action="store_true", help="list the errors")
     arguments = parser.parse_args()
-    if arguments.edits:
-        cases, add = held_out_edits(arguments.edits, arguments.seed), compare_edit
-    else:
-        cases, add = held_out_cases(arguments.prompts, arguments.seed), compare
-    score, square = Score(), []
     with ExitStack() as stack:
-        if arguments.pipeline:
-            images = from_pipeline(load_pipeline(), cases)
+        runner = Runner(arguments, stack)
+        if arguments.edits:
+            runner.score("held-out edits", held_out_edits(arguments.edits, arguments.seed), compare_edit)
+        elif arguments.seeds:
+            runner.score_seeds()
         else:
-            url = arguments.url or stack.enter_context(
-                running_server(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="glimmer-"))))
-            )
-            if not arguments.blank_glyphs and not arguments.edits:
-                alone = seconds_alone(url, 10)
+            if runner.url and not arguments.blank_glyphs:
+                alone = seconds_alone(runner.url, 10)
                 print(
                     f"seconds per 256x256 image, one at a time: median {np.median(alone):.2f}, longest {max(alone):.2f}"
                 )
-            images = from_server(url, cases, arguments.blank_glyphs)
-        for case, image in zip(cases, tqdm(images, total=len(cases), desc="images"), strict=True):
-            add(score, case, image)
-            if (case.width, case.height) == (256, 256):
-                square.append(image)
-    source = "diffusers" if arguments.pipeline else "server, no glyphs" if arguments.blank_glyphs else "server"
-    print_score(f"{len(cases)} held-out {'edits' if arguments.edits else 'prompts'}, {source}", score, arguments.wrong)
-    if arguments.sheet:
-        save_sheet(square[:24], arguments.sheet)
+            runner.score_sets()
+        if arguments.sheet:
+            save_sheet(runner.square[:24], arguments.sheet)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from diffusers import GlmImagePipeline
 from PIL import Image
 from transformers import ByT5Tokenizer
 
-from benchmarks.nano_quality import Case, Score, compare, held_out_cases, without_strings
+from benchmarks.nano_quality import without_strings
+from benchmarks.nano_scores import Case, Score, compare, held_out_cases
 from engine.jobs.job import JobSpec
 from models.glm_image.model import GlmImage
 from models.nano import CHECKPOINT

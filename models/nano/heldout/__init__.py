@@ -1,0 +1,1 @@
+"""Prompts for scoring only: a second grammar, and sentences by hand. Training and they share no templates."""

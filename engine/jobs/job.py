@@ -305,6 +305,7 @@ class EngineInfo(_Record):
     fingerprint: str = ""  # of the model; the same throughout a queue; "" of an engine with one stage
     planner: str = ""  # of the planner's weights, if loaded
     renderer: str = ""
+    max_text_characters: int | None = None  # of a quoted text, if the checkpoint says so
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def _ready(starting: EngineInfo, model: GlmImage, configured: str | None) -> Eng
         codebook_size=model.planner.config.codebook_size,
         default_steps=model.defaults.num_inference_steps,
         default_guidance=model.defaults.guidance_scale,
+        max_text_characters=model.defaults.max_text_characters,
         fingerprint=whole,
         planner=planner,
         renderer=renderer,

@@ -130,6 +130,7 @@ class RequestDefaults:
     num_inference_steps: int = 50
     guidance_scale: float = 1.5
     size: str | None = None  # "WxH" in pixels; None: `Autoencoder.default_side`
+    max_text_characters: int | None = None  # of a quoted text; the rest is not drawn. None: unknown
 
     @classmethod
     def read(cls, file: Path) -> "RequestDefaults":
@@ -165,6 +166,10 @@ _REQUEST_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_scale": (
         lambda value: type(value) in (int, float) and 0 <= value <= MAX_GUIDANCE_SCALE,
         f"a number, 0..{MAX_GUIDANCE_SCALE}",
+    ),
+    "max_text_characters": (
+        lambda value: type(value) is int and value >= 1,
+        "an integer of at least 1",
     ),
     "size": (_is_size, f'"WIDTHxHEIGHT", each side {MIN_SIDE}..{MAX_SIDE}, one at most {MAX_ASPECT} times the other'),
 }

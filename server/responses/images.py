@@ -27,6 +27,7 @@ class ResponseOptions:
     base_url: str = ""
     revised_prompt: str | None = None
     file_tokens: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -101,13 +102,14 @@ def images_body(record: JobRecord, result: StoredResult, mark: Mark) -> dict[str
 
 def common_fields(record: JobRecord) -> dict[str, Any]:
     """Return the fields shared by a job's images."""
-    spec = record.spec
-    return {
+    spec, options = record.spec, ResponseOptions.from_record(record)
+    fields = {
         "background": "opaque",
         "output_format": spec.output_format,
-        "quality": ResponseOptions.from_record(record).quality,
+        "quality": options.quality,
         "size": f"{spec.width}x{spec.height}",
     }
+    return fields | {"warnings": options.warnings} if options.warnings else fields
 
 
 def image_fields(record: JobRecord, result: StoredResult, index: int, mark: Mark) -> dict[str, Any]:

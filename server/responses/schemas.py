@@ -1,11 +1,15 @@
 """Bodies of responses, for the OpenAPI document."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from engine.jobs.job import JobState
 from server.requests.schemas import TokenGridBody
+
+Warnings = Annotated[
+    list[str] | None, Field(description="present if the images cannot show everything: quoted texts that are cut")
+]
 
 
 class ImageBody(BaseModel):
@@ -38,6 +42,7 @@ class ImagesBody(BaseModel):
     size: str
     data: list[ImageBody]
     usage: UsageBody
+    warnings: Warnings = None
 
 
 class _ImageEvent(BaseModel):
@@ -48,6 +53,7 @@ class _ImageEvent(BaseModel):
     quality: str
     size: str
     image_index: int | None = Field(None, description="index of the image, if the request is for several")
+    warnings: Warnings = None
 
 
 class PartialImageEvent(_ImageEvent):

@@ -17,6 +17,7 @@ from server.admission.rate_limits import Charge
 from server.image_files.edit_input import EditFiles, EditInput
 from server.requests.body import ParsedBody
 from server.requests.schemas import EditRequest
+from server.requests.text_warnings import text_warnings
 from server.requests.validation import ValidatedRequest, smallest_job_spec, to_job_spec
 from server.responses.disconnect import cancel_on_disconnect
 from server.responses.images import ResponseOptions, new_file_tokens
@@ -73,7 +74,9 @@ class Submission:
         except BaseException:
             await admission.refund(charge)
             raise
-        return await self._enqueue(spec, charge, edit, revised_prompt)
+        spec = spec if revised_prompt is None else replace(spec, prompt=revised_prompt)
+        warnings = text_warnings(spec.prompt, spec.quotes, engine.max_text_characters)
+        return await self._enqueue(spec, charge, edit, revised_prompt, warnings)
 
     @property
     def _caller(self) -> Caller:
@@ -118,7 +121,7 @@ class Submission:
         return await self.services.rewriter.rewrite(prompt, self._caller.owner, charge.work, quotes)
 
     async def _enqueue(
-        self, spec: JobSpec, charge: Charge, edit: EditInput | None, revised_prompt: str | None
+        self, spec: JobSpec, charge: Charge, edit: EditInput | None, revised_prompt: str | None, warnings: list[str]
     ) -> Admitted:
         response_format = self.validated.response_format
         options = ResponseOptions(
@@ -128,9 +131,10 @@ class Submission:
             base_url=self.services.base_url(self.request),
             revised_prompt=revised_prompt,
             file_tokens=new_file_tokens(spec.n) if response_format == "url" else [],
+            warnings=warnings,
         )
         job = await self.services.admission.submit(
-            spec if revised_prompt is None else replace(spec, prompt=revised_prompt),
+            spec,
             self.validated.timeout_s,
             self.body.request.priority,
             charge,

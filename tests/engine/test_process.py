@@ -38,8 +38,9 @@ def test_the_heartbeat_has_the_checkpoint_s_defaults(model: GlmImage) -> None:
         default_guidance=1.5,
         **dict(zip(("fingerprint", "planner", "renderer"), model.fingerprints(), strict=True)),
     )
-    info = process._ready(STARTING, replace(model, defaults=RequestDefaults(12, 0.0, "128x96")), "some/model")
-    assert info == replace(plain, default_size="128x96", default_steps=12, default_guidance=0.0)
+    info = process._ready(STARTING, replace(model, defaults=RequestDefaults(12, 0.0, "128x96", 10)), "some/model")
+    expected = replace(plain, default_size="128x96", default_steps=12, default_guidance=0.0, max_text_characters=10)
+    assert info == expected
 
 
 def test_reading_all_weights_does_not_hold_up_heartbeats(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:

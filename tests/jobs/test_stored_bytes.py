@@ -184,7 +184,7 @@ async def test_a_heartbeat(queue: JobQueue, redis_client: Any) -> None:
     info_json = (
         b'{"id":"e1","pid":1,"stage":"all","state":"ready","model":"nano","default_size":"512x512",'
         b'"codebook_size":16384,"max_prompt_tokens":1024,"images_running":0,"default_steps":50,"default_guidance":1.5,'
-        b'"fingerprint":"","planner":"","renderer":""}'
+        b'"fingerprint":"","planner":"","renderer":"","max_text_characters":null}'
     )
     assert await redis_client.hgetall("glimmer:engine:e1") == {b"info": info_json, b"metrics": b"glimmer_x 1\n"}
     assert 0 < await redis_client.pttl("glimmer:engine:e1") <= 60_000

@@ -142,9 +142,10 @@ def test_request_defaults_are_the_file_s(copy: Path, model: GlmImage) -> None:
     assert load(copy).defaults == RequestDefaults(7, 2.0, "128x96")
 
 
-@pytest.mark.parametrize("key", ["num_inference_steps", "guidance_scale", "size"])
+@pytest.mark.parametrize("key", ["num_inference_steps", "guidance_scale", "size", "max_text_characters"])
 def test_every_request_default_is_optional(tmp_path: Path, key: str) -> None:
-    value = {"num_inference_steps": 1, "guidance_scale": 0, "size": "64x64"}[key]
+    values = {"num_inference_steps": 1, "guidance_scale": 0, "size": "64x64", "max_text_characters": 1}
+    value = values[key]
     file = tmp_path / "glimmer.json"
     file.write_text(json.dumps({key: value}))
     assert RequestDefaults.read(file) == replace(RequestDefaults(), **{key: value})
@@ -160,6 +161,7 @@ def test_every_request_default_is_optional(tmp_path: Path, key: str) -> None:
             for value in ("0", "201", "2.0", "true", '"9"')
         ),
         *((f'{{"guidance_scale": {value}}}', "guidance_scale") for value in ("-1", "20.1", "NaN", "false", "null")),
+        *((f'{{"max_text_characters": {value}}}', "max_text_characters") for value in ("0", "true", "9.0", "null")),
         *((f'{{"size": {value}}}', "size") for value in ('"auto"', '"64x0064"', '"64X64"', '" 64x64"', "[64, 64]")),
     ],
 )

@@ -11,9 +11,15 @@ from models.nano.recipe.planner import TrainedPlanner, make_config
 from models.nano.recipe.renderer import TrainedRenderer, make_renderer
 from models.nano.recipe.tokenizer import IMAGE_END, IMAGE_START, VISION_VOCABULARY, make_processor
 from models.nano.recipe.vision import TrainedTokenizer
+from models.nano.recipe.world import MAX_LETTERS
 
 # Defaults of requests.
-REQUEST_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 2.5, "size": "256x256"}
+REQUEST_DEFAULTS = {
+    "num_inference_steps": 12,
+    "guidance_scale": 2.5,
+    "size": "256x256",
+    "max_text_characters": MAX_LETTERS,
+}
 SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.75, "top_k": 50}
 
 

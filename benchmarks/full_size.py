@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.full_size_planner import Floor, run_planner
 from benchmarks.measure import drive
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
@@ -43,7 +44,9 @@ def run_full_size(device: torch.device) -> None:
     bandwidth, flops = measure_bandwidth(device), measure_flops(device)
     console.print(f"measured: {bandwidth / 1e12:.2f} TB/s memory, {flops / 1e12:.0f} TFLOP/s bfloat16 products")
     model = random_glm_image(device, torch.bfloat16)
-    planner_floor_ms = 1e3 * planner_bytes(model.planner) / bandwidth
+    floor = Floor(planner_bytes(model.planner), model.planner.config.kv_bytes_per_token(2), bandwidth)
+    run_planner(model, floor, console)
+    planner_floor_ms = floor.pass_ms(1, 0)
     renderer_floor_s = renderer_flop(model.renderer.config) / flops
     engine = Engine(model)
     spec = JobSpec('a poster with top headline "SUMMER SALE"', SIDE, SIDE, seed=0, num_inference_steps=STEPS)

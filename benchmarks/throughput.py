@@ -11,7 +11,6 @@ take turns in every round, so that a drift in the machine's speed affects all; r
 
 import argparse
 import itertools
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks.folders import cache_dir
 from benchmarks.full_size import run_full_size
 from benchmarks.measure import Measurement, drive, merge
 from engine.engine import Engine
@@ -36,11 +36,6 @@ SIZES = ((256, 256), (384, 256), (512, 512))
 STEPS = (8, 12, 20)
 PROMPTS = ('a poster with top headline "SUMMER SALE" and a red circle', "a plain poster", 'bottom footer "OPEN 9 TO 5"')
 CONCURRENCY = (1, 4, 16)
-
-
-def cache_dir() -> Path:
-    """Return the folder of the random checkpoint: `$XDG_CACHE_HOME/glimmer`, by default `~/.cache/glimmer`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glimmer"
 
 
 def requests(count: int) -> list[JobSpec]:

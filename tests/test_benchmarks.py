@@ -3,19 +3,26 @@
 import asyncio
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import admission
 from benchmarks.full_size import planner_bytes, renderer_flop, run_full_size
+from benchmarks.full_size_planner import reference_planner
 from benchmarks.measure import Measurement, merge
+from benchmarks.planning import in_turns, plan
 from benchmarks.streaming import measure as measure_streams
 from benchmarks.streaming import run as run_streaming
 from benchmarks.throughput import requests, run_small
+from engine.jobs.job import JobSpec
 from models.glm_image.config import PlannerConfig, RendererConfig
-from models.glm_image.planner import Planner
+from models.glm_image.model import GlmImage
+from models.glm_image.paged_attention import PagedKV, PrefillAttention, PromptChunk, SequenceKV
+from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
 from server.settings import ServerSettings
+from tests.checkpoints import small_engine
 from tests.job_queue import JobQueue
 from tests.server.conftest import LiveServer
 from tests.server.stub_engine import StubEngine
@@ -26,6 +33,30 @@ def test_the_small_run_prints_every_contestant(checkpoint: Path, capsys: pytest.
     printed = capsys.readouterr().out
     for label in ("diffusers, one by one", "batched", "concurrency 1", "concurrency 4", "concurrency 16"):
         assert label in printed
+
+
+def test_planning_with_look_ahead_takes_no_more_steps(model: GlmImage) -> None:
+    engine = small_engine(model)
+    greedy = JobSpec("x", 64, 64, seed=1, temperature=0.0, num_inference_steps=1)
+    [without], [with_look_ahead] = in_turns(engine, 1, lambda: plan(engine, [greedy] * 2, 1))
+    assert engine.is_idle
+    assert without.tokens == with_look_ahead.tokens == 2 * greedy.image_plan_tokens
+    assert with_look_ahead.steps <= without.steps
+    assert without.steps >= without.tokens - 2, "the first token comes from the prompt"
+
+
+@torch.inference_mode()
+def test_the_planner_that_is_compared_with_is_the_same(model: GlmImage) -> None:
+    tokens = torch.arange(40) * 7 % model.planner.config.vocab_size
+    expected: Any = reference_planner(model).model.language_model
+    positions = torch.arange(40).expand(3, 1, -1)
+    state = expected(input_ids=tokens[None], position_ids=positions).last_hidden_state[0]
+    kv = PagedKV(model.planner.config, 2, 32, model.dtype, model.device)
+    attention = PrefillAttention(kv, [PromptChunk(SequenceKV(kv, [0, 1]), 0, 40)], torch.arange(40))
+    rotary = RotaryTable(model.planner.config, 40, model.device).at(
+        torch.arange(40)[:, None].expand(-1, 3), model.dtype
+    )
+    torch.testing.assert_close(model.planner(tokens, PlannerBatch(rotary, attention)), state, rtol=1e-4, atol=1e-4)
 
 
 def test_requests_mix_all_sizes_and_steps() -> None:

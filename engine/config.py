@@ -81,6 +81,12 @@ class EngineSettings(CheckpointSettings):
     render_token_budget: int | None = Field(
         default=None, ge=1, description="Maximum number of packed tokens in one renderer step."
     )
+    min_planner_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="Least number of rows in a planner step on a GPU; unset: always as many as the most images need, "
+        "so that an image never depends on the load. Fewer: single images are a little faster.",
+    )
     plan_cache_s: int = Field(
         default=3600, ge=0, description="Seconds a plan is kept for equal requests; 0 keeps none."
     )

@@ -9,6 +9,7 @@ from engine.geometry import CELL, MAX_ASPECT, MAX_IMAGES, MAX_SIDE, MAX_SOURCES,
 from models.glm_image.model import GlmImage
 
 BLOCK_SIZE = 32  # tokens
+CPU_PREFILL_TOKENS, CUDA_PREFILL_TOKENS = 2048, 512  # the arithmetic of about 3 decode passes on an H100
 CPU_KV_BYTES, CPU_KV_SHARE = 1 << 30, 0.15  # of `host_memory`, divided by the engines there
 CPU_SOURCE_BYTES, CPU_SOURCE_SHARE = 2 << 30, 0.2
 CUDA_KV_SHARE = 0.4  # of memory free after loading
@@ -26,6 +27,8 @@ class EngineLimits:
         max_prompt_tokens: without the codes of source images.
         render_token_budget: packed tokens of a tick.
         source_patches: of edits, with keys and values.
+        prefill_tokens: of a planner step, and of a chunk of a prompt.
+        min_planner_rows: of a planner pass on a GPU; None: as many as `max_sequences` need.
     """
 
     max_images: int
@@ -34,6 +37,8 @@ class EngineLimits:
     render_token_budget: int
     source_patches: int
     block_size: int = BLOCK_SIZE
+    prefill_tokens: int = CPU_PREFILL_TOKENS
+    min_planner_rows: int | None = None
 
     @property
     def max_sequences(self) -> int:
@@ -75,6 +80,7 @@ class EngineLimits:
         kv_tokens: int | None = None,
         render_token_budget: int | None = None,
         source_patches: int | None = None,
+        min_planner_rows: int | None = None,
     ) -> "EngineLimits":
         """Return the limits; those not given suit the device and the stages of the model."""
         on_cuda = model.device.type == "cuda"
@@ -86,6 +92,8 @@ class EngineLimits:
             kv_tokens=kv_tokens or min(needed, _affordable_kv_tokens(model)),
             render_token_budget=render_token_budget or (16384 if on_cuda else 2048),
             source_patches=source_patches or _affordable_source_patches(model),
+            prefill_tokens=CUDA_PREFILL_TOKENS if on_cuda else CPU_PREFILL_TOKENS,
+            min_planner_rows=min_planner_rows,
         )
 
 

@@ -38,6 +38,11 @@ class EngineMetrics:
         self.pass_tokens = batch_size("glimmer_planner_accepted_tokens", "Tokens that a planner step added to a plan")
         self.planner_tokens = counter("glimmer_planner_tokens", "Plan tokens generated")
         self.prompt_tokens = counter("glimmer_planner_prompt_tokens", "Prompt tokens prefilled")
+        self.kernel_fallbacks = gauge(
+            "glimmer_kernel_fallbacks",
+            "1 for kernels that failed the check at the start and are not used",
+            ["kernel"],
+        )
         self.renderer_step = step_duration("glimmer_renderer_step_seconds", "Time of a renderer step")
         self.renderer_rows = batch_size("glimmer_renderer_rows", "Sequences packed into a renderer step")
         self.renderer_tokens = counter("glimmer_renderer_tokens", "Tokens of the packed sequences")

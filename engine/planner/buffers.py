@@ -14,9 +14,9 @@ from models.glm_image.planner import plan_positions
 
 
 class SequenceBuffers:
-    """Tensors with a line per plan under way, and a last one for rows that pad a batch.
+    """A line per plan, and a last one for padding.
 
-    Of plan tokens, the first `written` are final, those up to `chosen` are guesses that a pass chose after a wrong one.
+    The first `written` tokens are final, those up to `chosen` are what passes chose after a wrong guess.
 
     Args:
         max_blocks: of a prompt and its plan.
@@ -40,7 +40,7 @@ class SequenceBuffers:
         self._of_grids = lru_cache(64)(self._positions_and_sources)
 
     def fill(self, sequence: Sequence, start: int, sampling: SamplingDefaults) -> None:
-        """Write all that passes need of a plan, whose positions begin at `start`."""
+        """Write what passes need of a plan, whose positions begin at `start`."""
         spec, line, total = sequence.request.spec, sequence.buffer_index, sequence.total
         positions, sources = self._of_grids(tuple(spec.grids))
         self.positions[line, :total] = positions + start

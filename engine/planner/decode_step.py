@@ -1,10 +1,10 @@
-"""One pass of the planner over rows of plans under way: the device reads and writes all of it, the host nothing.
+"""One pass of the planner, without a read by the host.
 
-A row reads a token of a plan and chooses the one after it. Row 0 of a plan reads its last written token, further rows
-read guesses of those that follow (look-ahead).
+A row reads a token and chooses the next one: row 0 of a plan its last written token, further rows guesses after it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,21 +17,22 @@ from models.glm_image.planner import Planner, Rotary, RotaryTable
 Network = Callable[[Tensor, Rotary, Tensor, Tensor, Tensor], Tensor]
 """Returns hidden states of tokens [N] at positions, with these cache slots, lines and lengths [N]."""
 
+Sample = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Samples codes from scores [N, V] with uniforms, temperatures and `top_p` [N]."""
+
 
 class DecodeStep:
-    """Reads and advances `buffers`.
-
-    The operations it dispatches depend neither on the rows nor on their number, but for those of the attention.
-    """
+    """Reads and advances `buffers`. Dispatches the same operations for any rows, but for those of the network."""
 
     def __init__(
         self, model: Planner, buffers: SequenceBuffers, rotary: RotaryTable, sampling: SamplingDefaults, block_size: int
     ):
         self.model, self.buffers, self.rotary, self.sampling = model, buffers, rotary, sampling
+        self.sample: Sample = partial(sample, top_k=sampling.top_k)
         self._block_size, self._dtype = block_size, model.lm_head.weight.dtype
 
     def __call__(self, lines: Tensor, rows: Tensor, network: Network, tile_height: int | None) -> Tensor:
-        """Run the rows of plans [N]: a plan's are consecutive, from 0. Return whether their scores are finite [N]."""
+        """Run rows [N], a plan's one after another from 0. Return whether their scores are finite [N]."""
         buffers = self.buffers
         steps = buffers.written[lines] - 1 + rows  # the tokens that are read
         is_over = steps + 1 >= buffers.totals[lines]  # padding is, too
@@ -47,11 +48,11 @@ class DecodeStep:
         return is_finite
 
     def choose(self, hidden: Tensor, lines: Tensor, steps: Tensor, tile_height: int | None) -> tuple[Tensor, Tensor]:
-        """Choose plan tokens `steps` from hidden states [N, C]; return codes and whether the scores are finite."""
+        """Choose plan tokens `steps` from hidden states [N, C]; return them and whether scores are finite."""
         buffers = self.buffers
         logits = self.model.logits(hidden, tile_height)
         temperature, top_p = buffers.temperature[lines], buffers.top_p[lines]
-        codes = sample(logits, buffers.uniforms[lines, steps], temperature, top_p, self.sampling.top_k)
+        codes = self.sample(logits, buffers.uniforms[lines, steps], temperature, top_p)
         return codes, (logits - logits).sum(-1) == 0  # a tenth of the time of `isfinite`
 
     def begin(self, lines: Tensor, codes: Tensor, is_finite: Tensor) -> None:

@@ -1,7 +1,4 @@
-"""Passes that are captured once and then only replayed.
-
-The host launches a pass before it knows what the one before accepted: a plan that is done idles for one pass.
-"""
+"""Captured passes. The host launches one before it knows what the last accepted: a plan that is done idles for one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,18 +13,18 @@ from engine.planner.scheduler import Sequence
 
 
 class Graphs(Protocol):
-    """Captures work, and copies results to the host without waiting."""
+    """`CudaGraphs`, or a stand-in."""
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
-        """Run `work` on its buffers, capture it, and return what replays it."""
+        """Run and capture `work`; return what replays it."""
         ...
 
     def copy(self, tensor: Tensor) -> Callable[[], list[Any]]:
-        """Begin a copy; return what waits for it and returns it."""
+        """Begin a copy; return what waits for it."""
         ...
 
     def upload(self, source: Tensor, target: Tensor) -> None:
-        """Copy a host tensor in order with replays, without waiting."""
+        """Copy a host tensor between replays."""
         ...
 
 
@@ -57,17 +54,16 @@ class GraphDecoder:
         self._sequence_of: dict[int, Sequence] = {}  # by line of the buffers
         self._launched: _Launch | None = None
 
-    def capture(self, beat: Callable[[], object]) -> None:
-        """Capture all passes, which takes seconds; call `beat` before each."""
+    def capture(self, *, eagerly: bool = False) -> None:
+        """Capture all passes, which takes seconds; or let passes run `eagerly`, to compare."""
         for batch_size in self.batch_sizes:
             lines, rows = self._rows[:, :batch_size]
             for length, network in self._networks.items():
-                beat()
 
                 def run(lines: Tensor = lines, rows: Tensor = rows, network: Network = network) -> None:
                     self._step(lines, rows, network, None)
 
-                self._replays[batch_size, length] = self._graphs.capture(run)
+                self._replays[batch_size, length] = run if eagerly else self._graphs.capture(run)
 
     def add(self, sequence: Sequence) -> None:
         """Prepare for a plan under way."""
@@ -87,7 +83,7 @@ class GraphDecoder:
         return self._passes(before) if before else []
 
     def padded_batch_size(self, count: int) -> int:
-        """Return the size of a batch that holds `count` rows."""
+        """Return the size for `count` rows."""
         return next(size for size in self.batch_sizes if size >= count)
 
     def tile_height(self, batch_size: int) -> int | None:

@@ -61,7 +61,7 @@ class HostDecoder:
         return passes
 
     def padded_batch_size(self, count: int) -> int:
-        """Return the size of a batch that holds `count` rows."""
+        """Return the size for `count` rows."""
         return next((size for size in self.batch_sizes if size >= count), padded(count, self._largest_tile))
 
     def tile_height(self, batch_size: int) -> int | None:

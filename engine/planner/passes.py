@@ -24,7 +24,7 @@ class Pass:
 
 
 def rows_of(sequences: list[Sequence], padding_line: int, batch_size: int) -> Tensor:
-    """Return line and row of each token to read [2, batch_size], on the host."""
+    """Return lines and rows [2, batch_size]."""
     lines = [s.buffer_index for s in sequences for _ in range(s.rows)]
     rows = [row for s in sequences for row in range(s.rows)]
     padding = batch_size - len(lines)
@@ -45,11 +45,11 @@ class Decoder(Protocol):
         ...
 
     def decode(self, sequences: list[Sequence]) -> list[Pass]:
-        """Run a pass; return those that are finished."""
+        """Run a pass; return finished ones."""
         ...
 
     def padded_batch_size(self, count: int) -> int:
-        """Return the size of a batch that holds `count` rows."""
+        """Return the size for `count` rows."""
         ...
 
     def tile_height(self, batch_size: int) -> int | None:

@@ -12,6 +12,7 @@ from engine.geometry import MAX_SIDE
 from engine.jobs.job import JobSpec
 from engine.planner.buffers import SequenceBuffers
 from engine.planner.decode_step import DecodeStep
+from engine.planner.decoders import batch_sizes, cuda_decoder
 from engine.planner.host_decoder import HostDecoder
 from engine.planner.passes import Decoder, Pass
 from engine.planner.scheduler import PromptGroup, Sequence
@@ -36,6 +37,7 @@ class PlannerRunner:
         kv: its last block is for padding.
         max_positions: of the longest prompt and largest plan together.
         max_blocks: of the same.
+        min_rows: of a pass on a GPU; None: always as many as the most sequences need.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class PlannerRunner:
         max_plan_tokens: int,
         max_positions: int,
         max_blocks: int,
+        min_rows: int | None = None,
     ):
         self.model, self.kv, self.sampling = model, kv, sampling
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
@@ -59,6 +62,12 @@ class PlannerRunner:
         parameters = sum(weight.numel() for weight in model.parameters())
         self._decode_threads = 1 if self.device.type == "cpu" and parameters <= ONE_THREAD_UP_TO else None
         self.decoder: Decoder = HostDecoder(self.step, kv, self._tile_heights(), self._decode_threads)
+        self.fallbacks: dict[str, str] = {}  # kernels that are not used, and why
+        if self.device.type == "cuda":
+            sizes = batch_sizes(max_sequences, min_rows)
+            with torch.inference_mode():
+                decoder, self.fallbacks = cuda_decoder(self.step, kv, sizes, max_blocks * kv.block_size)
+            self.decoder = decoder or self.decoder
         self._passes: list[Pass] = []
 
     @torch.inference_mode()
@@ -129,6 +138,8 @@ class PlannerRunner:
     def _time_pass(self, sequence: Sequence) -> None:
         self.buffers.progress[:2, sequence.buffer_index] = sequence.written
         self.decoder.decode([sequence])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _choose_first(self, sequences: list[Sequence], hidden: Tensor, last: list[int]) -> None:
         """Sample the first tokens from the hidden states of the prompts' last ones."""

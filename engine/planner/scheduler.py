@@ -121,6 +121,7 @@ class PlannerScheduler:
         block_size: int,
         max_sequences: int,
         max_prompt_tokens: int,
+        *,
         prefill_tokens: int = 2048,
         chunk_tokens: int = 2048,
     ):

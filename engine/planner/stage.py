@@ -38,7 +38,12 @@ class PlannerStage:
         on_plan: Callable[[Image], None],
     ):
         self.scheduler = PlannerScheduler(
-            limits.blocks, limits.block_size, limits.max_sequences, limits.max_prompt_tokens
+            limits.blocks,
+            limits.block_size,
+            limits.max_sequences,
+            limits.max_prompt_tokens,
+            prefill_tokens=limits.prefill_tokens,
+            chunk_tokens=limits.prefill_tokens,
         )
         self.runner = PlannerRunner(
             model.planner,
@@ -48,7 +53,10 @@ class PlannerStage:
             max_plan_tokens=limits.max_plan_tokens,
             max_positions=limits.max_positions,
             max_blocks=limits.max_sequence_blocks,
+            min_rows=limits.min_planner_rows,
         )
+        for kernel in self.runner.fallbacks:
+            metrics.kernel_fallbacks.labels(kernel).set(1)
         self.look_ahead = LookAhead(self.runner.measure_passes())
         self._prompts, self._metrics, self._boundary = model.prompts, metrics, boundary
         self._emit, self._on_preview, self._on_plan = emit, on_preview, on_plan

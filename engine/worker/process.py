@@ -131,6 +131,7 @@ def _load(settings: EngineSettings) -> Engine:
             max_prompt_tokens=settings.max_prompt_tokens,
             kv_tokens=settings.kv_tokens,
             render_token_budget=settings.render_token_budget,
+            min_planner_rows=settings.min_planner_rows,
         )
         engine = Engine(model, limits)
         if settings.stage != "plan":

@@ -1,38 +1,19 @@
 """The planner with few, large operations, for passes of a row per sequence or several on a GPU.
 
-Query, key and value projections are one product; norms, rotation, cache writes and activation are kernels of
-`models.glm_image.kernels` or the same arithmetic in torch.
+Query, key and value projections are one product; norms, rotation, cache writes and activation are kernels, or
+the same arithmetic in torch.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.glm_image.kernels.check import DecodeKernels, PagedAttention
 from models.glm_image.paged_attention import PagedKV
 from models.glm_image.planner import Planner, PlannerAttention, PlannerLayer, Rotary
-
-
-class LayerKernels(Protocol):
-    """`models.glm_image.kernels.layer` or `.reference`."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-
-    def add_rms_norm(
-        self, x: Tensor, delta: Tensor, delta_weight: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def rotate_and_write(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> Tensor: ...
-
-    def swiglu(self, gate_up: Tensor) -> Tensor: ...
-
-
-class PagedAttention(Protocol):
-    """`PagedDecode` of `models.glm_image.kernels.paged_decode` or `.reference`."""
-
-    def __call__(self, layer: int, q: Tensor, tables: Tensor, row_sequence: Tensor, lengths: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +35,7 @@ class FusedPlanner:
         tables: blocks of sequences [sequences, blocks], int32.
     """
 
-    def __init__(self, model: Planner, kv: PagedKV, tables: Tensor, kernels: LayerKernels):
+    def __init__(self, model: Planner, kv: PagedKV, tables: Tensor, kernels: DecodeKernels):
         self._kv, self._tables, self._kernels = kv, tables, kernels
         self._embed, self._eps = model.embed_tokens.weight, model.config.rms_norm_eps
         layers = [cast(PlannerLayer, layer) for layer in model.layers]

@@ -7,18 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.engine import Engine
+from engine.planner import decoders
 from engine.planner.buffers import SequenceBuffers
 from engine.planner.decode_step import DecodeStep
+from engine.planner.decoders import batch_sizes, cuda_decoder, graph_decoder
 from engine.planner.graph_decoder import GraphDecoder
 from engine.planner.scheduler import Sequence
 from engine.request import Request
 from models.glm_image.config import PlannerConfig, SamplingDefaults
 from models.glm_image.fused_planner import FusedPlanner
-from models.glm_image.kernels import reference
+from models.glm_image.kernels.check import DecodeKernels
 from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV
 from models.glm_image.planner import Planner, RotaryTable
@@ -26,7 +30,7 @@ from tests.checkpoints import small_engine
 from tests.engine.test_lookahead import Plans, Share, at_random, engine_with, fixed, mixed_work, plans_of
 
 WORK = mixed_work(6, seed=1)
-LENGTHS = (128, 512)
+MAX_LENGTH = 512
 
 
 class EagerGraphs:
@@ -58,14 +62,16 @@ def graph_engine(
 ) -> tuple[Engine, EagerGraphs]:
     engine, graphs = engine_with(model, share, **limits), EagerGraphs()
     runner = engine.planner.runner
-    fused = FusedPlanner(runner.model, runner.kv, runner.buffers.blocks, reference)
-    attentions = {n: reference.PagedDecode(runner.kv.pool, runner.kv.group, n, 0) for n in LENGTHS}
-    networks = {length: partial(fused, attention) for length, attention in attentions.items()}
-    decoder = GraphDecoder(runner.step, networks, batch_sizes, graphs)
+    decoder = graph_decoder(runner.step, runner.kv, DecodeKernels(), batch_sizes, MAX_LENGTH, graphs)
     with torch.inference_mode():
-        decoder.capture(lambda: None)
+        decoder.capture()
     runner.decoder = decoder
     return engine, graphs
+
+
+@pytest.fixture(autouse=True)
+def short_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "LENGTHS", (128,))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +120,48 @@ def test_a_plan_idles_for_one_pass(model: GlmImage) -> None:
     assert graphs.replays == len(tokens), "the prompt gives the first token, a further pass tells that all are written"
 
 
+# --- what is used on a GPU
+
+
+class NoGraphs(EagerGraphs):
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(
+    ("failures", "graphs", "is_captured", "replaced"),
+    [
+        ({}, EagerGraphs, True, set()),
+        ({"swiglu": "differs"}, EagerGraphs, True, {"swiglu"}),
+        ({"nucleus": "differs"}, EagerGraphs, True, {"nucleus"}),
+        ({"paged_decode": "does not compile"}, EagerGraphs, False, {"paged_decode"}),
+        ({}, NoGraphs, False, {"cuda_graphs"}),
+    ],
+)
+@torch.inference_mode()
+def test_what_fails_is_replaced_and_named(
+    model: GlmImage,
+    failures: dict[str, str],
+    graphs: type[EagerGraphs],
+    is_captured: bool,
+    replaced: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(decoders, "choose_kernels", lambda *_, **__: DecodeKernels(failures=failures))
+    monkeypatch.setattr(decoders, "CudaGraphs", lambda device: graphs())
+    runner = small_engine(model).planner.runner
+    plain = runner.step.sample
+    with caplog.at_level("INFO", logger="glimmer.engine"):
+        decoder, reasons = cuda_decoder(runner.step, runner.kv, (16,), MAX_LENGTH)
+    assert (decoder is not None) == is_captured
+    assert set(reasons) == replaced
+    assert all("\n" not in reason for reason in reasons.values())
+    assert caplog.text.count("kernel_replaced") == len(replaced)
+    assert ("planner_captured" in caplog.text) == is_captured
+    assert (runner.step.sample is plain) == bool(replaced & {"nucleus", "paged_decode"})
+
+
 # --- what the device does in a pass
 
 
@@ -127,26 +175,21 @@ class Operations(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-class Launches:
-    """Stands in for kernels: a launch is an operation without arithmetic."""
+def launches() -> DecodeKernels:
+    """Return stand-ins for kernels: a launch is an operation without arithmetic."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return torch.empty_like(x)
-
-    def add_rms_norm(
-        self, x: Tensor, delta: Tensor, delta_weight: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(x)
-
-    def rotate_and_write(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+    def rotate_and_write(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
         groups, head_dim = cache.shape[-2:]
         return qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * groups, head_dim)
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-
-    def attend(self, layer: int, q: Tensor, tables: Tensor, row_sequence: Tensor, lengths: Tensor) -> Tensor:
-        return torch.empty_like(q)
+    return DecodeKernels(
+        paged_decode=lambda *_: lambda layer, q, tables, row_sequence, lengths: torch.empty_like(q),
+        rotate_and_write=rotate_and_write,
+        rms_norm=lambda x, *_: torch.empty_like(x),
+        add_rms_norm=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+        swiglu=lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2),
+        nucleus=lambda logits, *_: logits.new_empty(len(logits), dtype=torch.long),
+    )
 
 
 @torch.inference_mode()
@@ -157,8 +200,9 @@ def test_a_pass_reads_nothing_on_the_host_and_dispatches_the_same_whatever_its_s
         planner = Planner(config).to(torch.bfloat16)
     buffers, kv = SequenceBuffers(64, 5000, 200, 0, meta), PagedKV(config, 300, 32, torch.bfloat16, meta)
     step = DecodeStep(planner, buffers, RotaryTable(config, 8000, meta), SamplingDefaults(), 32)
-    kernels = Launches()
-    network = partial(FusedPlanner(planner, kv, buffers.blocks, kernels), kernels.attend)
+    kernels = launches()
+    step.sample = lambda logits, u, temperature, top_p: kernels.nucleus(logits, u, temperature, top_p, top_p)
+    network = partial(FusedPlanner(planner, kv, buffers.blocks, kernels), kernels.paged_decode(kv.pool, 16, 9, 9))
     counts: list[int] = []
     for size in (1, 16, 128):
         lines, rows = torch.zeros(2, size, dtype=torch.long, device=meta)
@@ -181,7 +225,7 @@ def test_the_host_does_the_same_for_every_pass_whatever_its_size(model: GlmImage
     engine = small_engine(model)
     runner, counts = engine.planner.runner, set[int]()
     decoder = GraphDecoder(runner.step, {5000: lambda tokens, *_: tokens}, (16, 64), Recorded())
-    decoder.capture(lambda: None)
+    decoder.capture()
     requests = [Request(str(number), spec) for number, (spec, _) in enumerate(mixed_work(16, seed=2)) if spec.n == 1]
     for count in (1, 3, len(requests)):
         sequences = [Sequence(request.images[0], 5, line, [0]) for line, request in enumerate(requests[:count])]
@@ -193,3 +237,11 @@ def test_the_host_does_the_same_for_every_pass_whatever_its_size(model: GlmImage
         counts.add(operations.count)
     assert len(counts) == 1, counts
     assert counts.pop() < 10
+
+
+@given(st.integers(1, 200), st.none() | st.integers(1, 300))
+def test_batch_sizes_hold_all_sequences(sequences: int, smallest: int | None) -> None:
+    sizes = batch_sizes(sequences, smallest)
+    assert sequences <= sizes[-1] < 2 * sequences
+    assert list(sizes) == [sizes[0] * 2**i for i in range(len(sizes))]
+    assert len(sizes) == 1 if smallest is None or smallest >= sequences else min(smallest, sequences) <= sizes[0]

@@ -119,10 +119,17 @@ def test_partial_results_of_earlier_steps_are_not_read() -> None:
     rows = torch.zeros(2, dtype=torch.int32)
     attend = PagedDecode(pool, 2, 640, 2)
     q = torch.randn(2, 2, 16)
-    short, long = torch.tensor([5, 300], dtype=torch.int32), torch.tensor([640, 639], dtype=torch.int32)
+    short, long = torch.tensor([5, 256], dtype=torch.int32), torch.tensor([640, 639], dtype=torch.int32)
     first = attend(0, q, tables, rows, short)
     attend(0, q, tables, rows, long)
     assert torch.equal(attend(0, q, tables, rows, short), first)
+
+
+def test_more_rows_than_the_buffers_hold_are_refused() -> None:
+    attend = PagedDecode(torch.zeros(1, 1, 16, 2, 1, 16), 1, 16, 2)
+    rows = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="3 rows are more than the 2"):
+        attend(0, torch.zeros(3, 1, 16), torch.zeros(1, 1, dtype=torch.int32), rows, rows + 1)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(24, torch.float32), (8, torch.float32), (16, torch.float64)])

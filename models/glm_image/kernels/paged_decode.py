@@ -128,6 +128,8 @@ class PagedDecode:
             lengths: from 1 to `max_length` [N], int32.
         """
         rows, heads, _ = q.shape
+        if rows > len(self._partial):
+            raise ValueError(f"{rows} rows are more than the {len(self._partial)} of the buffers")
         out = torch.empty_like(q)
         partials = self._partial, self._maximum, self._total
         sizes = {"GROUP": self.group, "D": self._head_dim, "SPLIT": SPLIT, "SPLITS": self._splits}

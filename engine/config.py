@@ -65,7 +65,10 @@ class EngineSettings(CheckpointSettings):
     Not a `BaseSettings`: only the command line reads the environment.
     """
 
-    redis_url: str = Field(description="Redis that holds the jobs: redis://host:6379/0 or unix:///path.")
+    redis_url: str = Field(
+        description="Redis that holds the jobs: redis://host:6379/0, unix:///path, redis+sentinel:// or "
+        "redis+cluster://."
+    )
     engine_id: str = Field(
         default_factory=new_engine_id, description="Id of this process, never used before; generated when unset."
     )

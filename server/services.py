@@ -55,7 +55,7 @@ async def open_services(
 ) -> AsyncIterator[Services]:
     """Open the services, by default with a queue at `settings.redis_url`."""
     async with (
-        nullcontext(queue) if queue else open_queue(str(settings.redis_url)) as job_queue,
+        nullcontext(queue) if queue else open_queue(str(settings.redis_url), settings) as job_queue,
         open_rewriter(settings, metrics) as rewriter,
         aclosing(Decoders()) as decoders,
     ):
@@ -94,10 +94,10 @@ async def open_services(
 
 
 @asynccontextmanager
-async def open_queue(redis_url: str) -> AsyncIterator[JobProducer]:
+async def open_queue(redis_url: str, settings: ServerSettings) -> AsyncIterator[JobProducer]:
     """Open a queue with a Redis client, which connects on first use."""
     client = connect(redis_url)
-    queue = JobProducer(client)
+    queue = JobProducer(client, min_replicas=settings.redis_min_replicas)
     try:
         yield queue
     finally:

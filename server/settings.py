@@ -46,6 +46,11 @@ class ServerSettings(BaseSettings):
     redis_url: str | None = Field(
         default=None, description="Redis that holds the jobs; `glimmer serve` starts one when unset."
     )
+    redis_min_replicas: int = Field(
+        default=0,
+        ge=0,
+        description="Replicas of Redis that must have a job before it is accepted; without so many the answer is 503.",
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     api_key: SecretStr | None = Field(

@@ -7,6 +7,7 @@ import redis.asyncio
 from engine.jobs.connection import redis_errors
 from engine.jobs.events import JobEvents
 from engine.jobs.job import JobState
+from engine.jobs.masters import key_prefix
 from engine.jobs.scripts import LuaScripts
 
 
@@ -15,6 +16,7 @@ class QueueBase:
 
     Args:
         redis: returns bytes; the caller closes it.
+        prefix: of all keys; by default `glimmer`, in a cluster as a hash tag.
         orphan_ms: silence after which an API counts as dead.
     """
 
@@ -22,11 +24,12 @@ class QueueBase:
         self,
         redis: redis.asyncio.Redis,
         *,
-        prefix: str = "glimmer",
+        prefix: str | None = None,
         lease_ms: int = 10_000,
         result_ttl_s: int = 600,
         orphan_ms: int = 60_000,
     ):
+        prefix = prefix or key_prefix(redis)
         self._redis, self._prefix = redis, prefix
         self._lease_ms, self._result_ttl_ms, self._orphan_ms = lease_ms, 1000 * result_ttl_s, orphan_ms
         self._scripts = LuaScripts(redis, "engine.jobs", prefix=prefix, result_ttl_ms=self._result_ttl_ms)

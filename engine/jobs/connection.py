@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import redis.asyncio
 from redis.asyncio import BlockingConnectionPool, SSLConnection
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -19,6 +20,7 @@ from redis.exceptions import DataError, MasterDownError, OutOfMemoryError, ReadO
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from engine.errors import QueueReadOnly, QueueUnavailable, StartError
+from engine.jobs.masters import MASTER_SCHEME, master_options
 from engine.observability.logs import event
 
 logger = logging.getLogger("glimmer.queue")
@@ -27,7 +29,8 @@ T = TypeVar("T")
 RETRY_INTERVAL_S = 0.5
 REDIS_OUTAGE_TIMEOUT_S = 30.0  # a restart takes some seconds
 
-_UNIX_PATH, _DATABASE_PATH = re.compile(r"/.+"), re.compile(r"/?|/\d+")
+_PATHS = {"unix": r"/.+", "redis+sentinel": r"/[\w.-]+(/\d*)?", "rediss+sentinel": r"/[\w.-]+(/\d*)?"}
+_DATABASE_PATH = r"/?|/\d+"
 
 _MAX_CONNECTIONS = 64  # keeps Redis busy; further callers wait
 
@@ -41,31 +44,41 @@ _REPORT_AGAIN_S = 60.0
 
 
 def connect(url: str) -> redis.asyncio.Redis:
-    """Return a client of a `redis[s]://` or `unix://` URL; it retries for half a second (a proxy's restart).
+    """Return a client of the Redis at a URL; it retries for half a second (a proxy's restart).
+
+    Args:
+        url: `redis[s]://`, `unix://`, `redis[s]+sentinel://` or `redis[s]+cluster://`.
 
     Raises:
         StartError: invalid URL; not quoted, since it may hold a password.
     """
     try:
         parts = urlsplit(url)
-        if not (_UNIX_PATH if parts.scheme == "unix" else _DATABASE_PATH).fullmatch(parts.path):
+        if not re.fullmatch(_PATHS.get(parts.scheme, _DATABASE_PATH), parts.path):
             raise ValueError
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=_MAX_CONNECTIONS,
-            timeout=5,  # seconds until a connection is free
-            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), 3),
-            socket_timeout=5,
-            socket_connect_timeout=2,
-            **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+        if MASTER_SCHEME.fullmatch(parts.scheme):
+            options = master_options(parts.scheme, parts.netloc, parts.path, parts.query)
+        else:
+            options = dict(parse_url(url))
+        pool = BlockingConnectionPool(
+            **{
+                "max_connections": _MAX_CONNECTIONS,
+                "timeout": 5,  # seconds until a connection is free
+                "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.3), 3),
+                "socket_timeout": 5,
+                "socket_connect_timeout": 2,
+                **({} if parts.scheme == "unix" else {"socket_keepalive": True}),
+                **options,
+            }
         )
         connection = pool.make_connection()  # checks the options after the ?
         if pool.connection_kwargs.get("decode_responses") or int(pool.connection_kwargs.get("db") or 0) < 0:
             raise ValueError
     except (ValueError, TypeError, AttributeError, OSError, RedisError):
         raise StartError(
-            "GLIMMER_REDIS_URL is not valid; write it like redis://host:6379/0, rediss://:password@host:6379/0 or "
-            "unix:///path/redis.sock, special characters of a password as in %2F"
+            "GLIMMER_REDIS_URL is not valid; write it like redis://host:6379/0, rediss://:password@host:6379/0, "
+            "unix:///path/redis.sock, redis+sentinel://:password@host:26379,host:26379/master/0 or "
+            "redis+cluster://:password@host:6379,host:6379, special characters of a password as in %2F"
         ) from None
     if isinstance(connection, SSLConnection):
         try:

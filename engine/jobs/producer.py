@@ -59,8 +59,15 @@ _REFUSALS: dict[bytes, tuple[type[GlimmerError], str]] = {  # by the reply of `s
 
 
 class JobProducer(QueueBase):
-    def __init__(self, redis: redis.asyncio.Redis, **options: Any) -> None:
+    """Submits jobs and reads what becomes of them.
+
+    Args:
+        min_replicas: replicas that must have a job before it counts as submitted.
+    """
+
+    def __init__(self, redis: redis.asyncio.Redis, *, min_replicas: int = 0, **options: Any) -> None:
         super().__init__(redis, **options)
+        self._min_replicas = min_replicas
         self._image_reads = asyncio.Semaphore(_IMAGE_READS)
 
     async def submit(
@@ -105,6 +112,7 @@ class JobProducer(QueueBase):
 
         Raises:
             QueueFull, SourcesFull, ResultsFull, TooManyJobs, TooMuchKept, KeyReused: nothing was queued.
+            QueueReadOnly: queued, on fewer than `min_replicas` replicas.
         """
         job_format = spec.format
         parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
@@ -133,7 +141,7 @@ class JobProducer(QueueBase):
             "owner_parts": owner_parts,
             "url_copies": int(url_copies) or None,
         }
-        reply = await self._scripts.run("submit", *documents, *encode_sources(source_images), **arguments)
+        reply = await self._submit([*documents, *encode_sources(source_images)], arguments)
         if isinstance(reply, list):
             _, now, position = reply
             deadline_ms, state = now + round(timeout_s * 1000), JobState.QUEUED
@@ -143,6 +151,17 @@ class JobProducer(QueueBase):
             error, message = _REFUSALS[reply]
             raise error(message.format_map(arguments))
         return Submitted(reply.removeprefix(b"attached ").decode() if reply.startswith(b"attached ") else job_id)
+
+    async def _submit(self, blobs: list[Any], arguments: dict[str, Argument]) -> Any:
+        if not self._min_replicas or arguments["dry_run"]:
+            return await self._scripts.run("submit", *blobs, **arguments)
+        reply, reached = await self._scripts.run_replicated("submit", self._min_replicas, *blobs, **arguments)
+        is_refused = isinstance(reply, bytes) and reply in _REFUSALS
+        if not is_refused and reached < self._min_replicas:
+            # Perhaps a former master: let the next calls ask where the present one is.
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            raise QueueReadOnly(f"{reached} of {self._min_replicas} replicas have the job")
+        return reply
 
     async def cancel(self, job_id: str) -> bool:
         """Cancel a live job; return whether this call did."""

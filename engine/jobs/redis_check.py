@@ -13,6 +13,7 @@ from redis.exceptions import (
 
 from engine.errors import StartError
 from engine.jobs.connection import connect
+from engine.jobs.masters import CLUSTER_PREFIX, key_prefix
 
 CHECK_TIMEOUT_S = 2.0
 OLDEST = (6, 2)  # XPENDING with IDLE
@@ -20,8 +21,10 @@ OLDEST = (6, 2)  # XPENDING with IDLE
 # Texts of errors that waiting does not mend; redis-py has no classes for them.
 _SETTING_ERRORS = {
     "DB index": "has no database of that number",
-    "SELECT is not allowed": "is a cluster, which is not supported",
-    "cluster support": "is a cluster, which is not supported",
+    "SELECT is not allowed": "is a cluster; write redis+cluster:// for redis://",
+    "cluster support disabled": "is not a cluster; write redis:// for redis+cluster://",
+    "command 'SENTINEL'": "is not a Sentinel",
+    "command `SENTINEL`": "is not a Sentinel",
     "unknown command": "is older than 6.2, or is not Redis",
     "AF_UNIX path too long": "cannot be reached: the path of a socket has at most 107 bytes",
     "'idna' codec": "cannot be reached: its host name is not valid",
@@ -35,13 +38,21 @@ async def check_redis(url: str) -> None:
     client = connect(url)
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
-            version = str((await client.info("server")).get("redis_version", ""))
+            server = await client.info("server")
     except (RedisError, OSError, TimeoutError) as error:
         if problem := _problem(error):
             raise StartError(f"GLIMMER_REDIS_URL: the server there {problem}") from None
         return
     finally:
         await client.aclose()
+    version = str(server.get("redis_version", ""))
+    mode = server.get("redis_mode")
+    if mode == "sentinel":
+        raise StartError(
+            "GLIMMER_REDIS_URL: the server there is a Sentinel; write redis+sentinel://HOST/NAME-OF-MASTER"
+        )
+    if mode == "cluster" and key_prefix(client) != CLUSTER_PREFIX:
+        raise StartError("GLIMMER_REDIS_URL: the server there is a cluster; write redis+cluster:// for redis://")
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
     if numbers and numbers < OLDEST:
         raise StartError(f"GLIMMER_REDIS_URL: the server there is Redis {version}; 6.2 or newer is needed")

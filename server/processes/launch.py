@@ -123,7 +123,7 @@ async def _serve(
     for name in ("GLIMMER_API_KEY", "GLIMMER_PROMPT_REWRITER_KEY"):
         base.pop(name, None)  # engines do not need the secrets
     environments = engine_environments(base, engines.count, engines.device)
-    async with open_queue(redis_url) as queue:
+    async with open_queue(redis_url, settings) as queue:
         supervisor = Supervisor(engines.command, environments, JobConsumer(queue.client))
         server = _make_server(settings, queue)
         signals = asyncio.create_task(server.follow(stop))

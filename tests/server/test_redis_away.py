@@ -152,3 +152,31 @@ async def test_a_submit_that_times_out_leaves_no_job(site: Site, monkeypatch: py
 async def _health_names(site: Site, reason: str) -> bool:
     health = (await site.http.get("/health")).json()
     return health["status"] == "unavailable" and reason in health["reason"]
+
+
+async def test_a_job_on_too_few_replicas_is_refused_and_discarded(
+    redis_client: redis.asyncio.Redis, queue: JobQueue, model: GlmImage
+) -> None:
+    """This Redis has no replica."""
+    app = create_app(ServerSettings(), JobQueue(redis_client, min_replicas=1))  # type: ignore[call-arg]
+    transport = httpx.ASGITransport(app)
+    async with (
+        working(queue, small_engine(model)),
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60) as http,
+    ):
+        await until(lambda: _has_engine(queue))
+        refused = await http.post(URL, json={"prompt": "x", "size": "64x64"})
+        assert refused.status_code == 503
+        assert float(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["message"].startswith("The job queue does not accept jobs")
+        await until(lambda: _is_empty(queue))
+
+
+async def _has_engine(queue: JobQueue) -> bool:
+    return bool(await queue.engines())
+
+
+async def _is_empty(queue: JobQueue) -> bool:
+    stats = await queue.stats()
+    return not stats.waiting and not stats.running

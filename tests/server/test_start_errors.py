@@ -1,6 +1,7 @@
 """What cannot start ends in one line and exit code 2: no traceback, no hang."""
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 
 from engine.errors import StartError
 from engine.jobs.connection import connect
+from engine.jobs.masters import SentinelMaster
 from engine.observability.logs import JsonFormatter
 from server.settings import ServerSettings, default_data_dir
 from tests.server.test_cli import glimmer
@@ -22,6 +24,10 @@ BAD_URLS = [
     *("redis://host/0?db=x", "redis://host/0?db=-1", "redis://host/0?nothing=1", "redis://:secret/word@host/0"),
     *("redis://host/0?decode_responses=true", "redis://host/0?socket_timeout=x", "unix://", "unix:relative"),
     *("rediss://host/0?ssl_cert_reqs=bogus", "redis://[host/0"),
+    *("redis+sentinel://host", "redis+sentinel://host/", "redis+sentinel:///main", "redis+sentinel://a,,b/main"),
+    *("redis+sentinel://a:x,b/main", "redis+sentinel://host/main/x", "redis+sentinel://host/main?nothing=1"),
+    *("redis+cluster://", "redis+cluster://host/1", "redis+cluster://host?db=1", "unix+cluster://host"),
+    *("rediss+cluster://host?ssl_cert_reqs=bogus", "redis+sentinel://:secret/word@host/main"),
 ]
 
 
@@ -33,10 +39,27 @@ def test_a_redis_url_that_cannot_be_used(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://h", "redis://h/", "redis://:p%2F@h:1/7", "rediss://u:p@h/0", "unix:///a b.sock"]
+    "url",
+    [
+        *("redis://h", "redis://h/", "redis://:p%2F@h:1/7", "rediss://u:p@h/0", "unix:///a b.sock"),
+        *("redis+sentinel://h/main", "redis+sentinel://u:p%2F@a:1,b,[::1]:3/main/7", "rediss+sentinel://a,b/main/"),
+        *("redis+cluster://h", "redis+cluster://:p@a:1,b/0", "rediss+cluster://a?ssl_check_hostname=false"),
+    ],
 )
 def test_a_redis_url_that_can(url: str) -> None:
     connect(url)
+
+
+def test_the_parts_of_a_url_with_several_servers() -> None:
+    url = "rediss+sentinel://user:p%2F%2C@a:1,b,[::1]:3/main/7?sentinel_password=s&ssl_check_hostname=false"
+    options = connect(url).connection_pool.connection_kwargs
+    assert (options["username"], options["password"], options["db"]) == ("user", "p/,", 7)
+    master = options["master"]
+    assert isinstance(master, SentinelMaster)
+    assert list(itertools.islice(master._servers, 3)) == [("a", 1), ("b", 26379), ("::1", 3)]
+    assert (master._name, master._options["password"], master._options["ssl"]) == ("main", "s", True)
+    assert "username" not in master._options
+    assert options["ssl_check_hostname"] is master._options["ssl_check_hostname"]
 
 
 @pytest.mark.parametrize("command", ["api", "engine", "serve"])

@@ -53,7 +53,7 @@
 -- - The first write of a script is one that Redis refuses when it is out of memory, or else the script may run then
 --   (claiming, ending). So a script that has written is never stopped half way.
 --
--- Keys are built inside the scripts, so Redis Cluster is not supported. Times are milliseconds of Redis' clock.
+-- Keys are built inside the scripts: in a cluster the prefix is a hash tag, and one node has them all. Times are milliseconds of Redis' clock.
 --
 -- Arguments: ARGV[1] is a JSON object of named scalars, here `args`; None is left out and reads as nil. What is stored
 -- byte for byte (JSON documents, images) follows from ARGV[2] on, in the order each script states. cjson turns integers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import attacks, deaths, scenarios, traffic
+from tests.chaos import attacks, deaths, failover, scenarios, traffic
 from tests.chaos.report import Figure
 from tests.chaos.sizes import Sizes
 
@@ -17,6 +17,7 @@ SCENARIOS: dict[str, Scenario] = {
     "kills": scenarios.kills,
     "freezes": scenarios.freezes,
     "redis": scenarios.redis_kills,
+    "failover": failover.failover,
     "flapping": scenarios.flapping,
     "random_kills": deaths.random_kills,
     "poison": deaths.poison,

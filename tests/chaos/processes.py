@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from urllib.parse import unquote
 
 import httpx
@@ -23,6 +23,7 @@ from engine.jobs.embedded import EmbeddedRedis
 from server.processes.engine_death import OomKills, death_is_evidence
 from tests.chaos.memory_cgroup import MemoryCgroup
 from tests.chaos.stub import StubSettings, run_engine
+from tests.failover import FailoverRedis
 from tests.job_queue import JobQueue
 from tests.proxy import Proxy
 from tests.waiting import until
@@ -44,6 +45,7 @@ class StackSettings:
     Args:
         requeue_on_death: requeue the jobs of a dead engine at once, as the supervisor of `glimmer serve` does; else
             they wait for the end of the lease, as with an orchestrator of containers.
+        redis: starts the Redis in a new folder.
         through_link: APIs and engines reach Redis through `Stack.link`.
         cgroup: of the engines, and `oom_root` a root folder in which `OomKills` finds its counter.
         api_options: further options of APIs; `key` is that of the clients.
@@ -55,6 +57,7 @@ class StackSettings:
     max_queue: int = 256
     grace_s: float = 30.0
     requeue_on_death: bool = False
+    redis: Callable[[Path], EmbeddedRedis | FailoverRedis] = EmbeddedRedis
     through_link: bool = False
     cgroup: MemoryCgroup | None = None
     oom_root: Path = Path("/")
@@ -174,7 +177,7 @@ class Stack:
     def __init__(self, folder: Path, settings: StackSettings):
         self.settings, self.folder = settings, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.redis = EmbeddedRedis(folder / "redis")
+        self.redis: Any = settings.redis(folder / "redis")
         self.link = Proxy(Path(unquote(self.redis.url.removeprefix("unix://"))))
         self._url = self.link.url if settings.through_link else self.redis.url
         self.engines = [Engine(number, self._url, settings, folder) for number in range(settings.engines)]

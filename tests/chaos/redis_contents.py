@@ -6,9 +6,11 @@ from typing import Any
 
 import redis.asyncio
 
+from engine.jobs.masters import key_prefix
+
 PREFIX = "glimmer"
 QUEUES = ("queue:interactive", "queue:batch", "queue:render:interactive", "queue:render:batch")
-STAYS = frozenset(f"{PREFIX}:{name}" for name in ("counters", "engines", *QUEUES))
+STAYS = frozenset(("counters", "engines", *QUEUES))
 LONGEST_TTL_S = 3600 + 600  # of an idempotency key: its job's timeout plus the time results are kept
 HANDED_BACK = "handed-back"  # a consumer of the groups that is no engine
 
@@ -42,14 +44,15 @@ class RedisContents:
 
     @classmethod
     async def read(cls, client: redis.asyncio.Redis) -> "RedisContents":
+        prefix = key_prefix(client)
         found = cls(
-            waiting=await client.zcard(f"{PREFIX}:waiting"),
-            running=await client.scard(f"{PREFIX}:running"),  # type: ignore[misc]
+            waiting=await client.zcard(f"{prefix}:waiting"),
+            running=await client.scard(f"{prefix}:running"),  # type: ignore[misc]
         )
         for queue in QUEUES:
-            await found._count_queue(client, f"{PREFIX}:{queue}")
-        async for key in client.scan_iter(f"{PREFIX}:*", count=500):
-            await found._count_key(client, key.decode())
+            await found._count_queue(client, f"{prefix}:{queue}")
+        async for key in client.scan_iter(f"{prefix}:*", count=500):
+            await found._count_key(client, key.decode(), prefix)
         return found
 
     async def _count_queue(self, client: redis.asyncio.Redis, queue: str) -> None:
@@ -60,13 +63,13 @@ class RedisContents:
             names = {consumer["name"].decode() for consumer in await client.xinfo_consumers(queue, group["name"])}
             self.consumers |= names - {HANDED_BACK}
 
-    async def _count_key(self, client: redis.asyncio.Redis, key: str) -> None:
-        kind, _, name = key.removeprefix(f"{PREFIX}:").partition(":")
+    async def _count_key(self, client: redis.asyncio.Redis, key: str, prefix: str) -> None:
+        kind, _, name = key.removeprefix(f"{prefix}:").partition(":")
         self.kinds[kind] += 1
         if kind in ("result", "partials"):
             self.blob_bytes += await client.memory_usage(key) or 0
         if kind == "result":
             self.results.add(name)
         ttl_ms = await client.pttl(key)
-        if key not in STAYS and (ttl_ms == -1 or ttl_ms > 1000 * LONGEST_TTL_S):
+        if key.removeprefix(f"{prefix}:") not in STAYS and (ttl_ms == -1 or ttl_ms > 1000 * LONGEST_TTL_S):
             self.without_end.append(key)

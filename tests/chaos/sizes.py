@@ -11,6 +11,7 @@ class Sizes:
         jobs, kills: of `kills`; the kills are spread over the jobs.
         redis_kills, freezes, leavers, poison, random_kills, oom: of the scenario of that name.
         kill_interval_s: between two random kills, on average.
+        failovers: of each kind of Redis, in `failover`.
         flaps: disturbances of `flapping`.
         faults: engine kills and freezes of `everything`.
         restarts: of every API and engine, in `rolling`.
@@ -26,6 +27,7 @@ class Sizes:
     random_kills: int = 60
     kill_interval_s: float = 5.0
     redis_kills: int = 20
+    failovers: int = 10
     flaps: int = 80
     freezes: int = 50
     leavers: int = 1000
@@ -46,6 +48,7 @@ SHORT = Sizes(
     random_kills=4,
     kill_interval_s=1.0,
     redis_kills=2,
+    failovers=2,
     flaps=8,
     freezes=2,
     leavers=30,

@@ -25,7 +25,7 @@ from engine.jobs.masters import CLUSTER_PREFIX
 USER, PASSWORD, NAME = "glimmer", "p@ss,word/1", "pictures"
 PASSWORD_IN_URL = "p%40ss%2Cword%2F1"
 NODE_TIMEOUT_MS = 1000  # silence after which a master counts as down
-START_S = 30.0
+START_S = 60.0
 CLUSTER_SLOTS = 16384
 
 
@@ -246,6 +246,8 @@ class ClusterRedis(FailoverRedis):
     def _start(self, folder: Path, replicas: int) -> None:
         ports = free_ports(3 + replicas, cluster=True)
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS))
+        options += ("--cluster-replica-validity-factor", "0")  # on a busy machine an election takes several tries
+        options += ("--cluster-migration-barrier", "9")  # replicas stay with the queue's master
         options += ("--masterauth", PASSWORD, "--masteruser", USER, *_USERS)
         for number, port in enumerate(ports):
             self.servers.append(self._add(folder / str(number), port, *_COMMON, *options))

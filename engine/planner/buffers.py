@@ -30,6 +30,7 @@ class SequenceBuffers:
         self.device, self.padding_line = device, max_sequences
         self.tokens = torch.zeros(lines, max_plan_tokens, dtype=torch.long, device=device)
         self.guess_sources = torch.zeros(lines, max_plan_tokens, dtype=torch.long, device=device)
+        self.guesses = torch.full_like(self.tokens, -1)  # codes; -1: that of `guess_sources`
         self.uniforms = torch.zeros(lines, max_plan_tokens, device=device)
         self.positions = torch.zeros(lines, max_plan_tokens, 3, dtype=torch.long, device=device)
         self.blocks = torch.full((lines, max_blocks), padding_block, dtype=torch.int32, device=device)
@@ -52,6 +53,23 @@ class SequenceBuffers:
         self.blocks[line, : len(blocks)] = blocks
         self.prompt_lengths[line], self.totals[line] = sequence.prompt_length, total
         self.progress[:, line] = 0
+        self.guesses[line] = -1
+        if sequence.request.encoded:
+            self._guess_source(sequence)
+
+    def _guess_source(self, sequence: Sequence) -> None:
+        """Guess the code of an edit's first source image where it differs from the one that is guessed from.
+
+        Elsewhere an edit changes both, or none.
+        """
+        codes, [grid] = sequence.request.encoded[0].codes, sequence.request.spec.grids
+        rows, cols = (
+            ((2 * torch.arange(count) + 1) * size // (2 * count)).to(codes.device)
+            for count, size in zip((grid.rows, grid.cols), codes.shape, strict=True)
+        )
+        line, total = sequence.buffer_index, grid.tokens
+        kept = codes[rows[:, None], cols].flatten()
+        self.guesses[line, :total] = kept.masked_fill(kept == kept[self.guess_sources[line, :total]], -1)
 
     def _positions_and_sources(self, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
         positions = plan_positions(0, [(grid.rows, grid.cols) for grid in grids])

@@ -64,7 +64,9 @@ class DecodeStep:
         """Return chosen tokens, and guesses for those that no pass has chosen."""
         chosen = self.buffers.chosen[lines]
         sources = torch.minimum(self.buffers.guess_sources[lines, steps], chosen - 1).clamp_min(0)
-        return self.buffers.tokens[lines, torch.where(steps < chosen, steps, sources)]
+        tokens = self.buffers.tokens[lines, torch.where(steps < chosen, steps, sources)]
+        guesses = self.buffers.guesses[lines, steps]
+        return torch.where((steps < chosen) | (guesses < 0), tokens, guesses)
 
     def _accept(
         self,

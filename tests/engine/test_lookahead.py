@@ -13,9 +13,11 @@ from torch import Tensor
 from engine.engine import Engine
 from engine.geometry import Grid
 from engine.jobs.job import JobSpec, SourceImages
+from engine.planner.buffers import SequenceBuffers
 from engine.planner.lookahead import LookAhead, guess_sources
 from engine.planner.scheduler import MAX_ROWS, Sequence
 from engine.request import Failed, Planned, Request
+from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
 from models.nano import CHECKPOINT
 from tests.checkpoints import small_engine
@@ -129,6 +131,34 @@ def test_the_shipped_checkpoint_needs_less_than_half_the_passes() -> None:
     assert accepted == len(tokens) - 1, "the first token comes from the prompt"
     assert metrics.planner_tokens._value.get() == len(tokens)
     assert passes < metrics.lookahead_rows._value.get() <= 15 * passes
+
+
+def test_edits_guess_that_the_source_image_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    nano = GlmImage.load(str(CHECKPOINT), torch.device("cpu"), torch.float32)
+    poster = JobSpec(
+        'a blue poster, headline "SALE", a yellow star, footer "NOW" on a red bar',
+        256,
+        256,
+        seed=1,
+        num_inference_steps=4,
+    )
+    [[pixels]] = Engine(nano).generate([poster])
+    file = encode(pixels, "png", 100)
+    work: list[Work] = [
+        (JobSpec(prompt, 256, 256, seed=2, num_sources=1), SourceImages([file]))
+        for prompt in ("make the star red", 'change the headline to "OPEN"', "make the background green")
+    ]
+
+    def passes() -> tuple[Plans, float]:
+        engine = engine_with(nano, fixed(16))
+        plans = plans_of(engine, work)
+        return plans, engine.metrics.registry.get_sample_value("glimmer_planner_accepted_tokens_count") or 0
+
+    plans, fewer = passes()
+    monkeypatch.setattr(SequenceBuffers, "_guess_source", lambda self, sequence: None)
+    from_above, more = passes()
+    assert plans == from_above
+    assert fewer < more
 
 
 def test_a_guess_that_overflows_changes_no_plan(model: GlmImage, monkeypatch: pytest.MonkeyPatch) -> None:

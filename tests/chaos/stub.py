@@ -115,6 +115,7 @@ class SleepingPlanner:
     def __init__(self, model: nn.Module, *_: object, **__: object):
         self._step_s = cast(StubPlannerNetwork, model).step_s
         self._passes: list[Pass] = []
+        self.fallbacks: dict[str, str] = {}
 
     def measure_passes(self) -> dict[int, float]:
         return {}

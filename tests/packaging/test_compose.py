@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+import yaml
 from redis.backoff import ConstantBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
@@ -24,7 +25,13 @@ from server.processes.serving import CANCEL_S, CLOSE_S, LAST_BYTES_S
 from server.settings import ServerSettings
 from tests.packaging.files import COMPOSE_FILES, ROOT, compose, dockerfile, image_environment, last, variables_of
 
-OURS = ("api", "engine")
+ENGINES = ("engine", "planner", "renderer")
+OURS = ("api", *ENGINES)
+PROFILES = {
+    None: {"redis", "api", "engine"},
+    "fleet": {"planner", "renderer"},
+    "observability": {"prometheus", "grafana"},
+}
 BIN = Path(sys.executable).parent
 
 
@@ -44,6 +51,11 @@ def seconds(duration: str) -> float:
     return float(match[1])
 
 
+def target(service: str) -> str:
+    """Return the image's target in the Dockerfile, which is also the command."""
+    return "api" if service == "api" else "engine"
+
+
 def with_defaults(text: str) -> str:
     """Replace `${NAME:-default}` and `${NAME:+other}` as compose does if no variable is set."""
     return re.sub(r"\$\{\w+:(?:-([^}]*)|\+[^}]*)\}", r"\1", str(text))
@@ -53,7 +65,7 @@ def environment(service: str) -> dict[str, str]:
     """Return the environment of the container's process: the image's and the service's variables."""
     given = services()[service]["environment"]
     set_here = {name: with_defaults(value) for name, value in given.items() if value is not None}
-    return image_environment(service) | set_here
+    return image_environment(target(service)) | set_here
 
 
 @pytest.mark.parametrize("name", COMPOSE_FILES)
@@ -78,8 +90,58 @@ def test_every_service_has_a_health_check() -> None:
 
 def test_our_services_are_built_from_existing_targets() -> None:
     for name in OURS:
-        assert services()[name]["build"]["target"] == name
-        assert name in dockerfile()
+        assert services()[name]["build"]["target"] == target(name)
+        assert target(name) in dockerfile()
+
+
+def test_profiles_add_services_to_those_that_always_start() -> None:
+    found: dict[str | None, set[str]] = {}
+    for name, service in services().items():
+        for profile in service.get("profiles", [None]):
+            found.setdefault(profile, set()).add(name)
+    assert found == PROFILES
+
+
+def test_the_engines_of_a_fleet_differ_in_their_stage_alone() -> None:
+    for name, stage in (("planner", "plan"), ("renderer", "render")):
+        service = dict(services()[name])
+        assert service.pop("profiles") == ["fleet"]
+        assert service["environment"].pop("GLIMMER_STAGE") == stage
+        assert service == services()["engine"]
+
+
+@pytest.mark.parametrize("name", PROFILES["observability"])
+def test_what_prometheus_and_grafana_read_is_there(name: str) -> None:
+    for volume in services()[name]["volumes"]:
+        source, mounted = volume.split(":")[:2]
+        if source.startswith("./"):
+            assert (ROOT / source).exists()
+        else:
+            assert source in compose()["volumes"]
+            assert mounted in ("/prometheus", "/var/lib/grafana")
+    (published,) = services()[name]["ports"]
+    assert published.startswith("127.0.0.1:")
+
+
+def test_grafana_is_provisioned_with_prometheus_and_the_dashboard() -> None:
+    provisioning = ROOT / "deploy" / "grafana" / "provisioning"
+    [source] = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert urlsplit(source["url"]).hostname == "prometheus"
+    [provider] = yaml.safe_load((provisioning / "dashboards" / "glimmer.yml").read_text())["providers"]
+    mounted = [volume.split(":")[1] for volume in services()["grafana"]["volumes"]]
+    assert f"{provider['options']['path']}/dashboard.json" in mounted
+    assert services()["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] in mounted
+
+
+def test_prometheus_scrapes_every_api_and_has_the_rules() -> None:
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    [scraped] = config["scrape_configs"]
+    [names] = scraped["dns_sd_configs"]
+    assert names["names"] == ["api"]
+    assert str(names["port"]) == environment("api")["GLIMMER_PORT"]
+    assert config["rule_files"] == ["alerts.yml"]
+    [folder] = [volume.split(":") for volume in services()["prometheus"]["volumes"] if volume.startswith("./")]
+    assert f"--config.file={folder[1]}/prometheus.yml" in services()["prometheus"]["command"]
 
 
 @pytest.mark.parametrize("name", COMPOSE_FILES)
@@ -87,26 +149,35 @@ def test_images_are_pinned(name: str) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     for service, definition in compose(name)["services"].items():
         tag = definition["image"].partition(":")[2]
-        assert tag.startswith(version) if service in OURS else re.match(r"\d+\.\d+", tag), definition["image"]
+        assert tag.startswith(version) if service in OURS else re.match(r"v?\d+\.\d+\.?\d*", tag), definition["image"]
 
 
 @pytest.mark.parametrize("name", COMPOSE_FILES)
 def test_variables_are_real_settings(name: str) -> None:
     for service, definition in compose(name)["services"].items():
         ours = {variable for variable in definition.get("environment", {}) if variable.startswith("GLIMMER_")}
-        assert ours <= (variables_of(service) if service in OURS else set()), service
+        assert ours <= (variables_of(target(service)) if service in OURS else set()), service
     referenced = set(re.findall(r"\$\{(\w+)", (ROOT / name).read_text()))
-    assert referenced <= variables_of("api") | variables_of("engine") | {"HF_TOKEN", "GLIMMER_REDIS_PASSWORD"}
+    assert referenced <= variables_of("api") | variables_of("engine") | {
+        "HF_TOKEN",
+        "GLIMMER_REDIS_PASSWORD",
+        "GRAFANA_PASSWORD",
+    }
 
 
 @pytest.mark.parametrize(
     ("service", "of_the_container"),
-    [("api", {"GLIMMER_HOST", "GLIMMER_PORT"}), ("engine", {"GLIMMER_ENGINE_ID", "GLIMMER_STAGE"})],
+    [
+        ("api", {"GLIMMER_HOST", "GLIMMER_PORT"}),
+        ("engine", {"GLIMMER_ENGINE_ID", "GLIMMER_STAGE"}),
+        ("planner", {"GLIMMER_ENGINE_ID"}),
+        ("renderer", {"GLIMMER_ENGINE_ID"}),
+    ],
 )
 def test_every_setting_can_be_set_from_outside(service: str, of_the_container: set[str]) -> None:
     """Except those that are useless in a container or set by its image."""
     ours = {name for name in services()[service]["environment"] if name.startswith("GLIMMER_")}
-    assert ours == variables_of(service) - of_the_container
+    assert ours == variables_of(target(service)) - of_the_container
 
 
 def test_the_key_file_is_mounted_where_the_api_reads_it() -> None:
@@ -139,13 +210,14 @@ def test_api_and_engine_use_the_same_redis_and_wait_for_it(name: str) -> None:
     assert services()[name]["depends_on"]["redis"]["condition"] == "service_healthy"
 
 
-@pytest.mark.parametrize(("name", "extra_s"), [("api", LAST_BYTES_S + CANCEL_S + CLOSE_S), ("engine", HAND_BACK_S)])
-def test_containers_get_more_time_to_stop_than_the_drain_takes(name: str, extra_s: float) -> None:
+@pytest.mark.parametrize("name", OURS)
+def test_containers_get_more_time_to_stop_than_the_drain_takes(name: str) -> None:
+    extra_s = LAST_BYTES_S + CANCEL_S + CLOSE_S if name == "api" else HAND_BACK_S
     grace = float(environment(name)["GLIMMER_GRACE_S"])
     assert seconds(services()[name]["stop_grace_period"]) >= grace + extra_s
 
 
-@pytest.mark.parametrize("name", ["redis", *OURS])
+@pytest.mark.parametrize("name", services())
 def test_services_are_restarted(name: str) -> None:
     assert services()[name]["restart"] == "unless-stopped"
 
@@ -156,7 +228,7 @@ def test_the_volume_contains_the_hub_client_s_cache() -> None:
     assert Path(environment("engine")["HF_HOME"]).is_relative_to(mounted)
 
 
-@pytest.mark.parametrize("name", ["redis", *OURS])
+@pytest.mark.parametrize("name", services())
 def test_services_are_confined(name: str) -> None:
     """Each is read-only, without privileges, bounded in memory, processes and logs, and not root."""
     service = services()[name]
@@ -166,7 +238,7 @@ def test_services_are_confined(name: str) -> None:
     assert service["mem_limit"]
     assert service["pids_limit"]
     assert service["logging"]["options"].keys() == {"max-size", "max-file"}
-    assert name in OURS or service["user"] == "redis:redis"  # ours: see test_dockerfile
+    assert name in OURS or re.fullmatch(r"redis:redis|[1-9]\d*:\d+", service["user"])  # ours: see test_dockerfile
 
 
 def test_redis_asks_for_a_password_and_is_reached_from_the_inner_network_alone() -> None:

@@ -28,10 +28,10 @@ endef
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help install demo serve check browser clients test cuda-check chaos soak lock bench score-nano train-nano format clean
+.PHONY: help install demo serve check browser clients cluster-tools test cuda-check chaos soak lock bench score-nano train-nano format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Install Glimmer and its development dependencies into .venv
 
@@ -66,8 +66,11 @@ clients: ## Install Debian's JDK and curl for the tests of clients, if one is mi
 		echo "No JDK or no curl found: the tests of these clients are not run. To run them, install Debian's or Ubuntu's" \
 			"packages default-jdk-headless and curl." >&2
 
+cluster-tools: $(STAMP) ## Fetch helm, kubectl and promtool for the tests of the chart and the alerts
+	@$(BIN)/python -m tests.deploy.tools
+
 # Two processes with one thread each: with two each, threads that share a core would wait for each other.
-test: check browser clients $(NODE_STAMP) ## Run all checks and tests, as continuous integration does
+test: check browser clients cluster-tools $(NODE_STAMP) ## Run all checks and tests, as continuous integration does
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 cuda-check: $(STAMP) ## Compile the kernels for four cards and print their registers and shared memory; needs no GPU

@@ -1,8 +1,9 @@
-"""The tables of docs/settings.md, made from the settings' declarations. Write them with
+"""The tables of docs/settings.md and the chart's lists of settings, made from the declarations. Write them with
 
 python -m tests.packaging.settings_page
 """
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,9 +15,16 @@ from engine.config import CheckpointSettings, EngineSettings
 from server.cli.commands import app
 from server.cli.options import flag, meaning, variable
 from server.settings import ServerSettings, ServeSettings
-from tests.packaging.files import ROOT
+from tests.packaging.files import ROOT, variables_of
 
 PAGE = ROOT / "docs" / "settings.md"
+SCHEMA = ROOT / "deploy" / "helm" / "glimmer" / "values.schema.json"
+
+# Variables that the chart sets from other values, or from a Secret.
+_OF_THE_CHART = {
+    "api": ("REDIS_URL", "HOST", "PORT", "API_KEY", "API_KEYS_FILE", "PROMPT_REWRITER_KEY", "GRACE_S"),
+    "engine": ("REDIS_URL", "ENGINE_ID", "STAGE", "MODEL", "GRACE_S"),
+}
 _TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 
@@ -43,6 +51,15 @@ def with_tables(page: str) -> str:
     return "".join(sections)
 
 
+def with_settings(schema: str) -> str:
+    """Return the chart's schema with the settings that a process takes in `api.settings` or `engine.settings`."""
+    document = json.loads(schema)
+    for command, excluded in _OF_THE_CHART.items():
+        names = variables_of(command) - set(map(variable, excluded))
+        document["$defs"][f"{command}Settings"]["propertyNames"]["anyOf"][1]["enum"] = sorted(names)
+    return json.dumps(document, indent=2) + "\n"
+
+
 def _rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
         default = None if field.is_required() or field.default_factory else field.default
@@ -64,3 +81,4 @@ def _row(name: str, option: str | None, default: object, text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(with_tables(PAGE.read_text()))
+    SCHEMA.write_text(with_settings(SCHEMA.read_text()))

@@ -7,7 +7,7 @@ from pydantic import SecretStr
 from engine.config import EngineSettings
 from server.settings import ServerSettings
 from tests.packaging.files import server_variables, variables_of
-from tests.packaging.settings_page import PAGE, with_tables
+from tests.packaging.settings_page import PAGE, SCHEMA, with_settings, with_tables
 
 COMMANDS = ("serve", "api", "engine", "generate")
 
@@ -15,6 +15,11 @@ COMMANDS = ("serve", "api", "engine", "generate")
 def test_the_page_has_the_settings() -> None:
     page = PAGE.read_text()
     assert page == with_tables(page), "write the tables: python -m tests.packaging.settings_page"
+
+
+def test_the_chart_takes_the_settings() -> None:
+    schema = SCHEMA.read_text()
+    assert schema == with_settings(schema), "write the lists: python -m tests.packaging.settings_page"
 
 
 def test_the_page_names_exactly_the_variables_that_exist() -> None:

@@ -57,7 +57,7 @@ def _swiglu(kernels: object) -> Operation:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # SiLU of very negative values is 0, as in torch
 @pytest.mark.parametrize("operation", [_norm, _add, _swiglu])
-@settings(INTERPRETED, max_examples=15)
+@settings(INTERPRETED, max_examples=10)
 @given(st.integers(1, 4), st.sampled_from((8, 96, 192, 600, 1300)), st.sampled_from((0.01, 1, 30)), dtypes, seeds)
 def test_rows(
     operation: Callable[[object], Operation], rows: int, size: int, scale: float, dtype: torch.dtype, seed: int
@@ -72,7 +72,7 @@ def test_rows(
 SHAPES = [(4, 2, 16, 8), (2, 1, 64, 32), (3, 3, 24, 24), (16, 1, 32, 0), (1, 1, 128, 64)]  # H, G, D, R
 
 
-@settings(INTERPRETED, max_examples=15)
+@settings(INTERPRETED, max_examples=10)
 @given(st.integers(1, 4), st.sampled_from(SHAPES), dtypes, st.booleans(), seeds)
 def test_rotate_and_write(
     rows: int, shape: tuple[int, int, int, int], dtype: torch.dtype, has_float32_angles: bool, seed: int
@@ -96,7 +96,7 @@ def test_rotate_and_write(
         assert torch.equal(cache.flatten(0, 1)[slots], reference_cache.flatten(0, 1)[slots])
 
 
-@settings(INTERPRETED, max_examples=15)
+@settings(INTERPRETED, max_examples=10)
 @given(st.sampled_from(SHAPES), dtypes, seeds)
 def test_the_reference_rotates_as_the_planner(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int) -> None:
     heads, groups, head_dim, rotary_dim = shape

@@ -97,7 +97,7 @@ def batches(draw: st.DrawFn) -> list[Row]:
     return draw(st.lists(row, min_size=1, max_size=3))
 
 
-@settings(INTERPRETED, max_examples=15)
+@settings(INTERPRETED, max_examples=10)
 @given(batches())
 def test_samples_as_the_engine(rows: list[Row]) -> None:
     """Allow another code only where both are right within float32's errors, which is at a boundary between them."""
@@ -112,7 +112,7 @@ def test_samples_as_the_engine(rows: list[Row]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_differences_are_rare(kind: str) -> None:
     """Sample from few codes of similar probability: a wrong cut or order would often show."""
-    settings = [(u, t, p, k) for u in (0.1, 0.99) for t in (0.5, 2.0) for p in (0.55, 1.0) for k in (0, 3, 11)]
+    settings = [(u, t, p, k) for u, t in ((0.1, 0.5), (0.99, 2.0)) for p in (0.55, 1.0) for k in (0, 3, 11)]
     rows = [Row(random_logits(12, kind, seed), *setting) for seed, setting in enumerate(settings)]
     codes = run(rows)
     assert all(row.explains(code) for row, code in zip(rows, codes, strict=True))
@@ -130,7 +130,7 @@ def test_equal_scores_go_to_the_lowest_code(power: int, numerator: int, top_k: i
         assert run([row]) == [row.reference()]
 
 
-@settings(INTERPRETED, max_examples=15)
+@settings(INTERPRETED, max_examples=10)
 @given(batches())
 def test_greedy_is_exact(rows: list[Row]) -> None:
     rows = [Row(row.logits, row.uniform, 0.0, row.top_p, row.top_k) for row in rows]

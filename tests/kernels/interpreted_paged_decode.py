@@ -87,7 +87,7 @@ def expected(batch: Batch) -> Tensor:
     return torch.stack(out)
 
 
-@settings(INTERPRETED, max_examples=8)
+@settings(INTERPRETED, max_examples=6)
 @given(batches())
 def test_agrees_with_float64(batch: Batch) -> None:
     attended, in_float64 = batch.attend(), expected(batch)
@@ -104,7 +104,7 @@ def test_bfloat16_is_rounded_once(batch: Batch) -> None:
     torch.testing.assert_close(batch.attend().double(), expected(batch), atol=1e-5, rtol=2**-7)
 
 
-@settings(INTERPRETED, max_examples=8)
+@settings(INTERPRETED, max_examples=6)
 @given(batches(), st.integers(0, 2**32), st.sampled_from((MAX_LENGTH, 1024, 4352)))
 def test_a_row_has_the_same_bits_alone(batch: Batch, seed: int, max_length: int) -> None:
     """Run a row in another pool, with other blocks, splits, table and neighbours."""

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.folders import cache_dir
+from benchmarks.reference_planner import generated_per_second
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
+from engine.limits import EngineLimits
 from engine.planner.lookahead import LookAhead
 from engine.request import Failed, Planned, Request
 from models.glm_image.model import GlmImage
@@ -30,7 +32,7 @@ PROMPTS = (
     'white background, the title "SALE" at the top, a small red heart and a small black ring',
     'a green poster, footer "OPEN 9-5", headline "MARKET", hero: white diamond',
 )
-CASES = ((256, 1), (512, 1), (256, 4), (256, 16))  # side, plans in flight
+CASES = ((256, 1), (512, 1), (256, 4), (256, 16), (256, 64))  # side, plans in flight
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def whole_image(engine: Engine) -> Run:
 
 
 def report(name: str, model: GlmImage, rounds: int, console: Console) -> None:
-    engine = Engine(model)
+    engine = Engine(model, EngineLimits.choose(model, max_images=64))
     passes = engine.planner.runner.measure_passes()
     milliseconds = ", ".join(f"{rows} rows {1e3 * seconds:.2f}" for rows, seconds in passes.items())
     table = Table(title=f"{name}; ms a pass of one plan: {milliseconds}")
@@ -102,6 +104,8 @@ def report(name: str, model: GlmImage, rounds: int, console: Console) -> None:
         runs = in_turns(engine, rounds, lambda: plan(engine, requests, concurrency))  # noqa: B023
         add_row(table, f"{side}x{side}, {concurrency} in flight", *runs)
     add_row(table, "256x256, the whole image", *in_turns(engine, rounds, lambda: whole_image(engine)))
+    reference = median(generated_per_second(model, 256) for _ in range(rounds))
+    table.add_row("256x256, 1, transformers", "", "", f"{reference:.0f}")
     console.print(table)
 
 

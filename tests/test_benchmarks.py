@@ -10,9 +10,9 @@ import torch
 
 from benchmarks import admission
 from benchmarks.full_size import planner_bytes, renderer_flop, run_full_size
-from benchmarks.full_size_planner import reference_planner
 from benchmarks.measure import Measurement, merge
 from benchmarks.planning import in_turns, plan
+from benchmarks.reference_planner import reference_planner
 from benchmarks.streaming import measure as measure_streams
 from benchmarks.streaming import run as run_streaming
 from benchmarks.throughput import requests, run_small

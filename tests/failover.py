@@ -1,6 +1,7 @@
 """Redis that fails over, as real processes on loopback: a master with replicas and Sentinels, and a cluster."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -244,7 +245,7 @@ class ClusterRedis(FailoverRedis):
     prefix, database = CLUSTER_PREFIX, 0
 
     def _start(self, folder: Path, replicas: int) -> None:
-        ports = free_ports(3 + replicas, cluster=True)
+        ports = free_ports(3 + replicas)
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS))
         options += ("--cluster-replica-validity-factor", "0")  # on a busy machine an election takes several tries
         options += ("--cluster-migration-barrier", "9")  # replicas stay with the queue's master
@@ -310,19 +311,17 @@ def wait(condition: Callable[[], Any]) -> None:
         time.sleep(0.05)
 
 
-def free_ports(count: int, *, cluster: bool = False) -> list[int]:
-    """Return free ports; those of cluster nodes also have a free bus port, 10000 higher."""
+def free_ports(count: int) -> list[int]:
+    """Return ports that are free, with the bus ports of cluster nodes, which are 10000 higher.
+
+    None is of the range from which clients get theirs: while a server is dead, one of them might take its port.
+    """
     with ExitStack() as stack:
         ports: list[int] = []
         while len(ports) < count:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            port = listener.getsockname()[1]
-            if cluster:
-                port = 10000 + port % 20000
-                try:
-                    for number in (port, port + 10000):
-                        stack.enter_context(socket.create_server(("127.0.0.1", number)))
-                except OSError:
-                    continue
-            ports.append(port)
+            port = random.randrange(10_000, 20_000)
+            with suppress(OSError):
+                for number in (port, port + 10_000):
+                    stack.enter_context(socket.create_server(("127.0.0.1", number)))
+                ports.append(port)
         return ports

@@ -56,7 +56,15 @@ ENTRYPOINT ["glimmer"]
 
 FROM runtime AS engine
 COPY --from=build-engine /opt/venv /opt/venv
-# Checkpoints from the hub; mount a volume here to keep them. The small default checkpoint is part of the package.
+# Triton, which torch for CUDA brings, compiles its launcher in C when an engine starts first.
+USER 0:0
+# hadolint ignore=DL3008
+RUN if [ -d /opt/venv/lib/python3.12/site-packages/triton ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
+USER 10001:10001
+# Checkpoints from the hub and compiled kernels; mount a volume here to keep them. The small default checkpoint is part
+# of the package.
 ENV HF_HOME=/var/cache/glimmer/huggingface
 VOLUME /var/cache/glimmer
 # Looks at a file in /tmp that the engine writes every second, whatever the state of Redis. Loading a checkpoint counts

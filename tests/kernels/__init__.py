@@ -1,8 +1,6 @@
-"""Tests of the Triton kernels, without a GPU."""
-
 import platform
 
 from hypothesis import Phase, settings
 
 ON_LINUX_X86 = (platform.system(), platform.machine()) == ("Linux", "x86_64")
-INTERPRETED = settings(deadline=None, phases=[Phase.generate])  # to shrink an example would take minutes
+INTERPRETED = settings(deadline=None, phases=[Phase.generate])  # shrinking takes minutes

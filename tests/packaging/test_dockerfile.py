@@ -61,6 +61,17 @@ def test_images_run_as_a_numeric_user_that_is_not_root(target: str) -> None:
     assert all(part.isdecimal() and int(part) > 0 for part in user.split(":")), user
 
 
+def test_the_engine_has_the_c_compiler_that_triton_needs() -> None:
+    """Install it where Triton is; the API's image has no compiler."""
+    packages = {target: " ".join(rest for name, rest in image_steps(target) if name == "RUN") for target in TARGETS}
+    lock = (ROOT / "deploy" / "requirements" / "torch.txt").read_text()
+    assert "\ntriton==" in lock
+    assert re.search(
+        r"if \[ -d \S+/site-packages/triton \]; then .*apt-get install .* gcc libc6-dev ", packages["engine"]
+    )
+    assert "gcc" not in packages["api"]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_images_start_glimmer_without_a_shell(target: str) -> None:
     steps = image_steps(target)

@@ -1,16 +1,14 @@
-"""How kernels are launched."""
-
 from typing import Any
 
 import torch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a Triton kernel on the device of its first argument, whichever is the current one."""
+    """Launch a Triton kernel on the device of its first argument."""
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **options)
 
 
 def next_power_of_2(n: int) -> int:
-    """Return the least power of 2 that is at least n, which is positive."""
+    """Round n up to a power of 2."""
     return 1 << (n - 1).bit_length()

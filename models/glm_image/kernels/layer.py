@@ -1,7 +1,4 @@
-"""The elementwise operations of a planner layer; those of one row, or head, are one program.
-
-Sums are float32. Results are rounded to the tensors' dtype where the torch operations would round.
-"""
+"""Elementwise operations of a planner layer, rounded where torch's would round; sums are float32."""
 
 import torch
 import triton
@@ -19,7 +16,7 @@ def rotate_and_write_kernel(
     qkv, cos, sin, cache, slots, out,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rotate a head of queries or keys; store it, or a head of values."""
+    """Rotate and store a head."""
     row, head = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, BLOCK)
     exists = dim < D
@@ -36,7 +33,7 @@ def rotate_and_write_kernel(
     if head < H:
         tl.store(out + (row * H + head) * D + dim, x, mask=exists)
     else:
-        at = cache + tl.load(slots + row) * (2 * G * D) + (head - H) * D  # keys of G heads, then values
+        at = cache + tl.load(slots + row) * (2 * G * D) + (head - H) * D
         tl.store(at + dim, x, mask=exists)
 
 
@@ -76,7 +73,7 @@ def add_rms_norm_kernel(
 
 @triton.jit
 def swiglu_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply a part of a row's second half by SiLU of the first."""
+    """Multiply a part of a row."""
     row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = i < SIZE
     gate = tl.load(gate_up + row * 2 * SIZE + i, mask=exists, other=0.0).to(tl.float32)
@@ -86,15 +83,13 @@ def swiglu_kernel(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def rotate_and_write(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
-    """Rotate queries and keys, store keys and values, return queries [N, H, D].
-
-    Has the bits of `models.glm_image.planner.rotate`.
+    """Rotate as `planner.rotate`, to the bit; store keys and values; return queries [N, H, D].
 
     Args:
         qkv: heads of queries, keys and values [N, (H + 2G) * D], contiguous.
-        cos: [N, R], as sin: the first R dimensions are rotated, i with i + R/2.
-        cache: a layer's keys and values [blocks, block_size, 2, G, D], contiguous.
-        slots: where in the cache [N], int64.
+        cos: [N, R], as sin.
+        cache: of a layer [blocks, block_size, 2, G, D].
+        slots: [N], int64.
     """
     groups, head_dim = cache.shape[-2:]
     heads = qkv.shape[1] // head_dim

@@ -1,8 +1,7 @@
-"""Sampling of codes without a sort: one program a row.
+"""Sampling of codes without a sort.
 
-The order of codes is by falling score, then rising code. `top_k`, `top_p` and the uniform number each end a prefix of
-it: the shortest with at least some weight, found by bisection of scores' bits, then of codes of equal score. Weights of
-a prefix are added up in float32 in an order that is fixed by their places, so sums rise with the prefix.
+`top_k`, `top_p` and the uniform number each end a prefix of the codes by falling score: the shortest with some weight,
+found by bisection of scores' bits, then of codes. The order of sums is fixed, so that they rise with the prefix.
 """
 
 import torch
@@ -14,15 +13,13 @@ from models.glm_image.kernels.launch import launch, next_power_of_2
 
 MAX_CODES = 32768
 CODES_PER_WARP = 512
-
-
-LOWEST = tl.constexpr(-0x80000000)  # key of what is left out; no score has it
+LOWEST = tl.constexpr(-0x80000000)  # key of what is left out
 HIGHEST = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def _key(score):
-    """Return integers in the order of float32 scores."""
+    """Map scores to integers of the same order."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 equals 0
     return tl.where(bits < 0, bits ^ HIGHEST, bits)
 
@@ -34,23 +31,17 @@ def _score(key):
 
 @triton.jit
 def _is_in(key, code, last, last_code):
-    """Return whether codes are in the prefix that ends with this key and code.
-
-    Written as one comparison: of equal forms, this one needs the fewest registers.
-    """
+    # This form needs the fewest registers.
     return key >= last + (code > last_code).to(tl.int32)
 
 
 @triton.jit
 def _shortest(key, code, weight, minimum):
-    """Return key and code of the last element of the shortest prefix whose weight is at least `minimum`.
-
-    Of all codes, if they weigh less. Weights of keys other than `LOWEST` are positive.
-    """
-    last = tl.min(tl.where(key > LOWEST, key, HIGHEST), 0)  # keys from here on weigh enough
+    """Return the last key and code of the shortest prefix that weighs `minimum`, or of all codes."""
+    last = tl.min(tl.where(key > LOWEST, key, HIGHEST), 0)
     high = tl.max(key, 0)
     while last < high:
-        middle = (last | high) - ((last ^ high) >> 1)  # their mean, rounded up, without overflow
+        middle = (last | high) - ((last ^ high) >> 1)  # mean without overflow
         is_enough = tl.sum(tl.where(key >= middle, weight, 0.0), 0) >= minimum
         last = tl.where(is_enough, middle, last)
         high = tl.where(is_enough, high, middle - 1)
@@ -75,7 +66,7 @@ def nucleus_kernel(
     key = tl.where(exists, _key(score), LOWEST)
     if tl.load(temperature + row) == 0:
         chosen = tl.min(tl.where(key == tl.max(key, 0), code, HIGHEST), 0)
-    else:  # two vectors at a time fit into registers: keys, and weights
+    else:
         count = tl.load(top_k + row)
         if (count > 0) & (count < SIZE):
             last, last_code = _shortest(key, code, (key > LOWEST).to(tl.float32), count.to(tl.float32))
@@ -90,23 +81,20 @@ def nucleus_kernel(
             is_in = _is_in(key, code, last, last_code)
             key, weight = tl.where(is_in, key, LOWEST), tl.where(is_in, weight, 0.0)
         target = tl.load(uniform + row) * tl.sum(weight, 0)
-        above = (target.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)  # the next float
+        above = (target.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)  # next float
         _, chosen = _shortest(key, code, weight, above)
-    tl.store(codes + row, tl.minimum(chosen, SIZE - 1).to(tl.int64))  # a code also where scores are not finite
+    tl.store(codes + row, tl.minimum(chosen, SIZE - 1).to(tl.int64))  # scores may not be finite
 
 
 def nucleus(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Sample a code per row as `engine.planner.sampler.sample`, whose sums differ in their last bits.
+    """Sample a code per row as `engine.planner.sampler.sample`, but for float32's errors in sums.
 
     Args:
-        logits: [N, V], V at most `MAX_CODES`; a row is contiguous. Other tensors are [N].
-        uniform: float32 in [0, 1).
-        temperature: float32; 0 is greedy.
-        top_p: float32 in (0, 1].
-        top_k: int32; 0 is all codes.
+        logits: [N, V], rows contiguous; other tensors are [N].
+        top_k: int32; 0: all codes.
 
     Raises:
-        ValueError: too many codes.
+        ValueError: V is larger than `MAX_CODES`.
     """
     size = logits.shape[1]
     if size > MAX_CODES:

@@ -1,10 +1,8 @@
 """Attention of decode rows over a paged cache.
 
-    N      rows: new tokens, several of which may belong to one sequence
-    H, G   query heads, key/value heads; `group` query heads share one      D   head dimension
+    N   rows: new tokens, also several of a sequence      H, G, D   query heads, key/value heads, head dimension
 
-A program attends to one split of `SPLIT` tokens; a second kernel adds splits up in order. Where splits begin does not
-depend on lengths, so a row's bits depend on its own length and keys alone.
+A program attends to `SPLIT` tokens; a second kernel adds splits up in order. They do not depend on other rows.
 """
 
 import torch
@@ -15,28 +13,22 @@ from triton import knobs
 
 from models.glm_image.kernels.launch import launch, next_power_of_2
 
-SPLIT = 256  # tokens of a program
-TILE_BYTES = 16384  # of keys, and of values, in a product: 64 tokens in the published sizes
+SPLIT = 256
+TILE_BYTES = 16384  # of a product's keys: 64 tokens in the published sizes
 MIN_QUERIES = 16  # rows of the smallest `tl.dot`
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (16, 32, 64, 128, 256)
-# A batch of one has 12 programs at 1,500 tokens, for 132 processors: latency counts. With 5 stages two tiles, and the
-# part of the block table of two more, are in flight: 72 kB of shared memory, three programs on a processor.
-SPLIT_STAGES = 5
-
+SPLIT_STAGES = 5  # loads two tiles ahead, in 72 kB of shared memory: few programs have to hide the latency
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def split_kernel(
     q, pool, tables, row_sequence, lengths, partial, maximum, total, table_width,
     SCALE: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Attend from a row's queries of one key/value head to one split.
-
-    Writes the values' sum, weighted by 2^(score - maximum), the maximum and the weights' sum.
-    """
+    """Sum values, weighted by 2^(score - maximum), and weights of a row and key/value head over one split."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     if split * SPLIT < length:
@@ -52,7 +44,7 @@ def split_kernel(
             token = start + tl.arange(0, TILE)
             is_seen = token < length
             block = tl.load(table + token // PAGE, mask=is_seen, other=0).to(tl.int64)
-            slot = pool + (block * PAGE + token % PAGE) * (2 * G * D) + head * D  # 64 bits: a pool may be that large
+            slot = pool + (block * PAGE + token % PAGE) * (2 * G * D) + head * D
             at = slot[:, None] + dim[None, :]
             k = tl.load(at, mask=is_seen[:, None], other=0.0).to(DOT)
             v = tl.load(at + G * D, mask=is_seen[:, None], other=0.0).to(DOT)
@@ -93,12 +85,10 @@ def combine_kernel(
 
 
 class PagedDecode:
-    """Attention over `pool` [layers, blocks, block_size, 2, G, D]; keys and values are written before.
-
-    Holds the partial results, whose addresses a CUDA graph keeps.
+    """Attention over `pool` [layers, blocks, block_size, 2, G, D]; `group` query heads share a key/value head.
 
     Raises:
-        ValueError: a shape or dtype that the kernels do not have.
+        ValueError: a shape or dtype that the kernels lack.
     """
 
     def __init__(self, pool: Tensor, group: int, max_length: int, max_rows: int):
@@ -114,18 +104,18 @@ class PagedDecode:
         self._partial = torch.zeros(*shape, self._head_dim, dtype=torch.float32, device=pool.device)
         self._maximum, self._total = torch.zeros(2, *shape, dtype=torch.float32, device=pool.device)
         self._queries = max(MIN_QUERIES, next_power_of_2(group))
-        self._warps = 4 if pool.itemsize == 2 else 8  # float32 is multiplied without tensor cores, in more registers
+        self._warps = 4 if pool.itemsize == 2 else 8  # without tensor cores, in more registers
         self._tile = max(MIN_QUERIES, min(64, TILE_BYTES // (self._head_dim * pool.itemsize)))
         # The interpreter's `tl.dot` is wrong for bfloat16.
         self._dot = tl.float32 if knobs.runtime.interpret else DOT_TYPES[pool.dtype]
 
     def __call__(self, layer: int, q: Tensor, tables: Tensor, row_sequence: Tensor, lengths: Tensor) -> Tensor:
-        """Attend from q [N, H, D], contiguous, each row to the first `lengths` tokens of its sequence.
+        """Attend from q [N, H, D], contiguous, to tokens that are in the cache.
 
         Args:
-            tables: blocks of sequences [sequences, blocks], int32.
-            row_sequence: each row's line of `tables` [N], int32.
-            lengths: from 1 to `max_length` [N], int32.
+            tables: sequences' blocks [sequences, blocks], int32.
+            row_sequence: rows' lines of `tables` [N], int32.
+            lengths: visible tokens, from 1 to `max_length` [N], int32.
         """
         rows, heads, _ = q.shape
         if rows > len(self._partial):

@@ -1,4 +1,4 @@
-"""The kernels' arithmetic in torch: what a start-up check compares with, and what runs where a kernel does not."""
+"""The kernels' arithmetic in torch."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class PagedDecode:
-    """Attention as `paged_decode.PagedDecode`, over copies of every row's whole table."""
+    """Attention as `paged_decode.PagedDecode`, over copies of rows' whole tables."""
 
     def __init__(self, pool: Tensor, group: int, max_length: int, max_rows: int):
         self.pool, self.group = pool, group
         self._blocks = -(-max_length // pool.shape[2])
 
     def __call__(self, layer: int, q: Tensor, tables: Tensor, row_sequence: Tensor, lengths: Tensor) -> Tensor:
-        """Attend from q [N, H, D]; what a row does not see must be finite."""
+        """Attend; what a row does not see must be finite."""
         pages = self.pool[layer][tables[row_sequence, : self._blocks].long()].flatten(1, 2)
         k, v = pages.permute(2, 0, 3, 1, 4)
         is_seen = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
@@ -48,7 +48,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, delta_weight: Tensor, weight: Tensor,
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu(first half) * second half of rows [N, 2I]."""
+    """Multiply as `layer.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

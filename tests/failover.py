@@ -197,7 +197,10 @@ class SentinelRedis(FailoverRedis):
         common = (*_COMMON, "--masterauth", PASSWORD, "--masteruser", USER, *_USERS)
         self.servers.append(self._add(folder / "0", first, *common))
         for number, port in enumerate(others, 1):
-            self.servers.append(self._add(folder / str(number), port, *common, "--replicaof", "127.0.0.1", str(first)))
+            replica = self._add(folder / str(number), port, *common)
+            self.servers.append(replica)
+            # Not an option of its start: it may be the master by then, and has to come back as that.
+            wait(lambda replica=replica: self._client(replica).execute_command("REPLICAOF", "127.0.0.1", first))
         wait(lambda: self.replicas() == replicas)
         self.sentinels = free_ports(3)
         config = f"""

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.jobs.job import ENGINE_STATES, TERMINAL_STATES, EngineInfo, QueueStats
 from engine.observability.logs import event
+from server.admission.engine_directory import STAGES, models_of
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -88,6 +89,12 @@ class Metrics:
             registry=self.registry,
         )
         self._engines = Gauge("glimmer_engines", "Engines with a heartbeat.", ("state",), registry=self.registry)
+        self._stage_engines = Gauge(
+            "glimmer_stage_engines",
+            "Engines with a heartbeat that plan or that render; one of all stages does both.",
+            ("stage", "state"),
+            registry=self.registry,
+        )
         self._source_bytes = Gauge(
             "glimmer_queue_source_bytes", "Memory that source images take in Redis.", registry=self.registry
         )
@@ -116,9 +123,10 @@ class Metrics:
         self._redis_up.set(stats is not None)
         self._redis_takes_writes.set(takes_writes)
         self._queue_cap.set(max_queue)
-        self._models.set(len({engine.fingerprint for engine in engines if engine.state == "ready"} - {""}))
+        self._models.set(len(models_of(engines)))
         self._queue.clear()
         self._engines.clear()
+        self._stage_engines.clear()
         self._backlog.clear()
         self._source_bytes.set(math.nan if stats is None else stats.source_bytes)
         self._result_bytes.set(math.nan if stats is None else stats.result_bytes)
@@ -129,7 +137,11 @@ class Metrics:
             self._backlog.labels("plan").set(stats.to_plan)
             self._backlog.labels("render").set(stats.to_render)
             for state in ENGINE_STATES:
-                self._engines.labels(state).set(sum(engine.state == state for engine in engines))
+                of_state = [engine for engine in engines if engine.state == state]
+                self._engines.labels(state).set(len(of_state))
+                for stage in STAGES:
+                    count = sum(engine.stage in ("all", stage) for engine in of_state)
+                    self._stage_engines.labels(stage, state).set(count)
 
 
 class _Families:

@@ -85,6 +85,11 @@ class ServerSettings(BaseSettings):
         description="Names that clients may use for the model, separated by commas; the first is the default.",
     )
     max_queue: int = Field(default=256, ge=0, description="Maximum number of waiting jobs; above it the answer is 429.")
+    scale_to_zero: Annotated[bool, _NO_FLAG] = Field(
+        default=False,
+        description="Accept requests while a stage has no engine, once one was there: an autoscaler starts engines for "
+        "the backlog.",
+    )
     max_pixels: Annotated[int, _NO_FLAG] = Field(
         default=MAX_SIDE * MAX_SIDE, ge=64 * 64, description="Maximum width times height of an image."
     )

@@ -201,8 +201,9 @@ class JobConsumer(QueueBase):
 
     async def heartbeat(self, info: EngineInfo, metrics: str, ttl_s: float) -> None:
         """List the engine as live for `ttl_s`."""
+        plans = info.state == "ready" and info.stage != "render"
         await self._scripts.run(
-            "heartbeat", orjson.dumps(info.to_dict()), metrics, id=info.id, ttl_ms=round(ttl_s * 1000)
+            "heartbeat", orjson.dumps(info.to_dict()), metrics, id=info.id, ttl_ms=round(ttl_s * 1000), plans=plans
         )
 
     async def deregister(self, engine_id: str) -> None:

@@ -268,6 +268,12 @@ class JobProducer(QueueBase):
         live = (decode_engine(info) for info in (await self._heartbeats("info")).values())
         return [engine for engine in live if engine is not None]
 
+    async def last_engine(self) -> EngineInfo | None:
+        """Return the last ready engine that planned, living or not."""
+        with redis_errors():
+            info: Any = await self._redis.get(self.key("last_engine"))
+        return decode_engine(info) if info else None
+
     async def engine_metrics(self) -> dict[str, str]:
         """Return Prometheus texts by engine id."""
         return {engine: text.decode(errors="replace") for engine, text in (await self._heartbeats("metrics")).items()}

@@ -11,7 +11,7 @@ from engine.jobs.job import EngineInfo
 from engine.jobs.producer import JobProducer
 from engine.observability.logs import event
 from engine.tasks import retrieve
-from server.admission.engine_directory import models_of, ready_engines
+from server.admission.engine_directory import models_of, not_ready_reason, ready_engines, require_ready
 from server.redis_timeout import with_redis_timeout
 
 CACHE_TTL_S = 1.0
@@ -51,16 +51,32 @@ class QueueState:
     def __init__(self, queue: JobProducer) -> None:
         self._queue, self._models = queue, set[str]()
         self.engines = SharedRead(self._read_engines, CACHE_TTL_S)
+        self.last_engine = SharedRead(lambda: queue.last_engine(), CACHE_TTL_S)
         self.engine_metrics = SharedRead(lambda: queue.engine_metrics(), CACHE_TTL_S)
         self.stats = SharedRead(lambda: queue.stats(), CACHE_TTL_S)
         self.takes_writes = SharedRead(lambda: queue.takes_writes(), WRITE_PROBE_TTL_S)
+
+    async def require_engine(self, *, may_be_absent: bool) -> EngineInfo:
+        """Return an engine that plans; raise a 503 if a stage has none that is ready.
+
+        Args:
+            may_be_absent: the last one will do, since an autoscaler starts others.
+        """
+        return require_ready(await self.engines.get(), await self.last_engine.get() if may_be_absent else None)
+
+    async def missing_stage(self, *, may_be_absent: bool) -> str | None:
+        """Return for want of which engine requests are refused."""
+        reason = not_ready_reason(await self.engines.get())
+        return None if reason and may_be_absent and await self.last_engine.get() else reason
 
     async def _read_engines(self) -> list[EngineInfo]:
         """Read the engines; log if their models differ."""
         engines = await self._queue.engines()
         models = models_of(engines)
         if len(models) > 1 and models != self._models:
-            by_engine = {engine.id: engine.fingerprint for engine in ready_engines(engines)}
+            by_engine = {
+                engine.id: engine.fingerprint or engine.planner or engine.renderer for engine in ready_engines(engines)
+            }
             event(logger, "models_differ", logging.ERROR, engines=by_engine)
         self._models = models
         return engines

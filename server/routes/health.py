@@ -14,7 +14,6 @@ from engine.errors import QueueUnavailable
 from engine.jobs.job import EngineInfo, QueueStats
 from server.addresses import is_loopback
 from server.admission.auth import has_key
-from server.admission.engine_directory import not_ready_reason, ready_engines
 from server.metrics import exposition
 from server.responses.schemas import HealthBody
 from server.services import Services, ServicesDep
@@ -38,12 +37,16 @@ async def health(request: Request, services: ServicesDep) -> Response:
     pids of engines are for callers with a key, or without keys for those on this machine."""
     state = services.queue_state
     try:
-        engines, stats, takes_writes, is_full = await asyncio.gather(
-            state.engines.get(), state.stats.get(), state.takes_writes.get(), services.admission.memory.is_full()
+        engines, stats, takes_writes, is_full, missing = await asyncio.gather(
+            state.engines.get(),
+            state.stats.get(),
+            state.takes_writes.get(),
+            services.admission.memory.is_full(),
+            state.missing_stage(may_be_absent=services.settings.scale_to_zero),
         )
     except QueueUnavailable:
         return _health("The job queue (Redis) cannot be reached.", [], None)
-    reason = _unavailable_reason(services, engines, stats, takes_writes=takes_writes, is_full=is_full)
+    reason = _unavailable_reason(services, missing, stats, takes_writes=takes_writes, is_full=is_full)
     describe = _describe if _is_trusted(request, services) else _describe_without_ids
     return _health(reason, [describe(engine) for engine in engines], stats)
 
@@ -64,7 +67,7 @@ def _describe_without_ids(engine: EngineInfo) -> dict[str, Any]:
 
 
 def _unavailable_reason(
-    services: Services, engines: list[EngineInfo], stats: QueueStats, *, takes_writes: bool, is_full: bool
+    services: Services, missing: str | None, stats: QueueStats, *, takes_writes: bool, is_full: bool
 ) -> str | None:
     if not takes_writes:
         return "The job queue (Redis) refuses writes: memory or disk full, or a replica."
@@ -72,8 +75,8 @@ def _unavailable_reason(
         return "The job queue (Redis) is nearly out of memory."
     if services.gate.draining:
         return "This server is shutting down."
-    if not ready_engines(engines):
-        return not_ready_reason(engines)
+    if missing:
+        return missing
     if stats.waiting >= services.settings.max_queue:
         return "The queue is full."
     return None

@@ -10,7 +10,6 @@ from fastapi import Request
 from engine.jobs.job import EngineInfo, JobSpec
 from engine.observability.logs import event
 from server.admission.admission import Admitted, Idempotency
-from server.admission.engine_directory import require_ready
 from server.admission.keys import Caller
 from server.admission.memory_budget import Hold
 from server.admission.rate_limits import Charge
@@ -56,7 +55,7 @@ class Submission:
             ApiError: 400 for an image or a plan; 429 at a limit; 503 without an engine or room to decode.
             ClientDisconnect: during expensive work without an idempotency key.
         """
-        engine = require_ready(await self.services.queue_state.engines.get())
+        engine = await self.services.queue_state.require_engine(may_be_absent=self.services.settings.scale_to_zero)
         spec = smallest_job_spec(self.validated, engine) if self._is_edit else self._job_spec(engine)
         if (job_id := await self._check_room()) is not None:
             return Admitted(job_id, attached=True)

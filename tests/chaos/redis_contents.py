@@ -10,7 +10,7 @@ from engine.jobs.masters import key_prefix
 
 PREFIX = "glimmer"
 QUEUES = ("queue:interactive", "queue:batch", "queue:render:interactive", "queue:render:batch")
-STAYS = frozenset(("counters", "engines", *QUEUES))
+STAYS = frozenset(("counters", "engines", "last_engine", *QUEUES))
 LONGEST_TTL_S = 3600 + 600  # of an idempotency key: its job's timeout plus the time results are kept
 HANDED_BACK = "handed-back"  # a consumer of the groups that is no engine
 

@@ -35,7 +35,8 @@
 --                     jobs by the time at which submits look at them again. counters:kept_total: hash of sums,
 --                     `bytes`, and by owner `bytes:{owner}`, `sources:{owner}`
 --   counters:plans    sorted set of `{bytes} {key}` of cached plans by their expiry; counters:plan_bytes: their sum
---   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids
+--   engine:{id}       hash, heartbeat of an engine; `engines` is the set of their ids;
+--                     last_engine: the last one that planned, for APIs that need none to be there
 --   lapsed:{engine}   set of `{epoch} {job id}`: deaths stored because its leases lapsed
 --   attempt:{engine}  the engine's last successful claim: id of the attempt, epoch, id of the job
 --   looked:{queue}:{format} where the next claim of engines of an older format looks among newer jobs

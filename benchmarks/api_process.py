@@ -12,18 +12,19 @@ from engine.child import die_with_parent
 
 
 class ApiProcess:
-    """A `glimmer api` with the command-line `options` (without dashes) and no settings from the environment.
+    """A `glimmer api` with the command-line `options` (without dashes); of the environment's settings only `variables`.
 
     Start it in the main thread: it is killed when the thread that started it ends.
     """
 
-    def __init__(self, options: Mapping[str, object], log: Path):
+    def __init__(self, options: Mapping[str, object], log: Path, variables: Mapping[str, str] = {}):
         self._log = log
         words = [
             str(word) for name, value in ({"drain-delay-s": 0} | dict(options)).items() for word in (f"--{name}", value)
         ]
         command = [sys.executable, "-m", "server.cli", "api", "--port", "0", *words]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIMMER_")}
+        environment |= variables
         with log.open("wb") as out:
             self._process = subprocess.Popen(
                 die_with_parent(command, signal.SIGKILL),

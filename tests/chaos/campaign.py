@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import attacks, deaths, failover, scenarios, traffic
+from tests.chaos import attacks, deaths, failover, scenarios, stages, traffic
 from tests.chaos.report import Figure
 from tests.chaos.sizes import Sizes
 
@@ -26,6 +26,7 @@ SCENARIOS: dict[str, Scenario] = {
     "leavers": traffic.leavers,
     "overload": traffic.overload,
     "rolling": traffic.rolling,
+    "stages": stages.stages,
     "slow_clients": attacks.slow_clients,
     "hostile": attacks.hostile,
     "everything": scenarios.everything,

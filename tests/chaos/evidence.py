@@ -82,6 +82,8 @@ class Evidence:
         else:
             job, epoch, began, accepted, detail = facts
             self.writes[job].append(Written(engine, kind, job, epoch, began, at, accepted, detail))
+            if kind == "hand_over":  # a planner holds nothing of a planned job
+                self.freed.setdefault((job, epoch), began)
 
     # --- faults ------------------------------------------------------------------------------------------------------
 

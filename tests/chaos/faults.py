@@ -12,6 +12,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from engine.jobs.job import Stage
 from tests.chaos.processes import Engine, Stack
 from tests.chaos.redis_contents import PREFIX
 
@@ -52,6 +53,17 @@ class Faults:
         engine, jobs = await self._stop_busy_engine(planned)
         engine.kill()
         self.killed.append(EngineFault(time.monotonic(), engine.id, jobs))
+
+    async def kill_stage(self, stage: Stage) -> None:
+        """Kill all engines of a stage at once."""
+        engines = [engine for engine in self._stack.engines if engine.stage == stage and engine.alive]
+        for engine in engines:
+            engine.freeze()
+        await asyncio.sleep(SETTLE_S)
+        jobs = [await self._jobs(engine.id) for engine in engines]
+        for engine, had in zip(engines, jobs, strict=True):
+            engine.kill()
+            self.killed.append(EngineFault(time.monotonic(), engine.id, sorted(had)))
 
     async def kill_at_random(self, count: int | None, interval_s: float) -> None:
         """Kill `count` engines (None: no end) at random moments, `interval_s` apart on average, whatever they do."""

@@ -1,11 +1,12 @@
 """Redis, APIs and engines as processes: start, kill, freeze and drain them."""
 
 import asyncio
+import itertools
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from engine.config import EngineSettings
 from engine.errors import QueueUnavailable
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.job import Stage
 from server.processes.engine_death import OomKills, death_is_evidence
 from tests.chaos.memory_cgroup import MemoryCgroup
 from tests.chaos.stub import StubSettings, run_engine
@@ -49,6 +51,7 @@ class StackSettings:
         through_link: APIs and engines reach Redis through `Stack.link`.
         cgroup: of the engines, and `oom_root` a root folder in which `OomKills` finds its counter.
         api_options: further options of APIs; `key` is that of the clients.
+        stages: of the engines, one each, in place of `engines` that have all. APIs take requests while one is missing.
     """
 
     engines: int = 3
@@ -63,6 +66,7 @@ class StackSettings:
     oom_root: Path = Path("/")
     api_options: Mapping[str, object] = field(default_factory=dict)
     key: str | None = None
+    stages: Sequence[Stage] = ()
     stub: StubSettings = field(default_factory=StubSettings)
 
 
@@ -81,8 +85,9 @@ class Engine:
     `managed`: a fault or a restart is in progress, so that others leave it alone and do not restart it.
     """
 
-    def __init__(self, number: int, redis_url: str, settings: StackSettings, folder: Path):
+    def __init__(self, number: int, redis_url: str, settings: StackSettings, folder: Path, stage: Stage = "all"):
         self._number, self._settings, self._folder = number, settings, folder
+        self.stage: Stage = stage
         self._redis_url, self._starts = redis_url, 0
         self.managed = False
         self.start()
@@ -94,6 +99,7 @@ class Engine:
         settings = EngineSettings(
             redis_url=self._redis_url,
             engine_id=self.id,
+            stage=self.stage,
             lease_s=self._settings.lease_s,
             plan_cache_s=0,  # so that known plans are those kept by an earlier run of the job
             grace_s=self._settings.grace_s,
@@ -152,7 +158,8 @@ class Api(ApiProcess):
     def __init__(self, number: int, redis_url: str, settings: StackSettings, folder: Path):
         options = {"redis-url": redis_url, "max-queue": settings.max_queue, "grace-s": settings.grace_s}
         options |= {"drain-delay-s": 2 * BALANCER_S, **settings.api_options}
-        super().__init__(options, folder / f"api-{number}-{time.monotonic_ns()}.log")
+        variables = {"GLIMMER_SCALE_TO_ZERO": "true"} if settings.stages else {}
+        super().__init__(options, folder / f"api-{number}-{time.monotonic_ns()}.log", variables)
 
     async def ready(self) -> None:
         """Return when it answers."""
@@ -180,7 +187,9 @@ class Stack:
         self.redis: Any = settings.redis(folder / "redis")
         self.link = Proxy(Path(unquote(self.redis.url.removeprefix("unix://"))))
         self._url = self.link.url if settings.through_link else self.redis.url
-        self.engines = [Engine(number, self._url, settings, folder) for number in range(settings.engines)]
+        stages: list[Stage] = [*settings.stages] or ["all" for _ in range(settings.engines)]
+        self._numbers = itertools.count(len(stages))
+        self.engines = [Engine(number, self._url, settings, folder, stage) for number, stage in enumerate(stages)]
         self.apis = [Api(number, self._url, settings, folder) for number in range(settings.apis)]
         self.requeues_on_death = settings.requeue_on_death
         self.deaths: list[Death] = []
@@ -235,6 +244,18 @@ class Stack:
         engine.start()
         engine.managed = False
         return code
+
+    async def scale(self, stage: Stage, count: int) -> list[int]:
+        """Start or drain engines until a stage has `count`. Returns the exit codes of those that were drained."""
+        engines = [engine for engine in self.engines if engine.stage == stage]
+        for _ in range(count - len(engines)):
+            self.engines.append(Engine(next(self._numbers), self._url, self.settings, self.folder, stage))
+        leaving = engines[count:]
+        for engine in leaving:
+            engine.managed = True
+        codes = await asyncio.gather(*(engine.drain() for engine in leaving))
+        self.engines = [engine for engine in self.engines if engine not in leaving]
+        return list(codes)
 
     async def restart_api(self, number: int) -> int:
         """Start another API and drain the old one, which clients still use for a moment, as behind a load balancer.

@@ -14,6 +14,7 @@ class Sizes:
         failovers: of each kind of Redis, in `failover`.
         flaps: disturbances of `flapping`.
         faults: engine kills and freezes of `everything`.
+        stage_kills: of an engine or a whole stage, in `stages`.
         restarts: of every API and engine, in `rolling`.
         overload_s: seconds of ten times the load that can be served.
         attack_s: seconds of load without and beside the attacks of `slow_clients` and `hostile`.
@@ -34,6 +35,7 @@ class Sizes:
     poison: int = 10
     oom: int = 4
     faults: int = 40
+    stage_kills: int = 40
     restarts: int = 4
     overload_s: float = 600.0
     attack_s: float = 60.0
@@ -55,6 +57,7 @@ SHORT = Sizes(
     poison=1,
     oom=1,
     faults=6,
+    stage_kills=4,
     restarts=1,
     overload_s=5.0,
     attack_s=3.0,

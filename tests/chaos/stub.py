@@ -42,6 +42,7 @@ from engine.renderer.rendering import Rendering
 from engine.renderer.runner import PREVIEW_STEPS
 from engine.renderer.timesteps import partial_steps
 from engine.request import Image, Request
+from engine.stages import NoRenderer
 from engine.stop_signals import StopSignals
 from engine.worker import process
 from engine.worker.encoding import encode, metadata
@@ -261,7 +262,7 @@ class StubModel:
     prompts: StubPrompts = field(default_factory=StubPrompts)
     preprocessor: StubPreprocessor = field(default_factory=StubPreprocessor)
     defaults: RequestDefaults = field(default_factory=lambda: RequestDefaults(size="64x64", num_inference_steps=10))
-    autoencoder: Any = field(default_factory=lambda: SimpleNamespace(default_side=64))
+    autoencoder: Any = field(default_factory=lambda: SimpleNamespace(default_side=64, encode=lambda _: torch.empty(0)))
     sampling: None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -329,7 +330,22 @@ def _engine(stub: StubSettings, journal: Journal, stage: Stage) -> Engine:
         patch.multiple("engine.planner.stage", PlannerRunner=SleepingPlanner, PagedKV=_nothing),
         patch.multiple("engine.renderer.stage", RendererRunner=SleepingRenderer),
     ):
-        return Engine(model, limits)
+        engine = Engine(model, limits)
+    if isinstance(engine._renderer, NoRenderer):
+        _record_aborts(engine._renderer, journal)
+    return engine
+
+
+def _record_aborts(renderer: NoRenderer, journal: Journal) -> None:
+    """Tell when a planner drops a job; a renderer's runner does so itself."""
+    abort = renderer.abort
+
+    def recorded(request: Request) -> None:
+        job_id, epoch = request.id.rsplit("/", 1)
+        journal.write("freed", job_id, int(epoch))
+        abort(request)
+
+    renderer.abort = recorded
 
 
 def _nothing(*_: object) -> None:

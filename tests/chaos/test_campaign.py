@@ -9,7 +9,7 @@ from tests.chaos.sizes import SHORT
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["kills", "random_kills", "overload", "rolling", "hostile", "everything"])
+@pytest.mark.parametrize("name", ["kills", "random_kills", "overload", "rolling", "stages", "hostile", "everything"])
 def test_scenario_meets_its_goals(name: str, tmp_path: Path) -> None:
     figures = run(name, tmp_path, 1, SHORT)
     assert [figure for figure in figures if figure.held is False and not figure.timed] == []

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.device_errors import is_lost_device
 from engine.observability.logs import event
 from engine.planner.cuda_graphs import CudaGraphs
 from engine.planner.decode_step import DecodeStep, Sample
@@ -61,7 +62,9 @@ def cuda_decoder(
             started = time.monotonic()
             decoder.capture()
             event(logger, "planner_captured", batch_sizes=",".join(map(str, sizes)), seconds=time.monotonic() - started)
-        except RuntimeError as error:
+        except Exception as error:  # of torch, Triton or the driver
+            if is_lost_device(error):
+                raise
             decoder, failures[GRAPHS] = None, str(error).splitlines()[0]
     for name, reason in failures.items():
         event(logger, "kernel_replaced", logging.WARNING, kernel=name, reason=reason)

@@ -125,7 +125,7 @@ def test_a_plan_idles_for_one_pass(model: GlmImage) -> None:
 
 class NoGraphs(EagerGraphs):
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise NotImplementedError("operation not permitted when stream is capturing\nmore")
 
 
 @pytest.mark.parametrize(

@@ -145,11 +145,11 @@ def compare_seeds(score: Score, case: Case, images: list[np.ndarray]) -> None:
     """Add images of one prompt with several seeds: what it leaves open should vary, what it says should not."""
     found = [reading.read(image) for image in images]
     for fact in sorted(case.open):
-        score.add(f"open {fact} varies", len({_value(poster, fact) for poster in found}) > 1)
+        score.add(f"open {fact} varies", len({fact_value(poster, fact) for poster in found}) > 1)
     score.add("what is said is right with every seed", all(all(case.facts.agrees(p).values()) for p in found))
 
 
-def _value(poster: Poster, fact: Fact) -> Any:
+def fact_value(poster: Poster, fact: Fact) -> Any:
     if fact == "background":
         return poster.background
     index = 1 if fact == "second colour" else 0

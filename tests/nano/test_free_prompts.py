@@ -187,3 +187,8 @@ def test_score_of_a_plan(seed: int) -> None:
         assert not planning.check(world.plan(replace(poster, shapes=()), rows, columns), facts)["shapes"]
         assert (plan == world.plan(poster, rows, columns)).all() or facts.open
         assert np.isin(plan, codes.UNUSED).sum() == 0
+
+
+def test_a_plan_of_nothing_but_shapes_is_scored() -> None:
+    plan = np.full((8, 8), codes.shape(0, 0, 0))
+    assert not planning.check(plan, Facts(Poster(5, Line("HI"))))["whole"]

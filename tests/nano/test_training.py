@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GlmImageForConditionalGeneration
 
+from benchmarks import nano_plans
+from benchmarks.nano_scores import held_out_cases
 from engine.jobs.job import JobSpec
 from models.nano import CHECKPOINT
 from models.nano.recipe import (
@@ -28,6 +30,7 @@ from models.nano.recipe import (
     latents,
     phrases,
     planner,
+    planning,
     reading,
     renderer,
     samples,
@@ -167,6 +170,21 @@ def test_continued_planner_starts_with_the_weights_of_the_checkpoint(tokenizer: 
     assert torch.allclose(model.head()[kept], head[kept], atol=1e-4)
 
 
+def test_sampled_plans_of_the_shipped_planner_are_as_the_prompts_say(tokenizer: Any) -> None:
+    """Sample with kept keys and values, as the engine does: a wrong position or mask would spoil nearly all plans."""
+    model = planner.TrainedPlanner(tokenizer)
+    continuation.load_planner(model, tokenizer, CHECKPOINT)
+    cases = held_out_cases(8, seed=0)
+    prompts = [case.prompt for case in cases]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.backend_tokenizer.encode(text).ids
+
+    plans = planning.sample_plans(model, encode, prompts, 8, 8, seed=1, temperature=0.5, top_p=0.75)
+    counts, wrong = nano_plans.score(cases, [plans])
+    assert counts["whole"] >= 6, wrong
+
+
 def test_continued_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "PER_SHARD", 4)
     monkeypatch.setattr(samples, "PER_SHARD", 2)
@@ -174,6 +192,7 @@ def test_continued_training_makes_a_checkpoint_that_draws(tmp_path: Path, monkey
     monkeypatch.setattr(recipe, "SAMPLE_SHARDS", {(256, 256): 1})
     monkeypatch.setattr(recipe, "EDIT_SHARDS", 1)
     monkeypatch.setattr(recipe, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(recipe.Continuation, "HINT_STEPS", 1)
     monkeypatch.setattr(recipe.Continuation, "PLANNER_STEPS", 1)
     monkeypatch.setattr(recipe.Continuation, "RENDERER_STEPS", 1)
     training = recipe.Continuation(tmp_path / "work", tmp_path / "checkpoint", CHECKPOINT)

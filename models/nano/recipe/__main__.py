@@ -101,7 +101,7 @@ class Training:
 class Continuation(Training):
     """Trains planner, renderer and decoder of a checkpoint further; the other parts stay."""
 
-    PLANNER_STEPS, RENDERER_STEPS = 4000, 2500
+    HINT_STEPS, PLANNER_STEPS, RENDERER_STEPS = 90, 4000, 2500
 
     def __init__(self, work: Path, out: Path, start: Path):
         super().__init__(work, out)
@@ -122,7 +122,7 @@ class Continuation(Training):
         def start(model: planner.TrainedPlanner) -> None:
             continuation.load_planner(model, self.tokenizer, self.start)
 
-        return planner.continue_planner(self.tokenizer, self.work, start, self.PLANNER_STEPS)
+        return planner.continue_planner(self.tokenizer, self.work, start, self.HINT_STEPS, self.PLANNER_STEPS)
 
     def vision(self) -> vision.TrainedTokenizer:
         return continuation.load_vision(self.tokenizer, self.start)

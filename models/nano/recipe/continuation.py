@@ -17,7 +17,9 @@ from models.nano.recipe.factored import FactoredTable
 from models.nano.recipe.loop import device
 from models.nano.recipe.planner import TrainedPlanner, make_config
 from models.nano.recipe.renderer import TrainedRenderer
+from models.nano.recipe.tokenizer import HALF_NAMES, in_bytes, string_token
 from models.nano.recipe.vision import TrainedTokenizer
+from models.nano.recipe.world import MAX_LETTERS
 
 RIDGE = 1.0
 NEW_WORD_STD = 0.1
@@ -30,12 +32,13 @@ def load_planner(model: TrainedPlanner, tokenizer: Any, checkpoint: Path) -> Non
     text = _part(state, LANGUAGE)
     rows, head = text.pop("embed_tokens.weight"), state["lm_head.weight"].float()
     model.text.load_state_dict(text)
-    old = AutoTokenizer.from_pretrained(checkpoint / "processor").get_vocab()
+    old = _vocabulary(checkpoint)
     source = torch.full((len(model.embedding.factors),), -1)
     for name, index in tokenizer.get_vocab().items():
         source[index] = old.get(name, -1)
-    _set_table(model.embedding, rows, source, NEW_WORD_STD)
-    _set_table(model.head, head, torch.arange(len(head)), 0.0)
+    new_codes = _new_codes(checkpoint)
+    _set_table(model.embedding, rows, source.index_fill(0, new_codes, -1), NEW_WORD_STD)
+    _set_table(model.head, head, torch.arange(len(head)).index_fill(0, new_codes, -1), 0.0)
 
 
 def load_renderer(checkpoint: Path) -> TrainedRenderer:
@@ -44,7 +47,7 @@ def load_renderer(checkpoint: Path) -> TrainedRenderer:
     state = {name: value.float() for name, value in state.items()}
     rows = state.pop("prior_token_embedding.weight")
     model.renderer.load_state_dict(state)
-    _set_table(model.codes, rows, torch.arange(len(rows)), 0.0)
+    _set_table(model.codes, rows, torch.arange(len(rows)).index_fill(0, _new_codes(checkpoint), -1), 0.0)
     return model.to(device())
 
 
@@ -71,6 +74,16 @@ def load_autoencoder(checkpoint: Path) -> tuple[AutoencoderKL, Tensor, Tensor]:
     return made, mean, std
 
 
+def _vocabulary(checkpoint: Path) -> dict[str, int]:
+    return AutoTokenizer.from_pretrained(checkpoint / "processor").get_vocab()
+
+
+def _new_codes(checkpoint: Path) -> Tensor:
+    """Return the codes that the checkpoint does not know: those of long lines, if it has no token for their strings."""
+    is_known = in_bytes(string_token(MAX_LETTERS, HALF_NAMES[0])) in _vocabulary(checkpoint)
+    return torch.tensor([] if is_known else codes.LONG_LINE, dtype=torch.long)
+
+
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value.float() for name, value in state.items() if name.startswith(prefix)}
 
@@ -78,8 +91,6 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def _set_table(table: FactoredTable, rows: Tensor, source: Tensor, new_std: float) -> None:
     """Divide `rows` into the table's factors and own vectors; row i is `rows[source[i]]`, unless that is -1."""
-    source = source.clone()
-    source[list(codes.LONG_LINE)] = -1
     known = source >= 0
     sizes = [len(part) for part in table.parts]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -90,8 +101,10 @@ def _set_table(table: FactoredTable, rows: Tensor, source: Tensor, new_std: floa
     targets = rows[source[known]]
     normal = indicators.T @ indicators + RIDGE * torch.eye(sum(sizes))
     solution = torch.linalg.solve(normal, indicators.T @ targets)
+    has_new_factors = not known[list(codes.LONG_LINE)].all()
     for part, offset, size, column in zip(table.parts, offsets, sizes, codes.FACTORS, strict=True):
-        part.copy_(_with_new_values(solution[offset : offset + size], column))
+        fitted = solution[offset : offset + size]
+        part.copy_(_with_new_values(fitted, column) if has_new_factors else fitted)
     table.own.zero_()
     table.own[known] = targets - table()[known]
     words = ~known & (table.factors == 0).all(1)

@@ -26,7 +26,7 @@ GRIDS = ((8, 8), (8, 12), (12, 8), (16, 16))
 # Auxiliary targets of a middle layer: see PROMPT_HINTS; row and column of each cell.
 HINTED_LAYER = 2
 LINES_LENGTH = 128  # of a prompt and the rows in which something can begin; 1 in 60 is longer
-HINT_WEIGHT, FACT_WEIGHT = 0.3, 0.1
+HINT_WEIGHT, FACT_WEIGHT = 0.3, 0.05
 HINTS = PROMPT_HINTS | {"row": 32, "column": 32}
 
 
@@ -86,29 +86,29 @@ def _layers(text: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     hinted = x
     for index, layer in enumerate(text.layers):
         attention, dim = layer.self_attn, layer.self_attn.head_dim
-        y = _rms(x, layer.input_layernorm.weight)
+        y = rms(x, layer.input_layernorm.weight)
         q, k, v = (
             project(y).view(b, t, -1, dim).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         groups = attention.num_key_value_groups
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, -1)
-        x = x + _rms(attention.o_proj(y), layer.post_self_attn_layernorm.weight)
-        gate, up = layer.mlp.gate_up_proj(_rms(x, layer.post_attention_layernorm.weight)).chunk(2, -1)
-        x = x + _rms(layer.mlp.down_proj(up * F.silu(gate)), layer.post_mlp_layernorm.weight)
+        x = x + rms(attention.o_proj(y), layer.post_self_attn_layernorm.weight)
+        gate, up = layer.mlp.gate_up_proj(rms(x, layer.post_attention_layernorm.weight)).chunk(2, -1)
+        x = x + rms(layer.mlp.down_proj(up * F.silu(gate)), layer.post_mlp_layernorm.weight)
         if index == HINTED_LAYER:
             hinted = x
-    return _rms(x, text.norm.weight), hinted
+    return rms(x, text.norm.weight), hinted
 
 
-def _rms(x: Tensor, weight: Tensor) -> Tensor:
+def rms(x: Tensor, weight: Tensor) -> Tensor:
     y = x.float()
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * weight).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated, unrotated = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     a, b = rotated.chunk(2, -1)
     return torch.cat([rotated * cos + torch.cat([-b, a], -1) * sin, unrotated], -1)
@@ -164,9 +164,10 @@ class PlannerTraining:
             return self.on_rows(step // 6, rng)
         return self.on_only_lines(rng)
 
-    def on_whole(self, step: int, rng: Random) -> tuple[Tensor, Losses]:
-        kind, turn = step % 4, step // 4
-        if kind in (0, 2):
+    def on_whole(self, step: int, rng: Random, period: int = 3) -> tuple[Tensor, Losses]:
+        """Train on lines, but for an edit and whole sequences once in `period` steps."""
+        kind, turn = step % period, step // period
+        if kind not in (1, 2):
             return self.on_only_lines(rng)
         if kind == 1:
             grid, length = ((8, 8), 176) if turn % 4 else (rng.choice(GRIDS[1:3]), 256)
@@ -175,6 +176,10 @@ class PlannerTraining:
             return self.loss_on([self.sampler.generation(rng, 16, 16, None) for _ in range(8)], 580, False)
         sequences = [self.sampler.generation(rng, *rng.choice(GRIDS[:3]), None) for _ in range(12)]
         return self.loss_on(sequences, 420, False)
+
+    def on_free_prompts(self, step: int, rng: Random) -> tuple[Tensor, Losses]:
+        """Train a planner that knows the small grammar: mostly what begins where."""
+        return self.on_whole(step, rng, period=6)
 
 
 @torch.no_grad()
@@ -211,10 +216,19 @@ def train_planner(tokenizer: Any, folder: Path, steps: int, line_steps: int, who
 
 
 def continue_planner(
-    tokenizer: Any, folder: Path, start: Callable[[TrainedPlanner], None], steps: int
+    tokenizer: Any, folder: Path, start: Callable[[TrainedPlanner], None], hint_steps: int, steps: int
 ) -> TrainedPlanner:
-    """Train the last phase alone, from the weights that `start` sets."""
+    """Train from the weights that `start` sets: the hints alone, which no checkpoint has, then everything.
+
+    With new hints and a learning rate of 1e-3 the planner forgot the small grammar in 200 steps, before it learned the
+    free one.
+    """
     training = PlannerTraining(tokenizer)
-    start(training.model)
-    train("planner", training.model, training.on_whole, folder, steps=steps, learning_rate=1e-3, average=0.995)
-    return training.model
+    model = training.model
+    start(model)
+    model.requires_grad_(False)
+    model.hints.requires_grad_(True)
+    train("planner-hints", model, training.on_free_prompts, folder, steps=hint_steps, learning_rate=1e-2, warmup=1)
+    model.requires_grad_(True)
+    train("planner", model, training.on_free_prompts, folder, steps=steps, learning_rate=4e-4, average=0.995)
+    return model

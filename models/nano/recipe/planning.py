@@ -3,18 +3,56 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from models.nano.recipe import codes, world
 from models.nano.recipe.facts import Facts
-from models.nano.recipe.planner import TrainedPlanner
+from models.nano.recipe.planner import TrainedPlanner, rms, rotate
 from models.nano.recipe.planner_sequences import grid_positions, preview_grid
 from models.nano.recipe.world import Poster, Shape, Side
+
+
+class _Cache:
+    """Keys and values [layers, b, heads, tokens, dim] of left-padded sequences."""
+
+    def __init__(self, text: Any, mask: Tensor, room: int):
+        config = text.config
+        b, t = mask.shape
+        shape = (len(text.layers), b, config.num_key_value_heads, t + room, config.head_dim)
+        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        self.visible = torch.cat([mask.bool(), torch.ones(b, room, dtype=torch.bool)], 1)[:, None, None]
+        self.length = 0
+
+    def layers(self, text: Any, x: Tensor, positions: Tensor) -> Tensor:
+        """Return the last hidden states [b, t, hidden] of new tokens x."""
+        cos, sin = (r[:, None] for r in text.rotary_emb(x, positions))
+        b, t, _ = x.shape
+        start, end = self.length, self.length + t
+        causal = torch.ones(t, end, dtype=torch.bool).tril(start)
+        for layer, keys, values in zip(text.layers, self.keys, self.values, strict=True):
+            attention = layer.self_attn
+            y = rms(x, layer.input_layernorm.weight)
+            q, k, v = (
+                project(y).view(b, t, -1, attention.head_dim).transpose(1, 2)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            keys[:, :, start:end], values[:, :, start:end] = rotate(k, cos, sin), v
+            seen = self.visible[..., :end] & causal
+            seen[..., 0] |= ~seen.any(-1)  # of padding
+            attended = F.scaled_dot_product_attention(
+                rotate(q, cos, sin), keys[:, :, :end], values[:, :, :end], seen, enable_gqa=True
+            )
+            y = attention.o_proj(attended.transpose(1, 2).flatten(2))
+            x = x + rms(y, layer.post_self_attn_layernorm.weight)
+            gate, up = layer.mlp.gate_up_proj(rms(x, layer.post_attention_layernorm.weight)).chunk(2, -1)
+            x = x + rms(layer.mlp.down_proj(up * F.silu(gate)), layer.post_mlp_layernorm.weight)
+        self.length = end
+        return rms(x, text.norm.weight)
 
 
 @torch.no_grad()
@@ -40,18 +78,15 @@ def sample_plans(
         n = len(prompt)
         tokens[i, longest - n :], mask[i, longest - n :] = torch.tensor(prompt), 1
         positions[:, i, longest - n :] = torch.arange(n)
-        grids.append(
-            [grid_positions(*preview, n).reshape(3, -1), grid_positions(rows, columns, n + max(preview)).reshape(3, -1)]
-        )
-    cells = torch.from_numpy(np.stack([np.concatenate(grid, 1) for grid in grids], 1))  # [3, n, cells]
-    generator, cache, drawn = torch.Generator().manual_seed(seed), DynamicCache(), []
+        parts = grid_positions(*preview, n), grid_positions(rows, columns, n + max(preview))
+        grids.append(np.concatenate([part.reshape(3, -1) for part in parts], 1))
+    cells = torch.from_numpy(np.stack(grids, 1))  # [3, n, cells]
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    cache = _Cache(model.text, mask, cells.shape[2])
     for cell in range(cells.shape[2]):
-        hidden = model.text(
-            inputs_embeds=F.embedding(tokens, table), position_ids=positions, attention_mask=mask,
-            past_key_values=cache, use_cache=True,
-        ).last_hidden_state[:, -1]  # fmt: skip
+        hidden = cache.layers(model.text, F.embedding(tokens, table), positions)[:, -1]
         tokens = _sample(hidden @ head.T, temperature, top_p, generator)[:, None]
-        positions, mask = cells[:, :, cell : cell + 1], torch.cat([mask, torch.ones_like(tokens)], 1)
+        positions = cells[:, :, cell : cell + 1]
         drawn.append(tokens)
     return torch.cat(drawn, 1)[:, preview[0] * preview[1] :].view(len(ids), rows, columns).numpy()
 
@@ -68,7 +103,8 @@ def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.G
 def poster_of(plan: np.ndarray) -> Poster:
     """Return background and shapes of a plan [rows, columns]: of all arrangements the one with the most equal cells."""
     rows, columns = plan.shape
-    background = int(Counter(plan[plan < codes.PIXEL_TEXT].tolist()).most_common(1)[0][0])
+    plain = Counter(plan[plan < codes.PIXEL_TEXT].tolist()).most_common(1)
+    background = int(plain[0][0]) if plain else 0
     best, found = -1, Poster(background)
     for arrangement in ARRANGEMENTS:
         placed = world.place(Poster(background, shapes=arrangement), rows, columns)[1]

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import admission
+from benchmarks import admission, scaling
 from benchmarks.full_size import planner_bytes, renderer_flop, run_full_size
 from benchmarks.measure import Measurement, merge
 from benchmarks.planning import in_turns, plan
@@ -79,6 +80,22 @@ def test_floors_are_those_of_the_published_sizes() -> None:
 def test_full_size_requires_a_gpu() -> None:
     with pytest.raises(SystemExit, match="CUDA"):
         run_full_size(torch.device("cpu"))
+
+
+def test_engines_are_compared_by_those_that_render(tmp_path: Path) -> None:
+    rates = [scaling.Rate("1 all", 1, 0.5), scaling.Rate("1 plan + 7 render", 7, 2.8)]
+    with (tmp_path / "table").open("w+") as file:
+        scaling.print_rates(rates, Console(file=file, width=100))
+        file.seek(0)
+        assert [word for word in file.read().split() if word in ("2.80", "0.80")] == ["2.80", "0.80"]
+
+
+@pytest.mark.parametrize("hands_over", [False, True])
+async def test_the_queue_s_own_cost_is_measured(tmp_path: Path, hands_over: bool) -> None:
+    ceiling = await scaling.measure_queue(0.2, 1000, hands_over=hands_over, folder=tmp_path / "redis")
+    assert ceiling.jobs_per_second > 0
+    assert ceiling.redis_s > 0
+    assert ceiling.bytes_in > 1000
 
 
 async def test_streams_with_and_without_partial_images(queue: JobQueue, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,7 @@ class TrainedPlanner(nn.Module):
         for part, source in zip(self.head.parts, self.embedding.parts, strict=True):
             part.data.copy_(source.data * 0.06)
         self.hints = nn.ModuleDict({name: nn.Linear(HIDDEN, n) for name, n in HINTS.items()})
+        torch._dynamo.config.recompile_limit = 64  # one per length, with and without gradients
         self.layers = torch.compile(_layers, dynamic=False)
 
     def forward(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

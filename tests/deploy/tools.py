@@ -4,6 +4,7 @@ python -m tests.deploy.tools
 """
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def _unpack(wheel: Path, folder: Path) -> None:
 def _fetch_promtool() -> None:
     """Unpack the program from Debian's package, whose service is not wanted; needs no root."""
     with tempfile.TemporaryDirectory() as folder:
+        if os.geteuid() == 0:  # a new container has no list of packages
+            subprocess.run(["apt-get", "update", "--quiet"], check=True, capture_output=True)
         subprocess.run(["apt-get", "download", "--quiet", "prometheus"], cwd=folder, check=True, capture_output=True)
         package = next(Path(folder).glob("prometheus_*.deb"))
         subprocess.run(["dpkg-deb", "--extract", package, _FOLDER.parent / "prometheus"], check=True)

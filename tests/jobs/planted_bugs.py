@@ -17,6 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from engine.jobs.embedded import EmbeddedRedis
 from tests import planting
+from tests.jobs.planted_failover_bugs import FAILOVER_BUGS
 from tests.jobs.planted_stage_bugs import STAGE_BUGS
 from tests.jobs.test_any_order import SIZES, QueueMachine
 from tests.planting import NOT_FOUND, copied, run_python, try_all
@@ -663,7 +664,7 @@ BUGS: list[planting.Bug] = [
 def main() -> int:
     clean = run_stateful()
     print(f"no bug: {clean}", flush=True)
-    missed = try_all(BUGS + STAGE_BUGS, sys.argv[1:], try_bug)
+    missed = try_all(BUGS + STAGE_BUGS + FAILOVER_BUGS, sys.argv[1:], try_bug)
     return 0 if clean == NOT_FOUND and not missed else 1
 
 

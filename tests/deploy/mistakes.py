@@ -21,6 +21,7 @@ MISTAKES = [
     Mistake("api.yaml", 'GLIMMER_PORT, value: "8000"', 'GLIMMER_PORT, value: "9000"', "listens on 9000"),
     Mistake("api.yaml", "name: GLIMMER_HOST", "name: GLIMMER_ADDRESS", "GLIMMER_ADDRESS is not a setting of api"),
     Mistake("api.yaml", "add $api.graceSeconds 15", "$api.graceSeconds", "is killed before its drain"),
+    Mistake("api.yaml", '"GLIMMER_SCALE_TO_ZERO" "true"', '"GLIMMER_SCALE_TO_ZERO" "false"', "no job is accepted"),
     Mistake("api.yaml", "args: [api]", "args: [serve-api]", "there is no command serve-api"),
     Mistake("api.yaml", "mountPath: /tmp", "mountPath: /temp", "cannot write to {'/tmp'}"),
     Mistake("api.yaml", "name: http, containerPort", "name: web, containerPort", "has no port http"),

@@ -110,7 +110,7 @@ def test_the_engines_of_a_fleet_differ_in_their_stage_alone() -> None:
         assert service == services()["engine"]
 
 
-@pytest.mark.parametrize("name", PROFILES["observability"])
+@pytest.mark.parametrize("name", sorted(PROFILES["observability"]))
 def test_what_prometheus_and_grafana_read_is_there(name: str) -> None:
     for volume in services()[name]["volumes"]:
         source, mounted = volume.split(":")[:2]

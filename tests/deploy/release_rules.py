@@ -171,8 +171,9 @@ def scaling(objects: list[Object], exported: Exported) -> Iterator[str]:
         yield from (f"{name}: {problem}" for problem in unknown_metrics(metadata["query"], exported))
         if jobs and set(re.findall(r'job="([^"]*)"', metadata["query"])) != jobs:
             yield f"{name}: its query selects nothing that is scraped"
-        waits = [other.environment.get("GLIMMER_SCALE_TO_ZERO") for other in targets.values() if other.component == "api"]
-        if spec["minReplicaCount"] == 0 and waits != ["true"]:
+        apis = [other for other in targets.values() if other.component == "api"]
+        is_awaited = all(api.environment.get("GLIMMER_SCALE_TO_ZERO") == "true" for api in apis)
+        if spec["minReplicaCount"] == 0 and not is_awaited:
             yield f"{name}: without engines no job is accepted for which one could start"
     for workload in targets.values():
         is_scaled = any(found["spec"]["scaleTargetRef"]["name"] == workload.name for found in scaled)

@@ -109,7 +109,8 @@ class Clients:
         elif entry.case.follows:
             await self._follow_events(entry, url)
         job = await self._request_json(entry, "GET", url)
-        while job["status"] not in TERMINAL:
+        # A failover of Redis may forget an end between the reads of record and result: the job runs again.
+        while job["status"] not in TERMINAL or (job["status"] == "succeeded" and job["result"] is None):
             await asyncio.sleep(POLL_S)
             job = await self._request_json(entry, "GET", url)
         if job["status"] == "cancelled" and entry.case.kind == "cancelled":

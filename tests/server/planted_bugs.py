@@ -266,7 +266,7 @@ BUGS = [
     Bug(
         "negative prompts are unbounded",
         RENDERER,
-        '        check_quoted_strings("negative_prompt", spec.negative_prompt, spec.quotes)\n',
+        '    check_quoted_strings("negative_prompt", spec.negative_prompt, spec.quotes)\n',
         "",
         f"{PREPARING}::test_long_texts_are_refused_before_any_model_work",
     ),

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import redis.asyncio
+from hypothesis import settings
 
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load, write_variant
 from tests.job_queue import JobQueue
+
+settings.register_profile("busy", deadline=None)  # an example may take any time on a busy machine
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

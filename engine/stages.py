@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Protocol
 
+from engine.admitted import AdmittedRequests
 from engine.errors import UnreadableJob
 from engine.jobs.job import TokenGrid
 from engine.limits import EngineLimits
@@ -78,21 +79,20 @@ class NoRenderer:
     seconds_left = tick_seconds = 0.0
 
     def __init__(self, limits: EngineLimits, codebook_size: int, emit: Callable[[Event], None]):
-        self._max_source_patches, self._codebook_size, self._emit = limits.source_patches, codebook_size, emit
-        self._images_left: dict[Request, int] = {}  # to plan, of every admitted request
+        self._codebook_size, self._emit = codebook_size, emit
+        self._admitted = AdmittedRequests(limits.source_patches)
 
     def check(self, request: Request) -> None:
         """Raise RequestError if no renderer takes the request."""
-        check_request(request, self._max_source_patches, self._codebook_size)
+        check_request(request, self._admitted.max_source_patches, self._codebook_size)
 
     def fits(self, request: Request) -> bool:
         """Return whether its source images fit in memory."""
-        admitted = sum(other.source_patches for other in self._images_left)
-        return admitted + request.source_patches <= self._max_source_patches
+        return self._admitted.fits(request)
 
     def reserve(self, request: Request) -> None:
         """Count its images."""
-        self._images_left[request] = request.spec.n
+        self._admitted.add(request)
 
     def encode_glyphs(self, request: Request) -> Generator[int]:
         """Compute nothing, as `read_sources`."""
@@ -112,9 +112,7 @@ class NoRenderer:
     def render(self, image: Image) -> None:
         """Count a planned image."""
         image.planned_at = time.monotonic()
-        self._images_left[image.request] -= 1
-        if not self._images_left[image.request]:
-            del self._images_left[image.request]
+        if self._admitted.finish_image(image.request):
             self._emit(Finished(image.request))
 
     def render_preview(self, image: Image) -> None:
@@ -127,7 +125,7 @@ class NoRenderer:
 
     def abort(self, request: Request) -> None:
         """Forget the request."""
-        self._images_left.pop(request, None)
+        self._admitted.discard(request)
 
     def progress(self, request: Request) -> Progress:
         """Report that all tokens are written."""

@@ -140,7 +140,7 @@ class Metrics:
                 of_state = [engine for engine in engines if engine.state == state]
                 self._engines.labels(state).set(len(of_state))
                 for stage in STAGES:
-                    count = sum(engine.stage in ("all", stage) for engine in of_state)
+                    count = sum(engine.has_stage(stage) for engine in of_state)
                     self._stage_engines.labels(stage, state).set(count)
 
 

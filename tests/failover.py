@@ -23,7 +23,7 @@ from engine.child import die_with_parent
 from engine.jobs.embedded import find_redis_server
 from engine.jobs.masters import CLUSTER_PREFIX
 
-USER, PASSWORD, NAME = "glimmer", "p@ss,word/1", "pictures"
+USER, PASSWORD, NAME = "glimmer", "p@ss,word/1", "images"
 PASSWORD_IN_URL = "p%40ss%2Cword%2F1"
 NODE_TIMEOUT_MS = 1000  # silence after which a master counts as down
 START_S = 60.0

@@ -307,6 +307,10 @@ class EngineInfo(_Record):
     renderer: str = ""
     max_text_characters: int | None = None  # of a quoted text, if the checkpoint says so
 
+    def has_stage(self, stage: str) -> bool:
+        """Return whether the engine plans, or renders."""
+        return self.stage in ("all", stage)
+
 
 @dataclass(frozen=True)
 class MemoryUse:

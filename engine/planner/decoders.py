@@ -14,6 +14,7 @@ from engine.planner.decode_step import DecodeStep, Sample
 from engine.planner.graph_decoder import GraphDecoder, Graphs
 from models.glm_image.fused_planner import FusedPlanner
 from models.glm_image.kernels.check import DecodeKernels, choose_kernels
+from models.glm_image.kernels.launch import next_power_of_2
 from models.glm_image.paged_attention import PagedKV
 
 LENGTHS = (2048, 8192)  # of a prompt and its plan: the attention of a pass has a grid for the longest
@@ -24,8 +25,8 @@ logger = logging.getLogger("glimmer.engine")
 
 def batch_sizes(max_sequences: int, smallest: int | None) -> tuple[int, ...]:
     """Return powers of two from `smallest`; None: only the one that holds all sequences, for the same bits always."""
-    largest = _power_of_two(max_sequences)
-    size = min(largest, _power_of_two(smallest or largest))
+    largest = next_power_of_2(max_sequences)
+    size = min(largest, next_power_of_2(smallest or largest))
     sizes: list[int] = []
     while size <= largest:
         sizes.append(size)
@@ -78,7 +79,3 @@ def _sample_by(kernels: DecodeKernels, top_k: int | None, max_rows: int, device:
         return kernels.nucleus(logits, uniform, temperature, top_p, counts[: len(logits)])
 
     return sample
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

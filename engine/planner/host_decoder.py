@@ -7,27 +7,28 @@ from engine.planner.decode_step import DecodeStep
 from engine.planner.passes import Pass, rows_of
 from engine.planner.scheduler import Sequence
 from engine.planner.threads import threads
-from models.batch_invariant import padded
+from models.batch_invariant import choose_tile_height, padded
 from models.glm_image.decode_attention import DecodeAttention
 from models.glm_image.paged_attention import PagedKV, SequenceKV
 from models.glm_image.planner import PlannerBatch, Rotary
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # on other devices than CPUs
+TILE_HEIGHT = 16  # on CPUs
+SMALL_TILE_HEIGHTS = (4, 8)  # for fewer rows, if no bit changes
 
 
 class HostDecoder:
     """Runs passes and reads at once what they accepted.
 
     Args:
-        tile_heights: ascending; empty except on CPUs.
         num_threads: of a pass; None: torch's.
     """
 
-    def __init__(self, step: DecodeStep, kv: PagedKV, tile_heights: tuple[int, ...], num_threads: int | None):
-        self.batch_sizes = tile_heights or BATCH_SIZES
-        self.can_look_ahead = bool(tile_heights)
+    def __init__(self, step: DecodeStep, kv: PagedKV, num_threads: int | None):
         self._step, self._kv, self._threads = step, kv, num_threads
-        self._largest_tile = tile_heights[-1] if tile_heights else None
+        self._largest_tile = choose_tile_height(TILE_HEIGHT, step.buffers.device)
+        self.can_look_ahead = self._largest_tile is not None
+        self.batch_sizes = (*self._small_tile_heights(), TILE_HEIGHT) if self.can_look_ahead else BATCH_SIZES
         self._kv_of: dict[int, SequenceKV] = {}  # by line of the buffers
 
     def add(self, sequence: Sequence) -> None:
@@ -67,6 +68,32 @@ class HostDecoder:
     def tile_height(self, batch_size: int) -> int | None:
         return None if self._largest_tile is None else min(self._largest_tile, batch_size)
 
+    @torch.inference_mode()
+    def _small_tile_heights(self) -> list[int]:
+        """Return the `SMALL_TILE_HEIGHTS` that give every row the same bits as `TILE_HEIGHT`.
+
+        One try suffices: kernels depend on shapes alone, and attention runs per sequence.
+        """
+        model = self._step.model
+        tokens = torch.arange(TILE_HEIGHT) % model.config.vocab_size
+        rotary = self._step.rotary.at(tokens[:, None].expand(-1, 3), model.lm_head.weight.dtype)
+
+        def scores(start: int, height: int) -> Tensor:
+            tile = slice(start, start + height)
+            batch = PlannerBatch((rotary[0][tile], rotary[1][tile]), lambda layer, q, k, v: q, height)
+            return model.logits(model(tokens[tile], batch), height)
+
+        with threads(self._threads):
+            expected = scores(0, TILE_HEIGHT)
+            return [
+                height
+                for height in SMALL_TILE_HEIGHTS
+                if all(
+                    torch.equal(scores(start, height), expected[start : start + height])
+                    for start in range(0, TILE_HEIGHT, height)
+                )
+            ]
+
     def _reject(self, sequence: Sequence) -> int:
         """Count no token, unless it read no guess: infinities of rejected rows reach others under the mask.
 
@@ -77,7 +104,6 @@ class HostDecoder:
             return sequence.written + 1
         sequence.can_look_ahead = False
         buffers.written[line], buffers.failures[line] = sequence.written, 0
-        block_size, first = self._kv.block_size, sequence.prompt_length + sequence.written
-        tokens = range(first, first + sequence.rows - 1)
-        self._kv.clear(torch.tensor([sequence.blocks[t // block_size] * block_size + t % block_size for t in tokens]))
+        first = sequence.prompt_length + sequence.written
+        self._kv.clear(torch.tensor(self._kv.slots(sequence.blocks, range(first, first + sequence.rows - 1))))
         return sequence.written

@@ -24,8 +24,6 @@ from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import PagedKV, PrefillAttention, PromptChunk, SequenceKV
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
 
-DECODE_TILE_HEIGHT = 16  # on CPU
-SMALL_TILE_HEIGHTS = (4, 8)  # for fewer sequences, if no bit changes
 PREFILL_TILE_HEIGHT = 128
 ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would mostly wait
 
@@ -61,7 +59,7 @@ class PlannerRunner:
         self.prefill_tile_height = choose_tile_height(PREFILL_TILE_HEIGHT, self.device)
         parameters = sum(weight.numel() for weight in model.parameters())
         self._decode_threads = 1 if self.device.type == "cpu" and parameters <= ONE_THREAD_UP_TO else None
-        self.decoder: Decoder = HostDecoder(self.step, kv, self._tile_heights(), self._decode_threads)
+        self.decoder: Decoder = HostDecoder(self.step, kv, self._decode_threads)
         self.fallbacks: dict[str, str] = {}  # kernels that are not used, and why
         if self.device.type == "cuda":
             sizes = batch_sizes(max_sequences, min_rows)
@@ -86,7 +84,7 @@ class PlannerRunner:
         tokens = [token for group in groups for token in group.request.prompt_ids[group.start : group.end]]
         positions = torch.cat([_prompt_positions(group.request)[group.start : group.end] for group in groups])
         positions = F.pad(positions, (0, 0, 0, size - len(positions))).to(self.device, non_blocking=True)
-        slots = [slot for group in groups for slot in self._prompt_slots(group.sequences[0], group.start, group.end)]
+        slots = [s for g in groups for s in self.kv.slots(g.sequences[0].blocks, range(g.start, g.end))]
         chunks = [PromptChunk(SequenceKV(self.kv, g.sequences[0].blocks), g.start, g.end) for g in groups]
         attention = PrefillAttention(self.kv, chunks, self._to_device(slots))
         batch = PlannerBatch(self.rotary.at(positions, self.dtype), attention, self.prefill_tile_height)
@@ -154,8 +152,9 @@ class PlannerRunner:
     def _begin(self, sequence: Sequence) -> None:
         start = int(_prompt_positions(sequence.request)[-1, 0]) + 1  # a prompt ends with a token of text
         self.buffers.fill(sequence, start, self.sampling)
-        first, block_size = sequence.prompt_length // self.kv.block_size, self.kv.block_size
-        self.kv.clear(self._to_device([b * block_size + i for b in sequence.blocks[first:] for i in range(block_size)]))
+        block_size = self.kv.block_size
+        tokens = range(sequence.prompt_length // block_size * block_size, len(sequence.blocks) * block_size)
+        self.kv.clear(self._to_device(self.kv.slots(sequence.blocks, tokens)))
         self.decoder.add(sequence)
 
     def _share_last_block(self, groups: list[PromptGroup]) -> None:
@@ -165,37 +164,6 @@ class PlannerRunner:
             index, remainder = divmod(first.prompt_length, self.kv.block_size)
             for other in others if remainder else []:
                 self.kv.copy_block(first.blocks[index], other.blocks[index])
-
-    @torch.inference_mode()
-    def _tile_heights(self) -> tuple[int, ...]:
-        """Return `DECODE_TILE_HEIGHT`, and before it the `SMALL_TILE_HEIGHTS` that give every row the same bits.
-
-        One try suffices: kernels depend on shapes alone, and attention runs per sequence.
-        """
-        if self.device.type != "cpu":
-            return ()
-        config = self.model.config
-        tokens = torch.arange(DECODE_TILE_HEIGHT) % config.vocab_size
-        rotary = self.rotary.at(tokens[:, None].expand(-1, 3), self.dtype)
-
-        def scores(start: int, height: int) -> Tensor:
-            tile = slice(start, start + height)
-            batch = PlannerBatch((rotary[0][tile], rotary[1][tile]), lambda layer, q, k, v: q, height)
-            return self.model.logits(self.model(tokens[tile], batch), height)
-
-        with threads(self._decode_threads):
-            expected = scores(0, DECODE_TILE_HEIGHT)
-            starts = {height: range(0, DECODE_TILE_HEIGHT, height) for height in SMALL_TILE_HEIGHTS}
-            small = [
-                height
-                for height in SMALL_TILE_HEIGHTS
-                if all(torch.equal(scores(i, height), expected[i : i + height]) for i in starts[height])
-            ]
-        return (*small, DECODE_TILE_HEIGHT)
-
-    def _prompt_slots(self, sequence: Sequence, start: int, end: int) -> list[int]:
-        block_size = self.kv.block_size
-        return [sequence.blocks[t // block_size] * block_size + t % block_size for t in range(start, end)]
 
     def _to_device(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)

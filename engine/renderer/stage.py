@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.admitted import AdmittedRequests
 from engine.errors import RequestError
 from engine.fault_boundary import FaultBoundary
 from engine.geometry import PATCH
@@ -38,9 +39,8 @@ class RendererStage:
         self.runner = RendererRunner(model)
         self.tick_seconds = 0.0  # of the last one
         self._device, self._codebook_size = model.device, model.renderer.config.prior_vq_quantizer_codebook_size
-        self._max_source_patches = limits.source_patches
         self._metrics, self._boundary, self._emit = metrics, boundary, emit
-        self._images_left: dict[Request, int] = {}  # of every admitted request
+        self._admitted = AdmittedRequests(limits.source_patches)
         self._undecoded: deque[Rendering] = deque()  # whose last step is done
         metrics.render_token_budget.set_function(lambda: self.scheduler.token_limit.current)
 
@@ -56,16 +56,15 @@ class RendererStage:
 
     def check(self, request: Request) -> None:
         """Raise RequestError if even an idle stage could not render it."""
-        check_request(request, self._max_source_patches, self._codebook_size)
+        check_request(request, self._admitted.max_source_patches, self._codebook_size)
 
     def fits(self, request: Request) -> bool:
         """Return whether its source images fit in memory."""
-        admitted = sum(other.source_patches for other in self._images_left)
-        return admitted + request.source_patches <= self._max_source_patches
+        return self._admitted.fits(request)
 
     def reserve(self, request: Request) -> None:
         """Reserve memory for source images."""
-        self._images_left[request] = request.spec.n
+        self._admitted.add(request)
 
     def admit(self, request: Request) -> None:
         """Render the planned images of a reserved and prepared request, or the preview that it is for."""
@@ -120,7 +119,7 @@ class RendererStage:
 
     def abort(self, request: Request) -> None:
         """Free what the request holds."""
-        self._images_left.pop(request, None)
+        self._admitted.discard(request)
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
         self._undecoded = deque(r for r in self._undecoded if r.request is not request)
@@ -134,8 +133,8 @@ class RendererStage:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if memory leaked."""
-        assert all(request in self._boundary.live for request in self._images_left)
-        assert self._images_left or (self.is_idle and not len(self.runner.source_kv))
+        assert all(request in self._boundary.live for request in self._admitted)
+        assert len(self._admitted) or (self.is_idle and not len(self.runner.source_kv))
 
     def _render(self, images: list[Image]) -> None:
         """Prepare all before adding any: a failure adds none."""
@@ -175,9 +174,7 @@ class RendererStage:
         self._finish_one(image.request)
 
     def _finish_one(self, request: Request) -> None:
-        self._images_left[request] -= 1
-        if not self._images_left[request]:
-            del self._images_left[request]
+        if self._admitted.finish_image(request):
             self.runner.release(request)
             self._emit(Finished(request))
 

@@ -75,7 +75,7 @@ class Worker:
         self._previews = PreviewRunner(
             engine,
             queue,
-            may_take=self._may_take_preview,
+            may_take=self._may_take_work,
             taking=self._taking,
             stopping=self._stopping,
             wake_engine=self._wake_engine.set,
@@ -173,9 +173,7 @@ class Worker:
             if self._redis_was_away or time.monotonic() - self._renewed_at > self._settings.lease_s / 2:
                 await self._wait_for_lease_renewals()
             capacity = free_capacity(self._engine.limits, self._jobs.values())
-            if capacity.images <= 0 or self._draining.is_set() or self._watchdog.is_stuck:
-                return None
-            if any(job.claim.quarantined for job in self._jobs.values()):
+            if capacity.images <= 0 or not self._may_take_work():
                 return None
             idle = capacity.idle and self._previews.request is None
             return await self._queue.claim(self._info.id, replace(capacity, idle=idle))
@@ -184,10 +182,11 @@ class Worker:
             await asyncio.sleep(REDIS_RETRY_S)
             return None
 
-    def _may_take_preview(self) -> bool:
-        """Return whether a preview may run beside the jobs: a suspect runs alone."""
-        ends = self._draining.is_set() or self._watchdog.is_stuck
-        return not ends and not any(job.claim.quarantined for job in self._jobs.values())
+    def _may_take_work(self) -> bool:
+        """Return whether a job or a preview may run beside the jobs: a suspect runs alone."""
+        if any(job.claim.quarantined for job in self._jobs.values()):
+            return False
+        return not (self._draining.is_set() or self._watchdog.is_stuck)
 
     def _running_specs(self) -> list[JobSpec]:
         preview = self._previews.request

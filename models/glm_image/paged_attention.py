@@ -7,6 +7,7 @@ its full blocks.
     H, G   query heads, key/value heads  D   head dimension
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class PagedKV:
         self.group = config.num_attention_heads // heads  # query heads that share keys
         shape = (config.num_hidden_layers, blocks, block_size, 2, heads, head_dim)
         self.pool = torch.zeros(shape, dtype=dtype, device=device)
+
+    def slots(self, blocks: list[int], tokens: Iterable[int]) -> list[int]:
+        """Return where tokens of a sequence lie."""
+        return [blocks[token // self.block_size] * self.block_size + token % self.block_size for token in tokens]
 
     def write(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v [T, G, D]."""

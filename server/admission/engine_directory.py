@@ -8,7 +8,7 @@ STAGES = {"plan": "plans", "render": "renders"}  # with what their engines do
 
 def ready_engines(engines: Sequence[EngineInfo], stage: str | None = None) -> list[EngineInfo]:
     """Return the engines that accept work, of one stage if given."""
-    return [engine for engine in engines if engine.state == "ready" and (stage is None or _has(engine, stage))]
+    return [engine for engine in engines if engine.state == "ready" and (stage is None or engine.has_stage(stage))]
 
 
 def models_of(engines: Sequence[EngineInfo]) -> set[str]:
@@ -44,14 +44,10 @@ def not_ready_reason(engines: Sequence[EngineInfo]) -> str | None:
     if not engines:
         return "No engine is running."
     stage = missing[0]
-    states = sorted({engine.state for engine in engines if _has(engine, stage)})
+    states = sorted({engine.state for engine in engines if engine.has_stage(stage)})
     clause = "" if len(missing) == len(STAGES) and states else f" that {STAGES[stage]}"
     if not states:
         return f"No engine {STAGES[stage]}."
     if states == ["starting"]:
         return f"The engine{clause} is still starting."
     return f"No engine{clause} is ready (states: {', '.join(states)})."
-
-
-def _has(engine: EngineInfo, stage: str) -> bool:
-    return engine.stage in ("all", stage)

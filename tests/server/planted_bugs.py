@@ -60,8 +60,8 @@ BUGS = [
     Bug(
         "an engine that gets stuck goes on claiming",
         WORKER,
-        " or self._draining.is_set() or self._watchdog.is_stuck:",
-        " or self._draining.is_set():",
+        "not (self._draining.is_set() or self._watchdog.is_stuck)",
+        "not self._draining.is_set()",
         f"{CLAIMS}::test_an_engine_that_gets_stuck_while_it_renews_does_not_claim",
     ),
     Bug(

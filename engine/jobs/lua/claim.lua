@@ -214,7 +214,7 @@ if before then return before end
 -- Both groups from the first call on: creating one later could be refused for lack of memory.
 local queues = {interactive = {}, batch = {}}
 for _, stage in ipairs(args.stage == 'all' and {'render', 'plan'} or {args.stage}) do
-  for _, priority in ipairs({'interactive', 'batch'}) do
+  for _, priority in ipairs(PRIORITIES) do
     local queue = queue_key(priority, stage)
     if stage == 'plan' or redis.call('XLEN', queue) > 0 then
       delivered[queue] = last_delivered(queue)

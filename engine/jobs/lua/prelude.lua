@@ -54,7 +54,8 @@
 -- - The first write of a script is one that Redis refuses when it is out of memory, or else the script may run then
 --   (claiming, ending). So a script that has written is never stopped half way.
 --
--- Keys are built inside the scripts: in a cluster the prefix is a hash tag, and one node has them all. Times are milliseconds of Redis' clock.
+-- Keys are built inside the scripts: in a cluster the prefix is a hash tag, and one node has them all. Times are
+-- milliseconds of Redis' clock.
 --
 -- Arguments: ARGV[1] is a JSON object of named scalars, here `args`; None is left out and reads as nil. What is stored
 -- byte for byte (JSON documents, images) follows from ARGV[2] on, in the order each script states. cjson turns integers
@@ -75,12 +76,13 @@ local function owned_key(owner) return PREFIX .. ':owned:' .. owner end
 local function result_key(id) return PREFIX .. ':result:' .. id end
 local function withdrawn_key(id) return PREFIX .. ':withdrawn:' .. id end
 local function idempotency_key(key) return PREFIX .. ':idempotency:' .. key end
+local PRIORITIES = {'interactive', 'batch'}
 local function queue_key(priority, stage)
   return PREFIX .. ':queue:' .. (stage == 'render' and 'render:' or '') .. priority
 end
 local function queue_of(record) return queue_key(record.priority, record.stage) end
 local function place_of(queue)
-  for _, priority in ipairs({'interactive', 'batch'}) do
+  for _, priority in ipairs(PRIORITIES) do
     if queue == queue_key(priority) then return priority end
     if queue == queue_key(priority, 'render') then return priority, 'render' end
   end
@@ -130,7 +132,7 @@ end
 -- Returns the queues; those of the render stage exist from the first hand-over on.
 local function all_queues()
   local queues = {queue_key('interactive'), queue_key('batch')}
-  for _, priority in ipairs({'interactive', 'batch'}) do
+  for _, priority in ipairs(PRIORITIES) do
     local queue = queue_key(priority, 'render')
     if redis.call('EXISTS', queue) == 1 then table.insert(queues, queue) end
   end

@@ -2,7 +2,7 @@
 
 local function length(stage)
   local sum = 0
-  for _, priority in ipairs({'interactive', 'batch'}) do
+  for _, priority in ipairs(PRIORITIES) do
     local entries = redis.pcall('XLEN', queue_key(priority, stage)) -- an error, of another type, is a table
     sum = sum + (tonumber(entries) or 0)
   end

@@ -39,7 +39,8 @@ def reference_planner(model: GlmImage) -> GlmImageForConditionalGeneration:
     text = {
         name: getattr(c, name)
         for name in ("vocab_size", "vision_vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "attention_bias")
+                     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+                     "attention_bias")
     }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": c.partial_rotary_factor,
             "mrope_section": list(c.mrope_section)}  # fmt: skip

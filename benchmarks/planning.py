@@ -23,7 +23,7 @@ from engine.jobs.job import JobSpec
 from engine.limits import EngineLimits
 from engine.planner.lookahead import LookAhead
 from engine.request import Failed, Planned, Request
-from models.glm_image.model import GlmImage
+from models.glm_image.model import GlmImage, Stage
 from models.glm_image.random_weights import cached_random_checkpoint
 from models.nano import CHECKPOINT
 
@@ -50,7 +50,7 @@ def specs(side: int, count: int) -> list[JobSpec]:
 
 
 def plan(engine: Engine, requests: list[JobSpec], concurrency: int, written: list[list[int]] | None = None) -> Run:
-    """Write plans only: a request is cancelled when it is planned. Their tokens are added to `written`, in order."""
+    """Write plans only: a request is cancelled when it is planned, or ends. Add their tokens to `written`, in order."""
     tokens: dict[int, list[int]] = {}
     waiting = [Request(str(index), spec) for index, spec in enumerate(requests)][::-1]
     in_flight, before, started = 0, steps(engine), time.perf_counter()
@@ -63,7 +63,8 @@ def plan(engine: Engine, requests: list[JobSpec], concurrency: int, written: lis
                 raise event.error
             if isinstance(event, Planned):
                 tokens[int(event.request.id)] = event.plan.tokens
-                engine.cancel(event.request.id)
+                if engine.model.stage != "plan":
+                    engine.cancel(event.request.id)
                 in_flight -= 1
     seconds = time.perf_counter() - started
     if written is not None:
@@ -86,14 +87,20 @@ def in_turns(engine: Engine, rounds: int, work: Callable[[], Run]) -> tuple[list
     return runs
 
 
+def load(folder: str, stage: Stage) -> GlmImage:
+    return GlmImage.load(folder, torch.device("cpu"), torch.float32, stage)
+
+
 def whole_image(engine: Engine) -> Run:
     started = time.perf_counter()
     engine.generate(specs(256, 1))
     return Run(0, 1, time.perf_counter() - started, 0)
 
 
-def report(name: str, model: GlmImage, rounds: int, console: Console) -> None:
-    engine = Engine(model, EngineLimits.choose(model, max_images=64))
+def report(name: str, folder: str, rounds: int, console: Console) -> None:
+    """Plan on an engine that renders nothing, then make whole images on one that does."""
+    planner = load(folder, "plan")
+    engine = Engine(planner, EngineLimits.choose(planner, max_images=64))
     passes = engine.planner.runner.measure_passes()
     milliseconds = ", ".join(f"{rows} rows {1e3 * seconds:.2f}" for rows, seconds in passes.items())
     table = Table(title=f"{name}; ms a pass of one plan: {milliseconds}")
@@ -103,6 +110,9 @@ def report(name: str, model: GlmImage, rounds: int, console: Console) -> None:
         requests = specs(side, max(3, concurrency))
         runs = in_turns(engine, rounds, lambda: plan(engine, requests, concurrency))  # noqa: B023
         add_row(table, f"{side}x{side}, {concurrency} in flight", *runs)
+    model = load(folder, "all")
+    engine = Engine(model)
+    whole_image(engine)
     add_row(table, "256x256, the whole image", *in_turns(engine, rounds, lambda: whole_image(engine)))
     reference = median(generated_per_second(model, 256) for _ in range(rounds))
     table.add_row("256x256, 1, transformers", "", "", f"{reference:.0f}")
@@ -128,7 +138,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     console = Console(width=120)
     for name, folder in (("nano", Path(CHECKPOINT)), ("random weights", cached_random_checkpoint(cache_dir()))):
-        report(name, GlmImage.load(str(folder), torch.device("cpu"), torch.float32), rounds, console)
+        report(name, str(folder), rounds, console)
 
 
 if __name__ == "__main__":

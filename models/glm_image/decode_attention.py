@@ -59,8 +59,8 @@ class DecodeAttention:
         """Attend as `models.glm_image.planner.Attention`."""
         self.kv.write(layer, self.slot_mapping, k[: self._total], v[: self._total])
         queries = q.unflatten(1, (k.shape[1], -1))
-        rows = single_rows(queries) if self._on_cpu else queries.unsqueeze(1).unbind(0)
         if len(self._spans) == self._total:
+            rows = self._rows(queries)
             attended = [
                 F.scaled_dot_product_attention(
                     row, *(span.views[layer] if span.views else span.gather(layer)), attn_mask=span.mask
@@ -68,7 +68,7 @@ class DecodeAttention:
                 for row, span in zip(rows, self._spans, strict=False)
             ]
         else:
-            attended = [self._attend_any(span, layer, queries, rows) for span in self._spans]
+            attended = [self._attend_any(span, layer, queries[span.rows]) for span in self._spans]
         padding = [attended[0].new_zeros(1, *attended[0].shape[1:]).expand(len(q) - self._total, -1, -1, -1)]
         return torch.cat(attended + padding)[:, :, : self.kv.group].flatten(1, 2)
 
@@ -77,11 +77,15 @@ class DecodeAttention:
             mask = query_mask(mask[rows, :length], self.kv.group)
         return _Span(rows, length, sequence, sequence.view(length), mask)
 
-    def _attend_any(self, span: _Span, layer: int, queries: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+    def _rows(self, queries: Tensor) -> tuple[Tensor, ...]:
+        return single_rows(queries) if self._on_cpu else queries.unsqueeze(1).unbind(0)
+
+    def _attend_any(self, span: _Span, layer: int, queries: Tensor) -> Tensor:
         keys, values = span.views[layer] if span.views else span.gather(layer)
-        if span.rows.stop > span.rows.start + 1:
-            return attend_together(queries[span.rows], keys, values, span.mask)
-        attended = F.scaled_dot_product_attention(rows[span.rows.start], keys, values, attn_mask=span.mask)
+        if len(queries) > 1:
+            return attend_together(queries, keys, values, span.mask)
+        [row] = self._rows(queries)
+        attended = F.scaled_dot_product_attention(row, keys, values, attn_mask=span.mask)
         return attended[:, :, : self.kv.group]
 
 

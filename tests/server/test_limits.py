@@ -491,7 +491,8 @@ class TestMemory:
 
         async def fill(name: str) -> ApiError:
             submits = [admission.submit(SPEC, 9.0, "batch", Charge(Caller(name))) for _ in range(9)]
-            refused = [end for end in await asyncio.gather(*submits, return_exceptions=True) if isinstance(end, ApiError)]
+            ends = await asyncio.gather(*submits, return_exceptions=True)
+            refused = [end for end in ends if isinstance(end, ApiError)]
             assert all(int(error.headers["retry-after"]) >= 1 for error in refused)
             return refused[0]
 

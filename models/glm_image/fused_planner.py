@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.glm_image.kernels.check import DecodeKernels, PagedAttention
 from models.glm_image.paged_attention import PagedKV
@@ -43,7 +43,7 @@ class FusedPlanner:
         self._first_norm = norms[0]
         self._layers = [
             _Layer(
-                join_projections(layer.self_attn),
+                join_projections(*_projections(layer.self_attn)),
                 layer.self_attn.o_proj.weight,
                 layer.mlp.gate_up_proj.weight,
                 layer.mlp.down_proj.weight,
@@ -79,13 +79,16 @@ class FusedPlanner:
         return normed
 
 
+def _projections(attention: PlannerAttention) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
 @torch.no_grad()
-def join_projections(attention: PlannerAttention) -> tuple[Tensor, Tensor | None]:
-    """Join the projections to queries, keys and values, which become views of the result."""
-    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+def join_projections(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Join linear layers of one input, which become views of the result."""
     sizes = [part.out_features for part in parts]
     weight = torch.cat([part.weight for part in parts])
-    bias = torch.cat([part.bias for part in parts]) if attention.q_proj.bias is not None else None
+    bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
     for part, view in zip(parts, weight.split(sizes), strict=True):
         part.weight.data = view
     for part, view in zip(parts, bias.split(sizes) if bias is not None else (), strict=False):

@@ -1,4 +1,4 @@
-"""What the planner's decode step launches, in the sizes of a checkpoint."""
+"""What a planner pass and a renderer tick launch, in the sizes of a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.glm_image.kernels import layer
+from models.glm_image.kernels import layer, render_layer
 from models.glm_image.kernels.nucleus import nucleus
 from models.glm_image.kernels.paged_decode import PagedDecode
 
@@ -16,7 +16,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a planner and its cache; defaults are the published ones."""
+    """Sizes of a planner, its cache and a renderer; defaults are the published ones."""
 
     heads: int = 32
     kv_heads: int = 2
@@ -29,11 +29,33 @@ class Sizes:
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 32
     max_length: int = 6400
+    render_heads: int = 32
+    render_head_dim: int = 128
 
 
 PUBLISHED = Sizes()
-NANO = Sizes(heads=4, head_dim=64, rotary_dim=32, hidden=192, intermediate=512, codes=6144, outputs=6160)
-SMALL = Sizes(heads=4, head_dim=32, rotary_dim=16, hidden=128, intermediate=256, codes=512, outputs=528)
+NANO = Sizes(
+    heads=4,
+    head_dim=64,
+    rotary_dim=32,
+    hidden=192,
+    intermediate=512,
+    codes=6144,
+    outputs=6160,
+    render_heads=4,
+    render_head_dim=64,
+)
+SMALL = Sizes(
+    heads=4,
+    head_dim=32,
+    rotary_dim=16,
+    hidden=128,
+    intermediate=256,
+    codes=512,
+    outputs=528,
+    render_heads=4,
+    render_head_dim=16,
+)
 
 
 def launches(sizes: Sizes) -> dict[str, Callable[[], object]]:
@@ -49,6 +71,8 @@ def launches(sizes: Sizes) -> dict[str, Callable[[], object]]:
     tables = zeros(ROWS, sizes.max_length // sizes.block_size, dtype=torch.int32)
     rows, weight, angles = zeros(ROWS, sizes.hidden), zeros(sizes.hidden), zeros(ROWS, sizes.rotary_dim)
     numbers = zeros(ROWS, dtype=torch.float32)
+    heads = zeros(ROWS, sizes.render_heads, sizes.render_head_dim)
+    tokens, vectors, turns = heads.flatten(1), zeros(4, heads[0].numel()), heads[:, 0].float()
     attend = PagedDecode(pool, sizes.heads // sizes.kv_heads, sizes.max_length, ROWS)
     return {
         "paged_decode": lambda: attend(1, queries, tables, indices, indices + 1),
@@ -59,4 +83,9 @@ def launches(sizes: Sizes) -> dict[str, Callable[[], object]]:
         "add_rms_norm": lambda: layer.add_rms_norm(rows, rows, weight, weight, EPS),
         "swiglu": lambda: layer.swiglu(zeros(ROWS, 2 * sizes.intermediate)),
         "nucleus": lambda: nucleus(zeros(ROWS, sizes.outputs)[:, : sizes.codes], numbers, numbers, numbers, indices),
+        "modulate": lambda: render_layer.modulate(tokens, vectors, vectors, indices),
+        "add_modulate": lambda: render_layer.add_modulate(tokens, tokens, vectors, vectors, vectors, indices),
+        "norm_rotate": lambda: render_layer.norm_rotate(
+            tokens.repeat(1, 3), turns, turns, indices, heads, torch.stack([heads, heads])
+        ),
     }

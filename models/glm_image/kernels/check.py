@@ -7,9 +7,9 @@ attend = kernels.paged_decode(kv.pool, kv.group, 6400, 64)
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,20 @@ from torch import Tensor
 from models.glm_image.config import PlannerConfig
 from models.glm_image.kernels import reference
 
+Ops = TypeVar("Ops", bound="Operations")
+S = TypeVar("S")
+
 ROWS = 6
 MASS_ERROR = 1e-5  # of a float32 sum of probabilities
+
+
+class Operations(Protocol):
+    """A dataclass of operations, each a kernel's or torch's."""
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Return, by kernel, why torch replaces it."""
+        ...
 
 
 class PagedAttention(Protocol):
@@ -70,18 +82,24 @@ def choose_kernels(
     chosen = DecodeKernels()
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return chosen
-    sizes = _Sizes(config, dtype, device, block_size, max_length)
-    for name, check in CHECKS.items():
+    return replace_verified(chosen, load, CHECKS, _Sizes(config, dtype, device, block_size, max_length))
+
+
+def replace_verified(
+    operations: Ops, load: Callable[[str], Any], checks: Mapping[str, Callable[[Any, S], str | None]], sizes: S
+) -> Ops:
+    """Replace operations by the kernels that load and pass their check; record the failures of others."""
+    for name, check in checks.items():
         try:
             kernel = load(name)
             error = check(kernel, sizes)
         except Exception as e:  # of Triton, its C compiler, the driver
             kernel, error = None, f"{type(e).__name__}: {e}".splitlines()[0]
         if error is None:
-            chosen = dataclasses.replace(chosen, **{name: kernel})
+            operations = dataclasses.replace(operations, **{name: kernel})  # type: ignore[type-var]
         else:
-            chosen.failures[name] = error
-    return chosen
+            operations.failures[name] = error
+    return operations
 
 
 def load(name: str) -> Any:
@@ -101,7 +119,7 @@ def _check_paged_decode(kernel: Any, sizes: _Sizes) -> str | None:
     rows = tables.to(sizes.device, torch.int32), sizes.integers(0, 0, 0, 1, 1, 1), sizes.integers(*lengths)
     attended = kernel(pool, group, sizes.max_length, ROWS)(1, q, *rows)
     expected = reference.PagedDecode(pool.double(), group, sizes.max_length, ROWS)(1, q.double(), *rows)
-    return _difference(attended, expected, max(1e-4, 6 * torch.finfo(sizes.dtype).eps))
+    return difference(attended, expected, max(1e-4, 6 * torch.finfo(sizes.dtype).eps))
 
 
 def _check_rotate_and_write(kernel: Any, sizes: _Sizes) -> str | None:
@@ -114,25 +132,25 @@ def _check_rotate_and_write(kernel: Any, sizes: _Sizes) -> str | None:
         cache = qkv.new_zeros(3 * ROWS, sizes.block_size, 2, groups, head_dim)
         return torch.cat([function(qkv, cos, sin, cache, slots).flatten(), cache.flatten()])
 
-    return _rounding_difference(run(kernel), run(reference.rotate_and_write))
+    return rounding_difference(run(kernel), run(reference.rotate_and_write))
 
 
 def _check_rms_norm(kernel: Any, sizes: _Sizes) -> str | None:
     x, weight = sizes.random(ROWS, sizes.config.hidden_size), sizes.random(sizes.config.hidden_size)
     arguments = x, weight, sizes.config.rms_norm_eps
-    return _rounding_difference(kernel(*arguments), reference.rms_norm(*arguments))
+    return rounding_difference(kernel(*arguments), reference.rms_norm(*arguments))
 
 
 def _check_add_rms_norm(kernel: Any, sizes: _Sizes) -> str | None:
     x, delta = sizes.random(2, ROWS, sizes.config.hidden_size)
     weights = sizes.random(2, sizes.config.hidden_size)
     arguments = x, 10 * delta, weights[0], weights[1], sizes.config.rms_norm_eps
-    return _rounding_difference(torch.cat(kernel(*arguments)), torch.cat(reference.add_rms_norm(*arguments)))
+    return rounding_difference(torch.cat(kernel(*arguments)), torch.cat(reference.add_rms_norm(*arguments)))
 
 
 def _check_swiglu(kernel: Any, sizes: _Sizes) -> str | None:
     gate_up = 3 * sizes.random(ROWS, 2 * sizes.config.intermediate_size)
-    return _rounding_difference(kernel(gate_up), reference.swiglu(gate_up))
+    return rounding_difference(kernel(gate_up), reference.swiglu(gate_up))
 
 
 def _check_nucleus(kernel: Any, sizes: _Sizes) -> str | None:
@@ -166,14 +184,16 @@ def _may_be_sampled(logits: Tensor, uniform: float, temperature: float, top_p: f
     return False
 
 
-def _rounding_difference(actual: Tensor, expected: Tensor) -> str | None:
+def rounding_difference(actual: Tensor, expected: Tensor) -> str | None:
+    """Return how results differ by more than two roundings of expected's dtype."""
     scale = 1 + expected.double().abs()
-    return _difference(actual / scale, expected / scale, max(1e-5, 2 * torch.finfo(expected.dtype).eps))
+    return difference(actual / scale, expected / scale, max(1e-5, 2 * torch.finfo(expected.dtype).eps))
 
 
-def _difference(actual: Tensor, expected: Tensor, bound: float) -> str | None:
-    difference = float((actual.double() - expected.double()).abs().max())
-    return None if difference <= bound else f"differs from torch by {difference:.2g}, more than {bound:.2g}"
+def difference(actual: Tensor, expected: Tensor, bound: float) -> str | None:
+    """Return how results differ, or None within `bound`."""
+    largest = float((actual.double() - expected.double()).abs().max())
+    return None if largest <= bound else f"differs from torch by {largest:.2g}, more than {bound:.2g}"
 
 
 CHECKS: dict[str, Callable[[Any, _Sizes], str | None]] = {

@@ -1,0 +1,179 @@
+"""Attention of packed sequences on a GPU.
+
+    T   tokens of a packed batch      H, D   heads and their dimension      S   tokens of a sequence's source images
+
+Keys and values [2, rows, H, D] have, for every sequence, those of its source images, then its own.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Without it, cuDNN plans each new length for 0.06 to 0.44 s; with it, each power of two. Needs contiguous [1, T, H, D].
+os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
+
+FA3 = "fa3"  # among the kernels, in logs and metrics
+CHECK_LENGTHS, CHECK_SOURCES = (300, 65, 1, 700), (0, 130, 0, 5)
+WARMED_PATCHES = (32 * 32, 64 * 64, 128 * 128)  # of 512x512, 1024x1024, 2048x2048
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where sequences lie in queries, keys and values."""
+
+    q_spans: tuple[tuple[int, int], ...]  # (start, end) by sequence
+    kv_spans: tuple[tuple[int, int], ...]
+    source_spans: tuple[tuple[int, int], ...]  # in keys and values, of sequences with source images
+    kv_rows: Tensor  # [T] int32: rows of the packed tokens
+    q_starts: Tensor  # [sequences + 1] int32, as kv_starts
+    kv_starts: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.kv_spans[-1][1]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], sources: Sequence[int], device: torch.device) -> "AttentionLayout":
+        """Lay out sequences of `lengths` tokens that attend to `sources` further ones."""
+        q_ends = [0, *accumulate(lengths)]
+        kv_ends = [0, *accumulate(length + source for length, source in zip(lengths, sources, strict=True))]
+        rows = torch.cat([torch.arange(end - length, end) for end, length in zip(kv_ends[1:], lengths, strict=True)])
+        starts = zip(kv_ends, sources, strict=False)
+        return cls(
+            tuple(pairwise(q_ends)),
+            tuple(pairwise(kv_ends)),
+            tuple((start, start + source) for start, source in starts if source),
+            *(to_device(numbers, device) for numbers in (rows, torch.tensor(q_ends), torch.tensor(kv_ends))),
+        )
+
+
+class PackedAttention(Protocol):
+    """Attends from queries to the keys and values of their sequence."""
+
+    def backends(self) -> AbstractContextManager[object]:
+        """Select backends, once for many layers."""
+        ...
+
+    def __call__(self, q: Tensor, kv: Tensor, layout: AttentionLayout) -> Tensor:
+        """Attend from q [T, H, D]: [T, H * D]."""
+        ...
+
+
+class SequenceAttention:
+    """SDPA for one sequence after another.
+
+    Args:
+        order: of backends; None: torch's.
+    """
+
+    def __init__(self, order: Sequence[SDPBackend] | None = None):
+        self._order = list(order or ())
+
+    @contextmanager
+    def backends(self) -> Iterator[None]:
+        """Prefer the fastest backend."""
+        with sdpa_kernel(self._order, set_priority=True) if self._order else nullcontext():
+            yield
+
+    def __call__(self, q: Tensor, kv: Tensor, layout: AttentionLayout) -> Tensor:
+        """Attend; a sequence's bits depend on no other."""
+        queries, keys, values = (x.unsqueeze(0).transpose(1, 2) for x in (q, *kv.unbind()))  # [1, H, rows, D]
+        attended: list[Tensor] = []
+        for (start, end), (kv_start, kv_end) in zip(layout.q_spans, layout.kv_spans, strict=True):
+            query = queries.narrow(2, start, end - start)
+            key, value = (x.narrow(2, kv_start, kv_end - kv_start) for x in (keys, values))
+            attended.append(F.scaled_dot_product_attention(query, key, value).squeeze(0).transpose(0, 1))
+        return (attended[0] if len(attended) == 1 else torch.cat(attended)).flatten(1)
+
+
+class VarlenAttention:
+    """FlashAttention 3 (package `fa3-fwd`): one launch for all sequences."""
+
+    def __init__(self, function: Any):
+        self._function = function
+
+    def backends(self) -> AbstractContextManager[object]:
+        """Select nothing."""
+        return nullcontext()
+
+    def __call__(self, q: Tensor, kv: Tensor, layout: AttentionLayout) -> Tensor:
+        longest, longest_kv = (max(end - start for start, end in spans) for spans in (layout.q_spans, layout.kv_spans))
+        out = self._function(q, *kv.unbind(), layout.q_starts, layout.kv_starts, longest, longest_kv)
+        return (out[0] if isinstance(out, tuple) else out).flatten(1)
+
+
+def preferred_backends(capability: tuple[int, int]) -> list[SDPBackend]:
+    """Order SDPA's backends: cuDNN is faster from Hopper on (609 to 368 TFLOP/s), FlashAttention 2 before."""
+    fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    return [*(fast if capability >= (9, 0) else fast[::-1]), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def choose_attention(
+    heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[PackedAttention, dict[str, str]]:
+    """Return the fastest attention that agrees with SDPA, and why FlashAttention 3 is not it though installed."""
+    if device.type != "cuda":
+        return SequenceAttention(), {}
+    default = SequenceAttention(preferred_backends(torch.cuda.get_device_capability(device)))
+    try:
+        import fa3_fwd_interface  # type: ignore[import-not-found]
+    except ImportError:  # optional
+        return default, {}
+    candidate = VarlenAttention(fa3_fwd_interface.flash_attn_varlen_func)
+    failure = check_attention(candidate, default, heads, head_dim, dtype, device)
+    return (default, {FA3: failure}) if failure else (candidate, {})
+
+
+def check_attention(
+    candidate: PackedAttention,
+    default: PackedAttention,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Return why a candidate cannot be used: what it raises, or how far from the default it is."""
+    layout = AttentionLayout.of(CHECK_LENGTHS, CHECK_SOURCES, device)
+    q, kv = _random(layout, heads, head_dim, dtype, device)
+    try:
+        with default.backends():
+            expected = default(2 * q, kv, layout).double()
+        with candidate.backends():
+            error = float((candidate(2 * q, kv, layout).double() - expected).abs().max())
+    except Exception as e:  # of a library built for another torch or card
+        return f"{type(e).__name__}: {e}".splitlines()[0]
+    bound = max(1e-4, 6 * torch.finfo(dtype).eps)
+    return None if error <= bound else f"differs from SDPA by {error:.2g}, more than {bound:.2g}"
+
+
+def warm_attention(
+    attend: PackedAttention, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Attend once in the usual sizes, so that libraries choose and build their kernels: for this thread alone."""
+    for patches in WARMED_PATCHES:
+        layout = AttentionLayout.of([patches + 1, patches + 1], [0, 0], device)  # a glyph token at least
+        with attend.backends():
+            attend(*_random(layout, heads, head_dim, dtype, device), layout)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Copy numbers as int32 without waiting for the device: from pinned memory, which torch keeps until then."""
+    numbers = numbers.int()
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+def _random(
+    layout: AttentionLayout, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(layout.q_spans[-1][1], heads, head_dim, generator=draw)
+    kv = torch.randn(2, layout.rows, heads, head_dim, generator=draw)
+    return q.to(device, dtype), kv.to(device, dtype)

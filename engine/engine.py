@@ -34,6 +34,7 @@ from engine.preparation import Preparation
 from engine.renderer.stage import RendererStage
 from engine.request import Event, Failed, Finished, Rendered, Request
 from engine.stages import NoPlanner, NoRenderer, Stage
+from engine.streams import Streams, streams_of
 from models.errors import SourceImageError
 from models.glm_image.model import GlmImage
 from models.glm_image.source_images import PreprocessedImage
@@ -45,7 +46,13 @@ PLANNING_MARGIN = 1.5  # each stage is slower while both work
 class Engine:
     """The stages over one model, as far as it has their weights."""
 
-    def __init__(self, model: GlmImage, limits: EngineLimits | None = None, metrics: EngineMetrics | None = None):
+    def __init__(
+        self,
+        model: GlmImage,
+        limits: EngineLimits | None = None,
+        metrics: EngineMetrics | None = None,
+        streams: Streams | None = None,
+    ):
         self.model = model
         self.limits = limits = limits or EngineLimits.choose(model)
         self.metrics = metrics = metrics or EngineMetrics()
@@ -55,11 +62,12 @@ class Engine:
         self._live: dict[Request, None] = {}  # in order of arrival
         self._events: list[Event] = []
         self._reported_at = 0.0
+        self._streams = streams or streams_of(model.device)
         self.boundary = FaultBoundary(model.device, self._live, self._fail, metrics.out_of_memory)
         self._renderer = renderer = (
             NoRenderer(limits, model.planner.config.codebook_size, self._emit)
             if model.stage == "plan"
-            else RendererStage(model, limits, metrics, self.boundary, self._emit)
+            else RendererStage(model, limits, metrics, self.boundary, self._streams, self._emit)
         )
         self._planner: Stage = (
             NoPlanner()
@@ -76,6 +84,9 @@ class Engine:
         )
         encoder = renderer if isinstance(renderer, NoRenderer) else renderer.runner
         self._preparation = Preparation(model, encoder, self.boundary)
+        if model.device.type == "cuda" and model.stage != "plan":
+            self.renderer.bound_decoding(torch.cuda.mem_get_info(model.device)[0])
+        self._streams.begin()
 
     @property
     def planner(self) -> PlannerStage:
@@ -170,22 +181,24 @@ class Engine:
 
     def _prepare(self) -> None:
         others_work = not (self._planner.is_idle and self._renderer.is_idle)
-        self.boundary.run_each(self._preparation.step(others_work=others_work), self._begin)
+        with self._streams.on("renderer"):
+            self.boundary.run_each(self._preparation.step(others_work=others_work), self._begin)
 
     def _plan(self) -> None:
         """Do one planner step, or as many as a renderer step takes if plans are needed soon.
 
         Batches stay large: a step costs almost as much for 1 sequence as for 16.
         """
-        until = time.monotonic() + self._renderer.tick_seconds
+        started = time.monotonic()
         while not self._planner.is_idle:
-            self._planner.step()
+            with self._streams.on("planner"):
+                self._planner.step()
             in_no_hurry = self._renderer.seconds_left > PLANNING_MARGIN * self._planner.seconds_left
-            if in_no_hurry or self._renderer.is_idle or time.monotonic() >= until:
+            if in_no_hurry or self._renderer.is_idle or self._renderer.is_due(started):
                 break
 
     def _render(self) -> None:
-        self._renderer.step()
+        self._renderer.step(may_wait=self._planner.is_idle)
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -212,6 +225,9 @@ class Engine:
         self._preparation.add(request)
 
     def _begin(self, request: Request) -> None:
+        for source in request.encoded:
+            self._streams.follow("planner", "renderer")
+            self._streams.keep(source.codes, "planner")
         self._renderer.admit(request)
         self._planner.admit(request)
 

@@ -76,7 +76,7 @@ class NoRenderer:
     """
 
     is_idle = True
-    seconds_left = tick_seconds = 0.0
+    seconds_left = 0.0
 
     def __init__(self, limits: EngineLimits, codebook_size: int, emit: Callable[[Event], None]):
         self._codebook_size, self._emit = codebook_size, emit
@@ -120,8 +120,12 @@ class NoRenderer:
         assert image.preview is not None
         self._emit(Previewed(image.request, image.index, image.preview))
 
-    def step(self) -> None:
+    def step(self, may_wait: bool = True) -> None:
         """Do nothing."""
+
+    def is_due(self, since: float) -> bool:
+        """Ask the planner for one step at a time."""
+        return True
 
     def abort(self, request: Request) -> None:
         """Forget the request."""

@@ -1,4 +1,4 @@
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -7,17 +7,23 @@ from torch import Tensor
 
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import TokenGrid
+from engine.renderer.cuda_network import CudaNetwork
 from engine.renderer.glyphs import GlyphCache
 from engine.renderer.rendering import Rendering
 from engine.renderer.source_kv import SourceKVCache
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
+from engine.streams import Streams
 from models.batch_invariant import choose_tile_height, elementwise, padded
+from models.errors import NonFiniteError
 from models.glm_image.model import GlmImage
 from models.glm_image.renderer import TEMB_TILE_HEIGHT, RendererBatch, patchify, rotary_angles, unpatchify
 
 TILE_HEIGHT = 256  # on CPU
 PREVIEW_STEPS = 4  # without guidance: a preview is early
+
+Network = Callable[[Tensor, Tensor, RendererBatch], Tensor]
+"""Predicts velocities as `Renderer.forward`; may overwrite its input."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +39,24 @@ class PackedRenderings:
 class RendererRunner:
     """Prepares images, advances sets of them, decodes the finished ones."""
 
-    def __init__(self, model: GlmImage):
-        self.model, self.renderer = model, model.renderer
+    def __init__(self, model: GlmImage, streams: Streams):
+        self.model, self.renderer, self._streams = model, model.renderer, streams
         self.tile_height = choose_tile_height(TILE_HEIGHT, model.device)
         self.temb_tile_height = choose_tile_height(TEMB_TILE_HEIGHT, model.device)
         self.source_kv = SourceKVCache(model, self.tile_height, self.temb_tile_height)
+        self._cuda = CudaNetwork(model.renderer) if model.device.type == "cuda" else None
+        self._network: Network = self._cuda.forward if self._cuda else model.renderer
+        self.fallbacks = self._cuda.fallbacks if self._cuda else {}
         self._packed: PackedRenderings | None = None
         self.glyphs = GlyphCache(model)
         self._angles = lru_cache(maxsize=8)(self._rotary_angles)  # up to 8 MB each
         with torch.inference_mode():
             self._no_plan = self.renderer.no_plan()
+
+    def warm_up(self) -> None:
+        """Let a GPU's libraries choose their kernels, in the thread that launches ticks."""
+        if self._cuda:
+            self._cuda.warm_up()
 
     def prepare(self, image: Image) -> Rendering:
         """Compute what an image's steps share."""
@@ -113,7 +127,7 @@ class RendererRunner:
     def advance(self, renderings: list[Rendering]) -> None:
         """Advance every image by one step. If it raises, no image has changed."""
         packed = self._pack(renderings)
-        velocity = self.renderer(self._inputs(packed), self._time_embeddings(packed), packed.batch)
+        velocity = self._network(self._inputs(packed), self._time_embeddings(packed), packed.batch)
         guided = [self._guided(r, velocity, spans) for r, spans in zip(renderings, packed.patch_spans, strict=True)]
         stepped = [self._euler_step(r, velocity) for r, velocity in zip(renderings, guided, strict=True)]
         for rendering, latents, velocity in zip(renderings, stepped, guided, strict=True):
@@ -125,18 +139,27 @@ class RendererRunner:
         return padded(tokens, self.tile_height) - tokens
 
     @torch.inference_mode()
-    def decode(self, rendering: Rendering) -> Tensor:
-        """Return pixels [height, width, 3] uint8, on the CPU, cropped to the requested size.
+    def decode(self, rendering: Rendering) -> Callable[[], Tensor]:
+        """Begin to decode; return what reads the pixels [height, width, 3] uint8, cropped to the requested size.
 
         Between steps decode the expected image: without the predicted noise.
         """
         geometry, sigma = rendering.geometry, rendering.sigmas[rendering.step]
         latents = rendering.latents
         if rendering.steps_left and rendering.velocity is not None:
-            latents = latents - sigma.to(latents.device) * rendering.velocity
+            latents = latents - sigma * rendering.velocity  # a scalar of the CPU needs no copy
         left, top, right, bottom = geometry.crop_box
-        decoded = self.model.autoencoder.decode(unpatchify(latents, geometry.patches.rows, geometry.patches.cols))
-        return decoded[top:bottom, left:right].contiguous()
+        latents = unpatchify(latents, geometry.patches.rows, geometry.patches.cols)
+        decoded, is_finite = self.model.autoencoder.decode(latents)
+        pixels = self._streams.copy_to_host(decoded[top:bottom, left:right].contiguous())
+        was_finite = self._streams.copy_to_host(is_finite)
+
+        def read() -> Tensor:
+            if not was_finite:
+                raise NonFiniteError("the decoded image is not finite")
+            return pixels
+
+        return read
 
     def _inputs(self, packed: PackedRenderings) -> Tensor:
         latents = torch.cat([r.latents for r in packed.renderings]).to(self.model.dtype)
@@ -167,7 +190,7 @@ class RendererRunner:
 
     def _euler_step(self, rendering: Rendering, velocity: Tensor) -> Tensor:
         distance = rendering.sigmas[rendering.step + 1] - rendering.sigmas[rendering.step]
-        return rendering.latents + distance.to(velocity.device) * velocity
+        return rendering.latents + distance * velocity
 
     def _pack(self, renderings: list[Rendering]) -> PackedRenderings:
         last = self._packed

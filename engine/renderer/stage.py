@@ -1,23 +1,31 @@
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 
-import torch
+from torch import Tensor
 
 from engine.admitted import AdmittedRequests
 from engine.errors import RequestError
 from engine.fault_boundary import FaultBoundary
-from engine.geometry import PATCH
+from engine.geometry import MAX_SIDE, PATCH
 from engine.limits import EngineLimits
+from engine.observability.logs import event
 from engine.observability.metrics import EngineMetrics
 from engine.quotes import check_quoted_strings
+from engine.renderer.in_flight import Decodings, Ticks
 from engine.renderer.rendering import Rendering
 from engine.renderer.runner import RendererRunner
 from engine.renderer.scheduler import RenderScheduler
 from engine.request import Event, Finished, Image, Partial, Progress, Rendered, Request
+from engine.streams import Streams
 from models.glm_image.model import GlmImage
 
 DECODED_PIXELS = 1 << 20  # of a step; further images wait
+LARGEST_TICK = 2 * (MAX_SIDE // PATCH) ** 2  # tokens of one image, both branches
+TICK_WIDTHS = 9  # of the network, alive at once for each token
+
+logger = logging.getLogger("glimmer.engine")
 
 
 class RendererStage:
@@ -33,21 +41,35 @@ class RendererStage:
         limits: EngineLimits,
         metrics: EngineMetrics,
         boundary: FaultBoundary,
+        streams: Streams,
         emit: Callable[[Event], None],
     ):
         self.scheduler: RenderScheduler[Rendering] = RenderScheduler(limits.render_token_budget)
-        self.runner = RendererRunner(model)
+        self.runner = RendererRunner(model, streams)
         self.tick_seconds = 0.0  # of the last one
-        self._device, self._codebook_size = model.device, model.renderer.config.prior_vq_quantizer_codebook_size
+        self._streams, self._codebook_size = streams, model.renderer.config.prior_vq_quantizer_codebook_size
         self._metrics, self._boundary, self._emit = metrics, boundary, emit
-        self._admitted = AdmittedRequests(limits.source_patches)
-        self._undecoded: deque[Rendering] = deque()  # whose last step is done
+        self._admitted, self._limits = AdmittedRequests(limits.source_patches), limits
+        self._ticks = Ticks(streams)
+        self._undecoded: deque[Rendering] = deque()  # whose last step is launched
+        self._decodings = Decodings(streams, self.runner)
+        for kernel in self.runner.fallbacks:
+            metrics.kernel_fallbacks.labels(kernel).set(1)
         metrics.render_token_budget.set_function(lambda: self.scheduler.token_limit.current)
+
+    def bound_decoding(self, free: int) -> None:
+        """Decode as a whole what fits into `free` bytes, beside source images and the largest tick."""
+        limits, config, itemsize = self._limits, self.runner.renderer.config, self.runner.model.dtype.itemsize
+        tick = max(limits.render_token_budget, LARGEST_TICK) * TICK_WIDTHS * config.dim * itemsize
+        autoencoder = self.runner.model.autoencoder
+        autoencoder.limit_memory(free - tick - limits.source_patches * config.kv_bytes_per_token(itemsize))
+        if autoencoder.max_pixels < MAX_SIDE**2:
+            event(logger, "large_images_decoded_in_tiles", pixels=autoencoder.max_pixels)
 
     @property
     def is_idle(self) -> bool:
         """Return whether nothing renders; admitted requests may still be in planning."""
-        return not len(self.scheduler) and not self._undecoded
+        return not len(self.scheduler) and not self._undecoded and not len(self._decodings)
 
     @property
     def seconds_left(self) -> float:
@@ -79,43 +101,71 @@ class RendererStage:
 
     def render_preview(self, image: Image) -> None:
         """Render an image's preview."""
-        self.scheduler.add(self.runner.prepare_preview(image))
+        with self._streams.on("renderer"):
+            self.scheduler.add(self.runner.prepare_preview(image))
 
-    def step(self) -> None:
-        """Advance a batch by one denoising step; decode what is due."""
-        if batch := self.scheduler.pick():
-            self._advance(batch)
-        self._decode_finished()
+    def step(self, may_wait: bool = True) -> None:
+        """Launch a denoising step of a batch; decode what is due; report what the device has finished.
+
+        Args:
+            may_wait: for work in flight, if there is nothing to launch.
+        """
+        with self._streams.on("renderer"):
+            self.runner.warm_up()
+            self._collect()
+            if batch := self.scheduler.pick():
+                self._advance(batch)
+            elif may_wait and not self._undecoded and not self._ticks.wait():
+                self._decodings.wait()
+            self._decode_finished()
+            self._collect()
+
+    def is_due(self, since: float) -> bool:
+        """Return whether a tick should be launched after planner steps since then.
+
+        On a CPU, they have taken as long as a tick; else the device would have none to run next.
+        """
+        if self._streams.ticks_ahead:
+            return self._ticks.has_room
+        return time.monotonic() - since >= self.tick_seconds
 
     def _advance(self, batch: list[Rendering]) -> None:
-        started = time.monotonic()
         tokens, sequences = sum(r.tokens for r in batch), sum(len(r.branches) for r in batch)
+        self._decodings.precede_tick()
+        begun = self._ticks.begin()
         advanced = self._boundary.run(batch, self.runner.advance, lambda: self.scheduler.token_limit.ran_out(tokens))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.tick_seconds = time.monotonic() - started
-        self.scheduler.observe(tokens, self.tick_seconds)
-        self._metrics.renderer_step.observe(self.tick_seconds)
+        self._ticks.add(advanced, tokens, begun)
         self._metrics.renderer_rows.observe(sequences)
         self._metrics.renderer_tokens.inc(tokens)
         self._metrics.renderer_padding.inc(self.runner.padding(tokens))
+        self._collect_ticks()
         partials = [r for r in advanced if r.has_partial_due and not self._waits_for_preview(r)]
-        self._boundary.run_each(partials, self._send_partial)
+        self._boundary.run_each(partials, self._begin_partial)
         for rendering in advanced:
             if not rendering.steps_left and rendering.request in self._boundary.live:
                 self.scheduler.remove(rendering)
                 if not rendering.is_preview:
                     self._undecoded.append(rendering)
-                elif rendering.request.preview:
-                    self._finish_one(rendering.request)
+
+    def _collect(self) -> None:
+        """Report what is done. A tick ends before what is decoded after it, so it is looked at last."""
+        decoded = self._decodings.take_finished()
+        self._collect_ticks()
+        self._boundary.run_each(decoded, lambda decoding: decoding.finish(decoding.read()))
+
+    def _collect_ticks(self) -> None:
+        for tick in self._ticks.take_finished():
+            self.tick_seconds = tick.seconds
+            self.scheduler.observe(tick.tokens, tick.seconds)
+            self._metrics.renderer_step.observe(tick.seconds)
 
     def _decode_finished(self) -> None:
-        """Decode finished images, at least one, until they have `DECODED_PIXELS`."""
+        """Begin to decode finished images, at least one, until they have `DECODED_PIXELS`."""
         pixels = 0
         while self._undecoded and pixels < DECODED_PIXELS:
             rendering = self._undecoded.popleft()
             pixels += rendering.patches * PATCH**2
-            self._boundary.run_each([rendering], self._finish_image)
+            self._boundary.run_each([rendering], self._begin_image)
 
     def abort(self, request: Request) -> None:
         """Free what the request holds."""
@@ -123,6 +173,7 @@ class RendererStage:
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
         self._undecoded = deque(r for r in self._undecoded if r.request is not request)
+        self._decodings.abort(request)
         self.runner.release(request)
 
     def progress(self, request: Request) -> Progress:
@@ -138,7 +189,8 @@ class RendererStage:
 
     def _render(self, images: list[Image]) -> None:
         """Prepare all before adding any: a failure adds none."""
-        prepared = [rendering for image in images for rendering in self._prepare(image)]
+        with self._streams.on("renderer"):
+            prepared = [rendering for image in images for rendering in self._prepare(image)]
         for rendering in prepared:
             rendering.image.planned_at = time.monotonic()
             self.scheduler.add(rendering)
@@ -154,18 +206,26 @@ class RendererStage:
     def _waits_for_preview(self, rendering: Rendering) -> bool:
         return not rendering.is_preview and any(r.is_preview for r in self.scheduler if r.image is rendering.image)
 
-    def _send_partial(self, rendering: Rendering) -> None:
-        pixels = self.runner.decode(rendering)
-        self._metrics.partial_images.inc()
-        self._emit(Partial(rendering.image, rendering.partial_index, pixels, rendering.grid))
+    def _begin_partial(self, rendering: Rendering) -> None:
+        image, index, grid = rendering.image, rendering.partial_index, rendering.grid
+
+        def finish(pixels: Tensor) -> None:
+            self._metrics.partial_images.inc()
+            self._emit(Partial(image, index, pixels, grid))
+            if image.request.preview:
+                self._finish_one(image.request)
+
+        self._decodings.begin(rendering, finish)
         rendering.partials_sent = rendering.partials_due
 
-    def _finish_image(self, rendering: Rendering) -> None:
-        image, image.rendered_at = rendering.image, time.monotonic()
-        pixels = self.runner.decode(rendering)
-        image.decoded_at = time.monotonic()
+    def _begin_image(self, rendering: Rendering) -> None:
+        image = rendering.image
+        self._decodings.begin(rendering, lambda pixels: self._finish_image(image, pixels))
         for preview in [r for r in self.scheduler if r.image is image]:
             self.scheduler.remove(preview)  # the image itself is ready
+
+    def _finish_image(self, image: Image, pixels: Tensor) -> None:
+        image.decoded_at = time.monotonic()
         self._metrics.rendering.observe(image.rendered_at - image.planned_at)
         self._metrics.decoding.observe(image.decoded_at - image.rendered_at)
         self._metrics.images.inc()

@@ -1,5 +1,6 @@
 """Partial images: the preview as soon as it is written, then the image as its last step predicts it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -77,9 +78,9 @@ def test_a_partial_image_is_decoded_without_the_noise_of_the_last_step(model: Gl
     assert rendering.has_partial_due
     velocity = rendering.velocity
     assert velocity is not None
-    partial = runner.decode(rendering)
+    partial = runner.decode(rendering)()
     rendering.latents, rendering.step = before - rendering.sigmas[2] * velocity, rendering.steps
-    assert (partial.int() - runner.decode(rendering).int()).abs().max() <= 1
+    assert (partial.int() - runner.decode(rendering)().int()).abs().max() <= 1
 
 
 def test_a_given_plan_sends_its_preview_if_it_has_one(model: GlmImage) -> None:
@@ -100,7 +101,7 @@ def test_a_preview_that_cannot_be_decoded_fails_its_request_alone(
     engine = small_engine(model)
     decode = engine.renderer.runner.decode
 
-    def broken(rendering: Rendering) -> torch.Tensor:
+    def broken(rendering: Rendering) -> Callable[[], torch.Tensor]:
         if rendering.is_preview:
             raise ValueError("planted")
         return decode(rendering)

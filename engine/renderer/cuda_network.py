@@ -1,0 +1,48 @@
+"""Choose what runs ticks on a GPU."""
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from engine.observability.logs import event
+from models.glm_image.cuda_attention import WARMED_PATCHES, choose_attention, warm_attention
+from models.glm_image.fused_renderer import FusedRenderer, modulations_of
+from models.glm_image.kernels.render_check import choose_render_kernels
+from models.glm_image.renderer import Renderer, RendererBatch
+
+logger = logging.getLogger("glimmer.engine")
+
+
+class CudaNetwork:
+    """A renderer with the kernels and the attention that pass their checks on its device.
+
+    Attributes:
+        fallbacks: what torch does instead, and why.
+    """
+
+    def __init__(self, model: Renderer):
+        config, dtype, device = model.config, model.proj_out.weight.dtype, model.proj_out.weight.device
+        self._sizes = config.num_attention_heads, config.attention_head_dim, dtype, device
+        kernels = choose_render_kernels(config, dtype, device)
+        self._attend, failures = choose_attention(*self._sizes)
+        self._is_warm = False
+        self._model, self._fused = model, FusedRenderer(model, kernels, self._attend)
+        self.fallbacks = kernels.failures | failures
+        for name, reason in self.fallbacks.items():
+            event(logger, "kernel_replaced", logging.WARNING, kernel=name, reason=reason)
+
+    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
+        """Predict velocities as `Renderer.forward`. Overwrites x."""
+        return self._fused(x, modulations_of(self._model, temb), batch)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Attend in the usual sizes, once and in the thread that will attend: libraries keep their plans by thread."""
+        if self._is_warm:
+            return
+        self._is_warm, started = True, time.monotonic()
+        warm_attention(self._attend, *self._sizes)
+        patches = ",".join(map(str, WARMED_PATCHES))
+        event(logger, "attention_warmed", patches=patches, seconds=time.monotonic() - started)

@@ -1,0 +1,172 @@
+"""Streams of a device: the planner's passes beneath the renderer's ticks, and decoding beside both.
+
+One thread launches all work and runs ahead of the device. A tensor belongs to the lane that allocated it: another
+lane may use it after `follow`, and needs `keep` if the owner can free it before that use is over.
+"""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Lane = Literal["planner", "renderer", "decoder"]
+PRIORITIES: dict[Lane, int] = {"planner": -2, "renderer": -1, "decoder": 0}  # lower numbers go first
+
+
+class Mark(Protocol):
+    """A point in a lane's work."""
+
+    @property
+    def is_reached(self) -> bool: ...
+
+    def wait(self) -> None:
+        """Block the host until the device is there.
+
+        Raises:
+            RuntimeError: the device failed in any lane's work; see `is_lost_device`.
+        """
+        ...
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Return the device's time between two reached marks of a lane."""
+        ...
+
+
+class Streams(Protocol):
+    """`HostStreams`, `CudaStreams` or a stand-in."""
+
+    ticks_ahead: int  # launched before the host waits for a tick
+
+    def begin(self) -> None:
+        """Wait for what was launched in no lane, such as the loading of weights."""
+        ...
+
+    def on(self, lane: Lane) -> AbstractContextManager[object]:
+        """Launch in a lane."""
+        ...
+
+    def mark(self, lane: Lane) -> Mark:
+        """Mark the end of what a lane was given so far."""
+        ...
+
+    def follow(self, lane: Lane, leader: Lane) -> None:
+        """Let a lane's further work wait for what the leader was given so far."""
+        ...
+
+    def wait_for(self, lane: Lane, mark: Mark) -> None:
+        """Let a lane's further work wait for a mark. The host does not wait."""
+        ...
+
+    def keep(self, tensor: Tensor | None, lane: Lane) -> None:
+        """Let a freed tensor's memory be used again only after what `lane` is doing then."""
+        ...
+
+    def copy_to_host(self, tensor: Tensor) -> Tensor:
+        """Begin a copy in the current lane, valid when a later mark is reached."""
+        ...
+
+
+class HostMark:
+    """A time: work of a CPU is done when it is launched."""
+
+    is_reached = True
+
+    def __init__(self) -> None:
+        self._time = time.monotonic()
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, HostMark)
+        return self._time - earlier._time
+
+
+class HostStreams:
+    """A CPU's: everything is done at once."""
+
+    ticks_ahead = 0
+
+    def begin(self) -> None:
+        """Do nothing, as `follow`, `wait_for` and `keep`."""
+
+    def on(self, lane: Lane) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def mark(self, lane: Lane) -> Mark:
+        return HostMark()
+
+    def follow(self, lane: Lane, leader: Lane) -> None: ...
+
+    def wait_for(self, lane: Lane, mark: Mark) -> None: ...
+
+    def keep(self, tensor: Tensor | None, lane: Lane) -> None: ...
+
+    def copy_to_host(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class CudaMark:
+    def __init__(self, stream: torch.cuda.Stream):
+        # `blocking`: a waiting thread leaves its core to encoders.
+        self.event = torch.cuda.Event(enable_timing=True, blocking=True)
+        self.event.record(stream)
+
+    @property
+    def is_reached(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, CudaMark)
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+class CudaStreams:
+    """Three streams: small kernels of a pass start between blocks of a tick's large ones."""
+
+    ticks_ahead = 1
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._streams = {lane: torch.cuda.Stream(device, p) for lane, p in PRIORITIES.items()}
+
+    def begin(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def on(self, lane: Lane) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._streams[lane])
+
+    def mark(self, lane: Lane) -> Mark:
+        return CudaMark(self._streams[lane])
+
+    def follow(self, lane: Lane, leader: Lane) -> None:
+        self._streams[lane].wait_stream(self._streams[leader])
+
+    def wait_for(self, lane: Lane, mark: Mark) -> None:
+        assert isinstance(mark, CudaMark)
+        self._streams[lane].wait_event(mark.event)
+
+    def keep(self, tensor: Tensor | None, lane: Lane) -> None:
+        if tensor is not None:
+            tensor.record_stream(self._streams[lane])
+
+    def copy_to_host(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def streams_of(device: torch.device) -> Streams:
+    """Return a device's streams."""
+    return CudaStreams(device) if device.type == "cuda" else HostStreams()
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device in the current lane: from pinned memory, without waiting for the lane."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

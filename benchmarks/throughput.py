@@ -25,7 +25,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.folders import cache_dir
-from benchmarks.full_size import run_full_size
+from benchmarks.full_size import PARTS, RESULTS, run_full_size
 from benchmarks.measure import Measurement, drive, merge
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
@@ -125,9 +125,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=36, help="requests of a round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", choices=PARTS, help="one part of the full size; default: all")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="figures of the full size")
     arguments = parser.parse_args()
     if arguments.size == "full":
-        run_full_size(torch.device(arguments.device))
+        parts = (arguments.part,) if arguments.part else PARTS
+        run_full_size(torch.device(arguments.device), parts, arguments.results)
     else:
         run_small(arguments.model, arguments.requests, arguments.rounds, torch.device(arguments.device))
 

@@ -1,7 +1,10 @@
 """The benchmarks run, and their arithmetic is that of the published sizes."""
 
 import asyncio
+import copy
+import io
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import admission, scaling
-from benchmarks.full_size import planner_bytes, renderer_flop, run_full_size
+from benchmarks.full_size import Results, planner_bytes, run_full_size, run_parts
+from benchmarks.full_size_check import compare_fused
+from benchmarks.full_size_renderer import Case, renderer_flop, run_both, run_renderer
 from benchmarks.measure import Measurement, merge
 from benchmarks.planning import in_turns, plan
 from benchmarks.reference_planner import reference_planner
@@ -18,7 +23,12 @@ from benchmarks.streaming import measure as measure_streams
 from benchmarks.streaming import run as run_streaming
 from benchmarks.throughput import requests, run_small
 from engine.jobs.job import JobSpec
+from engine.renderer.runner import Network
 from models.glm_image.config import PlannerConfig, RendererConfig
+from models.glm_image.cuda_attention import SequenceAttention
+from models.glm_image.fused_renderer import FusedRenderer, modulations_of
+from models.glm_image.kernels import render_reference
+from models.glm_image.kernels.render_check import RenderKernels
 from models.glm_image.model import GlmImage
 from models.glm_image.paged_attention import PagedKV, PrefillAttention, PromptChunk, SequenceKV
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
@@ -80,6 +90,44 @@ def test_floors_are_those_of_the_published_sizes() -> None:
 def test_full_size_requires_a_gpu() -> None:
     with pytest.raises(SystemExit, match="CUDA"):
         run_full_size(torch.device("cpu"))
+
+
+def counted(results: Results, measured: list[str]) -> Callable[[str, Callable[[], Any]], Any]:
+    """Return `results.measure`, which adds the names of what it measures."""
+    return lambda name, work: results.measure(name, lambda: (measured.append(name), work())[1])
+
+
+def test_the_parts_of_the_full_size_run_and_are_not_measured_twice(model: GlmImage, tmp_path: Path) -> None:
+    """Run them on a small model, as far as they need no GPU."""
+    file, console = tmp_path / "out" / "results.json", Console(width=120, record=True, file=io.StringIO())
+    counts = []
+    for _ in range(2):
+        measured: list[str] = []
+        measure = counted(Results(file, "a card"), measured)
+        run_renderer(model, 1e12, measure, console, [Case(64, 1), Case(64, 2)], steps=2)
+        run_both(model, measure, console, side=64, steps=2, concurrency=(1, 2))
+        counts.append(len(measured))
+    assert counts == [2 + 1 + 1 + 4, 0]
+    assert Results(file, "another card").measure("VAE 64", lambda: 0) == 0
+    printed = console.export_text()
+    assert printed.count("64x64, 2 at once") == 2
+    run_parts(model, (), Results(file, "a card"), 1.0, 1.0, console)
+
+
+def test_kernels_are_compared_with_the_renderer(model: GlmImage) -> None:
+    console, renderer = Console(file=io.StringIO()), copy.deepcopy(model.renderer)
+
+    def network(kernels: RenderKernels) -> Network:
+        fused = FusedRenderer(renderer, kernels, SequenceAttention())
+        return lambda x, temb, batch: fused(x, modulations_of(renderer, temb), batch)
+
+    compare_fused(renderer, network(RenderKernels()), model.device, console)
+
+    def other_norm(*arguments: Any) -> Any:
+        return 1.5 * render_reference.add_modulate(*arguments)
+
+    with pytest.raises(SystemExit, match="away"):
+        compare_fused(renderer, network(RenderKernels(add_modulate=other_norm)), model.device, console)
 
 
 def test_engines_are_compared_by_those_that_render(tmp_path: Path) -> None:

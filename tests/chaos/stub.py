@@ -44,6 +44,7 @@ from engine.renderer.timesteps import partial_steps
 from engine.request import Image, Request
 from engine.stages import NoRenderer
 from engine.stop_signals import StopSignals
+from engine.streams import Streams
 from engine.worker import process
 from engine.worker.encoding import encode, metadata
 from models.glm_image.config import RequestDefaults
@@ -140,7 +141,9 @@ class SleepingPlanner:
 class SleepingRenderer:
     """Stands in for `RendererRunner`."""
 
-    def __init__(self, model: "StubModel"):
+    fallbacks = ()
+
+    def __init__(self, model: "StubModel", streams: Streams):
         self._tick_s, self._journal = model.settings.renderer_tick_s, model.journal
         self._oom_counter = model.settings.oom_counter
         self.source_kv: dict[Request, None] = {}
@@ -172,9 +175,12 @@ class SleepingRenderer:
         for rendering in renderings:
             rendering.step += 1
 
-    def decode(self, rendering: Rendering) -> Tensor:
+    def warm_up(self) -> None: ...
+
+    def decode(self, rendering: Rendering) -> Callable[[], Tensor]:
         request, stage = rendering.request, "" if not rendering.steps_left else f"step {rendering.step}"
-        return pixels(request.spec, rendering.image.seed, rendering.grid.tokens, request.source_images, stage)
+        drawn = pixels(request.spec, rendering.image.seed, rendering.grid.tokens, request.source_images, stage)
+        return lambda: drawn
 
     def release(self, request: Request) -> None:
         self.source_kv.pop(request, None)

@@ -12,7 +12,7 @@ from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.paged_attention import PagedKV, PrefillAttention, PromptChunk, SequenceKV
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
 from models.glm_image.random_weights import random_glm_image
-from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles
+from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles, stack_modulations
 
 CHECKED_LAYERS = 2
 TOLERANCE = 0.03  # of the largest value; bfloat16 keeps 8 bits, and errors of two layers add up
@@ -60,7 +60,8 @@ def _run_renderer(renderer: Renderer, device: torch.device) -> Tensor:
     x = renderer.patches(latents) + renderer.plan(codes)
     angles = rotary_angles(rows, cols, config.attention_head_dim).to(device)
     batch = RendererBatch([len(x)], torch.zeros(len(x), dtype=torch.long, device=device), angles.cos(), angles.sin())
-    return renderer(x, renderer.time_embeddings(torch.tensor([500.0], device=device), 512, 512), batch)
+    temb = renderer.time_embeddings(torch.tensor([500.0], device=device), 512, 512)
+    return renderer(x, stack_modulations(renderer.modulations(temb)), batch)
 
 
 def check_fused(device: torch.device, console: Console) -> None:
@@ -81,11 +82,11 @@ def compare_fused(renderer: Renderer, network: Network, device: torch.device, co
     Raises:
         SystemExit: too far.
     """
-    x, batch, temb = ragged_batch(renderer, device)
-    fused = network(x.clone(), temb, batch).float()
+    x, batch, modulations = ragged_batch(renderer, device)
+    fused = network(x.clone(), modulations, batch).float()
     renderer.float()
     source_kv = [kv if kv is None else kv.float() for kv in batch.source_kv]
-    plain = renderer(x.float(), temb.float(), replace(batch, source_kv=source_kv))
+    plain = renderer(x.float(), modulations.float(), replace(batch, source_kv=source_kv))
     error = float((fused - plain).abs().max() / plain.abs().max())
     console.print(f"renderer: {CHECKED_LAYERS} layers with kernels against float32: {error:.4f} of the largest value")
     if not error < TOLERANCE:
@@ -114,4 +115,4 @@ def ragged_batch(renderer: Renderer, device: torch.device) -> tuple[Tensor, Rend
     )
     x = torch.randn(sum(lengths), config.dim, generator=draw).to(device, dtype)
     temb = renderer.time_embeddings(torch.tensor([500.0, 30.0], device=device), 512, 512)
-    return x, batch, temb
+    return x, batch, stack_modulations(renderer.modulations(temb))

@@ -26,7 +26,7 @@ from engine.jobs.job import JobSpec
 from engine.renderer.runner import Network
 from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.cuda_attention import SequenceAttention
-from models.glm_image.fused_renderer import FusedRenderer, modulations_of
+from models.glm_image.fused_renderer import FusedRenderer
 from models.glm_image.kernels import render_reference
 from models.glm_image.kernels.render_check import RenderKernels
 from models.glm_image.model import GlmImage
@@ -118,8 +118,7 @@ def test_kernels_are_compared_with_the_renderer(model: GlmImage) -> None:
     console, renderer = Console(file=io.StringIO()), copy.deepcopy(model.renderer)
 
     def network(kernels: RenderKernels) -> Network:
-        fused = FusedRenderer(renderer, kernels, SequenceAttention())
-        return lambda x, temb, batch: fused(x, modulations_of(renderer, temb), batch)
+        return FusedRenderer(renderer, kernels, SequenceAttention())
 
     compare_fused(renderer, network(RenderKernels()), model.device, console)
 

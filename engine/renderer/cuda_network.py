@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.observability.logs import event
 from models.glm_image.cuda_attention import WARMED_PATCHES, choose_attention, warm_attention
-from models.glm_image.fused_renderer import FusedRenderer, modulations_of
+from models.glm_image.fused_renderer import FusedRenderer
 from models.glm_image.kernels.render_check import choose_render_kernels
 from models.glm_image.renderer import Renderer, RendererBatch
 
@@ -28,14 +28,14 @@ class CudaNetwork:
         kernels = choose_render_kernels(config, dtype, device)
         self._attend, failures = choose_attention(*self._sizes)
         self._is_warm = False
-        self._model, self._fused = model, FusedRenderer(model, kernels, self._attend)
+        self._fused = FusedRenderer(model, kernels, self._attend)
         self.fallbacks = kernels.failures | failures
         for name, reason in self.fallbacks.items():
             event(logger, "kernel_replaced", logging.WARNING, kernel=name, reason=reason)
 
-    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
+    def forward(self, x: Tensor, modulations: Tensor, batch: RendererBatch) -> Tensor:
         """Predict velocities as `Renderer.forward`. Overwrites x."""
-        return self._fused(x, modulations_of(self._model, temb), batch)
+        return self._fused(x, modulations, batch)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

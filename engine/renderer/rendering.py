@@ -22,6 +22,7 @@ class Rendering:
     negative_glyphs: Tensor | None  # of the unconditional branch; None without guidance
     time_embeddings: Tensor  # [steps, E]
     sigmas: Tensor  # [steps + 1] float32, on the CPU
+    distances: Tensor  # [steps] float32: to the next sigma
     angles: Tensor  # rotary angles [patches, D]
     source_kv: Tensor | None  # [layers, 2, heads, S, D], for the conditional branch
     step: int = 0  # steps done

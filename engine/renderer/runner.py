@@ -1,5 +1,4 @@
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -9,15 +8,17 @@ from engine.geometry import CELL, Geometry
 from engine.jobs.job import TokenGrid
 from engine.renderer.cuda_network import CudaNetwork
 from engine.renderer.glyphs import GlyphCache
+from engine.renderer.modulations import ModulationCache
+from engine.renderer.packing import PackedRenderings, lay_out
 from engine.renderer.rendering import Rendering
 from engine.renderer.source_kv import SourceKVCache
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
 from engine.streams import Streams
-from models.batch_invariant import choose_tile_height, elementwise, padded
+from models.batch_invariant import choose_tile_height, padded
 from models.errors import NonFiniteError
 from models.glm_image.model import GlmImage
-from models.glm_image.renderer import TEMB_TILE_HEIGHT, RendererBatch, patchify, rotary_angles, unpatchify
+from models.glm_image.renderer import RendererBatch, patchify, rotary_angles, unpatchify
 
 TILE_HEIGHT = 256  # on CPU
 PREVIEW_STEPS = 4  # without guidance: a preview is early
@@ -26,24 +27,14 @@ Network = Callable[[Tensor, Tensor, RendererBatch], Tensor]
 """Predicts velocities as `Renderer.forward`; may overwrite its input."""
 
 
-@dataclass(frozen=True)
-class PackedRenderings:
-    """A set of images and their batch, reused while the same."""
-
-    renderings: list[Rendering]
-    batch: RendererBatch
-    patch_spans: list[list[tuple[int, int]]]  # (start, end) in the packed tensor, by image and branch
-    size: int  # T
-
-
 class RendererRunner:
     """Prepares images, advances sets of them, decodes the finished ones."""
 
     def __init__(self, model: GlmImage, streams: Streams):
         self.model, self.renderer, self._streams = model, model.renderer, streams
         self.tile_height = choose_tile_height(TILE_HEIGHT, model.device)
-        self.temb_tile_height = choose_tile_height(TEMB_TILE_HEIGHT, model.device)
-        self.source_kv = SourceKVCache(model, self.tile_height, self.temb_tile_height)
+        self.source_kv = SourceKVCache(model, self.tile_height)
+        self.modulations = ModulationCache(model.renderer)
         self._cuda = CudaNetwork(model.renderer) if model.device.type == "cuda" else None
         self._network: Network = self._cuda.forward if self._cuda else model.renderer
         self.fallbacks = self._cuda.fallbacks if self._cuda else {}
@@ -104,6 +95,7 @@ class RendererRunner:
                 timesteps.to(self.model.device), geometry.canvas_height, geometry.canvas_width
             ),
             sigmas=sigmas,
+            distances=sigmas.diff().to(self.model.device),
             angles=self._angles(geometry.patches.rows, geometry.patches.cols),
             source_kv=self.source_kv.of(image.request),
         )
@@ -127,11 +119,14 @@ class RendererRunner:
     def advance(self, renderings: list[Rendering]) -> None:
         """Advance every image by one step. If it raises, no image has changed."""
         packed = self._pack(renderings)
-        velocity = self._network(self._inputs(packed), self._time_embeddings(packed), packed.batch)
-        guided = [self._guided(r, velocity, spans) for r, spans in zip(renderings, packed.patch_spans, strict=True)]
-        stepped = [self._euler_step(r, velocity) for r, velocity in zip(renderings, guided, strict=True)]
-        for rendering, latents, velocity in zip(renderings, stepped, guided, strict=True):
-            rendering.latents, rendering.velocity = latents, velocity
+        latents = torch.cat([r.latents for r in renderings])
+        velocity = self._network(self._inputs(packed, latents), self.modulations.of_step(renderings), packed.batch)
+        guided = self._guided(packed, velocity)
+        distance = torch.stack([r.distances[r.step] for r in renderings])[packed.owner]
+        stepped = latents.add_(distance[:, None] * guided)
+        counts = [r.patches for r in renderings]
+        for rendering, own, velocity in zip(renderings, stepped.split(counts), guided.split(counts), strict=True):
+            rendering.latents, rendering.velocity = own, velocity
             rendering.step += 1
 
     def padding(self, tokens: int) -> int:
@@ -161,77 +156,32 @@ class RendererRunner:
 
         return read
 
-    def _inputs(self, packed: PackedRenderings) -> Tensor:
-        latents = torch.cat([r.latents for r in packed.renderings]).to(self.model.dtype)
-        size = padded(latents.shape[0], self.tile_height)
-        latents = torch.nn.functional.pad(latents, (0, 0, 0, size - latents.shape[0]))
-        patches = self.renderer.patches(latents, self.tile_height)
-        x = patches.new_zeros(packed.size, patches.shape[1])  # [T, dim]
-        first = 0
-        for rendering, spans in zip(packed.renderings, packed.patch_spans, strict=True):
-            image_patches = patches[first : first + rendering.patches]
-            plans = (rendering.plan, self._no_plan)
-            for glyphs, plan, (start, end) in zip(rendering.branches, plans, spans, strict=False):
-                x[start - len(glyphs) : start] = glyphs
-                x[start:end] = image_patches + plan
-            first += rendering.patches
+    def _inputs(self, packed: PackedRenderings, latents: Tensor) -> Tensor:
+        rows = padded(len(latents), self.tile_height)
+        padded_latents = torch.nn.functional.pad(latents.to(self.model.dtype), (0, 0, 0, rows - len(latents)))
+        patches = self.renderer.patches(padded_latents, self.tile_height)
+        x = packed.base.clone()
+        by_image = patches[: len(latents)].split([r.patches for r in packed.renderings])
+        for branch in packed.branches:
+            x[branch.patches].add_(by_image[branch.image])
         return x
 
-    def _time_embeddings(self, packed: PackedRenderings) -> Tensor:
-        temb = torch.stack([r.time_embeddings[r.step] for r in packed.renderings])
-        return torch.nn.functional.pad(temb, (0, 0, 0, padded(len(temb), self.temb_tile_height) - len(temb)))
-
-    def _guided(self, rendering: Rendering, velocity: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-        parts = [velocity[start:end].float() for start, end in spans]
-        if len(parts) == 1:
-            return parts[0]
-        conditional, unconditional = parts
-        return unconditional + rendering.request.spec.guidance_scale * (conditional - unconditional)
-
-    def _euler_step(self, rendering: Rendering, velocity: Tensor) -> Tensor:
-        distance = rendering.sigmas[rendering.step + 1] - rendering.sigmas[rendering.step]
-        return rendering.latents + distance * velocity
+    def _guided(self, packed: PackedRenderings, velocity: Tensor) -> Tensor:
+        """Return the velocity under guidance [patches, P] float32: the conditional one without guidance."""
+        conditional = velocity.index_select(0, packed.conditional).float()
+        if packed.unconditional is None:
+            return conditional
+        unconditional = velocity.index_select(0, packed.unconditional).float()
+        return conditional.sub_(unconditional).mul_(packed.guidance).add_(unconditional)
 
     def _pack(self, renderings: list[Rendering]) -> PackedRenderings:
         last = self._packed
         if last is None or len(last.renderings) != len(renderings) or any(
             old is not new for old, new in zip(last.renderings, renderings, strict=True)
         ):  # fmt: skip
-            self._packed = self._lay_out(renderings)
+            self._packed = lay_out(renderings, self._no_plan, self.tile_height)
         assert self._packed is not None
         return self._packed
-
-    def _lay_out(self, renderings: list[Rendering]) -> PackedRenderings:
-        size = padded(sum(r.tokens for r in renderings), self.tile_height)
-        device, head_dim = self.model.device, self.renderer.config.attention_head_dim
-        modulation = torch.ones(size, dtype=torch.long)
-        angles = torch.zeros(size, head_dim)
-        lengths: list[int] = []
-        source_kv: list[Tensor | None] = []
-        spans: list[list[tuple[int, int]]] = []
-        start = 0
-        for index, rendering in enumerate(renderings):
-            spans.append([])
-            source_kv += [rendering.source_kv, None][: len(rendering.branches)]
-            for glyphs in rendering.branches:
-                patches = slice(start + len(glyphs), start + len(glyphs) + rendering.patches)
-                modulation[start : patches.start] = 2 * index + 1
-                modulation[patches] = 2 * index
-                angles[patches] = rendering.angles
-                spans[-1].append((patches.start, patches.stop))
-                lengths.append(patches.stop - start)
-                start = patches.stop
-        cos, sin = elementwise(torch.cos, angles).to(device), elementwise(torch.sin, angles).to(device)
-        batch = RendererBatch(
-            lengths,
-            modulation.to(device),
-            cos,
-            sin,
-            tile_height=self.tile_height,
-            temb_tile_height=self.temb_tile_height,
-            source_kv=source_kv,
-        )
-        return PackedRenderings(list(renderings), batch, spans, size)
 
     def _rotary_angles(self, rows: int, cols: int) -> Tensor:
         return rotary_angles(rows, cols, self.renderer.config.attention_head_dim)

@@ -7,19 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.geometry import CELL
+from engine.renderer.modulations import padded_modulations
 from engine.request import Request
 from models.batch_invariant import elementwise, padded
 from models.glm_image.model import GlmImage
-from models.glm_image.renderer import RendererBatch, patchify, rotary_angles
+from models.glm_image.render_operations import RendererBatch
+from models.glm_image.renderer import patchify, rotary_angles, stack_modulations
 from models.glm_image.source_images import EncodedImage
 
 
 class SourceKVCache:
     """Holds source keys and values [layers, 2, heads, S, D] by request; `EngineLimits.source_patches` bounds them."""
 
-    def __init__(self, model: GlmImage, tile_height: int | None, temb_tile_height: int | None):
+    def __init__(self, model: GlmImage, tile_height: int | None):
         self._renderer, self._device, self._dtype = model.renderer, model.device, model.dtype
-        self._tile_height, self._temb_tile_height = tile_height, temb_tile_height
+        self._tile_height = tile_height
         self._by_request: dict[Request, Tensor] = {}
 
     def __len__(self) -> int:
@@ -57,8 +59,8 @@ class SourceKVCache:
         x = torch.zeros_like(projected)
         x[:patches] = projected[:patches] + renderer.plan(source.codes)
         temb = renderer.source_time_embedding(CELL * rows, CELL * cols)
-        temb = F.pad(temb, (0, 0, 0, padded(1, self._temb_tile_height) - 1))
-        yield from renderer.read_source(x, temb, self._batch(rows, cols, padding, kv_out))
+        modulations = stack_modulations([padded_modulations(renderer, temb)[0]])
+        yield from renderer.read_source(x, modulations, self._batch(rows, cols, padding, kv_out))
 
     def _batch(self, rows: int, cols: int, padding: int, kv_out: Tensor) -> RendererBatch:
         angles = F.pad(rotary_angles(2 * rows, 2 * cols, self._renderer.config.attention_head_dim), (0, 0, 0, padding))
@@ -70,6 +72,5 @@ class SourceKVCache:
             cos,
             sin,
             tile_height=self._tile_height,
-            temb_tile_height=self._temb_tile_height,
             kv_out=kv_out,
         )

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.glm_image.cuda_attention import AttentionLayout, PackedAttention
 from models.glm_image.fused_planner import join_projections
 from models.glm_image.kernels.render_check import RenderKernels
-from models.glm_image.renderer import Renderer, RendererBatch, RendererLayer
-
-LAYER_VECTORS = 6
+from models.glm_image.renderer import LAYER_VECTORS, Renderer, RendererBatch, RendererLayer
 
 Weights = tuple[Tensor, Tensor]
 
@@ -76,13 +73,6 @@ class FusedRenderer:
             layout = AttentionLayout.of(batch.lengths, sources, x.device)
             self._last = batch, layout, batch.modulation_index.int()
         return self._last[1:]
-
-
-def modulations_of(model: Renderer, temb: Tensor) -> Tensor:
-    """Return what all norms and gates apply at the images' time embeddings [n, E]: [M, 2n, dim]."""
-    layers = [cast(RendererLayer, layer).norm1(temb, None) for layer in model.transformer_blocks]
-    scale, shift = model.norm_out.linear(temb)[:, None].expand(-1, 2, -1).flatten(0, 1).chunk(2, dim=-1)
-    return torch.cat([*layers, torch.stack([scale + 1, shift])])
 
 
 def _sources(batch: RendererBatch) -> Sequence[Tensor]:

@@ -12,8 +12,8 @@ Follows diffusers' `GlmImageTransformer2DModel` and its weights.
 """
 
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from models.batch_invariant import Linear, elementwise
 from models.glm_image.config import RendererConfig
+from models.glm_image.render_operations import EPS, RendererBatch, add_gated, attend, modulate, rotate
 
-TEMB_TILE_HEIGHT = 16  # images per tile of modulations
 ROPE_THETA = 10000.0
+LAYER_VECTORS = 6  # shift, scale and gate of attention, and of the feed-forward
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -38,25 +39,6 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu-tanh": gelu_tanh}
-
-
-@dataclass(frozen=True)
-class RendererBatch:
-    """What layers need to know of a batch; built once for many steps."""
-
-    lengths: Sequence[int]  # of all sequences; the rest of T is padding
-    modulation_index: Tensor  # [T]: 2 * image for a patch, 2 * image + 1 for a glyph token
-    cos: Tensor  # [T, D] rotary table; 1 for glyph tokens and padding
-    sin: Tensor  # [T, D]; 0 for glyph tokens and padding
-    tile_height: int | None = None  # see `models.batch_invariant`; T is a multiple of it
-    temb_tile_height: int | None = None  # of products over time embeddings
-    # Keys and values [layers, 2, heads, S, D].
-    source_kv: Sequence[Tensor | None] = ()  # one per sequence, which attends to it
-    kv_out: Tensor | None = None  # filled by the layers from the first S tokens
-
-    def source_kv_of(self, layer_index: int) -> Sequence[Tensor | None]:
-        """Return every sequence's [2, heads, S, D] in a layer."""
-        return [None if kv is None else kv[layer_index] for kv in self.source_kv or [None] * len(self.lengths)]
 
 
 class GatedLinear(nn.Module):
@@ -111,8 +93,7 @@ class TimeAndSizeEmbedding(nn.Module):
 class RendererAttention(nn.Module):
     def __init__(self, config: RendererConfig, layer_index: int):
         super().__init__()
-        self.layer_index = layer_index
-        self.head_dim = config.attention_head_dim
+        self.layer_index, self.head_dim = layer_index, config.attention_head_dim
         self.to_q, self.to_k, self.to_v = (Linear(config.dim, config.dim) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
 
@@ -122,21 +103,12 @@ class RendererAttention(nn.Module):
             project(x, batch.tile_height).unflatten(-1, (-1, self.head_dim))
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        q, k = (rotate(F.layer_norm(h, (self.head_dim,), eps=1e-5), batch) for h in (q, k))
+        q, k = (rotate(F.layer_norm(h, (self.head_dim,), eps=EPS), batch) for h in (q, k))
         if batch.kv_out is not None:
-            kv_out = batch.kv_out[self.layer_index]
-            kv_out.copy_(torch.stack([k, v])[:, : kv_out.shape[2]].transpose(1, 2))
-        out = torch.zeros_like(x)
-        start = 0
-        for length, source_kv in zip(batch.lengths, batch.source_kv_of(self.layer_index), strict=True):
-            sequence = slice(start, start + length)
-            query, keys, values = (h[sequence].transpose(0, 1)[None] for h in (q, k, v))  # [1, heads, tokens, D]
-            if source_kv is not None:
-                keys, values = (torch.cat([s[None], h], dim=2) for s, h in zip(source_kv, (keys, values), strict=True))
-            attended = F.scaled_dot_product_attention(query, keys, values)
-            out[sequence] = attended[0].transpose(0, 1).flatten(1)
-            start += length
-        return self.to_out[0](out, batch.tile_height)
+            for part, source in zip(batch.kv_out[self.layer_index], (k, v), strict=True):
+                part.copy_(source[: part.shape[1]].transpose(0, 1))
+        attended = attend(q, k, v, batch, self.layer_index)
+        return self.to_out[0](attended, batch.tile_height)
 
 
 class Modulation(nn.Module):
@@ -144,13 +116,12 @@ class Modulation(nn.Module):
 
     def __init__(self, config: RendererConfig):
         super().__init__()
-        self.linear = Linear(config.time_embed_dim, 12 * config.dim)
+        self.linear = Linear(config.time_embed_dim, LAYER_VECTORS * 2 * config.dim)
 
-    def forward(self, temb: Tensor, tile_height: int | None) -> Tensor:
-        """Return [6, 2n, dim], for patches (even) and glyph tokens (odd); scales have 1 added."""
-        parts = self.linear(temb, tile_height).unflatten(-1, (6, 2, -1))  # [n, 6, 2, dim]
-        vectors = parts.transpose(0, 1).flatten(1, 2).contiguous()
-        vectors[[1, 4]] += 1
+    def forward(self, temb: Tensor) -> Tensor:
+        """Return [rows, 6, 2, dim], for patches and for glyph tokens; scales have 1 added."""
+        vectors = self.linear(temb).unflatten(-1, (LAYER_VECTORS, 2, -1))
+        vectors[:, [1, 4]] += 1
         return vectors
 
 
@@ -161,12 +132,15 @@ class RendererLayer(nn.Module):
         self.attn1 = RendererAttention(config, layer_index)
         self.ff = FeedForward(config.dim, 4 * config.dim, config.dim, "gelu-tanh")
 
-    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
-        """Modulate, attend, modulate, feed forward: [T, dim] -> [T, dim]."""
-        vectors = self.norm1(temb, batch.temb_tile_height)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (v.index_select(0, batch.modulation_index) for v in vectors)
-        x = self.attn1(normalised(x).mul_(scale1).add_(shift1), batch).mul_(gate1).add_(x)
-        return self.ff(normalised(x).mul_(scale2).add_(shift2), batch.tile_height).mul_(gate2).add_(x)
+    def forward(self, x: Tensor, vectors: Tensor, batch: RendererBatch) -> Tensor:
+        """Modulate, attend, modulate, feed forward: [T, dim] -> [T, dim], in place.
+
+        Args:
+            vectors: [6, 2n, dim] of `Modulation`.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
+        x = add_gated(x, self.attn1(modulate(x, scale1, shift1, batch), batch), gate1, batch)
+        return add_gated(x, self.ff(modulate(x, scale2, shift2, batch), batch.tile_height), gate2, batch)
 
 
 class OutputNorm(nn.Module):
@@ -176,11 +150,11 @@ class OutputNorm(nn.Module):
         super().__init__()
         self.linear = Linear(config.time_embed_dim, 2 * config.dim)
 
-    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
-        image_index = batch.modulation_index // 2
-        parts = self.linear(temb, batch.temb_tile_height).chunk(2, dim=-1)
-        scale, shift = (part.index_select(0, image_index) for part in parts)
-        return normalised(x) * (1 + scale) + shift
+    def forward(self, temb: Tensor) -> Tensor:
+        """Return [rows, 2, 1, dim]; the scale has 1 added."""
+        vectors = self.linear(temb).unflatten(-1, (2, 1, -1))
+        vectors[:, 0] += 1
+        return vectors
 
 
 class PatchProjector(nn.Module):
@@ -224,22 +198,37 @@ class Renderer(nn.Module):
         """Embed the scheduler's timesteps: [steps, E]."""
         return self.time_condition_embed(timesteps - 1, height, width)
 
+    def modulations(self, temb: Tensor) -> Tensor:
+        """Return what all norms and gates apply at time embeddings [rows, E]: [rows, M, 2, dim].
+
+        The M vectors are 6 of every layer (`Modulation`), then scale and shift of the last norm; each for patches and
+        for glyph tokens.
+        """
+        layers = [cast(RendererLayer, layer) for layer in self.transformer_blocks]
+        shape = (len(temb), LAYER_VECTORS * len(layers) + 2, 2, self.config.dim)
+        vectors = temb.new_empty(shape)
+        for layer, part in zip(layers, vectors[:, :-2].split(LAYER_VECTORS, dim=1), strict=True):
+            part.copy_(layer.norm1(temb))
+        vectors[:, -2:] = self.norm_out(temb)
+        return vectors
+
     # Computed for every step, over a batch.
 
     def patches(self, latents: Tensor, tile_height: int | None = None) -> Tensor:
         """Project latent patches [tokens, P] to [tokens, dim]."""
         return self.image_projector.proj(latents, tile_height)
 
-    def forward(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Tensor:
-        """Predict velocities [T, P], meaningless on glyph tokens and padding.
+    def forward(self, x: Tensor, modulations: Tensor, batch: RendererBatch) -> Tensor:
+        """Predict velocities [T, P], meaningless on glyph tokens and padding. Overwrites x.
 
         Args:
             x: [T, dim] glyph tokens, and patches with the plan added.
-            temb: [n, E], padded to whole tiles.
+            modulations: [M, 2n, dim] of `stack_modulations`.
         """
-        for layer in self.transformer_blocks:
-            x = layer(x, temb, batch)
-        return self.proj_out(self.norm_out(x, temb, batch), batch.tile_height)
+        for layer, vectors in self._layers(modulations):
+            x = layer(x, vectors, batch)
+        scale, shift = modulations[-2:]
+        return self.proj_out(modulate(x, scale, shift, batch), batch.tile_height)
 
     # Computed once for every source image.
 
@@ -247,30 +236,24 @@ class Renderer(nn.Module):
         """Return [1, E] of timestep 0: a source has no noise."""
         return self.time_condition_embed(torch.zeros(1, device=self.proj_out.weight.device), height, width)
 
-    def read_source(self, x: Tensor, temb: Tensor, batch: RendererBatch) -> Generator[int]:
-        """Fill `batch.kv_out`; yield the layers done.
+    def read_source(self, x: Tensor, modulations: Tensor, batch: RendererBatch) -> Generator[int]:
+        """Fill `batch.kv_out`; yield the layers done. Overwrites x.
 
         Args:
             x: one sequence of patches.
         """
-        for number, layer in enumerate(self.transformer_blocks, 1):
-            x = layer(x, temb, batch)
+        for number, (layer, vectors) in enumerate(self._layers(modulations), 1):
+            x = layer(x, vectors, batch)
             yield number
 
+    def _layers(self, modulations: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Return every layer and its vectors."""
+        return zip(self.transformer_blocks, modulations[:-2].split(LAYER_VECTORS), strict=True)
 
-def normalised(x: Tensor) -> Tensor:
-    """Apply layer norm without weights."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
-
-def rotate(x: Tensor, batch: RendererBatch) -> Tensor:
-    """Rotate x [T, heads, D] in float32, i with i + D/2."""
-    half = x.shape[-1] // 2
-    cos, sin = batch.cos[:, None], batch.sin[:, None]
-    rotated = x.float() * cos
-    rotated[..., :half] -= x[..., half:] * sin[..., :half]
-    rotated[..., half:] += x[..., :half] * sin[..., half:]
-    return rotated.to(x.dtype)
+def stack_modulations(vectors: Iterable[Tensor]) -> Tensor:
+    """Stack the modulations [M, 2, dim] of n images: [M, 2n, dim]."""
+    return torch.stack(tuple(vectors), dim=1).flatten(1, 2)
 
 
 def rotary_angles(rows: int, cols: int, head_dim: int) -> Tensor:

@@ -225,6 +225,7 @@ def _rendering(image: Image, grid: TokenGrid, steps: int, partial_after: list[in
         negative_glyphs=torch.empty(1, 0),
         time_embeddings=torch.empty(steps, 0),
         sigmas=nothing,
+        distances=nothing,
         angles=nothing,
         source_kv=None,
     )

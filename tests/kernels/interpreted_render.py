@@ -13,12 +13,12 @@ from torch import Tensor
 
 from models.glm_image.config import RendererConfig
 from models.glm_image.cuda_attention import SequenceAttention
-from models.glm_image.fused_renderer import FusedRenderer, modulations_of
+from models.glm_image.fused_renderer import FusedRenderer
 from models.glm_image.kernels import render_check, render_layer
 from models.glm_image.kernels import render_reference as reference
 from models.glm_image.kernels.render_check import CHECKS, RenderKernels, choose_render_kernels, load
 from models.glm_image.random_weights import randomise
-from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles
+from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles, stack_modulations
 from tests.kernels import INTERPRETED
 from tests.kernels.interpreted_layer import assert_close, dtypes, random_tensor, seeds
 
@@ -174,8 +174,9 @@ def test_the_renderer_with_kernels_is_the_renderer() -> None:
     batch = RendererBatch(lengths, index, angles.cos(), angles.sin(), source_kv=source_kv)
     x = random_tensor(sum(lengths), CONFIG.dim, seed=3, dtype=torch.float32)
     temb = model.time_embeddings(torch.tensor([900.0, 400.0, 10.0]), 64, 96)
-    expected = model(x.clone(), temb, batch)
+    modulations = stack_modulations(model.modulations(temb))
+    expected = model(x.clone(), modulations, batch)
     fused = FusedRenderer(model, choose(), SequenceAttention())
     for _ in range(2):  # with a layout of its own, and the last one
-        torch.testing.assert_close(fused(x.clone(), modulations_of(model, temb), batch), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(x.clone(), temb, batch), expected, rtol=0, atol=0)
+        torch.testing.assert_close(fused(x.clone(), modulations, batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x.clone(), modulations, batch), expected, rtol=0, atol=0)

@@ -14,7 +14,8 @@ from models.glm_image.config import PlannerConfig, RendererConfig
 from models.glm_image.model import planner_key
 from models.glm_image.planner import Planner
 from models.glm_image.random_weights import VISION, VQ, random_glm_image
-from models.glm_image.renderer import Renderer, RendererBatch, patchify, rotary_angles, unpatchify
+from models.glm_image.render_operations import RendererBatch
+from models.glm_image.renderer import Renderer, patchify, rotary_angles, stack_modulations, unpatchify
 from models.glm_image.vision import VisionTokenizer, vision_key
 from tests.checkpoints import VARIANTS, load, small_engine, write_variant
 from tests.source_images import source_image, source_images
@@ -130,7 +131,7 @@ def test_renderer_layer_by_layer(pair: Pair) -> None:
         layer.register_forward_hook(lambda module, args, out: states[0].append(torch.cat([out[1], out[0]], dim=1)[0]))
         for layer in reference.transformer_blocks
     ] + [
-        layer.register_forward_hook(lambda module, args, out: states[1].append(out))
+        layer.register_forward_hook(lambda module, args, out: states[1].append(out.clone()))
         for layer in ours.transformer_blocks
     ]
     upsampled = codes.repeat_interleave(2, 0).repeat_interleave(2, 1).reshape(1, -1)
@@ -150,7 +151,8 @@ def test_renderer_layer_by_layer(pair: Pair) -> None:
         [torch.zeros(text, ours.config.attention_head_dim), rotary_angles(6, 8, ours.config.attention_head_dim)]
     )
     batch = RendererBatch([text + patches], torch.tensor([1] * text + [0] * patches), angles.cos(), angles.sin())
-    got = ours(x, ours.time_embeddings(torch.tensor([500.0]), 96, 128), batch)[text:]
+    modulations = ours.modulations(ours.time_embeddings(torch.tensor([500.0]), 96, 128))
+    got = ours(x, stack_modulations(modulations), batch)[text:]
     for hook in hooks:
         hook.remove()
     assert len(states[0]) == len(states[1]) == ours.config.num_layers

@@ -166,7 +166,7 @@ def streams_of(device: torch.device) -> Streams:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device in the current lane: from pinned memory, without waiting for the lane."""
+    """Copy to a device in the current lane without waiting: from pinned memory, which torch keeps until then."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

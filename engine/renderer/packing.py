@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.renderer.rendering import Rendering
+from engine.streams import upload
 from models.batch_invariant import elementwise, padded
 from models.glm_image.render_operations import RendererBatch
 
@@ -52,9 +53,9 @@ def lay_out(renderings: list[Rendering], no_plan: Tensor, tile_height: int | Non
         base[branch.start : branch.patches.start], base[branch.patches] = branch.glyphs, branch.plan
     batch = RendererBatch(
         [branch.patches.stop - branch.start for branch in branches],
-        modulation.to(device),
-        elementwise(torch.cos, angles).to(device),
-        elementwise(torch.sin, angles).to(device),
+        upload(modulation, device),
+        upload(elementwise(torch.cos, angles), device),
+        upload(elementwise(torch.sin, angles), device),
         tile_height=tile_height,
         source_kv=[branch.source_kv for branch in branches],
     )
@@ -66,10 +67,10 @@ def lay_out(renderings: list[Rendering], no_plan: Tensor, tile_height: int | Non
         batch,
         branches,
         base,
-        conditional=_tokens(renderings, branches, 0).to(device),
-        unconditional=_tokens(renderings, branches, -1).to(device) if is_guided else None,
-        guidance=guidance.repeat_interleave(counts)[:, None].to(device),
-        owner=torch.arange(len(renderings)).repeat_interleave(counts).to(device),
+        conditional=upload(_tokens(renderings, branches, 0), device),
+        unconditional=upload(_tokens(renderings, branches, -1), device) if is_guided else None,
+        guidance=upload(guidance.repeat_interleave(counts)[:, None], device),
+        owner=upload(torch.arange(len(renderings)).repeat_interleave(counts), device),
     )
 
 

@@ -14,7 +14,7 @@ from engine.renderer.rendering import Rendering
 from engine.renderer.source_kv import SourceKVCache
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
-from engine.streams import Streams
+from engine.streams import Streams, upload
 from models.batch_invariant import choose_tile_height, padded
 from models.errors import NonFiniteError
 from models.glm_image.model import GlmImage
@@ -78,7 +78,7 @@ class RendererRunner:
         is_preview: bool = False,
     ) -> Rendering:
         glyphs, *negative_glyphs = self.glyphs.of(image.request)
-        codes = torch.tensor(grid.tokens, device=self.model.device).view(grid.rows, grid.cols)
+        codes = upload(torch.tensor(grid.tokens), self.model.device).view(grid.rows, grid.cols)
         timesteps, sigmas = schedule(self.model.scheduler, geometry, steps)
         noise = initial_noise(image.seed, self.renderer.config.in_channels, geometry)
         return Rendering(
@@ -87,15 +87,15 @@ class RendererRunner:
             grid,
             is_preview,
             partial_after,
-            latents=patchify(noise, self.renderer.config.patch_size).to(self.model.device),
+            latents=upload(patchify(noise, self.renderer.config.patch_size), self.model.device),
             plan=self.renderer.plan(codes),
             glyphs=glyphs,
             negative_glyphs=negative_glyphs[0] if guided else None,
             time_embeddings=self.renderer.time_embeddings(
-                timesteps.to(self.model.device), geometry.canvas_height, geometry.canvas_width
+                upload(timesteps, self.model.device), geometry.canvas_height, geometry.canvas_width
             ),
             sigmas=sigmas,
-            distances=sigmas.diff().to(self.model.device),
+            distances=upload(sigmas.diff(), self.model.device),
             angles=self._angles(geometry.patches.rows, geometry.patches.cols),
             source_kv=self.source_kv.of(image.request),
         )

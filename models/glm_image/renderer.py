@@ -121,7 +121,7 @@ class Modulation(nn.Module):
     def forward(self, temb: Tensor) -> Tensor:
         """Return [rows, 6, 2, dim], for patches and for glyph tokens; scales have 1 added."""
         vectors = self.linear(temb).unflatten(-1, (LAYER_VECTORS, 2, -1))
-        vectors[:, [1, 4]] += 1
+        vectors[:, 1::3] += 1  # a list of indices would be copied to the device
         return vectors
 
 

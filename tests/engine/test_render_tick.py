@@ -1,7 +1,8 @@
 """What the host does for a tick on a GPU, on tensors without values: whatever reads one raises."""
 
 from collections import Counter
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,11 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.jobs.job import JobSpec, TokenGrid
+from engine.renderer.rendering import Rendering
+from engine.renderer.runner import RendererRunner
+from engine.request import Request
+from engine.streams import HostStreams
 from models.glm_image.config import RendererConfig
 from models.glm_image.cuda_attention import SequenceAttention
 from models.glm_image.fused_renderer import FusedRenderer
 from models.glm_image.kernels.render_check import RenderKernels
-from models.glm_image.model import build_on_meta
+from models.glm_image.model import GlmImage, build_on_meta
 from models.glm_image.renderer import Renderer, RendererBatch
 
 GPU = torch.device("meta")
@@ -93,6 +99,65 @@ def test_a_step_moves_nothing_between_host_and_device() -> None:
     counted = operations(2, [1025, 1030] * 2, sources=500)
     assert not counted.copies
     assert not {name for name in counted.names if "local_scalar" in name or "nonzero" in name}
+
+
+def renderings(model: Renderer, sides: list[int], steps: int = 20) -> list[Rendering]:
+    """Return images of these sizes in pixels, every other one without guidance."""
+    config, images = model.config, []
+    for number, side in enumerate(sides):
+        spec = JobSpec("x", side, side, seed=0, num_inference_steps=steps, guidance_scale=1.5)
+        geometry, image = spec.geometry, Request(str(number), spec).images[0]
+        patches, glyphs = geometry.patches.tokens, 20 + number
+        with GPU:
+            tensors: dict[str, Any] = {
+                "latents": torch.empty(patches, config.patch_dim),
+                "plan": torch.empty(patches, config.dim, dtype=torch.bfloat16),
+                "glyphs": torch.empty(glyphs, config.dim, dtype=torch.bfloat16),
+                "time_embeddings": torch.empty(steps, config.time_embed_dim, dtype=torch.bfloat16),
+                "distances": torch.empty(steps),
+            }
+            negative = torch.empty(1, config.dim, dtype=torch.bfloat16) if number % 2 == 0 else None
+        grid, angles = TokenGrid(1, 1, [0]), torch.zeros(patches, config.attention_head_dim)
+        rendering = Rendering(
+            image,
+            geometry,
+            grid,
+            is_preview=False,
+            partial_after=[],
+            negative_glyphs=negative,
+            sigmas=torch.zeros(steps + 1),
+            angles=angles,
+            source_kv=None,
+            **tensors,
+        )
+        images.append(rendering)
+    return images
+
+
+def tick(layers: int, sides: list[int]) -> Operations:
+    """Count the operations of the whole second tick of a set of images."""
+    model, fused = published(layers)
+    parts = SimpleNamespace(renderer=model, device=GPU, dtype=torch.bfloat16)
+    runner = RendererRunner(cast(GlmImage, parts), HostStreams())
+    runner._network = fused
+    images = renderings(model, sides)
+    runner.advance(images)
+    with Operations() as counted:
+        runner.advance(images)
+    assert {rendering.step for rendering in images} == {2}
+    assert {rendering.latents.device for rendering in images} == {GPU}
+    return counted
+
+
+def test_the_whole_tick_reads_nothing_and_depends_on_no_size() -> None:
+    one, larger = tick(2, [512]), tick(2, [2048])
+    assert one.names.total() == larger.names.total() <= 2 * 27 + 60
+    assert not one.copies
+    assert not larger.copies
+    mixed, several = tick(2, [512, 1024]), tick(2, [512, 1024, 2048])
+    assert not several.copies
+    assert several.names.total() - mixed.names.total() <= 40
+    assert (tick(4, [512]).names.total() - one.names.total()) // 2 == per_layer([1025, 1030])
 
 
 def test_reads_and_copies_are_noticed() -> None:

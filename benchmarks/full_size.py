@@ -2,10 +2,9 @@
 
     python -m benchmarks.throughput --size full [--part check|planner|renderer|both] [--results FILE]
 
-Every part takes less than 10 minutes, and every figure is written to a JSON file as soon as it is measured: a run that
-was interrupted goes on where it stopped. Floors: a planner pass reads all weights once (bytes / memory bandwidth), a
-denoising step does a known number of multiplications (FLOP / matrix throughput). Both rates are measured first, so
-ratios can be compared between GPUs.
+A part takes less than 10 minutes. Figures are kept in FILE: a run that was interrupted goes on where it stopped.
+Floors: a planner pass reads all weights once, a denoising step does a known number of multiplications. Bandwidth and
+throughput are measured first.
 """
 
 import json

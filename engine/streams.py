@@ -1,7 +1,6 @@
-"""Streams of a device: the planner's passes beneath the renderer's ticks, and decoding beside both.
+"""Lanes of a device, filled by one thread.
 
-One thread launches all work and runs ahead of the device. A tensor belongs to the lane that allocated it: another
-lane may use it after `follow`, and needs `keep` if the owner can free it before that use is over.
+A tensor belongs to the lane that allocated it. Others may use it after `follow`, and `keep` it.
 """
 
 import time
@@ -16,31 +15,27 @@ PRIORITIES: dict[Lane, int] = {"planner": -2, "renderer": -1, "decoder": 0}  # l
 
 
 class Mark(Protocol):
-    """A point in a lane's work."""
+    """A point in a lane."""
 
     @property
     def is_reached(self) -> bool: ...
 
     def wait(self) -> None:
-        """Block the host until the device is there.
-
-        Raises:
-            RuntimeError: the device failed in any lane's work; see `is_lost_device`.
-        """
+        """Block the host until the device is there. Raises what any lane failed with: see `is_lost_device`."""
         ...
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Return the device's time between two reached marks of a lane."""
+        """Return the time between reached marks of a lane."""
         ...
 
 
 class Streams(Protocol):
     """`HostStreams`, `CudaStreams` or a stand-in."""
 
-    ticks_ahead: int  # launched before the host waits for a tick
+    ticks_ahead: int  # launched before one ends
 
     def begin(self) -> None:
-        """Wait for what was launched in no lane, such as the loading of weights."""
+        """Wait for what was launched in no lane."""
         ...
 
     def on(self, lane: Lane) -> AbstractContextManager[object]:
@@ -48,36 +43,35 @@ class Streams(Protocol):
         ...
 
     def mark(self, lane: Lane) -> Mark:
-        """Mark the end of what a lane was given so far."""
+        """Mark the end of a lane so far."""
         ...
 
     def follow(self, lane: Lane, leader: Lane) -> None:
-        """Let a lane's further work wait for what the leader was given so far."""
+        """Let a lane wait for the leader's work so far."""
         ...
 
     def wait_for(self, lane: Lane, mark: Mark) -> None:
-        """Let a lane's further work wait for a mark. The host does not wait."""
+        """Let a lane wait for a mark."""
         ...
 
     def keep(self, tensor: Tensor | None, lane: Lane) -> None:
-        """Let a freed tensor's memory be used again only after what `lane` is doing then."""
+        """Let a freed tensor's memory be reused only after `lane`'s work so far."""
         ...
 
     def copy_to_host(self, tensor: Tensor) -> Tensor:
-        """Begin a copy in the current lane, valid when a later mark is reached."""
+        """Begin a copy, valid at the lane's next mark."""
         ...
 
 
 class HostMark:
-    """A time: work of a CPU is done when it is launched."""
+    """A time: a CPU's work is done at once."""
 
     is_reached = True
 
     def __init__(self) -> None:
         self._time = time.monotonic()
 
-    def wait(self) -> None:
-        """Do nothing."""
+    def wait(self) -> None: ...
 
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, HostMark)
@@ -85,12 +79,12 @@ class HostMark:
 
 
 class HostStreams:
-    """A CPU's: everything is done at once."""
+    """Streams of a CPU."""
 
     ticks_ahead = 0
 
     def begin(self) -> None:
-        """Do nothing, as `follow`, `wait_for` and `keep`."""
+        """Do nothing, as other methods."""
 
     def on(self, lane: Lane) -> AbstractContextManager[object]:
         return nullcontext()
@@ -110,7 +104,7 @@ class HostStreams:
 
 class CudaMark:
     def __init__(self, stream: torch.cuda.Stream):
-        # `blocking`: a waiting thread leaves its core to encoders.
+        # `blocking` leaves the core to encoders.
         self.event = torch.cuda.Event(enable_timing=True, blocking=True)
         self.event.record(stream)
 
@@ -127,7 +121,7 @@ class CudaMark:
 
 
 class CudaStreams:
-    """Three streams: small kernels of a pass start between blocks of a tick's large ones."""
+    """A stream per lane."""
 
     ticks_ahead = 1
 
@@ -166,7 +160,7 @@ def streams_of(device: torch.device) -> Streams:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device in the current lane without waiting: from pinned memory, which torch keeps until then."""
+    """Copy to a device without waiting: torch keeps the pinned memory."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

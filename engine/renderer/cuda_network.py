@@ -16,11 +16,7 @@ logger = logging.getLogger("glimmer.engine")
 
 
 class CudaNetwork:
-    """A renderer with the kernels and the attention that pass their checks on its device.
-
-    Attributes:
-        fallbacks: what torch does instead, and why.
-    """
+    """A renderer with what passes its checks; `fallbacks` says why the rest does not."""
 
     def __init__(self, model: Renderer):
         config, dtype, device = model.config, model.proj_out.weight.dtype, model.proj_out.weight.device
@@ -39,7 +35,7 @@ class CudaNetwork:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Attend in the usual sizes, once and in the thread that will attend: libraries keep their plans by thread."""
+        """Plan attention in the usual sizes, once, in the thread that renders."""
         if self._is_warm:
             return
         self._is_warm, started = True, time.monotonic()

@@ -1,4 +1,4 @@
-"""What the device was given and the host has not heard of since: ticks, and images being decoded."""
+"""What is launched and not known to be over."""
 
 import time
 from collections import deque
@@ -12,7 +12,7 @@ from engine.renderer.runner import RendererRunner
 from engine.request import Request
 from engine.streams import Mark, Streams
 
-TICKS_BESIDE_DECODING = 2  # launched after it; the next one waits on the device until it is done
+TICKS_BESIDE_DECODING = 2  # the next one waits until it is over
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,7 @@ class Tick:
 
 @dataclass(eq=False)
 class Decoding:
-    """An image on its way to the host.
-
-    Args:
-        read: returns its pixels once `done` is reached.
-        finish: gets them.
-    """
+    """An image being decoded; `finish` gets what `read` returns at `done`."""
 
     rendering: Rendering
     read: Callable[[], Tensor]
@@ -50,7 +45,7 @@ class Decoding:
 
 
 class Ticks:
-    """Ticks in flight, oldest first: one that runs, and `Streams.ticks_ahead` that follow."""
+    """One tick that runs, and `Streams.ticks_ahead`; oldest first."""
 
     def __init__(self, streams: Streams):
         self._streams = streams
@@ -58,22 +53,22 @@ class Ticks:
 
     @property
     def has_room(self) -> bool:
-        """Return whether the host may launch another without waiting."""
+        """Return whether another may be launched without waiting."""
         return sum(not tick.ended.is_reached for tick in self._ticks) <= self._streams.ticks_ahead
 
     def begin(self) -> Mark:
-        """Mark the begin of a tick; wait until it is not further ahead of the device than it may be."""
+        """Wait until another may be launched; mark its begin."""
         waited_for = len(self._ticks) - self._streams.ticks_ahead
         for tick in list(self._ticks)[: max(0, waited_for)]:
             tick.ended.wait()
         return self._streams.mark("renderer")
 
     def add(self, renderings: list[Rendering], tokens: int, begun: Mark) -> None:
-        """Keep a tick that was launched."""
+        """Add a launched tick."""
         self._ticks.append(Tick(renderings, tokens, begun, self._streams.mark("renderer")))
 
     def take_finished(self) -> list[Tick]:
-        """Return ticks that have ended since the last call, and note the time for their images."""
+        """Remove ended ticks; note the time for their images."""
         finished: list[Tick] = []
         while self._ticks and self._ticks[0].ended.is_reached:
             finished.append(self._ticks.popleft())
@@ -89,7 +84,7 @@ class Ticks:
 
 
 class Decodings:
-    """Images being decoded in a lane of their own, oldest first."""
+    """Images in the decoder's lane, oldest first."""
 
     def __init__(self, streams: Streams, runner: RendererRunner):
         self._streams, self._runner = streams, runner
@@ -99,7 +94,7 @@ class Decodings:
         return len(self._decodings)
 
     def begin(self, rendering: Rendering, finish: Callable[[Tensor], None]) -> None:
-        """Decode after all ticks so far, beside later ones."""
+        """Decode after all ticks so far."""
         streams = self._streams
         with streams.on("decoder"):
             streams.follow("decoder", "renderer")
@@ -109,14 +104,14 @@ class Decodings:
             self._decodings.append(Decoding(rendering, read, finish, streams.mark("decoder")))
 
     def precede_tick(self) -> None:
-        """Let the next tick wait for what ticks have been running beside for too long."""
+        """Let the next tick wait for what is late."""
         for decoding in self._decodings:
             if decoding.ticks == TICKS_BESIDE_DECODING:
                 self._streams.wait_for("renderer", decoding.done)
             decoding.ticks += 1
 
     def take_finished(self) -> list[Decoding]:
-        """Return those that are done, in order."""
+        """Remove what is decoded, in order."""
         finished: list[Decoding] = []
         while self._decodings and self._decodings[0].done.is_reached:
             finished.append(self._decodings.popleft())

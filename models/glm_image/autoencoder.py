@@ -5,21 +5,17 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 TILE_OVERLAP = 0.25  # of a tile's side
-FULL_SIZE_TENSORS = 4  # alive at once, of the most channels at full size: three activations and cuDNN's workspace
+FULL_SIZE_TENSORS = 4  # at once, of the widest at full size: three activations, cuDNN's workspace
 
 
 class Autoencoder:
-    """The VAE, for one image at a time: the smallest fills a GPU, and an image's bytes depend on no other image.
-
-    Attributes:
-        max_pixels: of an image decoded as a whole. Larger ones are decoded in overlapping tiles, which are blended.
-    """
+    """The VAE, for one image at a time: a batch would gain nothing, and bytes depend on it."""
 
     def __init__(self, vae: AutoencoderKL):
         if vae.device.type == "cpu":
             vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # a third faster
         self.vae = vae
-        self.max_pixels = sys.maxsize
+        self.max_pixels = sys.maxsize  # decoded as a whole
         channels = vae.config.latent_channels  # type: ignore[attr-defined]
         mean, std = vae.config.latents_mean, vae.config.latents_std  # type: ignore[attr-defined]
         self._mean = torch.tensor(mean or [0.0] * channels, dtype=vae.dtype, device=vae.device).view(-1, 1, 1)
@@ -32,17 +28,17 @@ class Autoencoder:
 
     @property
     def bytes_per_pixel(self) -> int:
-        """Return the memory of decoding: 4 kB in the published size, 17 GB for 2048x2048."""
+        """Return the memory of decoding: 4 kB in the published size."""
         first, *others = self.vae.config.block_out_channels  # type: ignore[attr-defined]
         return FULL_SIZE_TENSORS * (others[0] if others else first) * self.vae.dtype.itemsize
 
     def limit_memory(self, available: int) -> None:
-        """Decode in tiles what would need more than `available` bytes."""
+        """Decode in tiles what needs more."""
         self.max_pixels = available // self.bytes_per_pixel
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode normalised latents [channels, H/8, W/8] to [H, W, 3] uint8; return also whether all was finite."""
+        """Decode normalised latents [channels, H/8, W/8]: [H, W, 3] uint8, and whether all is finite."""
         scaled = (latents.to(self.vae.dtype) * self._std + self._mean)[None]
         pixels = scaled[0, 0].numel() * self._scale**2
         image = (self._decode(scaled) if pixels <= self.max_pixels else self._decode_tiles(scaled))[0].float()
@@ -64,9 +60,9 @@ class Autoencoder:
         return self.vae.decode(latents, return_dict=False)[0]  # type: ignore[index,return-value]
 
     def _decode_tiles(self, latents: Tensor) -> Tensor:
-        """Decode squares of the checkpoint's size and blend them linearly.
+        """Blend overlapping squares of the checkpoint's size.
 
-        In a dozen operations a tile: diffusers' `tiled_decode` needs five for each row and column that is blended.
+        diffusers' `tiled_decode` launches operations for each blended row and column.
         """
         scale, side = self._scale, self.default_side // self._scale
         height, width = latents.shape[-2:]
@@ -84,13 +80,13 @@ class Autoencoder:
 
 
 def _starts(size: int, side: int) -> list[int]:
-    """Return where tiles begin that cover `size` and overlap by `TILE_OVERLAP` at least, evenly."""
+    """Return where tiles begin, evenly."""
     step = int(side * (1 - TILE_OVERLAP))
     count = max(0, -(-(size - side) // step))
     return [round(index * (size - side) / count) for index in range(count)] + [max(0, size - side)]
 
 
 def _ramp(size: int, blend: int, device: torch.device) -> Tensor:
-    """Return weights that rise over `blend` pixels from both ends."""
+    """Return weights that rise from both ends."""
     position = torch.arange(size, device=device)
     return (torch.minimum(position, size - 1 - position) + 1).clamp(max=blend) / blend

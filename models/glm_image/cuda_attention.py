@@ -1,8 +1,6 @@
 """Attention of packed sequences on a GPU.
 
-    T   tokens of a packed batch      H, D   heads and their dimension      S   tokens of a sequence's source images
-
-Keys and values [2, rows, H, D] have, for every sequence, those of its source images, then its own.
+Queries are [T, H, D]; keys and values [2, rows, H, D]: those of a sequence's source images, then its own.
 """
 
 import os
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Without it, cuDNN plans each new length for 0.06 to 0.44 s; with it, each power of two. Needs contiguous [1, T, H, D].
+# cuDNN plans each power of two, not each length (0.06 to 0.44 s). Needs contiguous [1, T, H, D].
 os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
 
 FA3 = "fa3"  # among the kernels, in logs and metrics
@@ -27,12 +25,12 @@ WARMED_PATCHES = (32 * 32, 64 * 64, 128 * 128)  # of 512x512, 1024x1024, 2048x20
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where sequences lie in queries, keys and values."""
+    """Where sequences lie."""
 
     q_spans: tuple[tuple[int, int], ...]  # (start, end) by sequence
     kv_spans: tuple[tuple[int, int], ...]
-    source_spans: tuple[tuple[int, int], ...]  # in keys and values, of sequences with source images
-    kv_rows: Tensor  # [T] int32: rows of the packed tokens
+    source_spans: tuple[tuple[int, int], ...]  # in keys and values
+    kv_rows: Tensor  # [T] int32
     q_starts: Tensor  # [sequences + 1] int32, as kv_starts
     kv_starts: Tensor
 
@@ -42,7 +40,7 @@ class AttentionLayout:
 
     @classmethod
     def of(cls, lengths: Sequence[int], sources: Sequence[int], device: torch.device) -> "AttentionLayout":
-        """Lay out sequences of `lengths` tokens that attend to `sources` further ones."""
+        """Lay out sequences that attend to `sources` further tokens."""
         q_ends = [0, *accumulate(lengths)]
         kv_ends = [0, *accumulate(length + source for length, source in zip(lengths, sources, strict=True))]
         rows = torch.cat([torch.arange(end - length, end) for end, length in zip(kv_ends[1:], lengths, strict=True)])
@@ -56,23 +54,19 @@ class AttentionLayout:
 
 
 class PackedAttention(Protocol):
-    """Attends from queries to the keys and values of their sequence."""
+    """`SequenceAttention` or `VarlenAttention`."""
 
     def backends(self) -> AbstractContextManager[object]:
-        """Select backends, once for many layers."""
+        """Select backends for many layers."""
         ...
 
     def __call__(self, q: Tensor, kv: Tensor, layout: AttentionLayout) -> Tensor:
-        """Attend from q [T, H, D]: [T, H * D]."""
+        """Return [T, H * D]."""
         ...
 
 
 class SequenceAttention:
-    """SDPA for one sequence after another.
-
-    Args:
-        order: of backends; None: torch's.
-    """
+    """SDPA by sequence, with an order of backends."""
 
     def __init__(self, order: Sequence[SDPBackend] | None = None):
         self._order = list(order or ())
@@ -84,7 +78,7 @@ class SequenceAttention:
             yield
 
     def __call__(self, q: Tensor, kv: Tensor, layout: AttentionLayout) -> Tensor:
-        """Attend; a sequence's bits depend on no other."""
+        """Attend, whatever other sequences there are."""
         queries, keys, values = (x.unsqueeze(0).transpose(1, 2) for x in (q, *kv.unbind()))  # [1, H, rows, D]
         attended: list[Tensor] = []
         for (start, end), (kv_start, kv_end) in zip(layout.q_spans, layout.kv_spans, strict=True):
@@ -95,13 +89,12 @@ class SequenceAttention:
 
 
 class VarlenAttention:
-    """FlashAttention 3 (package `fa3-fwd`): one launch for all sequences."""
+    """FlashAttention 3: one launch for all sequences."""
 
     def __init__(self, function: Any):
         self._function = function
 
     def backends(self) -> AbstractContextManager[object]:
-        """Select nothing."""
         return nullcontext()
 
     def __call__(self, q: Tensor, kv: Tensor, layout: AttentionLayout) -> Tensor:
@@ -111,7 +104,7 @@ class VarlenAttention:
 
 
 def preferred_backends(capability: tuple[int, int]) -> list[SDPBackend]:
-    """Order SDPA's backends: cuDNN is faster from Hopper on (609 to 368 TFLOP/s), FlashAttention 2 before."""
+    """Order backends: from Hopper on cuDNN is faster (609 to 368 TFLOP/s)."""
     fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     return [*(fast if capability >= (9, 0) else fast[::-1]), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -119,7 +112,7 @@ def preferred_backends(capability: tuple[int, int]) -> list[SDPBackend]:
 def choose_attention(
     heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[PackedAttention, dict[str, str]]:
-    """Return the fastest attention that agrees with SDPA, and why FlashAttention 3 is not it though installed."""
+    """Return the fastest attention, and why it is not FlashAttention 3 if that is installed."""
     if device.type != "cuda":
         return SequenceAttention(), {}
     default = SequenceAttention(preferred_backends(torch.cuda.get_device_capability(device)))
@@ -140,7 +133,7 @@ def check_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    """Return why a candidate cannot be used: what it raises, or how far from the default it is."""
+    """Return why a candidate cannot be used."""
     layout = AttentionLayout.of(CHECK_LENGTHS, CHECK_SOURCES, device)
     q, kv = _random(layout, heads, head_dim, dtype, device)
     try:
@@ -157,7 +150,7 @@ def check_attention(
 def warm_attention(
     attend: PackedAttention, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Attend once in the usual sizes, so that libraries choose and build their kernels: for this thread alone."""
+    """Attend in the usual sizes: libraries keep their plans by thread."""
     for patches in WARMED_PATCHES:
         layout = AttentionLayout.of([patches + 1, patches + 1], [0, 0], device)  # a glyph token at least
         with attend.backends():
@@ -165,7 +158,7 @@ def warm_attention(
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy numbers as int32 without waiting for the device: from pinned memory, which torch keeps until then."""
+    """Copy as int32, without waiting for the device."""
     numbers = numbers.int()
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 

@@ -62,7 +62,7 @@ def load(name: str) -> Any:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Multiply with the activation in the product's epilogue (cuBLASLt), where it costs no pass over memory."""
+    """Activate in the product's epilogue (cuBLASLt), without a pass over memory."""
     return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
 

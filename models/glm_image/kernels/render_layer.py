@@ -13,7 +13,7 @@ from torch import Tensor
 from models.glm_image.kernels.launch import launch, next_power_of_2
 
 EPS = 1e-5
-ROWS = 4  # tokens of a program: neighbours have the same vectors, which are read once
+ROWS = 4  # tokens of a program, mostly with the same vectors
 VALUES_PER_WARP = 512
 
 
@@ -129,7 +129,7 @@ def add_modulate(x: Tensor, delta: Tensor, gate: Tensor, shift: Tensor, scale: T
 
 
 def norm_rotate(qkv: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, q: Tensor, kv: Tensor) -> None:
-    """Normalise and rotate queries and keys; write them, and values, where attention reads them.
+    """Normalise and rotate queries and keys; write all for attention.
 
     Args:
         qkv: heads of queries, keys and values [T, 3 * H * D], contiguous.

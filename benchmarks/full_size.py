@@ -72,11 +72,11 @@ def run_parts(
     model: GlmImage, parts: tuple[str, ...], results: Results, bandwidth: float, flops: float, console: Console
 ) -> None:
     """Run the parts that need the whole model."""
-    if "check" in parts:
+    if "check" in parts or "planner" in parts:
         check_replays(model, console)
     if "planner" in parts:
         floor = Floor(planner_bytes(model.planner), model.planner.config.kv_bytes_per_token(2), bandwidth)
-        run_planner(model, floor, console)
+        run_planner(model, floor, results.measure, console)
     if "renderer" in parts:
         run_renderer(model, flops, results.measure, console)
     if "both" in parts:

@@ -4,7 +4,9 @@ Part of `python -m benchmarks.throughput --size full`. Weights are random, so lo
 seconds are stated apart.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +24,8 @@ from models.glm_image.model import GlmImage
 SIDE = 1024
 BATCHES = (1, 8, 16, 64)
 
+Measure = Callable[[str, Callable[[], Any]], Any]  # returns a figure by name, measured unless it is known
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -35,42 +39,59 @@ class Floor:
         return 1e3 * (self.weights + batch * context * self.token) / self.bandwidth
 
 
-def run_planner(model: GlmImage, floor: Floor, console: Console) -> None:
-    """Check replays, then measure passes.
-
-    Raises:
-        SystemExit: a replayed plan differs from the same pass run eagerly.
-    """
-    check_replays(model, console)
-    table = Table(title=f"plans of {SIDE}x{SIDE}, random weights")
+def run_planner(
+    model: GlmImage,
+    floor: Floor,
+    measure: Measure,
+    console: Console,
+    batches: Sequence[int] = BATCHES,
+    side: int = SIDE,
+) -> None:
+    """Measure passes without and with look-ahead, and transformers' planner."""
+    table = Table(title=f"plans of {side}x{side}, random weights")
     for heading in ("plans at once", "ms/pass", "floor", "ratio", "tokens/s", "s for all", "passes/plan", "s for all"):
         table.add_column(heading, justify="right")
-    for batch in BATCHES:
-        engine = engine_of(model, batch)
-        requests = specs(batch)
-        context = 100 + requests[0].image_plan_tokens / 2
-        runs = []
-        for look_ahead in (LookAhead({}), LookAhead(engine.planner.runner.measure_passes())):
-            engine.planner.look_ahead = look_ahead
-            plan(engine, requests[:1], 1)
-            runs.append(plan(engine, requests, batch))
-        without, with_look_ahead = runs
-        milliseconds, least = 1e3 * without.seconds / without.steps, floor.pass_ms(batch, context)
-        row = (milliseconds, least, milliseconds / least, without.tokens / without.seconds, without.seconds)
-        ahead = (with_look_ahead.steps / (with_look_ahead.plans / batch), with_look_ahead.seconds)
-        table.add_row(str(batch), *(f"{value:.2f}" for value in (*row, *ahead)))
-        del engine
-        torch.cuda.empty_cache()
+    for batch in batches:
+        least = floor.pass_ms(batch, 100 + specs(1, side)[0].image_plan_tokens / 2)
+        milliseconds, rate, seconds, *ahead = measure(f"plans {batch}", lambda: _plans(model, batch, side))  # noqa: B023
+        row = milliseconds, least, milliseconds / least, rate, seconds, *ahead
+        table.add_row(str(batch), *(f"{value:.2f}" for value in row))
     console.print(table)
-    alone, reference = plan(engine_of(model, 1), specs(1), 1), generated_per_second(model, SIDE)
-    rate = alone.tokens / alone.seconds
+    _, rate, *_ = measure("plans 1", lambda: _plans(model, 1, side))
+    reference = measure("plans by transformers", lambda: generated_per_second(model, side))
     console.print(
         f"one plan: {rate:.0f} tokens/s; transformers' generate: {reference:.0f}; {rate / reference:.1f} times"
     )
 
 
+def _plans(model: GlmImage, batch: int, side: int) -> list[float]:
+    """Return ms a pass, tokens/s and seconds, then passes a plan and seconds with look-ahead."""
+    engine, requests = engine_of(model, batch, side), specs(batch, side)
+    runs: list[Run] = []
+    for look_ahead in (LookAhead({}), LookAhead(engine.planner.runner.measure_passes())):
+        engine.planner.look_ahead = look_ahead
+        plan(engine, requests[:1], 1)
+        runs.append(plan(engine, requests, batch))
+    without, ahead = runs
+    del engine
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    rate = without.tokens / without.seconds
+    return [
+        1e3 * without.seconds / without.steps,
+        rate,
+        without.seconds,
+        ahead.steps / (ahead.plans / batch),
+        ahead.seconds,
+    ]
+
+
 def check_replays(model: GlmImage, console: Console) -> None:
-    """Compare plans of captured passes with those of the same passes run eagerly, to the bit."""
+    """Compare plans of captured passes with those of the same passes run eagerly, to the bit.
+
+    Raises:
+        SystemExit: they differ, or passes are not captured.
+    """
     engine = engine_of(model, 4)
     decoder = engine.planner.runner.decoder
     if not isinstance(decoder, GraphDecoder):
@@ -83,16 +104,17 @@ def check_replays(model: GlmImage, console: Console) -> None:
         raise SystemExit("a captured pass gives other plans than the same pass run eagerly")
 
 
-def engine_of(model: GlmImage, batch: int) -> Engine:
-    """Return an engine whose passes have `batch` rows, or as many as look-ahead pays for."""
-    spec = specs(1)[0]
+def engine_of(model: GlmImage, batch: int, side: int = SIDE) -> Engine:
+    """Return an engine that renders nothing; passes have `batch` rows, or as many as look-ahead pays for."""
+    spec = specs(1, side)[0]
     kv_tokens = max(batch, 10) * (spec.image_plan_tokens + 512)
-    limits = EngineLimits.choose(model, max_images=batch, min_planner_rows=batch, kv_tokens=kv_tokens)
-    return Engine(model, limits)
+    planner = replace(model, stage="plan")
+    limits = EngineLimits.choose(planner, max_images=batch, min_planner_rows=batch, kv_tokens=kv_tokens)
+    return Engine(planner, limits)
 
 
-def specs(count: int) -> list[JobSpec]:
-    return [JobSpec("a poster", SIDE, SIDE, seed=seed, num_inference_steps=1) for seed in range(count)]
+def specs(count: int, side: int = SIDE) -> list[JobSpec]:
+    return [JobSpec("a poster", side, side, seed=seed, num_inference_steps=1) for seed in range(count)]
 
 
 def plans(engine: Engine) -> list[list[int]]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.full_size_planner import Measure
 from benchmarks.measure import Measurement, drive
 from engine.engine import Engine
 from engine.geometry import Geometry
@@ -26,8 +27,6 @@ PROMPT = 'a poster with top headline "SUMMER SALE"'
 SIDE = 1024
 CONCURRENCY = (1, 4, 16)
 TARGETS = {(512, 8): 1.5, (1024, 1): 1.35, (2048, 1): 1.4}  # times the floor, by side and images at once
-
-Measure = Callable[[str, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import admission, scaling
 from benchmarks.full_size import Results, planner_bytes, run_full_size, run_parts
 from benchmarks.full_size_check import compare_fused
+from benchmarks.full_size_planner import Floor, run_planner
 from benchmarks.full_size_renderer import Case, renderer_flop, run_both, run_renderer
 from benchmarks.measure import Measurement, merge
 from benchmarks.planning import in_turns, plan
@@ -104,10 +105,11 @@ def test_the_parts_of_the_full_size_run_and_are_not_measured_twice(model: GlmIma
     for _ in range(2):
         measured: list[str] = []
         measure = counted(Results(file, "a card"), measured)
+        run_planner(model, Floor(10**9, 100, 1e12), measure, console, batches=(1, 2), side=64)
         run_renderer(model, 1e12, measure, console, [Case(64, 1), Case(64, 2)], steps=2)
         run_both(model, measure, console, side=64, steps=2, concurrency=(1, 2))
         counts.append(len(measured))
-    assert counts == [2 + 1 + 1 + 4, 0]
+    assert counts == [2 + 1 + 2 + 1 + 1 + 4, 0]
     assert Results(file, "another card").measure("VAE 64", lambda: 0) == 0
     printed = console.export_text()
     assert printed.count("64x64, 2 at once") == 2

@@ -3,6 +3,7 @@
 Queries are [T, H, D]; keys and values [2, rows, H, D]: those of a sequence's source images, then its own.
 """
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # cuDNN plans each power of two, not each length (0.06 to 0.44 s). Needs contiguous [1, T, H, D].
 os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
 
+FA3_MODULE = "fa3_fwd_interface"  # of the package `fa3-fwd`
 FA3 = "fa3"  # among the kernels, in logs and metrics
 CHECK_LENGTHS, CHECK_SOURCES = (300, 65, 1, 700), (0, 130, 0, 5)
 WARMED_PATCHES = (32 * 32, 64 * 64, 128 * 128)  # of 512x512, 1024x1024, 2048x2048
@@ -117,10 +119,11 @@ def choose_attention(
         return SequenceAttention(), {}
     default = SequenceAttention(preferred_backends(torch.cuda.get_device_capability(device)))
     try:
-        import fa3_fwd_interface  # type: ignore[import-not-found]
-    except ImportError:  # optional
-        return default, {}
-    candidate = VarlenAttention(fa3_fwd_interface.flash_attn_varlen_func)
+        candidate = VarlenAttention(importlib.import_module(FA3_MODULE).flash_attn_varlen_func)
+    except ModuleNotFoundError as error:
+        return default, {} if error.name == FA3_MODULE else {FA3: str(error)}
+    except Exception as error:  # of a library built for another torch or card
+        return default, {FA3: _first_line(error)}
     failure = check_attention(candidate, default, heads, head_dim, dtype, device)
     return (default, {FA3: failure}) if failure else (candidate, {})
 
@@ -141,8 +144,8 @@ def check_attention(
             expected = default(2 * q, kv, layout).double()
         with candidate.backends():
             error = float((candidate(2 * q, kv, layout).double() - expected).abs().max())
-    except Exception as e:  # of a library built for another torch or card
-        return f"{type(e).__name__}: {e}".splitlines()[0]
+    except Exception as error:
+        return _first_line(error)
     bound = max(1e-4, 6 * torch.finfo(dtype).eps)
     return None if error <= bound else f"differs from SDPA by {error:.2g}, more than {bound:.2g}"
 
@@ -161,6 +164,10 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Copy as int32, without waiting for the device."""
     numbers = numbers.int()
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _random(

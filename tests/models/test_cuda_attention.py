@@ -2,6 +2,7 @@
 
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,8 +100,26 @@ def test_flash_attention_is_used_if_it_agrees(
     assert failure is None or (failures[FA3].startswith(failure) and "\n" not in failures[FA3])
 
 
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        ("raise ImportError('libcudart.so.13: cannot open shared object file')", "ImportError: libcudart.so.13"),
+        ("import einops_is_missing", "No module named 'einops_is_missing'"),
+        ("raise RuntimeError('built for another torch')", "RuntimeError: built for"),
+    ],
+)
+def test_an_installed_library_that_cannot_be_imported_is_named(
+    code: str, failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fa3_fwd_interface.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attend, failures = choose_attention(*SIZES[:-1], torch.device("cuda"))
+    assert isinstance(attend, SequenceAttention)
+    assert failures[FA3].startswith(failure)
+
+
 def test_without_it_backends_are_ordered_by_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     attend, failures = choose_attention(*SIZES[:-1], torch.device("cuda"))
     assert isinstance(attend, SequenceAttention)

@@ -109,7 +109,8 @@ class SimulatedStreams:
     def _mark(self, lane: Lane) -> SimulatedMark:
         self.log.append(("mark", lane))
         after = [*self._before.pop(lane, []), *([self._last[lane]] if lane in self._last else [])]
-        clock = later(self.known[lane], {lane: self.count[lane]})
+        self.count[lane] += 1
+        clock = later(self.known[lane], self.host, {lane: self.count[lane]})
         self._last[lane] = SimulatedMark(self, lane, clock, after, self._copies.pop(lane, []))
         return self._last[lane]
 

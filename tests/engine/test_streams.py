@@ -80,7 +80,7 @@ def expected(model: GlmImage) -> dict[tuple[str, str, int], torch.Tensor]:
     return results(run(engine, requests_of(engine, SPECS)))
 
 
-@pytest.mark.parametrize(("seed", "speed"), [(0, 0.02), (1, 0.3), (2, 1.0)])
+@pytest.mark.parametrize(("seed", "speed"), [(0, 0.02), (1, 0.3)])
 def test_images_are_read_when_they_are_done_in_any_order_of_the_device(
     model: GlmImage, expected: dict[tuple[str, str, int], torch.Tensor], seed: int, speed: float
 ) -> None:
@@ -152,7 +152,7 @@ def test_a_step_plans_beneath_a_tick_and_launches_the_next_before_it_ends(model:
     run(engine, [])
 
 
-@pytest.mark.parametrize(("steps", "speed"), [(3, 0.5), (60, 0.0), (90, 0.5)])
+@pytest.mark.parametrize(("steps", "speed"), [(3, 0.5), (60, 0.0)])
 def test_a_request_that_is_cancelled_in_flight_changes_no_other(
     model: GlmImage, expected: dict[tuple[str, str, int], torch.Tensor], steps: int, speed: float
 ) -> None:

@@ -12,10 +12,11 @@ from tests.planting import Bug, copied, run_tests, try_all, try_bug
 WORKER, RUNNER, WATCHDOG, PLAN_CACHE, CAPACITY = (
     f"engine/worker/{name}.py" for name in ("worker", "job_runner", "watchdog", "plan_cache", "capacity")
 )
-PREPARATION, BOUNDARY, RENDERER, GLYPHS, FOLLOWER = (
+PREPARATION, BOUNDARY, RENDERER, IN_FLIGHT, GLYPHS, FOLLOWER = (
     "engine/preparation.py",
     "engine/fault_boundary.py",
     "engine/renderer/stage.py",
+    "engine/renderer/in_flight.py",
     "models/glm_image/glyphs.py",
     "engine/jobs/follower.py",
 )
@@ -35,7 +36,7 @@ IMAGES = "server/image_files/images.py"
 COLOURS, IMAGE_ERRORS = "tests/server/test_image_colours.py", "tests/server/test_image_errors.py"
 
 CLAIMS, WORKS, ENDS, FAULTS = (f"tests/engine/test_worker{name}.py" for name in ("_claims", "", "_ends", "_faults"))
-PREPARING = "tests/engine/test_preparation.py"
+PREPARING, STREAMS = "tests/engine/test_preparation.py", "tests/engine/test_streams.py"
 PATIENCE = "tests/jobs/test_waiting.py::test_patience_with_redis_begins_anew_after_each_answer"
 ADMITTING, DECODING, DYING, GATING, JOBS_API, KEYING, LIMITING, LIVE, ORDER, STOPPING, SUPERVISING, BUDGET = (
     f"tests/server/test_{name}.py"
@@ -269,6 +270,41 @@ BUGS = [
         '    check_quoted_strings("negative_prompt", spec.negative_prompt, spec.quotes)\n',
         "",
         f"{PREPARING}::test_long_texts_are_refused_before_any_model_work",
+    ),
+    Bug(
+        "an image is decoded before its last tick ends",
+        IN_FLIGHT,
+        '            streams.follow("decoder", "renderer")\n',
+        "",
+        f"{STREAMS}::test_images_are_read_when_they_are_done_in_any_order_of_the_device",
+    ),
+    Bug(
+        "latents may be freed while they are decoded",
+        IN_FLIGHT,
+        'streams.keep(tensor, "decoder")',
+        "assert tensor is not None",
+        f"{STREAMS}::test_images_are_read_when_they_are_done_in_any_order_of_the_device",
+    ),
+    Bug(
+        "pixels are read before they are copied",
+        IN_FLIGHT,
+        "while self._decodings and self._decodings[0].done.is_reached:",
+        "while self._decodings:",
+        f"{STREAMS}::test_images_are_read_when_they_are_done_in_any_order_of_the_device",
+    ),
+    Bug(
+        "ticks are launched without end",
+        IN_FLIGHT,
+        "            tick.ended.wait()\n        return self._streams.mark",
+        "            assert tick\n        return self._streams.mark",
+        f"{STREAMS}::test_the_host_is_one_tick_ahead_and_decoding_two_behind",
+    ),
+    Bug(
+        "ticks overtake decoding for ever",
+        IN_FLIGHT,
+        'self._streams.wait_for("renderer", decoding.done)',
+        "pass",
+        f"{STREAMS}::test_the_host_is_one_tick_ahead_and_decoding_two_behind",
     ),
     Bug(
         "work without signs of life",

@@ -1,7 +1,7 @@
 """Arithmetic that gives a row the same bits in every batch, on CPUs only.
 
-* A matrix product's kernel and order of sums depend on its rows (float32, K=256: 9 and 600 differ in the last bits), so
-  it runs on padded tiles of a fixed height.
+* The kernel and order of sums of MKL's products depend on their rows (float32, K=256: 9 and 600 differ in the last
+  bits), so they run on padded tiles of a fixed height.
 * SiLU rounds differently in the vector loop and its scalar tail, so every thread's share is whole vectors.
 
 Cost on two cores (float32, 4096 rows, K=256, N=1024): tiles of 256 rows 0-5%, 128 rows 0-15%, 32 rows 40%; and half a

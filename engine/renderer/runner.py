@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable, Generator
 from functools import lru_cache
 
@@ -6,6 +7,9 @@ from torch import Tensor
 
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import TokenGrid
+from engine.observability.logs import event
+from engine.planner.threads import threads
+from engine.renderer.allocator import keep_freed_memory
 from engine.renderer.cuda_network import CudaNetwork
 from engine.renderer.glyphs import GlyphCache
 from engine.renderer.modulations import ModulationCache
@@ -17,8 +21,11 @@ from engine.request import Image, Request
 from engine.streams import Streams, upload
 from models.batch_invariant import choose_tile_height, padded
 from models.errors import NonFiniteError
+from models.glm_image.cpu_renderer import CpuRenderer, choose_cpu_renderer
 from models.glm_image.model import GlmImage
 from models.glm_image.renderer import RendererBatch, patchify, rotary_angles, unpatchify
+
+logger = logging.getLogger("glimmer.engine")
 
 TILE_HEIGHT = 256  # on CPU
 PREVIEW_STEPS = 4  # without guidance: a preview is early
@@ -36,13 +43,23 @@ class RendererRunner:
         self.source_kv = SourceKVCache(model, self.tile_height)
         self.modulations = ModulationCache(model.renderer)
         self._cuda = CudaNetwork(model.renderer) if model.device.type == "cuda" else None
-        self._network: Network = self._cuda.forward if self._cuda else model.renderer
-        self.fallbacks = self._cuda.fallbacks if self._cuda else {}
+        self._network, self.fallbacks, self._row_multiple = self._choose_network()
+        self._threads = 1 if isinstance(self._network, CpuRenderer) else None  # it has threads of its own
         self._packed: PackedRenderings | None = None
         self.glyphs = GlyphCache(model)
         self._angles = lru_cache(maxsize=8)(self._rotary_angles)  # up to 8 MB each
         with torch.inference_mode():
             self._no_plan = self.renderer.no_plan()
+
+    def _choose_network(self) -> tuple[Network, dict[str, str], int | None]:
+        """Return what runs ticks, what torch does instead of it, and what T is a multiple of."""
+        if self._cuda:
+            return self._cuda.forward, self._cuda.fallbacks, None
+        keep_freed_memory()
+        cpu, failures = choose_cpu_renderer(self.renderer)
+        for name, reason in failures.items():
+            event(logger, "kernel_replaced", logging.WARNING, kernel=name, reason=reason)
+        return (cpu, failures, None) if cpu else (self.renderer, failures, self.tile_height)
 
     def warm_up(self) -> None:
         """Let a GPU's libraries choose their kernels, in the thread that launches ticks."""
@@ -115,9 +132,12 @@ class RendererRunner:
         if self._packed is not None and any(r.request is request for r in self._packed.renderings):
             self._packed = None
 
-    @torch.inference_mode()
     def advance(self, renderings: list[Rendering]) -> None:
         """Advance every image by one step. If it raises, no image has changed."""
+        with threads(self._threads), torch.inference_mode():
+            self._advance(renderings)
+
+    def _advance(self, renderings: list[Rendering]) -> None:
         packed = self._pack(renderings)
         latents = torch.cat([r.latents for r in renderings])
         velocity = self._network(self._inputs(packed, latents), self.modulations.of_step(renderings), packed.batch)
@@ -131,7 +151,7 @@ class RendererRunner:
 
     def padding(self, tokens: int) -> int:
         """Return the padding of packed tokens."""
-        return padded(tokens, self.tile_height) - tokens
+        return padded(tokens, self._row_multiple) - tokens
 
     @torch.inference_mode()
     def decode(self, rendering: Rendering) -> Callable[[], Tensor]:
@@ -179,7 +199,7 @@ class RendererRunner:
         if last is None or len(last.renderings) != len(renderings) or any(
             old is not new for old, new in zip(last.renderings, renderings, strict=True)
         ):  # fmt: skip
-            self._packed = lay_out(renderings, self._no_plan, self.tile_height)
+            self._packed = lay_out(renderings, self._no_plan, self._row_multiple)
         assert self._packed is not None
         return self._packed
 

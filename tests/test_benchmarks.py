@@ -20,6 +20,7 @@ from benchmarks.full_size_renderer import Case, renderer_flop, run_both, run_ren
 from benchmarks.measure import Measurement, merge
 from benchmarks.planning import in_turns, plan
 from benchmarks.reference_planner import reference_planner
+from benchmarks.rendering import counted_step
 from benchmarks.streaming import measure as measure_streams
 from benchmarks.streaming import run as run_streaming
 from benchmarks.throughput import requests, run_small
@@ -174,3 +175,16 @@ def test_admission_counts_accepted_and_refused_requests(capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "closed loop" in printed
     assert "open loop, 40/s" in printed
+
+
+@pytest.mark.parametrize("side", [128, 256])
+def test_a_step_does_little_more_than_its_arithmetic(model: GlmImage, side: int) -> None:
+    """Hold FLOP, bytes and operations of a guided image: nothing is computed again that steps share."""
+    counter, tokens = counted_step(model, side, 1)
+    config, sequence = model.renderer.config, tokens / 2
+    products = 24 * config.dim**2 * tokens * config.num_layers
+    attention = 2 * 4 * sequence**2 * config.dim * config.num_layers
+    assert 1 <= counter.flop / (products + attention) <= 1.2  # rows of input and output, and 16 rows of padding
+    scores = 2 * sequence**2 * config.num_attention_heads * config.num_layers
+    assert counter.bytes <= 4 * (5 * scores + 80 * tokens * config.dim * config.num_layers)
+    assert counter.operations <= 30 + 2 * config.num_layers * (25 + 4 * config.num_attention_heads)

@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from models.device_copies import begin_download
+
 Lane = Literal["planner", "renderer", "decoder"]
 PRIORITIES: dict[Lane, int] = {"planner": -2, "renderer": -1, "decoder": 0}  # lower numbers go first
 
@@ -150,17 +152,9 @@ class CudaStreams:
             tensor.record_stream(self._streams[lane])
 
     def copy_to_host(self, tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        return begin_download(tensor)
 
 
 def streams_of(device: torch.device) -> Streams:
     """Return a device's streams."""
     return CudaStreams(device) if device.type == "cuda" else HostStreams()
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting: torch keeps the pinned memory."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -9,6 +9,8 @@ from queue import SimpleQueue
 
 import torch
 
+from models.threads import threads
+
 Task = Callable[[], None]
 Ends = SimpleQueue[BaseException | None]
 
@@ -30,15 +32,11 @@ class Workers:
             BaseException: of a task that failed, when all threads are idle; the rest may not have run.
         """
         remaining, ends, helpers = deque(tasks), Ends(), min(len(tasks), self.count) - 1
-        threads = torch.get_num_threads()
         with self._lock:
             for _ in range(helpers):
                 self._batches.put((remaining, ends))
-            torch.set_num_threads(1)
-            try:
+            with threads(1):
                 ends.put(self._work(remaining))
-            finally:
-                torch.set_num_threads(threads)
             ended = [ends.get() for _ in range(helpers + 1)]
         if errors := [end for end in ended if end]:
             raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # what broke it

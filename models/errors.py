@@ -1,4 +1,4 @@
-"""Errors of checkpoints and inputs."""
+"""Errors of checkpoints and inputs, and how to name those of libraries."""
 
 
 class CheckpointError(Exception):
@@ -15,3 +15,8 @@ class SourceImageError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A network's output is infinite or not a number."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -9,6 +9,7 @@ from engine.geometry import Grid
 from engine.planner.lookahead import guess_sources
 from engine.planner.sampler import uniforms
 from engine.planner.scheduler import Sequence
+from models.device_copies import upload
 from models.glm_image.config import SamplingDefaults
 from models.glm_image.planner import plan_positions
 
@@ -46,10 +47,10 @@ class SequenceBuffers:
         positions, sources = self._of_grids(tuple(spec.grids))
         self.positions[line, :total] = positions + start
         self.guess_sources[line, :total] = sources
-        self.uniforms[line, :total] = uniforms(sequence.image.seed, total).to(self.device, non_blocking=True)
+        self.uniforms[line, :total] = upload(uniforms(sequence.image.seed, total), self.device)
         self.temperature[line] = sampling.temperature if spec.temperature is None else spec.temperature
         self.top_p[line] = sampling.top_p if spec.top_p is None else spec.top_p
-        blocks = torch.tensor(sequence.blocks, dtype=torch.int32).to(self.device, non_blocking=True)
+        blocks = upload(torch.tensor(sequence.blocks, dtype=torch.int32), self.device)
         self.blocks[line, : len(blocks)] = blocks
         self.prompt_lengths[line], self.totals[line] = sequence.prompt_length, total
         self.progress[:, line] = 0

@@ -4,6 +4,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.device_copies import begin_download
+
 
 class CudaGraphs:
     """Captures work of a CUDA device. All graphs share a memory pool: they run one after another."""
@@ -25,8 +27,7 @@ class CudaGraphs:
 
     def copy(self, tensor: Tensor) -> Callable[[], list[Any]]:
         """Begin a copy to the host; return what waits for it."""
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
+        host = begin_download(tensor)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
 

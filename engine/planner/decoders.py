@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.device_errors import is_lost_device
+from engine.observability.fallbacks import log_fallbacks
 from engine.observability.logs import event
 from engine.planner.cuda_graphs import CudaGraphs
 from engine.planner.decode_step import DecodeStep, Sample
@@ -67,8 +68,7 @@ def cuda_decoder(
             if is_lost_device(error):
                 raise
             decoder, failures[GRAPHS] = None, str(error).splitlines()[0]
-    for name, reason in failures.items():
-        event(logger, "kernel_replaced", logging.WARNING, kernel=name, reason=reason)
+    log_fallbacks(failures)
     return decoder, failures
 
 

@@ -6,11 +6,11 @@ from torch import Tensor
 from engine.planner.decode_step import DecodeStep
 from engine.planner.passes import Pass, rows_of
 from engine.planner.scheduler import Sequence
-from engine.planner.threads import threads
 from models.batch_invariant import choose_tile_height, padded
 from models.glm_image.decode_attention import DecodeAttention
 from models.glm_image.paged_attention import PagedKV, SequenceKV
 from models.glm_image.planner import PlannerBatch, Rotary
+from models.threads import threads
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # on other devices than CPUs
 TILE_HEIGHT = 16  # on CPUs

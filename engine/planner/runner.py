@@ -16,13 +16,14 @@ from engine.planner.decoders import batch_sizes, cuda_decoder
 from engine.planner.host_decoder import HostDecoder
 from engine.planner.passes import Decoder, Pass
 from engine.planner.scheduler import PromptGroup, Sequence
-from engine.planner.threads import threads
 from engine.request import Request
 from models.batch_invariant import choose_tile_height, padded
+from models.device_copies import upload
 from models.errors import NonFiniteError
 from models.glm_image.config import SamplingDefaults
 from models.glm_image.paged_attention import PagedKV, PrefillAttention, PromptChunk, SequenceKV
 from models.glm_image.planner import Planner, PlannerBatch, RotaryTable
+from models.threads import threads
 
 PREFILL_TILE_HEIGHT = 128
 ONE_THREAD_UP_TO = 16_000_000  # parameters: CPU threads would mostly wait
@@ -83,7 +84,7 @@ class PlannerRunner:
         size = padded(sum(lengths), self.prefill_tile_height)
         tokens = [token for group in groups for token in group.request.prompt_ids[group.start : group.end]]
         positions = torch.cat([_prompt_positions(group.request)[group.start : group.end] for group in groups])
-        positions = F.pad(positions, (0, 0, 0, size - len(positions))).to(self.device, non_blocking=True)
+        positions = upload(F.pad(positions, (0, 0, 0, size - len(positions))), self.device)
         slots = [s for g in groups for s in self.kv.slots(g.sequences[0].blocks, range(g.start, g.end))]
         chunks = [PromptChunk(SequenceKV(self.kv, g.sequences[0].blocks), g.start, g.end) for g in groups]
         attention = PrefillAttention(self.kv, chunks, self._to_device(slots))
@@ -166,7 +167,7 @@ class PlannerRunner:
                 self.kv.copy_block(first.blocks[index], other.blocks[index])
 
     def _to_device(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+        return upload(torch.tensor(values, dtype=torch.long), self.device)
 
 
 def _shortest(work: Callable[[], object], repeats: int = 5, most_seconds: float = 0.3) -> float:

@@ -6,6 +6,7 @@ import time
 import torch
 from torch import Tensor
 
+from engine.observability.fallbacks import log_fallbacks
 from engine.observability.logs import event
 from models.glm_image.cuda_attention import WARMED_PATCHES, choose_attention, warm_attention
 from models.glm_image.fused_renderer import FusedRenderer
@@ -26,8 +27,7 @@ class CudaNetwork:
         self._is_warm = False
         self._fused = FusedRenderer(model, kernels, self._attend)
         self.fallbacks = kernels.failures | failures
-        for name, reason in self.fallbacks.items():
-            event(logger, "kernel_replaced", logging.WARNING, kernel=name, reason=reason)
+        log_fallbacks(self.fallbacks)
 
     def forward(self, x: Tensor, modulations: Tensor, batch: RendererBatch) -> Tensor:
         """Predict velocities as `Renderer.forward`. Overwrites x."""

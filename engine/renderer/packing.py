@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from engine.renderer.rendering import Rendering
-from engine.streams import upload
 from models.batch_invariant import elementwise, padded
+from models.device_copies import upload
 from models.glm_image.render_operations import RendererBatch
 
 

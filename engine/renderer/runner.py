@@ -1,4 +1,3 @@
-import logging
 from collections.abc import Callable, Generator
 from functools import lru_cache
 
@@ -7,8 +6,7 @@ from torch import Tensor
 
 from engine.geometry import CELL, Geometry
 from engine.jobs.job import TokenGrid
-from engine.observability.logs import event
-from engine.planner.threads import threads
+from engine.observability.fallbacks import log_fallbacks
 from engine.renderer.allocator import keep_freed_memory
 from engine.renderer.cuda_network import CudaNetwork
 from engine.renderer.glyphs import GlyphCache
@@ -18,14 +16,14 @@ from engine.renderer.rendering import Rendering
 from engine.renderer.source_kv import SourceKVCache
 from engine.renderer.timesteps import initial_noise, partial_steps, schedule
 from engine.request import Image, Request
-from engine.streams import Streams, upload
+from engine.streams import Streams
 from models.batch_invariant import choose_tile_height, padded
+from models.device_copies import upload
 from models.errors import NonFiniteError
 from models.glm_image.cpu_renderer import CpuRenderer, choose_cpu_renderer
 from models.glm_image.model import GlmImage
 from models.glm_image.renderer import RendererBatch, patchify, rotary_angles, unpatchify
-
-logger = logging.getLogger("glimmer.engine")
+from models.threads import threads
 
 TILE_HEIGHT = 256  # on CPU
 PREVIEW_STEPS = 4  # without guidance: a preview is early
@@ -57,8 +55,7 @@ class RendererRunner:
             return self._cuda.forward, self._cuda.fallbacks, None
         keep_freed_memory()
         cpu, failures = choose_cpu_renderer(self.renderer)
-        for name, reason in failures.items():
-            event(logger, "kernel_replaced", logging.WARNING, kernel=name, reason=reason)
+        log_fallbacks(failures)
         return (cpu, failures, None) if cpu else (self.renderer, failures, self.tile_height)
 
     def warm_up(self) -> None:

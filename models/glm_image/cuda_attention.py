@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.device_copies import upload
+from models.errors import first_line
+
 # cuDNN plans each power of two, not each length (0.06 to 0.44 s). Needs contiguous [1, T, H, D].
 os.environ.setdefault("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
 
@@ -51,7 +54,7 @@ class AttentionLayout:
             tuple(pairwise(q_ends)),
             tuple(pairwise(kv_ends)),
             tuple((start, start + source) for start, source in starts if source),
-            *(to_device(numbers, device) for numbers in (rows, torch.tensor(q_ends), torch.tensor(kv_ends))),
+            *(upload(numbers.int(), device) for numbers in (rows, torch.tensor(q_ends), torch.tensor(kv_ends))),
         )
 
 
@@ -123,7 +126,7 @@ def choose_attention(
     except ModuleNotFoundError as error:
         return default, {} if error.name == FA3_MODULE else {FA3: str(error)}
     except Exception as error:  # of a library built for another torch or card
-        return default, {FA3: _first_line(error)}
+        return default, {FA3: first_line(error)}
     failure = check_attention(candidate, default, heads, head_dim, dtype, device)
     return (default, {FA3: failure}) if failure else (candidate, {})
 
@@ -145,7 +148,7 @@ def check_attention(
         with candidate.backends():
             error = float((candidate(2 * q, kv, layout).double() - expected).abs().max())
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     bound = max(1e-4, 6 * torch.finfo(dtype).eps)
     return None if error <= bound else f"differs from SDPA by {error:.2g}, more than {bound:.2g}"
 
@@ -158,16 +161,6 @@ def warm_attention(
         layout = AttentionLayout.of([patches + 1, patches + 1], [0, 0], device)  # a glyph token at least
         with attend.backends():
             attend(*_random(layout, heads, head_dim, dtype, device), layout)
-
-
-def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy as int32, without waiting for the device."""
-    numbers = numbers.int()
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _random(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.planner.threads import threads
+from models.threads import threads
 
 
 @pytest.fixture(scope="module")

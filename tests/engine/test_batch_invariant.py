@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.planner.threads import threads
 from models.batch_invariant import GRAIN, Linear, elementwise, padded
 from models.glm_image.model import GlmImage
+from models.threads import threads
 from tests.checkpoints import small_engine
 
 CPU = torch.device("cpu")

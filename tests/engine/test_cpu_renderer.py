@@ -10,12 +10,12 @@ from torch import Tensor
 
 import models.glm_image.cpu_renderer
 from engine.jobs.job import JobSpec
-from engine.planner.threads import threads
 from models.glm_image.config import RendererConfig
 from models.glm_image.cpu_renderer import CpuRenderer
 from models.glm_image.model import GlmImage
 from models.glm_image.random_weights import randomise
 from models.glm_image.renderer import Renderer, RendererBatch, rotary_angles, stack_modulations
+from models.threads import threads
 from tests.checkpoints import small_engine
 
 SPEC = JobSpec('a "B"', 64, 96, seed=1, num_inference_steps=2)

@@ -9,7 +9,8 @@ import torch
 
 from engine.geometry import MAX_SIDE
 from engine.renderer.stage import LARGEST_TICK, TICK_WIDTHS
-from engine.streams import CudaMark, CudaStreams, HostStreams, streams_of, upload
+from engine.streams import CudaMark, CudaStreams, HostStreams, streams_of
+from models.device_copies import upload
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 

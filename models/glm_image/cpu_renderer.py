@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from models.batch_invariant import padded
 from models.cpu_workers import workers
+from models.errors import first_line
 from models.glm_image.cpu_layer import ROW_MULTIPLE, before_attention, from_attention, modulate, product, scripted
-from models.glm_image.fused_planner import join_projections
+from models.glm_image.joined_weights import JoinedLayer
 from models.glm_image.render_operations import RendererBatch
 from models.glm_image.renderer import LAYER_VECTORS, Renderer, RendererLayer
 
@@ -51,8 +52,7 @@ class _Sequence:
         self._heads, self._head_dim = dim // head_dim, head_dim
         rows, padding = slice(start, start + length), (0, 0, 0, 0, 0, self.size - length)
         self.cos, self.sin = (F.pad(table[rows, None], padding) for table in (batch.cos, batch.sin))
-        self.segments = [(max(a, start) - start, min(b, start + length) - start, i) for a, b, i in batch.segments]
-        self.segments = [(a, b, i) for a, b, i in self.segments if a < b]
+        self.segments = _within(batch.segments, rows)
         self.segments[-1] = self.segments[-1][0], self.size, self.segments[-1][2]
 
     def allocate(self, is_shared: bool) -> None:
@@ -74,8 +74,7 @@ class _Part:
         self.length = min(rows.stop, sequence.length) - rows.start  # without padding
         self.packed = slice(sequence.start + rows.start, sequence.start + rows.start + self.length)
         self.x, self.attended = sequence.x[rows], sequence.attended[rows]
-        cut = [(max(a, rows.start) - rows.start, min(b, rows.stop) - rows.start, i) for a, b, i in sequence.segments]
-        self.segments = [(a, b, i) for a, b, i in cut if a < b]
+        self.segments = _within(sequence.segments, rows)
 
 
 class CpuRenderer:
@@ -84,7 +83,7 @@ class CpuRenderer:
     def __init__(self, model: Renderer):
         config = model.config
         self._model, self._heads, self._head_dim = model, config.num_attention_heads, config.attention_head_dim
-        self._layers = [_parts(cast(RendererLayer, layer)) for layer in model.transformer_blocks]
+        self._layers = [_layer(cast(RendererLayer, layer)) for layer in model.transformer_blocks]
         weight = model.proj_out.weight
         # On queries and keys alike: scores are exponents of 2, divided by the root of D.
         self._key_scale = math.sqrt(math.log2(math.e) / math.sqrt(self._head_dim))
@@ -183,7 +182,7 @@ def choose_cpu_renderer(model: Renderer) -> tuple[CpuRenderer | None, dict[str, 
         renderer = CpuRenderer(model)
         workers(1).run([lambda: failures.append(renderer.check())])  # with one thread, as it is used
     except (RuntimeError, AttributeError) as error:  # no such operation, or not for this processor
-        return None, {"onednn": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return None, {"onednn": first_line(error)}
     [failure] = failures
     return (renderer, {}) if failure is None else (None, {"onednn": failure})
 
@@ -193,6 +192,12 @@ def _sequences(batch: RendererBatch, x: Tensor) -> Iterator[_Sequence]:
     for length, source_kv in zip(batch.lengths, batch.source_kv or [None] * len(batch.lengths), strict=True):
         yield _Sequence(batch, start, length, source_kv, x.shape[1], x)
         start += length
+
+
+def _within(segments: list[tuple[int, int, int]], rows: slice) -> list[tuple[int, int, int]]:
+    """Return the parts of segments in `rows`, counted from their first."""
+    cut = [(max(start, rows.start), min(end, rows.stop), index) for start, end, index in segments]
+    return [(start - rows.start, end - rows.start, index) for start, end, index in cut if start < end]
 
 
 def _cut(sequences: Iterable[_Sequence], threads: int) -> Iterator[_Part]:
@@ -209,13 +214,10 @@ def _cut(sequences: Iterable[_Sequence], threads: int) -> Iterator[_Part]:
             yield _Part(sequence, slice(start, min(start + height, sequence.size)), barrier)
 
 
-def _parts(layer: RendererLayer) -> _Layer:
-    attention, (gelu, _, outer) = layer.attn1, layer.ff.net
-    weight, bias = join_projections(attention.to_q, attention.to_k, attention.to_v)
-    assert bias is not None
-    dim = len(weight) // 3
-    joined = [weight[: 2 * dim], bias[: 2 * dim], weight[2 * dim :], bias[2 * dim :]]
-    others = (cast(nn.Linear, part) for part in (attention.to_out[0], gelu.proj, outer))
-    return _Layer(
-        joined + [tensor for part in others for tensor in (part.weight, part.bias)], cast(nn.Identity, layer.ff.net[1])
-    )
+def _layer(layer: RendererLayer) -> _Layer:
+    """Join queries and keys, which are normalised and rotated, apart from values."""
+    joined = JoinedLayer.of(layer)
+    weight, bias = joined.qkv
+    queries_keys = 2 * len(weight) // 3
+    split = [weight[:queries_keys], bias[:queries_keys], weight[queries_keys:], bias[queries_keys:]]
+    return _Layer([*split, *joined.out, *joined.inner, *joined.outer], cast(nn.Identity, layer.ff.net[1]))

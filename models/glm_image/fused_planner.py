@@ -7,10 +7,10 @@ the same arithmetic in torch.
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.glm_image.joined_weights import join_projections
 from models.glm_image.kernels.check import DecodeKernels, PagedAttention
 from models.glm_image.paged_attention import PagedKV
 from models.glm_image.planner import Planner, PlannerAttention, PlannerLayer, Rotary
@@ -81,16 +81,3 @@ class FusedPlanner:
 
 def _projections(attention: PlannerAttention) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     return attention.q_proj, attention.k_proj, attention.v_proj
-
-
-@torch.no_grad()
-def join_projections(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Join linear layers of one input, which become views of the result."""
-    sizes = [part.out_features for part in parts]
-    weight = torch.cat([part.weight for part in parts])
-    bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
-    for part, view in zip(parts, weight.split(sizes), strict=True):
-        part.weight.data = view
-    for part, view in zip(parts, bias.split(sizes) if bias is not None else (), strict=False):
-        part.bias.data = view
-    return weight, bias

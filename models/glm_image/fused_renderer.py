@@ -5,26 +5,15 @@ kernels, or the same arithmetic in torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.glm_image.cuda_attention import AttentionLayout, PackedAttention
-from models.glm_image.fused_planner import join_projections
+from models.glm_image.joined_weights import JoinedLayer
 from models.glm_image.kernels.render_check import RenderKernels
 from models.glm_image.renderer import LAYER_VECTORS, Renderer, RendererBatch, RendererLayer
-
-Weights = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    qkv: Weights
-    out: Weights
-    inner: Weights
-    outer: Weights
 
 
 class FusedRenderer:
@@ -33,7 +22,7 @@ class FusedRenderer:
     def __init__(self, model: Renderer, kernels: RenderKernels, attend: PackedAttention):
         self._model, self._kernels, self._attend = model, kernels, attend
         self._heads, self._head_dim = model.config.num_attention_heads, model.config.attention_head_dim
-        self._layers = [_parts(cast(RendererLayer, layer)) for layer in model.transformer_blocks]
+        self._layers = [JoinedLayer.of(cast(RendererLayer, layer)) for layer in model.transformer_blocks]
         self._last: tuple[RendererBatch, AttentionLayout, Tensor] | None = None
 
     def __call__(self, x: Tensor, modulations: Tensor, batch: RendererBatch) -> Tensor:
@@ -77,14 +66,3 @@ class FusedRenderer:
 
 def _sources(batch: RendererBatch) -> Sequence[Tensor]:
     return [kv for kv in batch.source_kv if kv is not None]
-
-
-def _parts(layer: RendererLayer) -> _Layer:
-    attention, (gelu, _, outer) = layer.attn1, layer.ff.net
-    weight, bias = join_projections(attention.to_q, attention.to_k, attention.to_v)
-    assert bias is not None
-    out, inner = attention.to_out[0], gelu.proj
-    return _Layer(
-        (weight, bias),
-        *((part.weight, part.bias) for part in (out, inner, outer)),  # type: ignore[arg-type]
-    )

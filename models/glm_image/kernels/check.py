@@ -14,11 +14,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from models.errors import first_line
 from models.glm_image.config import PlannerConfig
 from models.glm_image.kernels import reference
 
 Ops = TypeVar("Ops", bound="Operations")
-S = TypeVar("S")
+S = TypeVar("S", bound="CheckSizes")
 
 ROWS = 6
 MASS_ERROR = 1e-5  # of a float32 sum of probabilities
@@ -53,12 +54,11 @@ class DecodeKernels:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    config: PlannerConfig
+class CheckSizes:
+    """Where and in which precision kernels are checked."""
+
     dtype: torch.dtype
     device: torch.device
-    block_size: int
-    max_length: int
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Draw on the CPU: the same numbers everywhere."""
@@ -66,7 +66,15 @@ class _Sizes:
         return numbers.to(self.device, dtype or self.dtype)
 
     def integers(self, *values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Return values on the device."""
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Sizes(CheckSizes):
+    config: PlannerConfig
+    block_size: int
+    max_length: int
 
 
 def choose_kernels(
@@ -74,27 +82,27 @@ def choose_kernels(
 ) -> DecodeKernels:
     """Return the kernels that run on a device and agree with torch in the sizes of a planner and its cache.
 
-    On other devices than CUDA, none: that is no failure. Waits for the device.
-
     Args:
         max_length: of a prompt and its plan in tokens.
     """
-    chosen = DecodeKernels()
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return chosen
-    return replace_verified(chosen, load, CHECKS, _Sizes(config, dtype, device, block_size, max_length))
+    return replace_verified(DecodeKernels(), load, CHECKS, _Sizes(dtype, device, config, block_size, max_length))
 
 
 def replace_verified(
     operations: Ops, load: Callable[[str], Any], checks: Mapping[str, Callable[[Any, S], str | None]], sizes: S
 ) -> Ops:
-    """Replace operations by the kernels that load and pass their check; record the failures of others."""
+    """Replace operations by the kernels that load and pass their check; record the failures of others.
+
+    On other devices than CUDA, replace none: that is no failure. Waits for the device.
+    """
+    if sizes.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return operations
     for name, check in checks.items():
         try:
             kernel = load(name)
             error = check(kernel, sizes)
         except Exception as e:  # of Triton, its C compiler, the driver
-            kernel, error = None, f"{type(e).__name__}: {e}".splitlines()[0]
+            kernel, error = None, first_line(e)
         if error is None:
             operations = dataclasses.replace(operations, **{name: kernel})  # type: ignore[type-var]
         else:

@@ -1,7 +1,6 @@
 """Choose between each kernel of the renderer and torch, once when an engine starts."""
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from models.glm_image.config import RendererConfig
 from models.glm_image.kernels import render_reference as reference
-from models.glm_image.kernels.check import difference, replace_verified, rounding_difference
+from models.glm_image.kernels.check import CheckSizes, difference, replace_verified, rounding_difference
 
 INDEX = (0, 0, 1, 1, 1, 2, 3, 3, 0, 0, 3)  # vectors of the tokens of a check: changes within a program and between
 
@@ -28,30 +27,17 @@ class RenderKernels:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class _Sizes(CheckSizes):
     config: RendererConfig
-    dtype: torch.dtype
-    device: torch.device
-
-    def random(self, *shape: int) -> Tensor:
-        """Draw on the CPU: the same numbers everywhere."""
-        numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-        return numbers.to(self.device, self.dtype)
 
     @property
     def index(self) -> Tensor:
-        return torch.tensor(INDEX, dtype=torch.int32, device=self.device)
+        return self.integers(*INDEX)
 
 
 def choose_render_kernels(config: RendererConfig, dtype: torch.dtype, device: torch.device) -> RenderKernels:
-    """Return the kernels that run on a device and agree with torch in the sizes of a renderer.
-
-    On other devices than CUDA, none: that is no failure. Waits for the device.
-    """
-    chosen = RenderKernels()
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return chosen
-    return replace_verified(chosen, load, CHECKS, _Sizes(config, dtype, device))
+    """Return the kernels that run on a device and agree with torch in the sizes of a renderer."""
+    return replace_verified(RenderKernels(), load, CHECKS, _Sizes(dtype, device, config))
 
 
 def load(name: str) -> Any:

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from models.glm_image.kernels.launch import launch, next_power_of_2
+from models.glm_image.render_operations import EPS
 
-EPS = 1e-5
 ROWS = 4  # tokens of a program, mostly with the same vectors
 VALUES_PER_WARP = 512
 
@@ -21,6 +21,11 @@ VALUES_PER_WARP = 512
 def _modulated(x, exists, scale, shift, SIZE: tl.constexpr, EPS: tl.constexpr):
     x = tl.where(exists, x - tl.sum(x, 0) / SIZE, 0.0)
     return x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + EPS) * scale.to(tl.float32) + shift.to(tl.float32)
+
+
+@triton.jit
+def _vector(vectors, line, i, exists, SIZE: tl.constexpr):
+    return tl.load(vectors + line * SIZE + i, mask=exists, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -32,16 +37,16 @@ def modulate_kernel(
     first, i = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, BLOCK)
     exists = i < SIZE
     line = tl.load(index + first)
-    scales = tl.load(scale + line * SIZE + i, mask=exists, other=0.0)
-    shifts = tl.load(shift + line * SIZE + i, mask=exists, other=0.0)
+    scales = _vector(scale, line, i, exists, SIZE)
+    shifts = _vector(shift, line, i, exists, SIZE)
     for step in range(ROWS):
         row = first + step
         if row < rows:
             own = tl.load(index + row)
             if own != line:
                 line = own
-                scales = tl.load(scale + line * SIZE + i, mask=exists, other=0.0)
-                shifts = tl.load(shift + line * SIZE + i, mask=exists, other=0.0)
+                scales = _vector(scale, line, i, exists, SIZE)
+                shifts = _vector(shift, line, i, exists, SIZE)
             values = tl.load(x + row * SIZE + i, mask=exists, other=0.0).to(tl.float32)
             values = _modulated(values, exists, scales, shifts, SIZE, EPS)
             tl.store(out + row * SIZE + i, values.to(out.dtype.element_ty), mask=exists)
@@ -56,18 +61,18 @@ def add_modulate_kernel(
     first, i = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, BLOCK)
     exists = i < SIZE
     line = tl.load(index + first)
-    gates = tl.load(gate + line * SIZE + i, mask=exists, other=0.0)
-    scales = tl.load(scale + line * SIZE + i, mask=exists, other=0.0)
-    shifts = tl.load(shift + line * SIZE + i, mask=exists, other=0.0)
+    gates = _vector(gate, line, i, exists, SIZE)
+    scales = _vector(scale, line, i, exists, SIZE)
+    shifts = _vector(shift, line, i, exists, SIZE)
     for step in range(ROWS):
         row = first + step
         if row < rows:
             own = tl.load(index + row)
             if own != line:
                 line = own
-                gates = tl.load(gate + line * SIZE + i, mask=exists, other=0.0)
-                scales = tl.load(scale + line * SIZE + i, mask=exists, other=0.0)
-                shifts = tl.load(shift + line * SIZE + i, mask=exists, other=0.0)
+                gates = _vector(gate, line, i, exists, SIZE)
+                scales = _vector(scale, line, i, exists, SIZE)
+                shifts = _vector(shift, line, i, exists, SIZE)
             at = row * SIZE + i
             added = tl.load(delta + at, mask=exists, other=0.0).to(tl.float32) * gates.to(tl.float32)
             total = (tl.load(x + at, mask=exists, other=0.0).to(tl.float32) + added).to(x.dtype.element_ty)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-5
+from models.glm_image.render_operations import EPS
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor) -> Tensor:

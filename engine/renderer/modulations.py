@@ -39,11 +39,10 @@ class ModulationCache:
         if key not in self._chunks:
             temb = rendering.time_embeddings[number * CHUNK : (number + 1) * CHUNK]
             self._chunks[key] = padded_modulations(self._renderer, temb)
+            while self.bytes > self._max_bytes and len(self._chunks) > 1:
+                self._chunks.popitem(last=False)
         self._chunks.move_to_end(key)
-        chunk = self._chunks[key]
-        while self.bytes > self._max_bytes and len(self._chunks) > 1:
-            self._chunks.popitem(last=False)
-        return chunk
+        return self._chunks[key]
 
 
 def padded_modulations(renderer: Renderer, temb: Tensor) -> Tensor:

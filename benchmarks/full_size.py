@@ -19,6 +19,7 @@ from rich.console import Console
 from benchmarks.full_size_check import check_fused, check_slices
 from benchmarks.full_size_planner import Floor, check_replays, run_planner
 from benchmarks.full_size_renderer import run_both, run_renderer
+from benchmarks.measure import synchronize
 from models.glm_image.model import GlmImage
 from models.glm_image.planner import Planner
 from models.glm_image.random_weights import random_glm_image
@@ -105,9 +106,9 @@ def measure_flops(device: torch.device) -> float:
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     for _ in range(3):
         work()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(repeats):
         work()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - started) / repeats

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.full_size_planner import Measure
-from benchmarks.measure import Measurement, drive
+from benchmarks.measure import Measurement, drive, synchronize
 from engine.engine import Engine
 from engine.geometry import Geometry
 from engine.jobs.job import JobSpec
@@ -185,13 +185,8 @@ def reference_step_seconds(model: GlmImage, side: int) -> float | None:
 
 
 def _seconds(model: GlmImage, work: Callable[[], object]) -> float:
-    _synchronize(model)
+    synchronize(model.device)
     started = time.perf_counter()
     work()
-    _synchronize(model)
+    synchronize(model.device)
     return time.perf_counter() - started
-
-
-def _synchronize(model: GlmImage) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

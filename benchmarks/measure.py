@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.quantile import quantile
 from engine.engine import Engine
 from engine.jobs.job import JobSpec
@@ -64,6 +66,12 @@ def drive(engine: Engine, specs: Sequence[JobSpec], concurrency: int) -> Measure
         1e3 * planner_seconds / (planner_steps or 1.0),
         1e6 * renderer_seconds / (renderer_tokens or 1.0),
     )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def merge(rounds: list[Measurement]) -> Measurement:

@@ -3,10 +3,10 @@
 import time
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
+from benchmarks.measure import synchronize
 from models.glm_image.model import GlmImage, build_on_meta
 
 GENERATED = 200  # tokens
@@ -23,10 +23,10 @@ def generated_per_second(model: GlmImage, side: int) -> float:
     arguments = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_grid_thw")}
 
     def seconds(tokens: int) -> float:
-        _synchronize(model)
+        synchronize(model.device)
         started = time.perf_counter()
         encoder.generate(**arguments, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True)
-        _synchronize(model)
+        synchronize(model.device)
         return time.perf_counter() - started
 
     seconds(8)
@@ -60,8 +60,3 @@ def reference_planner(model: GlmImage) -> GlmImageForConditionalGeneration:
     language.load_state_dict(state, assign=True)
     language.rotary_emb = type(language.rotary_emb)(config.get_text_config()).to(model.device)  # type: ignore[arg-type]
     return encoder
-
-
-def _synchronize(model: GlmImage) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

@@ -5,6 +5,7 @@ import copy
 import io
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_the_small_run_prints_every_contestant(checkpoint: Path, capsys: pytest.
 
 
 def test_planning_with_look_ahead_takes_no_more_steps(model: GlmImage) -> None:
-    engine = small_engine(model)
+    engine = small_engine(replace(model, stage="plan"))
     greedy = JobSpec("x", 64, 64, seed=1, temperature=0.0, num_inference_steps=1)
     [without], [with_look_ahead] = in_turns(engine, 1, lambda: plan(engine, [greedy] * 2, 1))
     assert engine.is_idle

@@ -30,15 +30,14 @@ class JoinedLayer:
         return cls((weight, bias), *((part.weight, part.bias) for part in others))
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def join_projections(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Join linear layers of one input, which become views of the result."""
-    sizes = [part.out_features for part in parts]
-    weight = torch.cat([part.weight for part in parts])
-    bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
-    for part, view in zip(parts, weight.split(sizes), strict=True):
-        part.weight.data = view
-    for part, view in zip(parts, bias.split(sizes) if bias is not None else (), strict=False):
-        part.bias.data = view
+    """Join linear layers of one input, which become views of the result; inference tensors only if they were."""
+    with torch.inference_mode(parts[0].weight.is_inference()), torch.no_grad():
+        sizes = [part.out_features for part in parts]
+        weight = torch.cat([part.weight for part in parts])
+        bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
+        for part, view in zip(parts, weight.split(sizes), strict=True):
+            part.weight.data = view
+        for part, view in zip(parts, bias.split(sizes) if bias is not None else (), strict=False):
+            part.bias.data = view
     return weight, bias

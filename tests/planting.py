@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NOT_FOUND = "not found"
+TIMEOUT_S = 900  # of a bug's tests, which may hang on it
 
 _IGNORED = shutil.ignore_patterns("node_modules", "__pycache__", "*.safetensors")
 _SOME_FAILED = 1  # of pytest's exit codes; others say that no test ran
@@ -49,7 +51,11 @@ def try_bug(bug: Bug) -> str:
     with copied(bug) as folder:
         ran = run_tests(folder, bug.found_by)
     failed = re.search(r"^FAILED (.*)$", ran.stdout, re.MULTILINE)
-    return f"found by {failed[1]}" if failed and ran.returncode == _SOME_FAILED else f"{NOT_FOUND}: {ran.stdout[-500:]}"
+    return (
+        f"found by {failed[1]}"
+        if failed and ran.returncode == _SOME_FAILED
+        else f"{NOT_FOUND}: {(ran.stdout + ran.stderr)[-500:]}"
+    )
 
 
 @contextmanager
@@ -68,9 +74,13 @@ def copied(*bugs: Bug) -> Iterator[Path]:
 
 
 def run_python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run Python with the code in a folder."""
+    """Run Python with the code in a folder; its exit status is -SIGKILL after `TIMEOUT_S`."""
+    command = [sys.executable, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    try:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, -signal.SIGKILL, "", f"it ran for more than {TIMEOUT_S} seconds")
 
 
 def run_tests(folder: Path, *tests: str) -> "subprocess.CompletedProcess[str]":

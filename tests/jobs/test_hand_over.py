@@ -1,7 +1,8 @@
 """Jobs between the stages: what the stateful test does not see."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -13,28 +14,36 @@ from engine.jobs.results import PartialImage
 from tests.job_queue import JobQueue
 from tests.jobs.helpers import IDLE, RESULT, ROOMY, TIMEOUT_S, claim, pass_deadline, submit
 
+QueueOfStage = Callable[..., JobQueue]
+
 PLAN = Plan(1, 2, [3, 4], TokenGrid(1, 1, [5]))
 GRID = TokenGrid(2, 2, [1, 2, 3, 4])
 CODES = [TokenGrid(1, 2, [7, 8])]
 
 
-def of_stage(client: redis.asyncio.Redis, stage: Stage, **options: Any) -> JobQueue:
-    return JobQueue(client, stage=stage, **options)
+@pytest.fixture
+async def of_stage(redis_client: redis.asyncio.Redis) -> AsyncIterator[QueueOfStage]:
+    """Open queues of a stage, and close them after the test, passed or failed."""
+    async with AsyncExitStack() as opened:
+
+        def open_queue(stage: Stage, **options: Any) -> JobQueue:
+            queue = JobQueue(redis_client, stage=stage, **options)
+            opened.push_async_callback(queue.close)
+            return queue
+
+        yield open_queue
 
 
 @pytest.fixture
-async def planner(redis_client: redis.asyncio.Redis) -> AsyncIterator[JobQueue]:
-    queue = of_stage(redis_client, "plan")
+def planner(of_stage: QueueOfStage) -> JobQueue:
+    queue = of_stage("plan")
     queue.planner = "planner-1"
-    yield queue
-    await queue.close()
+    return queue
 
 
 @pytest.fixture
-async def renderer(redis_client: redis.asyncio.Redis) -> AsyncIterator[JobQueue]:
-    queue = of_stage(redis_client, "render")
-    yield queue
-    await queue.close()
+def renderer(of_stage: QueueOfStage) -> JobQueue:
+    return of_stage("render")
 
 
 async def hand_over(planner: JobQueue, consumer: str = "planner") -> str:
@@ -67,10 +76,10 @@ async def test_a_job_keeps_its_place_by_its_submit(planner: JobQueue) -> None:
     assert [record.position for record in records if record] == [0, 1]
 
 
-async def test_plans_of_any_planner_are_rendered(redis_client: redis.asyncio.Redis, planner: JobQueue) -> None:
+async def test_plans_of_any_planner_are_rendered(of_stage: QueueOfStage, planner: JobQueue) -> None:
     await submit(planner)
     await hand_over(planner)
-    other = of_stage(redis_client, "all")
+    other = of_stage("all")
     other.planner = "planner-2"
     assert (await claim(other)).plans == {0: PLAN}
 
@@ -92,14 +101,14 @@ async def test_a_planned_job_needs_no_memory_of_the_planner(planner: JobQueue, q
 
 
 async def test_a_dead_renderer_s_job_is_rendered_again_with_its_plan(
-    redis_client: redis.asyncio.Redis, planner: JobQueue, renderer: JobQueue
+    of_stage: QueueOfStage, planner: JobQueue, renderer: JobQueue
 ) -> None:
     """Both by the end of its lease and by a supervisor."""
     await submit(planner)
     await hand_over(planner)
     await claim(renderer, "renderer-1")
-    assert await of_stage(redis_client, "plan", lease_ms=0).claim("planner", IDLE) is None
-    again = await claim(of_stage(redis_client, "render", lease_ms=0), "renderer-2", IDLE)
+    assert await of_stage("plan", lease_ms=0).claim("planner", IDLE) is None
+    again = await claim(of_stage("render", lease_ms=0), "renderer-2", IDLE)
     assert (again.plans, again.quarantined) == ({0: PLAN}, True)
     assert await renderer.requeue_all("renderer-2") == 1
     assert (await claim(renderer, "renderer-3", IDLE)).plans == {0: PLAN}
@@ -125,11 +134,11 @@ async def test_the_first_steps_of_both_stages_are_different_deaths(planner: JobQ
     assert record.error is not None
 
 
-async def test_a_lost_claim_hands_nothing_over(redis_client: redis.asyncio.Redis, planner: JobQueue) -> None:
+async def test_a_lost_claim_hands_nothing_over(of_stage: QueueOfStage, planner: JobQueue) -> None:
     """Not even one of the engine that has the job again."""
     await submit(planner)
     lost = await claim(planner, "planner")
-    again = await claim(of_stage(redis_client, "plan", lease_ms=0), "planner", IDLE)
+    again = await claim(of_stage("plan", lease_ms=0), "planner", IDLE)
     assert not await planner.hand_over("planner", lost, {0: PLAN}, 3, [])
     assert await planner.hand_over("planner", again, {0: PLAN}, 3, [])
     assert not await planner.hand_over("planner", again, {0: PLAN}, 3, [])
@@ -147,11 +156,13 @@ async def test_ends_of_a_handed_over_job_leave_nothing(redis_client: Any, planne
     assert (stats.to_plan, stats.to_render, stats.waiting) == (0, 0, 0)
 
 
-async def test_the_consumers_of_dead_renderers_are_forgotten(redis_client: Any, planner: JobQueue) -> None:
+async def test_the_consumers_of_dead_renderers_are_forgotten(
+    redis_client: Any, of_stage: QueueOfStage, planner: JobQueue
+) -> None:
     await submit(planner)
     await hand_over(planner)
     await redis_client.sadd("glimmer:engines", "dead")
-    granted = await claim(of_stage(redis_client, "render"), "dead")
+    granted = await claim(of_stage("render"), "dead")
     await planner.engines()
     assert await redis_client.sismember("glimmer:engines", "dead"), "it may come back"
     await planner.commit(granted, RESULT)
@@ -161,9 +172,9 @@ async def test_the_consumers_of_dead_renderers_are_forgotten(redis_client: Any, 
 
 
 async def test_a_hand_over_is_announced_and_wakes_renderers_only(
-    redis_client: redis.asyncio.Redis, planner: JobQueue, renderer: JobQueue, queue: JobQueue
+    of_stage: QueueOfStage, planner: JobQueue, renderer: JobQueue, queue: JobQueue
 ) -> None:
-    idle_planner = of_stage(redis_client, "plan")
+    idle_planner = of_stage("plan")
     await submit(planner)
     for each in (idle_planner, renderer, queue):
         await each.wait_for_work(TIMEOUT_S)  # subscribed
@@ -177,7 +188,6 @@ async def test_a_hand_over_is_announced_and_wakes_renderers_only(
     await asyncio.wait_for(asyncio.gather(waits[renderer], waits[queue]), TIMEOUT_S / 2)
     assert not waits[idle_planner].done()
     waits[idle_planner].cancel()
-    await idle_planner.close()
 
 
 async def test_a_damaged_hand_over_fails_its_job_only(redis_client: Any, planner: JobQueue, renderer: JobQueue) -> None:
@@ -211,7 +221,7 @@ async def test_a_preview_goes_to_one_renderer_while_its_job_is_planned(planner: 
 
 @pytest.mark.parametrize("change", ["handed over", "cancelled", "requeued", "claimed again"])
 async def test_a_preview_whose_claim_is_over_is_dropped(
-    redis_client: Any, planner: JobQueue, renderer: JobQueue, change: str
+    redis_client: Any, of_stage: QueueOfStage, planner: JobQueue, renderer: JobQueue, change: str
 ) -> None:
     """Whether it waits or is being rendered."""
     await submit(planner, partial_images=1)
@@ -227,7 +237,7 @@ async def test_a_preview_whose_claim_is_over_is_dropped(
     elif change == "requeued":
         await planner.requeue("planner", granted)
     else:
-        await claim(of_stage(redis_client, "plan", lease_ms=0), "planner-2", IDLE)
+        await claim(of_stage("plan", lease_ms=0), "planner-2", IDLE)
     assert not await renderer.preview_image(offer, PartialImage(0, 0, b"late", {}))
     assert not await planner.offer_preview(granted, 0, GRID)
     assert await renderer.take_preview() is None

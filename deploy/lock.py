@@ -35,8 +35,8 @@ def write(name: str, blocks: list[str]) -> None:
 
 def main() -> None:
     """Resolve the dependencies of pyproject.toml anew."""
-    write("api.txt", resolve("pyproject.toml", ["otel"]))
-    engine = resolve("pyproject.toml", ["engine", "otel"])
+    write("api.txt", resolve("pyproject.toml", ["otel", "s3"]))
+    engine = resolve("pyproject.toml", ["engine", "otel", "s3"])
     write("engine.txt", [block for block in engine if not _CUDA.match(block)])
     write("torch.txt", [block for block in engine if _CUDA.match(block)])
     write("build.txt", resolve("-", text="setuptools>=77\nwheel\n"))

@@ -4,14 +4,25 @@ import os
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from engine.jobs.job import Stage
+from engine.jobs.result_store_url import check_result_store
 
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"], Field(description="Events below this level are not logged.")
 ]
 LogFormat = Annotated[Literal["text", "json"], Field(description="Format of a log line: text or json.")]
+
+ResultStoreUrl = Annotated[
+    str | None,
+    BeforeValidator(check_result_store),
+    Field(
+        description="Object storage for the images of results, s3://bucket/prefix, the same for APIs and engines; "
+        "Redis holds them when unset. Credentials, region and endpoint as in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+        "AWS_REGION and AWS_ENDPOINT_URL_S3."
+    ),
+]
 
 EXIT_CONFIGURATION = 2
 """Exit code: the process cannot start with its settings; restarting it will not help."""
@@ -77,6 +88,7 @@ class EngineSettings(CheckpointSettings):
         description="plan (it hands planned jobs over), render (it takes only those) or all; the other stage's weights "
         "are not loaded.",
     )
+    result_store: ResultStoreUrl = None
     lease_s: float = Field(default=10.0, ge=1, description="Seconds after which the jobs of a dead engine are free.")
     max_images: int | None = Field(default=None, ge=1, description="Maximum number of images in flight.")
     max_prompt_tokens: int = Field(default=2048, ge=1, description="Maximum prompt length in tokens.")

@@ -62,5 +62,17 @@ class QueueUnavailable(GlimmerError):
     """Redis cannot be reached, or answers with an error."""
 
 
+class StoreUnavailable(QueueUnavailable):
+    """The object storage of results cannot be reached, or refuses."""
+
+
+class StoreMissing(GlimmerError):
+    """A result is in object storage, of which this process has no setting."""
+
+
+class StoreFailed(GlimmerError):
+    """The object storage took no image for so long that the job was given up."""
+
+
 class QueueReadOnly(QueueUnavailable):
     """Redis refuses writes: memory or disk full, or a replica."""

@@ -1,5 +1,8 @@
 import asyncio
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def stop(task: asyncio.Future[Any]) -> None:
@@ -17,3 +20,12 @@ def retrieve(task: asyncio.Future[Any]) -> None:
     """Mark the exception of an ended task as retrieved: asyncio logs one that nothing awaits."""
     if not task.cancelled():
         task.exception()
+
+
+async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all, then return the results or raise the first exception: nothing runs on behind the caller."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # pyright: ignore[reportReturnType]

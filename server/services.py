@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from engine.jobs.connection import connect
 from engine.jobs.producer import JobProducer
+from engine.jobs.result_store import open_result_store
 from server.admission.abandoned_jobs import AbandonedJobs
 from server.admission.admission import Admission
 from server.admission.api_heartbeat import ApiHeartbeat
@@ -97,7 +98,8 @@ async def open_services(
 async def open_queue(redis_url: str, settings: ServerSettings) -> AsyncIterator[JobProducer]:
     """Open a queue with a Redis client, which connects on first use."""
     client = connect(redis_url)
-    queue = JobProducer(client, min_replicas=settings.redis_min_replicas)
+    store = open_result_store(settings.result_store, settings.result_store_public_url)
+    queue = JobProducer(client, min_replicas=settings.redis_min_replicas, result_store=store)
     try:
         yield queue
     finally:

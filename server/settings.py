@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from engine.config import LogFormat, LogLevel
+from engine.config import LogFormat, LogLevel, ResultStoreUrl
 from engine.errors import StartError
 from engine.geometry import MAX_SIDE
 
@@ -50,6 +50,11 @@ class ServerSettings(BaseSettings):
         default=0,
         ge=0,
         description="Replicas of Redis that must have a job before it is accepted; without so many the answer is 503.",
+    )
+    result_store: Annotated[ResultStoreUrl, _NO_FLAG] = None
+    result_store_public_url: Annotated[str | None, _NO_FLAG] = Field(
+        default=None,
+        description="Endpoint of the object storage for clients, in image URLs; the APIs' own when unset.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
@@ -179,7 +184,7 @@ class ServerSettings(BaseSettings):
                 raise ValueError(f"{name} is not a host name; write it like images.example.org, without port")
         return value
 
-    @field_validator("public_url")
+    @field_validator("public_url", "result_store_public_url")
     @classmethod
     def _check_public_url(cls, value: str | None) -> str | None:
         if value is not None and not (re.fullmatch(r"https?://[^/?#\s][^?#\s]*", value) and _is_printable_url(value)):
@@ -214,6 +219,7 @@ class ServerSettings(BaseSettings):
         "api_keys_file",
         "max_result_bytes",
         "public_url",
+        "result_store_public_url",
         "prompt_rewriter",
         "prompt_rewriter_key",
         "prompt_rewriter_model",

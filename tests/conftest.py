@@ -1,6 +1,7 @@
 """Shared fixtures: one real Redis server per session, emptied after each test, and a small random checkpoint."""
 
 import logging
+import secrets
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from hypothesis import settings
 
 from engine.jobs.connection import connect
 from engine.jobs.embedded import EmbeddedRedis
+from engine.jobs.result_store import ResultStore
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load, write_variant
 from tests.job_queue import JobQueue
+from tests.object_storage import ObjectStorage
 
 settings.register_profile("busy", deadline=None)  # an example may take any time on a busy machine
 settings.load_profile("busy")
@@ -52,6 +55,30 @@ async def redis_client(redis_server: EmbeddedRedis) -> AsyncIterator[redis.async
 @pytest.fixture
 async def queue(redis_client: redis.asyncio.Redis) -> AsyncIterator[JobQueue]:
     queue = JobQueue(redis_client)
+    yield queue
+    await queue.close()
+
+
+@pytest.fixture(scope="session")
+def object_storage() -> Iterator[ObjectStorage]:
+    with ObjectStorage() as storage:
+        yield storage
+
+
+@pytest.fixture
+def bucket(object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make a bucket, and set the variables of AWS to where it is; return its name."""
+    for name, value in object_storage.environment.items():
+        monkeypatch.setenv(name, value)
+    name = f"images-{secrets.token_hex(8)}"
+    object_storage.make_bucket(name)
+    return name
+
+
+@pytest.fixture
+async def storing_queue(redis_client: redis.asyncio.Redis, bucket: str) -> AsyncIterator[JobQueue]:
+    """Yield a queue that keeps the images of results in object storage."""
+    queue = JobQueue(redis_client, result_store=ResultStore(f"s3://{bucket}/results"))
     yield queue
     await queue.close()
 

@@ -8,6 +8,7 @@ from engine.jobs.connection import redis_errors
 from engine.jobs.events import JobEvents
 from engine.jobs.job import JobState
 from engine.jobs.masters import key_prefix
+from engine.jobs.result_store import ResultStore
 from engine.jobs.scripts import LuaScripts
 
 
@@ -18,6 +19,7 @@ class QueueBase:
         redis: returns bytes; the caller closes it.
         prefix: of all keys; by default `glimmer`, in a cluster as a hash tag.
         orphan_ms: silence after which an API counts as dead.
+        result_store: has the images of results, in place of Redis.
     """
 
     def __init__(
@@ -28,9 +30,11 @@ class QueueBase:
         lease_ms: int = 10_000,
         result_ttl_s: int = 600,
         orphan_ms: int = 60_000,
+        result_store: ResultStore | None = None,
     ):
         prefix = prefix or key_prefix(redis)
         self._redis, self._prefix = redis, prefix
+        self.result_store = result_store
         self._lease_ms, self._result_ttl_ms, self._orphan_ms = lease_ms, 1000 * result_ttl_s, orphan_ms
         self._scripts = LuaScripts(redis, "engine.jobs", prefix=prefix, result_ttl_ms=self._result_ttl_ms)
         self.events = JobEvents(redis, f"{prefix}:events")

@@ -27,7 +27,7 @@ from engine.jobs.job import (
     SourceImages,
     TokenGrid,
 )
-from engine.jobs.results import JobResult, StoredImage, StoredResult
+from engine.jobs.results import ImageResult, JobResult, StoredImage, StoredResult
 from engine.observability.logs import event, where
 
 R = TypeVar("R")
@@ -219,24 +219,36 @@ def decode_sources(stored: Mapping[Any, Any]) -> SourceImages | None:
 def encode_result(result: JobResult) -> list[str | bytes]:
     """Return the hash's fields and values in turn."""
     meta = {
-        "images": [{"seed": image.seed, "plan": image.plan} for image in result.images],
+        "images": [_describe(image) for image in result.images],
         "prompt_tokens": result.prompt_tokens,
         "plan_tokens": result.plan_tokens,
         "source_tokens": result.source_tokens,
     }
     fields: list[str | bytes] = ["meta", orjson.dumps(meta)]
     for index, image in enumerate(result.images):
-        fields += [f"image:{index}", image.data]
+        if image.stored is None:
+            fields += [f"image:{index}", image.data]
     return fields
+
+
+def _describe(image: ImageResult) -> dict[str, Any]:
+    described: dict[str, Any] = {"seed": image.seed, "plan": image.plan}
+    if image.stored is not None:
+        described["object"] = {"key": image.stored.key, "size": image.stored.size}
+    return described
 
 
 def decode_stored_result(meta: bytes, *images: bytes | int) -> StoredResult:
     """Return the result from the reply of `stored_result.lua`."""
     fields = orjson.loads(meta)
-    stored = [
-        StoredImage(len(image), described["seed"], described["plan"], image)
-        if isinstance(image, bytes)
-        else StoredImage(image, described["seed"], described["plan"])
-        for image, described in zip(images, fields["images"], strict=True)
-    ]
+    described = fields["images"]
+    kept = images or [None] * len(described)  # all images of a result are in one place
+    stored = [_stored_image(*each) for each in zip(described, kept, strict=True)]
     return StoredResult(stored, fields["prompt_tokens"], fields["plan_tokens"], fields.get("source_tokens", 0))
+
+
+def _stored_image(described: dict[str, Any], image: bytes | int | None) -> StoredImage:
+    seed, plan = described["seed"], described["plan"]
+    if image is None:
+        return StoredImage(described["object"]["size"], seed, plan, key=described["object"]["key"])
+    return StoredImage(len(image), seed, plan, image) if isinstance(image, bytes) else StoredImage(image, seed, plan)

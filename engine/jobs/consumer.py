@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -38,8 +39,10 @@ from engine.jobs.job import (
     Stage,
     TokenGrid,
 )
-from engine.jobs.results import JobResult, PartialImage
+from engine.jobs.result_store import object_key
+from engine.jobs.results import ImageResult, JobResult, PartialImage
 from engine.jobs.scripts import Argument
+from engine.tasks import gather_all
 
 _DEAD_LETTER_ERROR = JobError("The job brought its engine down each time it ran and was given up.")
 
@@ -178,6 +181,27 @@ class JobConsumer(QueueBase):
         """Cache a plan; beyond `MAX_PLAN_BYTES`, the oldest go."""
         limits: dict[str, Argument] = {"max_bytes": MAX_PLAN_BYTES, "part": PLAN_PART}
         await self._scripts.run("cache_plan", orjson.dumps(plan.to_dict()), key=key, ttl_ms=1000 * ttl_s, **limits)
+
+    async def store_images(self, claim: Claim, images: Sequence[ImageResult]) -> list[ImageResult]:
+        """Write the images of a result to the result store, if there is one, to be committed as where they are.
+
+        Raises:
+            StoreUnavailable: write them again.
+        """
+        if (store := self.result_store) is None:
+            return list(images)
+        extension = claim.spec.output_format
+
+        async def put(index: int, image: ImageResult) -> ImageResult:
+            key = object_key(claim.job_id, claim.epoch, index, extension)
+            return replace(image, data=b"", stored=await store.put(key, image.data, f"image/{extension}"))
+
+        return await gather_all(put(index, image) for index, image in enumerate(images))
+
+    async def drop_images(self, images: Iterable[ImageResult]) -> None:
+        """Delete stored images that were not committed."""
+        if self.result_store is not None:
+            await self.result_store.delete([image.stored.key for image in images if image.stored])
 
     async def commit(self, claim: Claim, result: JobResult) -> bool:
         """Store the result and end the job."""

@@ -204,6 +204,8 @@ class JobError(_Record):
     param: str | None = None
 
 
+STORE_UNAVAILABLE = "result_store_unavailable"  # code of an error
+
 UNREADABLE_JOB = JobError("The stored job cannot be read.", code="job_unreadable")  # as in prelude_records.lua
 
 

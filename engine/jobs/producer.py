@@ -1,6 +1,7 @@
 """The API's side of the job queue."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from engine.errors import (
     QueueReadOnly,
     ResultsFull,
     SourcesFull,
+    StoreMissing,
     TooManyJobs,
     TooMuchKept,
 )
@@ -41,8 +43,12 @@ from engine.jobs.job import (
     Submitted,
 )
 from engine.jobs.result_size import max_result_size
+from engine.jobs.result_store import ResultStore
 from engine.jobs.results import StoredPartial, StoredResult
 from engine.jobs.scripts import Argument
+from engine.observability.logs import event
+
+logger = logging.getLogger("glimmer.queue")
 
 _IMAGE_READS = 4  # at once: while a reply is parsed, it takes three times its size
 
@@ -116,6 +122,7 @@ class JobProducer(QueueBase):
         """
         job_format = spec.format
         parts = (spec.to_dict(), notes or {}, origin.to_dict(), spec.ended())
+        copies = 1 + url_copies if self.result_store is None else 0
         documents = [*map(orjson.dumps, parts), orjson.dumps(ended_notes) if ended_notes else b""]
         arguments: dict[str, Argument] = {
             "id": job_id,
@@ -135,7 +142,7 @@ class JobProducer(QueueBase):
             "dry_run": dry_run,
             "format": job_format if job_format > 1 else None,
             "api": api_id or None,
-            "result_bytes": sum(map(len, documents)) + max_result_size(spec, copies=1 + url_copies),
+            "result_bytes": sum(map(len, documents)) + max_result_size(spec, copies=copies),
             "max_result_bytes": max_result_bytes,
             "max_kept_bytes": max_kept_bytes,
             "owner_parts": owner_parts,
@@ -207,9 +214,25 @@ class JobProducer(QueueBase):
             reply = await self._scripts.run("stored_result", id=job_id, max_bytes=max_bytes)
             return None if reply is None else decode_stored_result(*reply)
 
-    async def result_image(self, job_id: str, index: int) -> bytes | None:
-        """Return one image of a result, None once discarded or expired."""
+    async def result_image(self, job_id: str, index: int, key: str | None = None) -> bytes | None:
+        """Return one image of a result, None once discarded or expired.
+
+        Args:
+            key: of object storage.
+        """
+        if key is not None:
+            return await self._require_store().get(key)
         return await self._image(self.key("result", job_id), f"image:{index}")
+
+    async def image_link(self, key: str) -> str:
+        """Return a presigned URL of an image in object storage, valid for `result_ttl_s`."""
+        return await self._require_store().link(key, self.result_ttl_s)
+
+    def _require_store(self) -> ResultStore:
+        if self.result_store is None:
+            event(logger, "result_store_missing", logging.ERROR, setting="GLIMMER_RESULT_STORE")
+            raise StoreMissing("engines have a result store, but this API has none: set GLIMMER_RESULT_STORE")
+        return self.result_store
 
     async def partial_data(self, job_id: str, partial: StoredPartial) -> bytes | None:
         """Return the data of a partial image, None once expired."""

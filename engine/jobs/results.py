@@ -5,10 +5,21 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class StoredObject:
+    """An image in object storage: its key, and its size in bytes."""
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True)
 class ImageResult:
+    """An image of a result; `stored` in place of its data, if that is in object storage."""
+
     data: bytes
     seed: int
     plan: dict[str, Any] | None = None
+    stored: StoredObject | None = None
 
 
 @dataclass(frozen=True)
@@ -43,17 +54,18 @@ class JobResult:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image of a result in Redis; `data` if read, too."""
+    """An image of a result in Redis, `data` if read, too; or in object storage, under `key`."""
 
     size: int
     seed: int
     plan: dict[str, Any] | None = None
     data: bytes | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
 class StoredResult:
-    """A `JobResult` whose images are still in Redis."""
+    """A `JobResult` whose images are still where they are stored."""
 
     images: list[StoredImage]
     prompt_tokens: int

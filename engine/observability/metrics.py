@@ -23,6 +23,9 @@ class EngineMetrics:
         for state in TERMINAL_STATES:  # start at 0, or Prometheus misses the first increase
             self.jobs.labels(state.value)
         self.handed_over = counter("glimmer_jobs_handed_over", "Planned jobs that this engine handed over to renderers")
+        self.result_store_failures = counter(
+            "glimmer_result_store_failures", "Times the result store did not take the images of a job"
+        )
         self.images = counter("glimmer_images", "Finished images")
         self.partial_images = counter("glimmer_partial_images", "Partial images rendered")
         self.plan_cache_hits = counter("glimmer_plan_cache_hits", "Images whose plan came from the plan cache")

@@ -1,6 +1,6 @@
 from engine.device_errors import is_out_of_memory
-from engine.errors import RequestError, UnreadableJob, WriteRefused
-from engine.jobs.job import UNREADABLE_JOB, JobError, JobSpec
+from engine.errors import RequestError, StoreFailed, UnreadableJob, WriteRefused
+from engine.jobs.job import STORE_UNAVAILABLE, UNREADABLE_JOB, JobError, JobSpec
 from models.errors import NonFiniteError
 
 
@@ -14,6 +14,8 @@ def to_job_error(error: Exception, spec: JobSpec) -> JobError:
             "or webp.",
             code="result_too_large",
         )
+    if isinstance(error, StoreFailed):
+        return JobError("The storage of images took none for a minute. Try again.", code=STORE_UNAVAILABLE)
     if isinstance(error, UnreadableJob):
         return UNREADABLE_JOB
     if is_out_of_memory(error):

@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from engine.engine import Engine
-from engine.errors import DeadlinePassed, QueueUnavailable, RequestError, UnreadableJob, WriteRefused
+from engine.errors import (
+    DeadlinePassed,
+    QueueUnavailable,
+    RequestError,
+    StoreFailed,
+    StoreUnavailable,
+    UnreadableJob,
+    WriteRefused,
+)
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import Claim, JobState
 from engine.jobs.results import ImageResult, JobResult
@@ -23,6 +31,8 @@ from engine.worker.plan_cache import PlanCache
 
 REDIS_RETRY_S = 0.3
 MAX_WRITE_ATTEMPTS = 10
+STORE_RETRY_S, LONGEST_STORE_RETRY_S = 0.3, 5.0
+STORE_TIMEOUT_S = 60.0  # a longer outage costs the jobs that end in it
 
 logger = logging.getLogger("glimmer.engine")
 T = TypeVar("T")
@@ -178,11 +188,33 @@ class JobRunner:
         request = job.request
         handed_over = job.claim.handed_over
         prompt_tokens = handed_over.prompt_tokens if handed_over else len(request.prompt_ids)
-        result = JobResult(images, prompt_tokens, job.claim.spec.plan_tokens, request.source_tokens)
         began = time.monotonic()
+        images = await self._store_images(job, images)
+        result = JobResult(images, prompt_tokens, job.claim.spec.plan_tokens, request.source_tokens)
         written = await self._write_with_retry(job, lambda: self._queue.commit(job.claim, result))
         job.span.child("commit", began)
+        if not written:
+            await self._queue.drop_images(images)
         return JobState.SUCCEEDED if written else None
+
+    async def _store_images(self, job: RunningJob, images: list[ImageResult]) -> list[ImageResult]:
+        """Write the images to the result store, with retries.
+
+        Raises:
+            StoreFailed: it failed for `STORE_TIMEOUT_S`.
+            QueueUnavailable: the process ends.
+        """
+        give_up_at, pause = time.monotonic() + STORE_TIMEOUT_S, STORE_RETRY_S
+        while True:
+            with suppress(StoreUnavailable):
+                return await self._queue.store_images(job.claim, images)
+            self._engine.metrics.result_store_failures.inc()
+            if self._stopping.is_set():
+                raise QueueUnavailable("the engine ends")
+            if time.monotonic() > give_up_at:
+                raise StoreFailed(f"the result store failed for {STORE_TIMEOUT_S} seconds")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_STORE_RETRY_S)
 
     async def _fail(self, job: RunningJob, error: Exception) -> JobState | None:
         if isinstance(error, DeadlinePassed):

@@ -14,6 +14,7 @@ from engine.errors import QueueUnavailable, StartError
 from engine.jobs.connection import connect
 from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import EngineInfo
+from engine.jobs.result_store import open_result_store
 from engine.limits import EngineLimits
 from engine.observability.logs import bind, configure, event, where
 from engine.observability.tracing import Tracing, open_tracing
@@ -51,7 +52,8 @@ async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) 
     stop.attach()
     bind(engine=settings.engine_id)
     redis = connect(settings.redis_url)
-    queue = JobConsumer(redis, stage=settings.stage, lease_ms=round(settings.lease_s * 1000))
+    store = open_result_store(settings.result_store)
+    queue = JobConsumer(redis, stage=settings.stage, result_store=store, lease_ms=round(settings.lease_s * 1000))
     starting = EngineInfo(
         settings.engine_id, os.getpid(), settings.stage, "starting", "", "", 0, settings.max_prompt_tokens
     )
@@ -60,6 +62,8 @@ async def _serve(settings: EngineSettings, tracing: Tracing, stop: StopSignals) 
     try:
         loading = asyncio.create_task(_announce(queue, starting))
         try:
+            if store is not None and settings.stage != "plan":
+                await stop.unless_stopped(store.check())
             loaded = await stop.unless_stopped(asyncio.to_thread(_load_or_explain, settings, starting))
         finally:
             await asyncio.wait({asyncio.ensure_future(end_task(loading))}, timeout=CLOSE_S)

@@ -50,7 +50,9 @@ def serve(checkpoint: CheckpointSettings, processes: ServeSettings, settings: Se
     signals = StopSignals().install()
     logs.configure(settings.log_level, settings.log_format)
     for_engines = checkpoint.model_dump(exclude_none=True)
-    for_engines |= settings.model_dump(include={"grace_s", "log_level", "log_format"})
+    for_engines |= settings.model_dump(
+        include={"grace_s", "log_level", "log_format", "result_store"}, exclude_none=True
+    )
     environment = {variable(name): str(value) for name, value in for_engines.items()}
     check_checkpoint(checkpoint.model)
     if checkpoint.model:  # other servers are asked for a model by the name they were started with

@@ -188,7 +188,7 @@ def _completed(record: JobRecord, images: ResultImages, index: int) -> list[Part
     def body(mark: Mark) -> dict[str, Any]:
         return {
             **_event_fields(record, "completed", index),
-            **image_fields(record, result, index, mark),
+            **image_fields(record, images, index, mark),
             "usage": usage(prompt, sources, result.plan_tokens // len(result.images)),
         }
 

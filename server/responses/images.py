@@ -2,7 +2,7 @@
 
 import dataclasses
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from engine.jobs.job import JobRecord
@@ -50,10 +50,11 @@ def new_file_tokens(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class ResultImages:
-    """A result and its images: base64, or a `HeldImage` of a large result."""
+    """A result and its images: base64, or a `HeldImage` of a large result; URLs once they are shared."""
 
     result: StoredResult
     parts: list[Part]
+    urls: list[str] = field(default_factory=list)
 
 
 async def read_result(queue: JobProducer, job_id: str, held: Hold) -> ResultImages | None:
@@ -65,37 +66,47 @@ async def read_result(queue: JobProducer, job_id: str, held: Hold) -> ResultImag
     def part(index: int, image: StoredImage) -> Part:
         if image.data is not None:
             return base64(image.data)
-        return HeldImage(lambda: queue.result_image(job_id, index), image.size, held)
+        return HeldImage(lambda: queue.result_image(job_id, index, image.key), image.size, held)
 
     return ResultImages(result, [part(index, image) for index, image in enumerate(result.images)])
 
 
-async def share_images(queue: JobProducer, record: JobRecord, images: ResultImages, *, patient: bool) -> None:
+async def share_images(queue: JobProducer, record: JobRecord, images: ResultImages, *, patient: bool) -> ResultImages:
     """Make the images available by URL, if requested, one at a time. Raises as `HeldImage.load`."""
     options = ResponseOptions.from_record(record)
     if options.response_format != "url":
-        return
-    media_type = f"image/{record.spec.output_format}"
+        return images
+    urls: list[str] = []
     for token, stored, part in zip(options.file_tokens, images.result.images, images.parts, strict=True):
-        _, size = await call_redis(lambda token=token: queue.shared_file_info(token), patient=patient)
-        if size == stored.size:
+        if (key := stored.key) is not None:
+            urls.append(await call_redis(lambda key=key: queue.image_link(key), patient=patient))
             continue
-        data = await part.load(patient=patient) if isinstance(part, HeldImage) else stored.data
-        await call_redis(
-            lambda token=token, data=data: queue.share_file(record.id, token, data or b"", media_type),
-            stored.size,
-            patient=patient,
-        )
-        if isinstance(part, HeldImage):
-            part.drop()
+        await _share_file(queue, record, token, stored, part, patient=patient)
+        urls.append(f"{options.base_url}/v1/files/{token}.{record.spec.output_format}")
+    return replace(images, urls=urls)
 
 
-def images_body(record: JobRecord, result: StoredResult, mark: Mark) -> dict[str, Any]:
+async def _share_file(
+    queue: JobProducer, record: JobRecord, token: str, stored: StoredImage, part: Part, *, patient: bool
+) -> None:
+    """Copy an image in Redis to where /v1/files finds it, once."""
+    _, size = await call_redis(lambda: queue.shared_file_info(token), patient=patient)
+    if size == stored.size:
+        return
+    data = await part.load(patient=patient) if isinstance(part, HeldImage) else stored.data
+    media_type = f"image/{record.spec.output_format}"
+    await call_redis(lambda: queue.share_file(record.id, token, data or b"", media_type), stored.size, patient=patient)
+    if isinstance(part, HeldImage):
+        part.drop()
+
+
+def images_body(record: JobRecord, images: ResultImages, mark: Mark) -> dict[str, Any]:
     """Return a `schemas.ImagesBody`."""
+    result = images.result
     return {
         "created": record.submitted_at // 1000,
         **common_fields(record),
-        "data": [image_fields(record, result, index, mark) for index in range(len(result.images))],
+        "data": [image_fields(record, images, index, mark) for index in range(len(result.images))],
         "usage": usage(result.prompt_tokens, result.source_tokens, result.plan_tokens),
     }
 
@@ -112,19 +123,14 @@ def common_fields(record: JobRecord) -> dict[str, Any]:
     return fields | {"warnings": options.warnings} if options.warnings else fields
 
 
-def image_fields(record: JobRecord, result: StoredResult, index: int, mark: Mark) -> dict[str, Any]:
+def image_fields(record: JobRecord, images: ResultImages, index: int, mark: Mark) -> dict[str, Any]:
     """Return a `schemas.ImageBody`."""
-    options, image = ResponseOptions.from_record(record), result.images[index]
-    fields = {**_data(record, options, index, mark), "seed": image.seed}
+    options, image = ResponseOptions.from_record(record), images.result.images[index]
+    fields = {"url": images.urls[index]} if images.urls else {"b64_json": mark(index)}
+    fields |= {"seed": image.seed}
     if options.revised_prompt is not None:
         fields["revised_prompt"] = options.revised_prompt
     return fields if image.plan is None else {**fields, "plan": image.plan}
-
-
-def _data(record: JobRecord, options: ResponseOptions, index: int, mark: Mark) -> dict[str, str]:
-    if options.response_format == "url":
-        return {"url": f"{options.base_url}/v1/files/{options.file_tokens[index]}.{record.spec.output_format}"}
-    return {"b64_json": mark(index)}
 
 
 def usage(prompt_tokens: int, source_tokens: int, plan_tokens: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ async def render_job(
         return split(lambda mark: job_body(record, None, throughput, mark), [])
     images = await call_redis(lambda: read_result(queue, record.id, held), patient=patient)
     if images is not None:
-        await share_images(queue, record, images, patient=patient)
+        images = await share_images(queue, record, images, patient=patient)
     return split(lambda mark: job_body(record, images, throughput, mark), images.parts if images else [])
 
 
@@ -37,6 +37,6 @@ def job_body(record: JobRecord, images: ResultImages | None, throughput: Through
         "position": record.position,
         "estimated_seconds": None if record.position is None else throughput.seconds_until_end(record.position),
         "progress": record.progress or None,
-        "result": None if images is None else images_body(record, images.result, mark),
+        "result": None if images is None else images_body(record, images, mark),
         "error": None if error is None else error.detail,
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from engine.errors import QueueUnavailable
-from engine.jobs.job import JobRecord, JobState
+from engine.jobs.job import STORE_UNAVAILABLE, JobRecord, JobState
 from engine.jobs.producer import JobProducer
 from engine.tasks import stop
 from server.admission.throughput import Throughput
@@ -35,7 +35,7 @@ def job_error(record: JobRecord) -> ApiError | None:
     error = record.error
     if error is None:
         return internal_error()
-    status = 400 if error.type == "invalid_request_error" else 500
+    status = 400 if error.type == "invalid_request_error" else 503 if error.code == STORE_UNAVAILABLE else 500
     return ApiError(status, error.message, type=error.type, code=error.code, param=error.param)
 
 

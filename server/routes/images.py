@@ -127,8 +127,8 @@ async def _respond(request: Request, services: Services, read_body: ReadBody, ma
 
 async def _answer(services: Services, job_wait: JobWait, held: Hold, free_result: BackgroundTask | None) -> Response:
     record, images = await job_wait.end(held)
-    await share_images(services.queue, record, images, patient=True)
-    parts = split(lambda mark: images_body(record, images.result, mark), images.parts)
+    images = await share_images(services.queue, record, images, patient=True)
+    parts = split(lambda mark: images_body(record, images, mark), images.parts)
     return await respond(parts, held, patient=True, background=free_result)
 
 

@@ -21,6 +21,7 @@ from tests.packaging.files import image_environment, variables_of
 ALLOWED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "image", "persistentVolumeClaim"}
 ALLOWED_VOLUMES |= {"projected", "secret"}  # the restricted standard, since Kubernetes 1.33
 SECRETS = {"GLIMMER_REDIS_URL", "GLIMMER_API_KEY", "GLIMMER_PROMPT_REWRITER_KEY", "HF_TOKEN", "REDIS_PASSWORD"}
+SECRETS |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
 DRAIN_S = {"api": LAST_BYTES_S + CANCEL_S + CLOSE_S, "engine": HAND_BACK_S}  # beside the grace period
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 

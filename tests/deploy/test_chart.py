@@ -45,6 +45,7 @@ def test_presets_follow_the_schemas_and_the_rules(name: str, exported: Exported)
         ("networkPolicy.enabled=false", "model.volume=pvc", "model.name=zai-org/GLM-Image"),
         ("service.type=LoadBalancer", "service.port=80", "ingress.enabled=true", "httpRoute.enabled=false"),
         ("engine.autoscaling.enabled=true", "stages.all.autoscaling.minReplicas=2", "engine.graceSeconds=900"),
+        ("resultStore.url=s3://images/results", "resultStore.endpoint=http://minio:9000", "resultStore.port=9000"),
         ("images.pullSecrets[0]=mine", "engine.nodeSelector.gpu=h200", "ingress.tlsSecretName=tls"),
     ],
 )

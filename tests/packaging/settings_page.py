@@ -22,9 +22,12 @@ SCHEMA = ROOT / "deploy" / "helm" / "glimmer" / "values.schema.json"
 
 # Variables that the chart sets from other values, or from a Secret.
 _OF_THE_CHART = {
-    "api": ("REDIS_URL", "HOST", "PORT", "API_KEY", "API_KEYS_FILE", "PROMPT_REWRITER_KEY", "GRACE_S"),
-    "engine": ("REDIS_URL", "ENGINE_ID", "STAGE", "MODEL", "GRACE_S"),
-}
+    "api": (
+        "REDIS_URL", "HOST", "PORT", "API_KEY", "API_KEYS_FILE", "PROMPT_REWRITER_KEY", "GRACE_S", "RESULT_STORE",
+        "RESULT_STORE_PUBLIC_URL",
+    ),
+    "engine": ("REDIS_URL", "ENGINE_ID", "STAGE", "MODEL", "GRACE_S", "RESULT_STORE"),
+}  # fmt: skip
 _TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 

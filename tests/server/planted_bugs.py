@@ -36,6 +36,7 @@ IMAGES = "server/image_files/images.py"
 COLOURS, IMAGE_ERRORS = "tests/server/test_image_colours.py", "tests/server/test_image_errors.py"
 
 CLAIMS, WORKS, ENDS, FAULTS = (f"tests/engine/test_worker{name}.py" for name in ("_claims", "", "_ends", "_faults"))
+STORING, STORE_WORKER = "tests/jobs/test_result_store.py", "tests/engine/test_worker_store.py"
 PREPARING, STREAMS = "tests/engine/test_preparation.py", "tests/engine/test_streams.py"
 PATIENCE = "tests/jobs/test_waiting.py::test_patience_with_redis_begins_anew_after_each_answer"
 ADMITTING, DECODING, DYING, GATING, JOBS_API, KEYING, LIMITING, LIVE, ORDER, STOPPING, SUPERVISING, BUDGET = (
@@ -628,6 +629,42 @@ BUGS = [
         "(may_be_cut_off and age_s < CUT_OFF_S)",
         "False",
         f"{KEYING}::TestRing::test_keys_that_are_gone_are_refused_after_ten_seconds",
+    ),
+    # results in object storage
+    Bug(
+        "all claims of a job write the same objects",
+        "engine/jobs/result_store.py",
+        'f"{job_id}/{epoch}-{index}.{extension}"',
+        'f"{job_id}/{index}.{extension}"',
+        f"{STORING}::test_a_result_never_refers_to_an_object_that_is_not_there",
+    ),
+    Bug(
+        "images are committed beside their objects",
+        "engine/jobs/codec.py",
+        "if image.stored is None:",
+        "if True:",
+        f"{STORING}::test_redis_has_only_where_the_images_are",
+    ),
+    Bug(
+        "objects of a lost claim stay",
+        RUNNER,
+        "            await self._queue.drop_images(images)\n",
+        "            pass\n",
+        f"{STORE_WORKER}::test_a_job_that_was_cancelled_meanwhile_leaves_no_object",
+    ),
+    Bug(
+        "a failing result store fails the job at once",
+        RUNNER,
+        "with suppress(StoreUnavailable):",
+        "with suppress(TimeoutError):",
+        f"{STORE_WORKER}::test_an_outage_delays_jobs_and_nothing_else",
+    ),
+    Bug(
+        "an object that cannot be read is gone",
+        "engine/jobs/result_store.py",
+        "            except FileNotFoundError:\n                return None",
+        "            except self._failures:\n                return None",
+        "tests/server/test_result_store.py::test_while_the_storage_is_away_jobs_are_read_later",
     ),
 ]
 

@@ -126,6 +126,7 @@ class StubEngine:
             return
         images = [self._image(spec, spec.seed + index, sources) for index in range(spec.n)]
         prompt_tokens = len(spec.prompt.split()) + spec.source_tokens
+        images = await self._queue.store_images(claim, images)
         result = JobResult(images, prompt_tokens, spec.plan_tokens, source_tokens=spec.source_tokens)
         await self._queue.commit(claim, result)
 

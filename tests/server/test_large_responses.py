@@ -174,7 +174,7 @@ async def test_an_outage_in_the_middle_is_waited_out(
 ) -> None:
     read, calls = queue.result_image, 0
 
-    async def flapping(job_id: str, index: int) -> bytes | None:
+    async def flapping(job_id: str, index: int, key: str | None = None) -> bytes | None:
         nonlocal calls
         calls += 1
         if calls % 2 == 0:
@@ -204,7 +204,7 @@ async def test_a_result_lost_in_the_middle_cuts_the_response(
 ) -> None:
     read = queue.result_image
 
-    async def losing(job_id: str, index: int) -> bytes | None:
+    async def losing(job_id: str, index: int, key: str | None = None) -> bytes | None:
         if index == 2:
             await redis_client.delete(f"glimmer:result:{job_id}")
         return await read(job_id, index)

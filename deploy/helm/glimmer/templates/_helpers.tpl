@@ -56,6 +56,23 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
       optional: {{ .optional }}
 {{- end }}
 
+{{/* Return the variables of the result store, if there is one. Takes $. */}}
+{{- define "glimmer.resultStore" -}}
+{{- with .Values.resultStore }}
+{{- if .url }}
+- { name: GLIMMER_RESULT_STORE, value: {{ .url | quote }} }
+{{- range $name, $value := dict "AWS_ENDPOINT_URL_S3" .endpoint "AWS_REGION" .region }}
+{{- if $value }}
+- { name: {{ $name }}, value: {{ $value | quote }} }
+{{- end }}
+{{- end }}
+{{- range tuple "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+{{- include "glimmer.secretVariable" (dict "root" $ "name" . "optional" true) | nindent 0 }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "glimmer.secretName" -}}
 {{- if .Values.redis.trial.enabled -}}
 {{- if .Values.secretName }}{{ fail "secretName: the trial Redis brings a Secret of its own; set one of the two" }}{{ end -}}

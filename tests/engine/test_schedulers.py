@@ -11,7 +11,7 @@ from engine.errors import RequestError
 from engine.jobs.job import JobSpec, Plan
 from engine.planner.block_allocator import BlockAllocator
 from engine.planner.scheduler import PlannerScheduler
-from engine.renderer.scheduler import RenderScheduler
+from engine.renderer.scheduler import PATIENCE, RenderScheduler
 from engine.request import Request
 
 BLOCK = 16
@@ -193,6 +193,23 @@ def test_least_remaining_work_goes_first_and_equals_are_not_interleaved() -> Non
     assert [tick[0] for tick in run(scheduler, 4)] == [short, short, short, long]
 
 
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=12), st.integers(1, 9), st.integers(1, 3))
+def test_equal_images_are_finished_one_after_another(arrivals: list[int], steps: int, at_once: int) -> None:
+    """Begin an image only when those before it leave room, whenever it arrives."""
+    scheduler: RenderScheduler[Work] = RenderScheduler(token_budget=100 * at_once)
+    works, arrivals = [Work(100, steps) for _ in arrivals], sorted(arrivals)
+    coming, now = list(zip(arrivals, works, strict=True)), 0
+    while coming or len(scheduler):
+        while coming and coming[0][0] <= now:
+            scheduler.add(coming.pop(0)[1])
+        run(scheduler, 1)
+        now += 1
+        begun = [work for work in works if 0 < work.steps_left < steps]
+        assert len(begun) <= at_once
+        left = [work.steps_left for work in works]
+        assert left == sorted(left)
+
+
 def test_a_tick_is_filled_to_the_limit_and_never_beyond() -> None:
     scheduler: RenderScheduler[Work] = RenderScheduler(token_budget=100)
     works = [Work(60, 5), Work(50, 8), Work(40, 20), Work(30, 40)]
@@ -210,13 +227,14 @@ def test_one_image_always_advances_however_large() -> None:
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 30)), min_size=1, max_size=6))
 @settings(max_examples=50, deadline=None)
 def test_a_long_image_does_not_starve_under_a_stream_of_short_ones(others: list[tuple[int, int]]) -> None:
-    """Bound the wait by the ticks that the image's own work and all earlier work fill."""
+    """Bound the wait by the ticks that twice the image's own work and all earlier work fill."""
     scheduler: RenderScheduler[Work] = RenderScheduler(token_budget=100)
     long = Work(400, 50)
     scheduler.add(long)
     for tokens, steps in others:
         scheduler.add(Work(tokens, steps))
-    bound = (long.tokens * long.steps_left + sum(a * b for a, b in others)) // 100 + sum(b for _, b in others) + 2
+    bound = (PATIENCE * long.tokens * long.steps_left + sum(a * b for a, b in others)) // 100
+    bound += 2 * sum(b for _, b in others) + 2  # ticks that others fill badly, and what arrives in these
     for _ in range(bound):
         scheduler.add(Work(100, 1))  # always shorter than the long one
         if long in run(scheduler, 1)[0]:

@@ -99,7 +99,7 @@ STAGE_BUGS = [
         HAND_OVER,
         "if tonumber(time) < now then",
         "if true then",
-        UPGRADE,
+        TEST,
     ),
     Bug(
         "an end leaves the entry of a planned job",
@@ -128,7 +128,7 @@ STAGE_BUGS = [
         RENEW,
         "{'XCLAIM', queue_of(record),",
         "{'XCLAIM', queue_key(record.priority),",
-        STATEFUL,
+        TEST,
     ),
     Bug(
         "a requeue revives what an old API has ended",
@@ -139,8 +139,8 @@ STAGE_BUGS = [
     ),
     Bug("engines of a stage take all jobs", CLAIM, "or {args.stage}", "or {'render', 'plan'}", STATEFUL),
     Bug("what is planned comes last", CLAIM, "and {'render', 'plan'}", "and {'plan', 'render'}", STATEFUL),
-    Bug("the stages share their turns", CLAIM, "and '' or ':' .. args.stage", "and '' or ''", STATEFUL),
-    Bug("planned jobs need KV memory", CLAIM, "(record.stage or record.kv", "(record.kv", STATEFUL),
+    Bug("the stages share their turns", CLAIM, "and '' or ':' .. args.stage", "and '' or ''", TEST),
+    Bug("planned jobs need KV memory", CLAIM, "(record.stage or record.kv", "(record.kv", TEST),
     Bug(
         "an early death in a renderer has no phase",
         RECORDS,

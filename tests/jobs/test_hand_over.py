@@ -201,6 +201,77 @@ async def test_a_damaged_hand_over_fails_its_job_only(redis_client: Any, planner
         assert (await redis_client.hget(f"glimmer:job:{job_id}", "state")) == b"failed"
 
 
+async def test_a_job_of_an_unknown_stage_leaves_nothing_in_a_queue(
+    redis_client: Any, planner: JobQueue, renderer: JobQueue
+) -> None:
+    job_id = await submit(planner)
+    await hand_over(planner)
+    await redis_client.hset(f"glimmer:job:{job_id}", "stage", "between")
+    await renderer.cancel(job_id)
+    assert (await redis_client.hget(f"glimmer:job:{job_id}", "state")) == b"failed"
+    assert await renderer.claim("renderer", IDLE) is None
+
+
+async def test_hand_overs_keep_their_order_when_the_clock_stands_still_or_goes_back(
+    redis_client: Any, planner: JobQueue, renderer: JobQueue
+) -> None:
+    """As after a failover to a machine whose clock is behind."""
+    jobs = [await submit(planner) for _ in range(4)]
+    await hand_over(planner)
+    [(entry, _)] = await redis_client.xrange("glimmer:queue:render:interactive")
+    time, sequence = map(int, entry.split(b"-"))
+    await redis_client.execute_command("XSETID", "glimmer:queue:render:interactive", f"{time + 10**9}-{sequence}")
+    for _ in range(3):
+        await hand_over(planner)
+    assert [(await claim(renderer, "renderer")).job_id for _ in jobs] == jobs
+
+
+async def test_a_planned_job_that_is_put_back_wakes_renderers_only(
+    of_stage: QueueOfStage, planner: JobQueue, renderer: JobQueue
+) -> None:
+    idle = {stage: of_stage(stage) for stage in ("plan", "render")}
+    await submit(planner)
+    await hand_over(planner)
+    granted = await claim(renderer, "renderer")
+    for each in idle.values():
+        await each.wait_for_work(TIMEOUT_S)  # subscribed
+    waits = {stage: asyncio.create_task(each.wait_for_work(TIMEOUT_S)) for stage, each in idle.items()}
+    await asyncio.sleep(0.2)
+    assert await renderer.requeue("renderer", granted)
+    await asyncio.wait_for(waits["render"], TIMEOUT_S / 2)
+    assert not waits["plan"].done()
+    waits["plan"].cancel()
+
+
+async def test_a_renewal_restarts_the_lease_of_a_planned_job(
+    redis_client: Any, planner: JobQueue, renderer: JobQueue
+) -> None:
+    await submit(planner)
+    await hand_over(planner)
+    granted = await claim(renderer, "renderer")
+    queue, group = "glimmer:queue:render:interactive", "engines"
+    [pending] = await redis_client.xpending_range(queue, group, "-", "+", 1)
+    await redis_client.xclaim(queue, group, "renderer", 0, [pending["message_id"]], idle=3_600_000, justid=True)
+    assert await renderer.renew("renderer", [granted]) == []
+    [pending] = await redis_client.xpending_range(queue, group, "-", "+", 1)
+    assert pending["time_since_delivered"] < 3_600_000
+
+
+async def test_turns_of_batch_jobs_are_counted_for_each_stage(
+    planner: JobQueue, renderer: JobQueue, queue: JobQueue
+) -> None:
+    """Three interactive jobs that a planner takes earn a batch job its turn there, and none in the render queue."""
+    planned_batch = await submit(queue, priority="batch")
+    await hand_over(planner)
+    planned = await submit(queue)
+    await hand_over(planner)
+    batch = await submit(queue, priority="batch")
+    others = [await submit(queue) for _ in range(4)]
+    assert [(await claim(planner, "planner")).job_id for _ in range(3)] == others[:3]
+    assert [(await claim(renderer, "renderer")).job_id for _ in range(2)] == [planned, planned_batch]
+    assert (await claim(planner, "planner")).job_id == batch
+
+
 # --- previews ---------------------------------------------------------------------------------------------------------
 
 

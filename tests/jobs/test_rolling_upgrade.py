@@ -157,6 +157,19 @@ async def test_an_old_api_ends_a_handed_over_job_and_no_other(redis_client: Any)
     assert [(await claim(old)).job_id for _ in range(10)] == jobs[10:]
 
 
+async def test_a_dead_renderer_s_jobs_that_an_old_api_ended_stay_ended(redis_client: Any) -> None:
+    """An old end leaves the entry in the render queue, and with it the job's place there."""
+    old, planner = old_queue(redis_client), JobQueue(redis_client, stage="plan")
+    renderer = JobQueue(redis_client, stage="render")
+    job_id = await submit(old)
+    await planner.hand_over("planner", await claim(planner, "planner"), {0: PLAN}, 3, [])
+    await claim(renderer, "renderer")
+    assert await old.cancel(job_id)
+    assert await renderer.requeue_all("renderer") == 0
+    assert await renderer.claim("renderer-2", IDLE) is None
+    assert (await redis_client.hget(f"glimmer:job:{job_id}", "state")) == b"cancelled"
+
+
 @pytest.mark.parametrize("first", ["old", "new"])
 async def test_either_release_resumes_the_plans_of_the_other(redis_client: Any, first: str) -> None:
     old, new = old_queue(redis_client), JobQueue(redis_client)

@@ -94,7 +94,10 @@ class EngineSettings(CheckpointSettings):
     max_prompt_tokens: int = Field(default=2048, ge=1, description="Maximum prompt length in tokens.")
     kv_tokens: int | None = Field(default=None, ge=1, description="Capacity of the planner's KV cache in tokens.")
     render_token_budget: int | None = Field(
-        default=None, ge=1, description="Maximum number of packed tokens in one renderer step."
+        default=None,
+        ge=1,
+        description="Maximum number of packed tokens in one renderer step; measured when an engine first starts on a "
+        "device if unset.",
     )
     min_planner_rows: int | None = Field(
         default=None,

@@ -2,10 +2,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
 from engine.admitted import AdmittedRequests
+from engine.batch_limit import BatchLimit
 from engine.errors import RequestError
 from engine.fault_boundary import FaultBoundary
 from engine.geometry import MAX_SIDE, PATCH
@@ -13,6 +15,7 @@ from engine.limits import EngineLimits
 from engine.observability.logs import event
 from engine.observability.metrics import EngineMetrics
 from engine.quotes import check_quoted_strings
+from engine.renderer.calibration import calibrated_budget
 from engine.renderer.in_flight import Decodings, Ticks
 from engine.renderer.rendering import Rendering
 from engine.renderer.runner import RendererRunner
@@ -65,6 +68,13 @@ class RendererStage:
         autoencoder.limit_memory(free - tick - limits.source_patches * config.kv_bytes_per_token(itemsize))
         if autoencoder.max_pixels < MAX_SIDE**2:
             event(logger, "large_images_decoded_in_tiles", pixels=autoencoder.max_pixels)
+
+    def calibrate(self, folder: Path | None) -> None:
+        """Fill ticks up to what `calibrated_budget` finds, at most twice the limits' budget."""
+        with self._streams.on("renderer"):
+            self.runner.warm_up()
+            budget = calibrated_budget(self.runner, self._streams, 2 * self._limits.render_token_budget, folder)
+        self.scheduler.token_limit = BatchLimit(budget)
 
     @property
     def is_idle(self) -> bool:

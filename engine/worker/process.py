@@ -18,6 +18,7 @@ from engine.jobs.result_store import open_result_store
 from engine.limits import EngineLimits
 from engine.observability.logs import bind, configure, event, where
 from engine.observability.tracing import Tracing, open_tracing
+from engine.renderer.calibration import cache_folder
 from engine.stop_signals import Stopped, StopSignals, run
 from engine.tasks import stop as end_task
 from engine.worker.status import EngineStatus
@@ -138,6 +139,8 @@ def _load(settings: EngineSettings) -> Engine:
             min_planner_rows=settings.min_planner_rows,
         )
         engine = Engine(model, limits)
+        if settings.stage != "plan" and settings.render_token_budget is None:
+            engine.renderer.calibrate(cache_folder())
         if settings.stage != "plan":
             patch_bytes = model.renderer.config.kv_bytes_per_token(model.dtype.itemsize)
             take_from_device(device, limits.source_patches * patch_bytes)

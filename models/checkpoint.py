@@ -1,6 +1,7 @@
 """Loading of weights: safetensors only, never pickle."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,6 +80,21 @@ def load_weights(
         raise CheckpointError(f"the weights in {folder} do not match {type(module).__name__}: {_list(problems)}")
     module.load_state_dict(loaded, assign=True)
     module.requires_grad_(False).eval()
+
+
+def tensor_sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield key and number of values of each tensor in a folder, from the headers of its files.
+
+    Raises:
+        CheckpointError: unreadable files.
+    """
+    for file in _files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:  # type: ignore[no-untyped-call]
+                keys = list(tensors.keys())
+                yield from ((key, math.prod(tensors.get_slice(key).get_shape())) for key in keys)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _sums(tensor: torch.Tensor) -> list[int]:

@@ -2,6 +2,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from contextlib import closing, suppress
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from engine.jobs.consumer import JobConsumer
 from engine.jobs.job import EngineInfo
 from engine.jobs.result_store import open_result_store
 from engine.limits import EngineLimits
+from engine.memory_estimate import check_memory
 from engine.observability.logs import bind, configure, event, where
 from engine.observability.tracing import Tracing, open_tracing
 from engine.renderer.calibration import cache_folder
@@ -128,7 +130,10 @@ def _load_or_explain(settings: EngineSettings, starting: EngineInfo) -> tuple[En
 def _load(settings: EngineSettings) -> Engine:
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    model = GlmImage.load(settings.model or str(CHECKPOINT), device, dtype, settings.stage)
+    name, began = settings.model or str(CHECKPOINT), time.monotonic()
+    check_memory(settings, name, device, dtype)
+    model = GlmImage.load(name, device, dtype, settings.stage)
+    event(logger, "checkpoint_loaded", seconds=time.monotonic() - began)
     with device_lock(device):
         limits = EngineLimits.choose(
             model,

@@ -16,7 +16,7 @@ from engine.jobs.result_store import ResultStore
 from models.glm_image.model import GlmImage
 from tests.checkpoints import load, write_variant
 from tests.job_queue import JobQueue
-from tests.object_storage import ObjectStorage
+from tests.object_storage import MORTAL_BUCKET, ObjectStorage
 
 settings.register_profile("busy", deadline=None)  # an example may take any time on a busy machine
 settings.load_profile("busy")
@@ -76,9 +76,26 @@ def bucket(object_storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 @pytest.fixture
+def mortal_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStorage]:
+    """Start an object storage of this test's own, which it may kill."""
+    with ObjectStorage() as storage:
+        for name, value in storage.environment.items():
+            monkeypatch.setenv(name, value)
+        storage.make_bucket(MORTAL_BUCKET)
+        yield storage
+
+
+@pytest.fixture
 async def storing_queue(redis_client: redis.asyncio.Redis, bucket: str) -> AsyncIterator[JobQueue]:
     """Yield a queue that keeps the images of results in object storage."""
     queue = JobQueue(redis_client, result_store=ResultStore(f"s3://{bucket}/results"))
+    yield queue
+    await queue.close()
+
+
+@pytest.fixture
+async def mortal_queue(redis_client: redis.asyncio.Redis, mortal_storage: ObjectStorage) -> AsyncIterator[JobQueue]:
+    queue = JobQueue(redis_client, result_store=ResultStore(f"s3://{MORTAL_BUCKET}"))
     yield queue
     await queue.close()
 

@@ -12,6 +12,7 @@ import httpx
 from engine.child import die_with_parent
 
 START_S = 60.0
+MORTAL_BUCKET = "images"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "glimmer", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "eu-central-1"}
 
 

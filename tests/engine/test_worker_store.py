@@ -2,41 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
-import redis.asyncio
 
 from engine.jobs.job import JobState
-from engine.jobs.result_store import ResultStore
 from engine.worker import job_runner
 from engine.worker.encoding import encode, metadata
 from models.glm_image.model import GlmImage
 from tests.checkpoints import small_engine
 from tests.engine.test_worker import SPEC, submit, working
 from tests.job_queue import JobQueue
-from tests.object_storage import ObjectStorage
+from tests.object_storage import MORTAL_BUCKET, ObjectStorage
 from tests.waiting import until
-
-BUCKET = "images"
-
-
-@pytest.fixture
-def mortal_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStorage]:
-    """Start an object storage of this test's own, which it may kill."""
-    with ObjectStorage() as storage:
-        for name, value in storage.environment.items():
-            monkeypatch.setenv(name, value)
-        storage.make_bucket(BUCKET)
-        yield storage
-
-
-@pytest.fixture
-async def mortal_queue(redis_client: redis.asyncio.Redis, mortal_storage: ObjectStorage) -> AsyncIterator[JobQueue]:
-    queue = JobQueue(redis_client, result_store=ResultStore(f"s3://{BUCKET}"))
-    yield queue
-    await queue.close()
 
 
 async def image_of(queue: JobQueue, job_id: str) -> bytes | None:
@@ -69,7 +47,7 @@ async def test_an_outage_delays_jobs_and_nothing_else(
             await asyncio.sleep(0.1)
         assert not (await mortal_queue.ended_among(["j0", "j1", "j2"])).get("j0")
         mortal_storage.start()
-        mortal_storage.make_bucket(BUCKET)
+        mortal_storage.make_bucket(MORTAL_BUCKET)
         assert all([await image_of(mortal_queue, f"j{number}") for number in range(3)])
 
 
@@ -85,7 +63,7 @@ async def test_a_long_outage_fails_its_jobs_only(
         assert record.error is not None
         assert (record.error.type, record.error.code) == ("server_error", "result_store_unavailable")
         mortal_storage.start()
-        mortal_storage.make_bucket(BUCKET)
+        mortal_storage.make_bucket(MORTAL_BUCKET)
         await submit(mortal_queue, SPEC, "after it")
         assert await image_of(mortal_queue, "after it")
 

@@ -1,15 +1,13 @@
 """The API with results in object storage."""
 
 import base64
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import httpx
 import openai
 import pytest
-import redis.asyncio
 
 from engine.jobs.job import STORE_UNAVAILABLE, JobError
-from engine.jobs.result_store import ResultStore
 from server.settings import ServerSettings
 from tests.job_queue import JobQueue
 from tests.object_storage import ObjectStorage
@@ -88,22 +86,11 @@ async def test_a_job_that_could_not_be_stored_may_be_sent_again(sdk: openai.Asyn
 
 
 @pytest.fixture
-def mortal_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStorage]:
-    with ObjectStorage() as storage:
-        for name, value in storage.environment.items():
-            monkeypatch.setenv(name, value)
-        storage.make_bucket("images")
-        yield storage
-
-
-@pytest.fixture
-async def mortal_server(redis_client: redis.asyncio.Redis, mortal_storage: ObjectStorage) -> AsyncIterator[LiveServer]:
-    queue = JobQueue(redis_client, result_store=ResultStore("s3://images"))
-    server = LiveServer(queue, ServerSettings())
-    async with StubEngine(queue):
+async def mortal_server(mortal_queue: JobQueue) -> AsyncIterator[LiveServer]:
+    server = LiveServer(mortal_queue, ServerSettings())
+    async with StubEngine(mortal_queue):
         yield server
         await server.stop()
-    await queue.close()
 
 
 async def test_while_the_storage_is_away_jobs_are_read_later(

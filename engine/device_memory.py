@@ -38,7 +38,7 @@ def device_lock(device: torch.device) -> Iterator[None]:
         yield
         return
     try:
-        _lock(file, path)
+        lock_for_a_time(file, path)
         yield
     finally:
         os.close(file)
@@ -71,7 +71,8 @@ def _open(path: Path) -> int:
     return file
 
 
-def _lock(file: int, path: Path) -> None:
+def lock_for_a_time(file: int, path: Path) -> None:
+    """Wait for an exclusive lock on an open file, `LOCK_TIMEOUT_S` at most."""
     until = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:

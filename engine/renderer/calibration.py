@@ -4,7 +4,6 @@ Fewer waste the device; more make the images of a tick late without making any c
 and kept in a file per device, model and dtype.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from engine.device_memory import lock_for_a_time
 from engine.jobs.job import JobSpec, Plan
 from engine.observability.logs import event
 from engine.renderer.rendering import Rendering
@@ -138,8 +138,9 @@ def _locked(folder: Path | None) -> Iterator[None]:
     if folder is not None:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / "render-budget.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            path = folder / "render-budget.lock"
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            lock_for_a_time(lock, path)
     try:
         yield
     finally:

@@ -55,13 +55,16 @@ def load_an_engine(folder: Path, results: Any) -> None:
     with (
         patch.object(process, "_device", lambda name: CUDA),
         patch.object(process.GlmImage, "load", lambda *_: model),
+        patch.object(process, "check_memory"),
         patch.object(process, "Engine", engine),
         patch.object(process, "take_from_device", lambda device, size: gpu.take(size)),
         patch.object(torch.cuda, "mem_get_info", gpu.free),
         patch.object(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-test")),
         patch.object(device_memory.tempfile, "gettempdir", lambda: str(folder)),
     ):
-        limits: Any = process._load(EngineSettings(redis_url="", model="m", device="cuda", max_images=1000))
+        limits: Any = process._load(
+            EngineSettings(redis_url="", model="m", device="cuda", max_images=1000, render_token_budget=4096)
+        )
     taken = limits.kv_tokens * PlannerConfig().kv_bytes_per_token(2)
     results.put(taken + limits.source_patches * RendererConfig().kv_bytes_per_token(2))
 
@@ -114,7 +117,7 @@ def test_only_a_regular_file_of_this_user_is_locked(
     else:
         lock_file.touch()
         monkeypatch.setattr(device_memory.os, "geteuid", lambda: lock_file.stat().st_uid + 1)
-    monkeypatch.setattr(device_memory, "_lock", lambda *_: pytest.fail("it was locked"))
+    monkeypatch.setattr(device_memory, "lock_for_a_time", lambda *_: pytest.fail("it was locked"))
     entered = threading.Event()
 
     def enter() -> None:

@@ -7,6 +7,7 @@ it, under a key of its own for each claim: an engine whose claim was lost overwr
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -52,7 +53,7 @@ class ResultStore:
             FileNotFoundError, obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError
         )  # fmt: skip
         self._reported_at = -math.inf
-        endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+        endpoint = _endpoint()
 
         def open_at(endpoint: str | None) -> Any:
             config: Any = {"aws_endpoint_url_s3": endpoint} if endpoint else {}
@@ -141,6 +142,16 @@ class ResultStore:
 def open_result_store(url: str | None, public_url: str | None = None) -> ResultStore | None:
     """Return the store of the setting, if it is set."""
     return ResultStore(url, public_url) if url else None
+
+
+def _endpoint() -> str | None:
+    """Return the endpoint that the environment names, None for that of the region; raise StartError if it is no URL."""
+    for name in _ENDPOINTS:
+        if value := os.environ.get(name):
+            if not re.fullmatch(r"https?://[^/\s]+/?", value):
+                raise StartError(f"{name}: write it like https://minio.example.org:9000")
+            return value
+    return None
 
 
 def object_key(job_id: str, epoch: int, index: int, extension: str) -> str:

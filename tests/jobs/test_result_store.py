@@ -58,6 +58,13 @@ async def test_a_bucket_that_is_not_there_is_an_error_at_the_start(bucket: str) 
     await ResultStore(f"s3://{bucket}").check()
 
 
+@pytest.mark.parametrize("endpoint", ["minio:9000", "https://", "http://a b", "s3://x"])
+def test_an_endpoint_that_is_no_url_is_an_error_at_the_start(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    with pytest.raises(StartError, match="AWS_ENDPOINT_URL_S3: write it like https://"):
+        ResultStore("s3://images")
+
+
 async def test_redis_has_only_where_the_images_are(
     storing_queue: JobQueue, redis_client: redis.asyncio.Redis, bucket: str, object_storage: ObjectStorage
 ) -> None:

@@ -5,6 +5,7 @@ sums.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -18,16 +19,27 @@ class FactoredTable(nn.Module):
     def __init__(self, factors: Tensor, dim: int, std: float, own_std: float):
         super().__init__()
         self.factors: Tensor
+        self.indicators: Tensor
         self.register_buffer("factors", factors)  # [rows, factors] int64, 0 is none
+        self.register_buffer("indicators", _indicators(factors), persistent=False)
         self.parts = nn.ParameterList([torch.randn(n, dim) * std for n in codes.FACTORS.values()])
         self.own = nn.Parameter(torch.randn(len(factors), dim) * own_std)
 
     def forward(self) -> Tensor:
-        table = self.own
-        for column, part in enumerate(self.parts):
-            masked = torch.cat([torch.zeros_like(part[:1]), part[1:]])
-            table = table + masked[self.factors[:, column]]
-        return table
+        with torch.autocast(
+            self.own.device.type, enabled=False
+        ):  # products with 0 and 1, several times as fast as rows
+            return self.own + self.indicators @ torch.cat(list(self.parts))
+
+
+def _indicators(factors: Tensor) -> Tensor:
+    """Return [rows, values of all factors] with 1 where a row has a value, but for 0, which is none."""
+    columns = []
+    for column, size in enumerate(codes.FACTORS.values()):
+        one_hot = F.one_hot(factors[:, column], size).float()
+        one_hot[:, 0] = 0
+        columns.append(one_hot)
+    return torch.cat(columns, 1)
 
 
 def code_factors(rows: int = codes.CODEBOOK) -> Tensor:

@@ -16,7 +16,8 @@ from models.errors import CheckpointError
 from models.json_files import read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-FINGERPRINT_CHUNK = 1 << 24  # values, 16 bytes each
+FINGERPRINT_CHUNK = 1 << 24  # values, whose sum is one part of a digest
+SUMMED_AT_ONCE = 1 << 18  # of them, which stay in a cache: five times as fast as all at once on a CPU
 MAX_LISTED_KEYS = 5
 
 
@@ -100,10 +101,14 @@ def tensor_sizes(folder: Path) -> Iterator[tuple[str, int]]:
 def _sums(tensor: torch.Tensor) -> list[int]:
     """Sum a tensor's bits by position, modulo 2**64: in any order."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    weights = torch.arange(1, 2 * min(tensor.numel(), SUMMED_AT_ONCE) + 1, 2, device=tensor.device)
     sums = []
-    for part in tensor.flatten().view(integers).split(FINGERPRINT_CHUNK):
-        weights = torch.arange(1, 2 * len(part), 2, device=tensor.device)
-        sums.append(int((weights * part).sum()))
+    for chunk in tensor.flatten().view(integers).split(FINGERPRINT_CHUNK):
+        total = torch.zeros((), dtype=torch.long, device=tensor.device)
+        for number, part in enumerate(chunk.split(SUMMED_AT_ONCE)):
+            offset = 2 * SUMMED_AT_ONCE * number
+            total += (weights[: len(part)] * part).sum() + offset * part.sum(dtype=torch.long)
+        sums.append(int(total))
     return sums
 
 

@@ -133,7 +133,14 @@ def _load(settings: EngineSettings) -> Engine:
     name, began = settings.model or str(CHECKPOINT), time.monotonic()
     check_memory(settings, name, device, dtype)
     model = GlmImage.load(name, device, dtype, settings.stage)
-    event(logger, "checkpoint_loaded", seconds=time.monotonic() - began)
+    seconds, gigabytes = time.monotonic() - began, model.weight_bytes / 1e9
+    event(
+        logger,
+        "checkpoint_loaded",
+        seconds=seconds,
+        gb=f"{gigabytes:.2f}",
+        gb_per_s=f"{gigabytes / max(seconds, 1e-3):.2f}",
+    )
     with device_lock(device):
         limits = EngineLimits.choose(
             model,

@@ -102,6 +102,17 @@ class GlmImage:
             stage=stage,
         )
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Return all networks, loaded or not."""
+        return self.vision, self.planner, self.glyphs.encoder, self.renderer, self.autoencoder.vae
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of the loaded weights; shared ones count once."""
+        loaded = {id(p): p.nbytes for network in self.networks for p in network.parameters() if not p.is_meta}
+        return sum(loaded.values())
+
     def planning_fingerprint(self) -> str:
         """Return a digest of what decides a plan, "" without a planner. Reads the weights."""
         if self.stage == "render":
@@ -130,7 +141,7 @@ class GlmImage:
         self._hooks = []
         if self.device.type != "cpu":
             return
-        for network in (self.vision, self.planner, self.glyphs.encoder, self.renderer, self.autoencoder.vae):
+        for network in self.networks:
             lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
             layers = [layer for modules in lists for layer in modules if layer is not None]
             self._hooks += [layer.register_forward_pre_hook(lambda *_: beat()) for layer in layers]

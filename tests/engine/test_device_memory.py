@@ -46,7 +46,9 @@ class Gpu:
 def load_an_engine(folder: Path, results: Any) -> None:
     gpu = Gpu(folder)
     planner, renderer = SimpleNamespace(config=PlannerConfig()), SimpleNamespace(config=RendererConfig())
-    model = SimpleNamespace(device=CUDA, dtype=torch.bfloat16, planner=planner, renderer=renderer, stage="all")
+    model = SimpleNamespace(
+        device=CUDA, dtype=torch.bfloat16, planner=planner, renderer=renderer, stage="all", weight_bytes=0
+    )
 
     def engine(_: object, limits: EngineLimits) -> EngineLimits:
         gpu.take(limits.kv_tokens * planner.config.kv_bytes_per_token(2))

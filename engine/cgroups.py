@@ -1,11 +1,11 @@
-"""Files of this process's memory cgroup."""
+"""Files of this process's cgroups."""
 
 from pathlib import Path
 
 
-def memory_files(version_1: str, version_2: str, root: Path = Path("/")) -> list[Path]:
-    """Return paths of a file, named by version: in the group, its parents and the mounted root, a container's own
-    group.
+def control_files(controller: str, version_1: str, version_2: str, root: Path = Path("/")) -> list[Path]:
+    """Return paths of a controller's file, named by version: in the group, its parents and the mounted root, a
+    container's own group.
 
     None need exist.
     """
@@ -15,8 +15,8 @@ def memory_files(version_1: str, version_2: str, root: Path = Path("/")) -> list
         return []
     folder, name, group = root / "sys/fs/cgroup", version_2, ""
     for number, controllers, path in (line.split(":", 2) for line in lines):
-        if "memory" in controllers.split(","):
-            folder, name, group = root / "sys/fs/cgroup/memory", version_1, path
+        if controller in controllers.split(","):
+            folder, name, group = root / "sys/fs/cgroup" / controller, version_1, path
             break
         if number == "0":
             group = path

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cgroups import memory_files
+from engine.cgroups import control_files
 from engine.observability.logs import event
 
 LOCK_TIMEOUT_S = 60.0  # allocating takes seconds; a hanging holder must not block others
@@ -54,7 +54,7 @@ def take_from_device(device: torch.device, size: int) -> None:
 def host_memory(root: Path = Path("/")) -> int:
     """Return this process's memory limit in bytes, the container's or the host's."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in memory_files("memory.limit_in_bytes", "memory.max", root):
+    for file in control_files("memory", "memory.limit_in_bytes", "memory.max", root):
         with suppress(OSError, ValueError):  # not there, or "max"
             limits.append(int(file.read_text()))
     return min(limits)

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import ENGINES_VARIABLE
+from engine.cores import engines_of_machine
 from engine.device_memory import host_memory
 from engine.geometry import CELL, MAX_ASPECT, MAX_IMAGES, MAX_SIDE, MAX_SOURCES, PATCH, Geometry
 from models.glm_image.model import GlmImage
@@ -115,9 +115,4 @@ def _affordable_source_patches(model: GlmImage) -> int:
 def _available_bytes(model: GlmImage, cuda_share: float, cpu_share: float, cpu_bytes: int) -> int:
     if model.device.type == "cuda":
         return int(torch.cuda.mem_get_info(model.device)[0] * cuda_share)
-    return min(cpu_bytes, int(host_memory() * cpu_share / _engines_of_machine()))
-
-
-def _engines_of_machine() -> int:
-    engines = os.environ.get(ENGINES_VARIABLE, "")
-    return max(1, int(engines)) if engines.isdecimal() else 1
+    return min(cpu_bytes, int(host_memory() * cpu_share / engines_of_machine(os.environ)))

@@ -9,6 +9,7 @@ import typer
 
 from engine.checkpoint_files import check_checkpoint
 from engine.config import CheckpointSettings, EngineSettings
+from engine.cores import set_thread_defaults
 from engine.observability import logs
 from engine.stop_signals import StopSignals, run
 from server.cli.generate import generate
@@ -87,6 +88,7 @@ def engine(settings: EngineSettings) -> None:
         # No progress bars in a log of one line per event. The libraries read these on import.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    set_thread_defaults(os.environ)
     check_checkpoint(settings.model)
     from engine.jobs.redis_check import check_redis
 

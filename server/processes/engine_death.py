@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from engine.cgroups import memory_files
+from engine.cgroups import control_files
 from engine.config import EXIT_CONFIGURATION
 
 # Sent by a process, not caused by what the engine did.
@@ -16,7 +16,9 @@ class OomKills:
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
-        counters = [file for file in memory_files("memory.oom_control", "memory.events", root) if file.is_file()]
+        counters = [
+            file for file in control_files("memory", "memory.oom_control", "memory.events", root) if file.is_file()
+        ]
         self._files = [root / "proc/vmstat", *counters[:1]]
         self._before = self._last = self._read()
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import re
 import secrets
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 from engine.child import die_with_parent
 from engine.config import ENGINES_VARIABLE, EXIT_CONFIGURATION, HAND_BACK_S
+from engine.cores import THREADS_VARIABLE, threads_of_engine
 from engine.jobs.consumer import JobConsumer
 from engine.observability.logs import event
 from server.processes.backoff import Backoff
@@ -189,12 +189,11 @@ class Supervisor:
 def engine_environments(base: Mapping[str, str], count: int, device: str) -> list[dict[str, str]]:
     """Return each engine's environment, with GPUs assigned in turn, CPU threads and memory divided."""
     gpus = _gpus(base) if count > 1 and device in ("auto", "cuda") else []
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
     environments = []
     for index in range(count):
         environment = dict(base)
         if count > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
+            environment.setdefault(THREADS_VARIABLE, str(threads_of_engine(count)))
             environment[ENGINES_VARIABLE] = str(count)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]

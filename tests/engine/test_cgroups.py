@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.cgroups import memory_files
+from engine.cgroups import control_files
 
 V1 = "sys/fs/cgroup/memory/{}old"
 V2 = "sys/fs/cgroup/{}new"
@@ -27,8 +27,8 @@ def test_paths(tmp_path: Path, membership: str, paths: list[str]) -> None:
     groups = tmp_path / "proc/self/cgroup"
     groups.parent.mkdir(parents=True)
     groups.write_text(membership + "\n")
-    assert memory_files("old", "new", tmp_path) == [tmp_path / path for path in paths]
+    assert control_files("memory", "old", "new", tmp_path) == [tmp_path / path for path in paths]
 
 
 def test_a_machine_without_cgroups(tmp_path: Path) -> None:
-    assert memory_files("old", "new", tmp_path) == []
+    assert control_files("memory", "old", "new", tmp_path) == []

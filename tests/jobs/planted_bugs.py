@@ -647,8 +647,8 @@ BUGS: list[planting.Bug] = [
     Bug(
         "only the first image is committed",
         "engine/jobs/codec.py",
-        "in enumerate(result.images):\n        fields",
-        "in enumerate(result.images[:1]):\n        fields",
+        "in enumerate(result.images):\n        if image.stored",
+        "in enumerate(result.images[:1]):\n        if image.stored",
         LIFE_CYCLE,
     ),
     Bug(

@@ -73,7 +73,7 @@ def check_memory(settings: EngineSettings, model: str, device: torch.device, dty
         CheckpointError: as `estimate_memory`.
     """
     folder, on_cuda = find_checkpoint(model), device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if on_cuda else host_memory()
+    available = torch.cuda.mem_get_info(device)[1] if on_cuda else host_memory()
 
     def estimate(stage: Stage, dtype: torch.dtype, kv_tokens: int) -> MemoryEstimate:
         return estimate_memory(folder, stage, dtype, kv_tokens=kv_tokens, on_cuda=on_cuda)
@@ -98,7 +98,7 @@ def check_memory(settings: EngineSettings, model: str, device: torch.device, dty
     parts = ", ".join(f"{name} {_gb(size)}" for name, size in needed.weights.items())
     raise StartError(
         f"the checkpoint needs {_gb(needed.total)} GB (weights: {parts}; one image: {_gb(needed.work)}), but {device} "
-        f"has {_gb(available)} GB free; "
+        f"has {_gb(available)} GB; "
         + (f"what would fit: {', '.join(fitting)}" if fitting else "no setting makes it fit: it needs a larger device")
     )
 

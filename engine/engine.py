@@ -38,6 +38,7 @@ from engine.streams import Streams, streams_of
 from models.errors import SourceImageError
 from models.glm_image.model import GlmImage
 from models.glm_image.source_images import PreprocessedImage
+from models.threads import threads
 
 PROGRESS_SECONDS = 0.2  # between reports
 PLANNING_MARGIN = 1.5  # each stage is slower while both work
@@ -62,6 +63,7 @@ class Engine:
         self._live: dict[Request, None] = {}  # in order of arrival
         self._events: list[Event] = []
         self._reported_at = 0.0
+        self._threads = torch.get_num_threads()  # bytes depend on it
         self._streams = streams or streams_of(model.device)
         self.boundary = FaultBoundary(model.device, self._live, self._fail, metrics.out_of_memory)
         self._renderer = renderer = (
@@ -119,12 +121,13 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Advance all requests; return their events."""
-        self._receive()
-        self._admit()
-        self._prepare()
-        self._plan()
-        self._render()
-        self._report()
+        with threads(self._threads):
+            self._receive()
+            self._admit()
+            self._prepare()
+            self._plan()
+            self._render()
+            self._report()
         events, self._events = self._events, []
         return events
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from engine.jobs.job import JobSpec, Plan
 from engine.request import Event, Failed, Finished, Planned, Progress, Rendered, Request
 from engine.worker.encoding import encode
 from models.glm_image.model import GlmImage
+from models.threads import threads
 from tests.checkpoints import small_engine
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -97,6 +99,13 @@ def test_bfloat16_gives_the_same_bytes_in_any_batch(checkpoint) -> None:
     engine = small_engine(GlmImage.load(str(checkpoint), torch.device("cpu"), torch.bfloat16))
     specs = SPECS[:8]
     assert pngs(engine, specs) == [pngs(engine, [spec])[0] for spec in specs]
+
+
+def test_bytes_do_not_depend_on_the_thread_that_steps(model: GlmImage, alone: list[list[bytes]]) -> None:
+    """Step in a new thread, which begins with the number of torch threads that another one has just set."""
+    engine = small_engine(model)
+    with threads(1), ThreadPoolExecutor(1) as executor:
+        assert executor.submit(pngs, engine, SPECS[:6]).result() == alone[:6]
 
 
 def test_images_of_a_request_are_those_of_consecutive_seeds(model: GlmImage) -> None:

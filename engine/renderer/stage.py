@@ -2,6 +2,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -54,6 +55,7 @@ class RendererStage:
         self._metrics, self._boundary, self._emit = metrics, boundary, emit
         self._admitted, self._limits = AdmittedRequests(limits.source_patches), limits
         self._ticks = Ticks(streams)
+        self._partials: list[Rendering] = []  # as they were at their steps; they wait for their previews
         self._undecoded: deque[Rendering] = deque()  # whose last step is launched
         self._decodings = Decodings(streams, self.runner)
         for kernel in self.runner.fallbacks:
@@ -149,13 +151,15 @@ class RendererStage:
         self._metrics.renderer_tokens.inc(tokens)
         self._metrics.renderer_padding.inc(self.runner.padding(tokens))
         self._collect_ticks()
-        partials = [r for r in advanced if r.has_partial_due and not self._waits_for_preview(r)]
-        self._boundary.run_each(partials, self._begin_partial)
         for rendering in advanced:
+            if rendering.has_partial_due:
+                self._partials.append(replace(rendering))
+                rendering.partials_sent = rendering.partials_due
             if not rendering.steps_left and rendering.request in self._boundary.live:
                 self.scheduler.remove(rendering)
                 if not rendering.is_preview:
                     self._undecoded.append(rendering)
+        self._decode_partials()
 
     def _collect(self) -> None:
         """Report what is done. A tick ends before what is decoded after it, so it is looked at last."""
@@ -177,11 +181,19 @@ class RendererStage:
             pixels += rendering.patches * PATCH**2
             self._boundary.run_each([rendering], self._begin_image)
 
+    def _decode_partials(self) -> None:
+        """Begin to decode those whose preview has been."""
+        waiting = {r.image for r in self.scheduler if r.is_preview}
+        ready = sorted((r for r in self._partials if r.image not in waiting), key=lambda r: not r.is_preview)
+        self._partials = [r for r in self._partials if r.image in waiting]
+        self._boundary.run_each(ready, self._begin_partial)
+
     def abort(self, request: Request) -> None:
         """Free what the request holds."""
         self._admitted.discard(request)
         for rendering in [r for r in self.scheduler if r.request is request]:
             self.scheduler.remove(rendering)
+        self._partials = [r for r in self._partials if r.request is not request]
         self._undecoded = deque(r for r in self._undecoded if r.request is not request)
         self._decodings.abort(request)
         self.runner.release(request)
@@ -195,7 +207,7 @@ class RendererStage:
     def check_integrity(self) -> None:
         """Raise AssertionError if memory leaked."""
         assert all(request in self._boundary.live for request in self._admitted)
-        assert len(self._admitted) or (self.is_idle and not len(self.runner.source_kv))
+        assert len(self._admitted) or (self.is_idle and not self._partials and not len(self.runner.source_kv))
 
     def _render(self, images: list[Image]) -> None:
         """Prepare all before adding any: a failure adds none."""
@@ -213,9 +225,6 @@ class RendererStage:
             renderings.append(self.runner.prepare_preview(image))
         return [*renderings, self.runner.prepare(image)]
 
-    def _waits_for_preview(self, rendering: Rendering) -> bool:
-        return not rendering.is_preview and any(r.is_preview for r in self.scheduler if r.image is rendering.image)
-
     def _begin_partial(self, rendering: Rendering) -> None:
         image, index, grid = rendering.image, rendering.partial_index, rendering.grid
 
@@ -226,13 +235,13 @@ class RendererStage:
                 self._finish_one(image.request)
 
         self._decodings.begin(rendering, finish)
-        rendering.partials_sent = rendering.partials_due
 
     def _begin_image(self, rendering: Rendering) -> None:
         image = rendering.image
         self._decodings.begin(rendering, lambda pixels: self._finish_image(image, pixels))
         for preview in [r for r in self.scheduler if r.image is image]:
             self.scheduler.remove(preview)  # the image itself is ready
+        self._partials = [r for r in self._partials if r.image is not image]
 
     def _finish_image(self, image: Image, pixels: Tensor) -> None:
         image.decoded_at = time.monotonic()

@@ -1,5 +1,6 @@
 """Partial images: the preview as soon as it is written, then the image as its last step predicts it."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -64,6 +65,37 @@ def test_partial_images_are_the_same_alone_and_in_a_batch(model: GlmImage) -> No
     among = run(small_engine(model), [*others[:3], Request("a", spec), *others[3:]])
     for one, other in zip(alone, [p for p in partials_of(among) if p.image.request.id == "a"], strict=True):
         assert torch.equal(one.pixels, other.pixels)
+
+
+THREE = [replace(SPEC, partial_images=count, seed=10 * count, num_inference_steps=12) for count in (3, 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def in_order(model: GlmImage) -> list[list[Partial]]:
+    """Return the partial images of `THREE`, each alone."""
+    return [partials_of(run(small_engine(model), [Request("r", spec)])) for spec in THREE]
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5, 0.8, 0.9])
+def test_partial_images_do_not_depend_on_the_order_of_work(
+    model: GlmImage, in_order: list[list[Partial]], monkeypatch: pytest.MonkeyPatch, late: float
+) -> None:
+    """Tick any images first, also before a preview, which the first partial image waits for."""
+    engine, rng = small_engine(model), random.Random(late)
+    scheduler = engine.renderer.scheduler
+
+    def pick() -> list[Rendering]:
+        wanted = [r for r in scheduler if rng.random() < 0.7 and not (r.is_preview and rng.random() < late)]
+        return wanted or list(scheduler)[:1]
+
+    monkeypatch.setattr(scheduler, "pick", pick)
+    events = run(engine, [Request(str(i), spec) for i, spec in enumerate(THREE)])
+    for index, expected in enumerate(in_order):
+        found = [p for p in partials_of(events) if p.image.request.id == str(index)]
+        assert found == sorted(found, key=lambda partial: partial.index)
+        assert late or len(found) == len(expected)
+        for partial in found:
+            assert torch.equal(partial.pixels, expected[partial.index].pixels)
 
 
 def test_a_partial_image_is_decoded_without_the_noise_of_the_last_step(model: GlmImage) -> None:
